@@ -1,0 +1,77 @@
+"""Every operator of this package in plain PyTorch: the formula, and what runs when a kernel is off.
+
+Shapes: B batch, S sequence, D model width, H query heads, K key/value heads, G = H / K query heads per group,
+E head dimension, F feed-forward width, N rows (any leading dimensions flattened), V vocabulary.
+
+Arithmetic is in float32 (float64 stays float64) whatever the input dtype, and is rounded once, at the output.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    """`x` in the dtype that the arithmetic is done in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    x: [..., D], weight: [D] -> [..., D] in x's dtype. The multiplication by `weight` is in float32, one rounding
+    fewer than Hugging Face's order.
+    """
+    wide = _wide(x)
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * scale * _wide(weight)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual add and the norm that follows it: `new_residual = x + residual; y = rms_norm(new_residual)`.
+
+    x, residual: [..., D], weight: [D] -> (y, new_residual), both [..., D] in x's dtype. The norm reads the sum as it
+    was rounded, so that the pair equals the two steps done apart.
+    """
+    new_residual = x + residual
+    return rms_norm(new_residual, weight, eps), new_residual
+
+
+def rope(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864), half-split as in Hugging Face, on the packed projection.
+
+    qkv: [B, S, K * (G + 2) * E], for each key/value head its G query heads, then its key, then its value.
+    cos, sin: [S, E / 2], float32. -> q [B, H, S, E], k [B, K, S, E], v [B, K, S, E] in qkv's dtype: transposed views
+    of [B, S, heads, E] memory, which scaled_dot_product_attention reads without a copy.
+    """
+    batch, seq_len, _ = qkv.shape
+    head_dim = 2 * cos.shape[-1]
+    group = n_heads // n_kv_heads
+    q, k, v = qkv.view(batch, seq_len, n_kv_heads, group + 2, head_dim).split([group, 1, 1], dim=3)
+    cos, sin = cos[None, :, None, None, :], sin[None, :, None, None, :]
+
+    def rotate(x: Tensor) -> Tensor:  # [B, S, K, heads, E] -> [B, K * heads, S, E]
+        left, right = _wide(x).chunk(2, dim=-1)
+        turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+        return turned.to(x.dtype).flatten(2, 3).transpose(1, 2)
+
+    return rotate(q), rotate(k), v.squeeze(3).transpose(1, 2)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up` (Shazeer 2020, arXiv:2002.05202). gate, up: [..., F] -> [..., F] in gate's dtype."""
+    return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, z_loss: float = 0.0) -> Tensor:
+    """Cross entropy of each row, 0 where the label is `ignore_index`; `z_loss * logsumexp^2` is added to the others
+    (PaLM, arXiv:2204.02311, section 5).
+
+    logits: [N, V], labels: [N] int64 -> [N] float32 (float64 from float64 logits).
+    """
+    wide = _wide(logits)
+    loss = F.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="none")
+    if z_loss:
+        valid = labels != ignore_index
+        loss = loss + z_loss * torch.where(valid, torch.logsumexp(wide, dim=-1) ** 2, 0.0)
+    return loss
