@@ -1,0 +1,28 @@
+"""What every test shares: Triton's interpreter where there is no GPU, one compile cache, the `gpu` mark's skip."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+# Both are read when triton and inductor are first imported, which no test module has done yet.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "titan_fast_test_inductor"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none here")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device that kernels run on: CUDA, or the CPU through Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
