@@ -1,0 +1,92 @@
+"""The least bytes that each operator must move through device memory, declared once for tests, benchmarks, tables.
+
+Counted: every operand read once, every result written once, weights and tables too. Not counted, because an
+implementation chooses them: saved statistics, partial sums of weight gradients, a second read of a row that is still
+in cache. An implementation that moves more than this shows it as a lower bandwidth. Letters are those of
+`titan_kernels.reference`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_TABLE_BYTES = 4  # cos, sin and per-row losses are float32
+_LABEL_BYTES = 8  # labels are int64
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one call. `backward` counts the gradients of every floating-point input."""
+
+    forward: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+
+def rms_norm(rows: int, width: int, element_size: int = 2) -> Traffic:
+    """Forward: x, weight -> y. Backward: dy, x, weight -> dx, dweight. x is [rows, width]."""
+    x, weight = rows * width * element_size, width * element_size
+    return Traffic(forward=2 * x + weight, backward=3 * x + 2 * weight)
+
+
+def add_rms_norm(rows: int, width: int, element_size: int = 2) -> Traffic:
+    """Forward: x, residual, weight -> y, new_residual. Backward: dy, dnew_residual, new_residual, weight -> dx, dweight
+    (the gradients of x and of residual are one tensor)."""
+    x, weight = rows * width * element_size, width * element_size
+    return Traffic(forward=4 * x + weight, backward=4 * x + 2 * weight)
+
+
+def rope(rows: int, seq_len: int, n_heads: int, n_kv_heads: int, head_dim: int, element_size: int = 2) -> Traffic:
+    """Forward: q and k of the packed projection, cos, sin -> q, k (v can stay a view of the projection).
+    Backward: dq, dk, dv, cos, sin -> the packed gradient, in which v's part must be written. rows = B * S."""
+    turned = rows * (n_heads + n_kv_heads) * head_dim * element_size
+    packed = turned + rows * n_kv_heads * head_dim * element_size
+    tables = 2 * seq_len * (head_dim // 2) * _TABLE_BYTES
+    return Traffic(forward=2 * turned + tables, backward=2 * packed + tables)
+
+
+def swiglu(rows: int, width: int, element_size: int = 2) -> Traffic:
+    """Forward: gate, up -> product. Backward: dproduct, gate, up -> dgate, dup. All [rows, width]."""
+    x = rows * width * element_size
+    return Traffic(forward=3 * x, backward=5 * x)
+
+
+def cross_entropy(rows: int, vocab: int, element_size: int = 2) -> Traffic:
+    """Loss and gradient of one logits chunk [rows, vocab] together: the gradient takes the logits' place in the pass
+    that computes the loss, so that all bytes count as forward and none as backward."""
+    logits = rows * vocab * element_size
+    return Traffic(forward=2 * logits + rows * (_LABEL_BYTES + _TABLE_BYTES), backward=0)
+
+
+def norm_linear(rows: int, width: int, element_size: int = 2) -> Traffic:
+    """`rms_norm` in front of a linear whose backward writes y again for the weight gradient, so that y is not saved.
+    The matrix multiplications are not counted."""
+    plain = rms_norm(rows, width, element_size)
+    return Traffic(forward=plain.forward, backward=plain.backward + rows * width * element_size)
+
+
+def add_norm_linear(rows: int, width: int, element_size: int = 2) -> Traffic:
+    """`add_rms_norm` in front of a linear, with y written again in the backward."""
+    plain = add_rms_norm(rows, width, element_size)
+    return Traffic(forward=plain.forward, backward=plain.backward + rows * width * element_size)
+
+
+def swiglu_linear(rows: int, width: int, element_size: int = 2) -> Traffic:
+    """`swiglu` in front of the down projection, with the product written again in the backward."""
+    plain = swiglu(rows, width, element_size)
+    return Traffic(forward=plain.forward, backward=plain.backward + rows * width * element_size)
+
+
+TRAFFIC: dict[str, Callable[..., Traffic]] = {
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "rope": rope,
+    "swiglu": swiglu,
+    "cross_entropy": cross_entropy,
+    "norm_linear": norm_linear,
+    "add_norm_linear": add_norm_linear,
+    "swiglu_linear": swiglu_linear,
+}
+"""By operator name; the keyword arguments are the operator's shape."""
