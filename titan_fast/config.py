@@ -1,0 +1,529 @@
+"""Settings: frozen dataclasses, read from a TOML file and the command line. `--help` is made from the docstrings here.
+
+Tables and keys are torchtitan 0.2's where it has them. `parse` checks names, types and every rule that needs no
+device; what depends on the number of processes is checked by `mesh_degrees` as soon as that is known.
+"""
+
+import dataclasses
+import difflib
+import io
+import re
+import tomllib
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from titan_fast.errors import ConfigError
+from titan_fast.flavors import FLAVORS, ModelShape
+
+KernelChoice = Literal["auto", "triton", "reference"]
+
+
+@dataclass(frozen=True)
+class Job:
+    dump_folder: str = "outputs/debug"
+    """The run directory: log, metrics, checkpoints, tokenizer. Started again on the same one, a run goes on."""
+    description: str = ""
+    """Free text for the log and the saved config."""
+    print_config: bool = False
+    """Print the resolved config and stop."""
+
+
+@dataclass(frozen=True)
+class Model:
+    flavor: str = "debug"
+    """Which Llama: debug, llama2_7b, llama2_13b, llama2_70b, llama3_8b, llama3_70b, llama3.1_8b, llama3.1_70b,
+    llama3.1_405b, llama3_1b or llama3_3b (the last two are the 3.2 shapes)."""
+    tokenizer_path: str | None = None
+    """A sentencepiece model, a tiktoken rank file, an HF tokenizer.json, or a folder with one of them. None: a
+    sentencepiece BPE is trained on the corpus and kept in the run directory."""
+    dim: int | None = None
+    """Overrides the flavor's width. None: the flavor's."""
+    n_layers: int | None = None
+    """Overrides the flavor's number of blocks."""
+    n_heads: int | None = None
+    """Overrides the flavor's number of query heads."""
+    n_kv_heads: int | None = None
+    """Overrides the flavor's number of key/value heads."""
+    ffn_dim: int | None = None
+    """Overrides the flavor's feed-forward width."""
+    vocab_size: int | None = None
+    """Overrides the flavor's vocabulary size."""
+
+
+@dataclass(frozen=True)
+class Training:
+    dataset: str = "stdlib"
+    """stdlib (the text of this machine's Python standard library), c4 (streamed from the hub), or a hub data set's
+    name. Not used when dataset_path is given."""
+    dataset_path: str | None = None
+    """A local file or folder (.txt .md .jsonl .json .parquet .csv, also .gz or .zst), or a folder written by
+    `python -m titan_fast.data prepare`."""
+    dataset_config: str | None = None
+    """The hub data set's configuration name, as "en" for c4 (which is c4's default here)."""
+    dataset_split: str = "train"
+    """The hub data set's split."""
+    text_column: str = "text"
+    """The field of a row that holds the document."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    local_batch_size: int = 8
+    """Sequences per device and forward pass."""
+    global_batch_size: int = -1
+    """Sequences per optimizer step over all devices; more than one pass per device accumulates gradients. -1:
+    local_batch_size x data-parallel degree."""
+    steps: int = 220
+    """Optimizer steps of the whole run."""
+    max_norm: float = 1.0
+    """Gradients are clipped to this global L2 norm; 0 turns clipping off."""
+    mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of parameters and activations in the computation; the optimizer's are float32. auto: bfloat16 on CUDA,
+    float32 on CPU."""
+    mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which gradients are summed over devices."""
+    gc_freq: int = 50
+    """Python's garbage is collected every so many steps, at the same step on every rank; a collection whenever one
+    rank happens to need it would stall all."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    chunk_size: int = 2048
+    """Tokens per chunk of the head and cross entropy, so that the full logits never exist. 0: no chunks."""
+    z_loss: float = 0.0
+    """Weight of logsumexp^2, which keeps the logits near zero (PaLM)."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: Literal["AdamW"] = "AdamW"
+    """The only one so far."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the square root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    decay_norms_and_embeddings: bool = True
+    """Whether weight decay also applies to norm weights and the embedding."""
+    implementation: Literal["fused", "foreach", "for-loop"] = "fused"
+    """Which of torch's AdamW implementations runs the step."""
+
+
+@dataclass(frozen=True)
+class LrScheduler:
+    warmup_steps: int = 20
+    """Steps of linear rise from 0 to the peak."""
+    total_steps: int | None = None
+    """The schedule's length. None: training.steps."""
+    decay_ratio: float | None = None
+    """The part of the schedule that decays, at its end; before it the rate is stable (WSD). None: all after
+    warm-up."""
+    decay_type: Literal["linear", "sqrt", "cosine"] = "cosine"
+    """The shape of the decay."""
+    min_lr_factor: float = 0.1
+    """The last learning rate as a part of the peak."""
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    data_parallel_replicate_degree: int = 1
+    """Replicas of the sharded model (HSDP when above 1)."""
+    data_parallel_shard_degree: int = -1
+    """Devices that one copy of the parameters is sharded over (FSDP2). -1: what the other degrees leave."""
+    tensor_parallel_degree: int = 1
+    """Devices that share each matrix (tensor and sequence parallel)."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Whether gathered parameters are freed after a block's forward. default: all blocks but the last."""
+
+
+@dataclass(frozen=True)
+class ActivationCheckpoint:
+    mode: Literal["none", "full", "selective", "pointwise", "memory_budget"] = "none"
+    """What the backward pass computes again. none: nothing; full: each block; selective: see selective_ac_option;
+    pointwise: norms, rotary embedding and SiLU x mul, no matrix product; memory_budget: the compiler's choice."""
+    selective_ac_option: str = "op"
+    """With selective: an integer N (every Nth block in full), or "op" (attention outputs and every second matrix
+    product are kept)."""
+    memory_budget: float = 0.5
+    """With memory_budget: 0 keeps only block inputs, 1 is the compiler's own choice."""
+
+
+@dataclass(frozen=True)
+class Compile:
+    enable: bool = False
+    """Compile each block with torch.compile(fullgraph=True)."""
+    backend: str = "inductor"
+    """torch.compile's backend."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    rms_norm: KernelChoice = "auto"
+    """RMSNorm and add + RMSNorm."""
+    rope: KernelChoice = "auto"
+    """Rotary embedding on the packed projection."""
+    swiglu: KernelChoice = "auto"
+    """SiLU(gate) x up."""
+    cross_entropy: KernelChoice = "auto"
+    """Cross entropy and its gradient on a chunk of logits."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
+    """Backend of scaled_dot_product_attention. auto: cuDNN first on Hopper and newer, flash first elsewhere."""
+    carry_residual: bool = False
+    """Pass (branch, residual) from block to block, so that a block's last add fuses with the next one's first norm."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    enable: bool = True
+    """Save checkpoints, and go on from the newest one at start."""
+    folder: str = "checkpoint"
+    """Their folder in the run directory."""
+    interval: int = 500
+    """Steps between saves; the last step is always saved."""
+    keep_latest_k: int = 3
+    """Older checkpoints are deleted. 0 keeps all."""
+    load_step: int = -1
+    """Go on from this step's checkpoint. -1: the newest."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    enable: bool = True
+    """Measure the loss on documents that are not trained on."""
+    dataset_path: str | None = None
+    """Local data to measure on. None: every hundredth document (by its number) of local training data is set aside."""
+    freq: int = 110
+    """Steps between measurements; the last step is always measured."""
+    steps: int = 8
+    """Batches per measurement."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    log_freq: int = 10
+    """Steps between log lines; only these wait for the device."""
+    enable_tensorboard: bool = True
+    """Write TensorBoard events."""
+    save_tb_folder: str = "tb"
+    """Their folder in the run directory."""
+    sample_freq: int = 0
+    """Steps between texts sampled from the model into TensorBoard and the log. 0: only after the last step."""
+    sample_prompt: str = "def "
+    """What sampled text begins with. Empty: no sampling."""
+    sample_tokens: int = 96
+    """Tokens per sample."""
+
+
+@dataclass(frozen=True)
+class Profiling:
+    enable_profiling: bool = False
+    """Write a torch.profiler trace every profile_freq steps."""
+    profile_freq: int = 100
+    """Steps between traces."""
+    save_traces_folder: str = "profile_traces"
+    """Their folder in the run directory."""
+    enable_memory_snapshot: bool = False
+    """Record CUDA allocations and write them every profile_freq steps and when memory runs out."""
+    save_memory_snapshot_folder: str = "memory_snapshot"
+    """Their folder in the run directory."""
+
+
+@dataclass(frozen=True)
+class Comm:
+    init_timeout_seconds: int = 300
+    """How long a collective may take until the first step is done."""
+    train_timeout_seconds: int = 100
+    """How long a collective may take after that."""
+
+
+@dataclass(frozen=True)
+class Debug:
+    seed: int = 0
+    """Seed of the initial weights, the data order and sampling."""
+    deterministic: bool = False
+    """Use only deterministic algorithms."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """titan_fast: pretraining of Llama 2 and Llama 3.
+
+    Every option is also a key of the TOML file that --config FILE names (see configs/); the command line wins.
+    """
+
+    job: Job = field(default_factory=Job)
+    """The run."""
+    model: Model = field(default_factory=Model)
+    """The model and its tokenizer."""
+    training: Training = field(default_factory=Training)
+    """Data, batch and length of the run."""
+    loss: Loss = field(default_factory=Loss)
+    """The loss."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    """AdamW."""
+    lr_scheduler: LrScheduler = field(default_factory=LrScheduler)
+    """Warm-up, stable, decay."""
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    """The mesh of devices."""
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    """Memory against recomputation."""
+    compile: Compile = field(default_factory=Compile)
+    """torch.compile."""
+    kernels: Kernels = field(default_factory=Kernels)
+    """Triton kernels, one switch per operator."""
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    """What is saved and when."""
+    validation: Validation = field(default_factory=Validation)
+    """Loss on held-out text."""
+    metrics: Metrics = field(default_factory=Metrics)
+    """Log, TensorBoard, samples."""
+    profiling: Profiling = field(default_factory=Profiling)
+    """Traces and memory snapshots."""
+    comm: Comm = field(default_factory=Comm)
+    """Time-outs."""
+    debug: Debug = field(default_factory=Debug)
+    """Seed and determinism."""
+
+
+def model_shape(model: Model) -> ModelShape:
+    """The flavor's shape with the overrides of `[model]`; refused by ConfigError where it is no Llama."""
+    if model.flavor not in FLAVORS:
+        close = difflib.get_close_matches(model.flavor, FLAVORS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(f"unknown model.flavor {model.flavor!r}", f"{hint}known: {', '.join(FLAVORS)}")
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
+    overrides = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
+    shape = dataclasses.replace(FLAVORS[model.flavor], **overrides)
+    if problems := shape.problems():
+        raise ConfigError("; ".join(problems), "change the [model] table", where=f"model.flavor {model.flavor}")
+    return shape
+
+
+def parse(argv: list[str]) -> Config:
+    """The config that `argv` (without the program's name) asks for; ConfigError says what is wrong with it.
+
+    `--help` prints the manual and exits with status 0.
+    """
+    options = _split_command_line(argv)
+    if "help" in options:
+        tyro.cli(tyro.conf.FlagConversionOff[Config], prog="titan_fast.train", args=["--help"], use_underscores=True)
+    config = from_options(_read_toml(options.pop("config", None)) | options)
+    validate(config)
+    return config
+
+
+def from_options(options: dict[str, list[str]]) -> Config:
+    """A Config from {"table.key": [words]}; names and types are checked, values are not."""
+    _check_names(options)
+    argv = [word for name, values in options.items() for word in (f"--{name}", *values)]
+    captured = io.StringIO()
+    try:
+        with redirect_stderr(captured):
+            return tyro.cli(tyro.conf.FlagConversionOff[Config], args=argv, use_underscores=True)
+    except SystemExit as stop:
+        text = re.sub(r"\x1b\[[0-9;]*m|[^\x20-\x7e]", " ", captured.getvalue())
+        text = re.split(r"Argument helptext|For full helptext", re.sub(r"\s+", " ", text))[0]
+        text = re.sub(r"Parsing error|Value error|Invalid choice(?= invalid)", "", text).strip(" -")
+        raise ConfigError(f"a value has the wrong type: {text}", "see --help for the type of each key") from stop
+
+
+def _split_command_line(argv: list[str]) -> dict[str, list[str]]:
+    options: dict[str, list[str]] = {}
+    name = None
+    for word in argv:
+        if word == "-h":
+            word = "--help"
+        if word.startswith("--"):
+            name, has_value, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            options[name] = [value] if has_value else []
+        elif name is None:
+            raise ConfigError(f"unexpected argument {word!r}", "options look like --training.seq_len 512")
+        else:
+            options[name].append(word)
+    return options
+
+
+def _read_toml(words: list[str] | None) -> dict[str, list[str]]:
+    if words is None:
+        return {}
+    if len(words) != 1:
+        raise ConfigError(f"--config takes one path, not {len(words)}", "give one TOML file")
+    path = Path(words[0])
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file: {error.strerror}", "check the path", str(path)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config file is not valid TOML: {error}", "mend it", str(path)) from error
+    options = {}
+    for table, keys in tables.items():
+        if not isinstance(keys, dict):
+            raise ConfigError(f"key {table!r} stands outside a table", "put it under a [table]", str(path))
+        options |= {f"{table}.{key}": _as_words(value) for key, value in keys.items()}
+    return options
+
+
+def _as_words(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [word for item in value for word in _as_words(item)]
+    return [str(value)]
+
+
+def known_keys() -> dict[str, dataclasses.Field]:
+    """Every `table.key` there is."""
+    return {
+        f"{table.name}.{key.name}": key
+        for table in dataclasses.fields(Config)
+        for key in dataclasses.fields(table.default_factory)  # type: ignore[arg-type]
+    }
+
+
+def _check_names(options: dict[str, list[str]]) -> None:
+    known = known_keys()
+    for name, values in options.items():
+        if name not in known:
+            leaf = name.rpartition(".")[2]
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+            close = close or [key for key in known if key.rpartition(".")[2] == leaf]
+            close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else "see --help for all keys"
+            raise ConfigError(f"unknown key {name!r}", hint)
+        if not values:
+            raise ConfigError(f"key {name!r} has no value", f"write --{name} VALUE")
+
+
+def validate(config: Config) -> None:
+    """Every rule that needs neither a device nor the number of processes; ConfigError names the numbers."""
+    shape = model_shape(config.model)
+    _check_ranges(config)
+    if config.training.seq_len > shape.max_seq_len:
+        raise ConfigError(
+            f"training.seq_len {config.training.seq_len} is beyond the {shape.max_seq_len} tokens that "
+            f"{config.model.flavor} is made for",
+            "lower it or take a flavor with a longer context",
+        )
+    option = config.activation_checkpoint.selective_ac_option
+    if option != "op" and not (option.isdecimal() and int(option) > 0):
+        raise ConfigError(
+            f"activation_checkpoint.selective_ac_option {option!r} is neither a positive integer nor 'op'",
+            "write an integer N for every Nth block, or op",
+        )
+    if config.activation_checkpoint.mode != "none":
+        raise ConfigError(
+            f"activation_checkpoint.mode {config.activation_checkpoint.mode!r} is not built yet",
+            "only none works; the field is there so that published settings can be written down",
+        )
+
+
+# key -> (least, most, how to say it)
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "training.seq_len": (1, float("inf"), "at least 1"),
+    "training.local_batch_size": (1, float("inf"), "at least 1"),
+    "training.steps": (1, float("inf"), "at least 1"),
+    "training.max_norm": (0, float("inf"), "0 or more"),
+    "training.gc_freq": (1, float("inf"), "at least 1"),
+    "loss.chunk_size": (0, float("inf"), "0 or more"),
+    "loss.z_loss": (0, float("inf"), "0 or more"),
+    "optimizer.lr": (0, float("inf"), "0 or more"),
+    "optimizer.beta1": (0, 0.9999999, "in [0, 1)"),
+    "optimizer.beta2": (0, 0.9999999, "in [0, 1)"),
+    "optimizer.eps": (0, float("inf"), "0 or more"),
+    "optimizer.weight_decay": (0, float("inf"), "0 or more"),
+    "lr_scheduler.warmup_steps": (0, float("inf"), "0 or more"),
+    "lr_scheduler.total_steps": (1, float("inf"), "at least 1"),
+    "lr_scheduler.decay_ratio": (0, 1, "in [0, 1]"),
+    "lr_scheduler.min_lr_factor": (0, 1, "in [0, 1]"),
+    "parallelism.data_parallel_replicate_degree": (1, float("inf"), "at least 1"),
+    "parallelism.tensor_parallel_degree": (1, float("inf"), "at least 1"),
+    "activation_checkpoint.memory_budget": (0, 1, "in [0, 1]"),
+    "checkpoint.interval": (1, float("inf"), "at least 1"),
+    "checkpoint.keep_latest_k": (0, float("inf"), "0 or more"),
+    "checkpoint.load_step": (-1, float("inf"), "-1 or a step"),
+    "validation.freq": (1, float("inf"), "at least 1"),
+    "validation.steps": (1, float("inf"), "at least 1"),
+    "metrics.log_freq": (1, float("inf"), "at least 1"),
+    "metrics.sample_freq": (0, float("inf"), "0 or more"),
+    "metrics.sample_tokens": (1, float("inf"), "at least 1"),
+    "profiling.profile_freq": (1, float("inf"), "at least 1"),
+    "comm.init_timeout_seconds": (1, float("inf"), "at least 1"),
+    "comm.train_timeout_seconds": (1, float("inf"), "at least 1"),
+    "debug.seed": (0, 2**63 - 1, "between 0 and 2^63 - 1"),
+}
+
+
+def _check_ranges(config: Config) -> None:
+    for name, (least, most, words) in _RANGES.items():
+        table, _, key = name.partition(".")
+        value = getattr(getattr(config, table), key)
+        if value is not None and not least <= value <= most:  # a NaN fails both comparisons
+            raise ConfigError(f"{name} is {value}, not {words}", "change it")
+    for name in ("training.global_batch_size", "parallelism.data_parallel_shard_degree"):
+        table, _, key = name.partition(".")
+        value = getattr(getattr(config, table), key)
+        if value != -1 and value < 1:
+            raise ConfigError(f"{name} is {value}, neither -1 nor at least 1", "change it")
+
+
+@dataclass(frozen=True)
+class MeshDegrees:
+    """How a world is divided; `replicate * shard * tensor` is the number of processes."""
+
+    replicate: int
+    shard: int
+    tensor: int
+
+    @property
+    def data(self) -> int:
+        """Ranks that read different data."""
+        return self.replicate * self.shard
+
+
+def mesh_degrees(parallelism: Parallelism, world_size: int) -> MeshDegrees:
+    """The mesh of `world_size` processes, with -1 resolved; ConfigError when they cannot fill it."""
+    replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
+    tensor = parallelism.tensor_parallel_degree
+    if shard == -1:
+        shard = max(1, world_size // (replicate * tensor))
+    if replicate * shard * tensor != world_size:
+        raise ConfigError(
+            f"data_parallel_replicate_degree {replicate} x data_parallel_shard_degree {shard} x "
+            f"tensor_parallel_degree {tensor} = {replicate * shard * tensor} is not the number of processes {world_size}",
+            "change the degrees in [parallelism] or the number of processes",
+        )
+    return MeshDegrees(replicate, shard, tensor)
+
+
+def grad_accum_steps(training: Training, data_degree: int) -> int:
+    """Forward passes per device and optimizer step; ConfigError when the global batch does not divide."""
+    per_pass = training.local_batch_size * data_degree
+    if training.global_batch_size == -1:
+        return 1
+    if training.global_batch_size % per_pass:
+        raise ConfigError(
+            f"training.global_batch_size {training.global_batch_size} is not divisible by local_batch_size "
+            f"{training.local_batch_size} x data-parallel degree {data_degree} = {per_pass}",
+            "change one of them",
+        )
+    return training.global_batch_size // per_pass
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """The resolved config as tables, without the keys that are None (TOML has no null)."""
+    tables = dataclasses.asdict(config)
+    return {name: {key: value for key, value in keys.items() if value is not None} for name, keys in tables.items()}
+
+
+def from_dict(tables: dict[str, dict[str, Any]]) -> Config:
+    """The inverse of `to_dict`."""
+    return from_options(
+        {f"{table}.{key}": _as_words(value) for table, keys in tables.items() for key, value in keys.items()}
+    )

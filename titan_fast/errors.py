@@ -1,0 +1,80 @@
+"""The error contract: `titan_fast: <what> [<where>]; <what to do>` on one line, and an exit status per kind."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import NoReturn, ParamSpec
+
+P = ParamSpec("P")
+
+
+class TitanFastError(Exception):
+    """A failure that the user can act on. `what` went wrong with its value, `fix` what to do, `where` the path, rank,
+    step or key."""
+
+    exit_status = 1
+
+    def __init__(self, what: str, fix: str, where: str = "") -> None:
+        self.what, self.fix, self.where = what, fix, where
+        super().__init__(f"{what}{f' [{where}]' if where else ''}; {fix}")
+
+    def __reduce__(self) -> tuple:  # the default would call __init__ with the whole sentence alone
+        return type(self), (self.what, self.fix, self.where)
+
+
+class ConfigError(TitanFastError, ValueError):
+    """A setting, or a combination of settings, that cannot run."""
+
+    exit_status = 2
+
+
+class DataError(TitanFastError, ValueError):
+    """Data or a tokenizer that is missing, unreadable or does not fit the model."""
+
+    exit_status = 3
+
+
+class CheckpointError(TitanFastError, RuntimeError):
+    """A checkpoint that cannot be written, found, trusted or continued from."""
+
+    exit_status = 4
+
+
+class NumericsError(TitanFastError, ArithmeticError):
+    """A loss or a gradient that is not finite, or a compiled block that disagrees with the eager one."""
+
+    exit_status = 5
+
+
+class CommunicationError(TitanFastError, RuntimeError):
+    """Ranks that cannot reach each other, or one that hangs."""
+
+    exit_status = 6
+
+
+def fail(error: TitanFastError) -> NoReturn:
+    """Ends the process as the contract says."""
+    sys.stdout.flush()
+    print(f"titan_fast: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    sys.exit(error.exit_status)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turns a TitanFastError raised inside into its line and its exit status; anything else keeps its traceback."""
+    try:
+        yield
+    except TitanFastError as error:
+        fail(error)
+
+
+def command(main: Callable[P, None]) -> Callable[P, None]:
+    """For the `main` of a command line."""
+
+    @wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        with reported():
+            main(*args, **kwargs)
+
+    return run
