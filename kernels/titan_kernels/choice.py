@@ -1,0 +1,175 @@
+"""Which implementation of an operator runs: asked for, or decided by what was measured on this GPU architecture.
+
+The measurements are the files `measured/<architecture>.json` beside this module, written by `python -m benchmarks.plot`
+from benchmark results. An architecture without a file has not been measured, and there `auto` means the reference.
+"""
+
+import functools
+import importlib.resources
+import importlib.util
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+Implementation = Literal["triton", "reference"]
+
+SHAPE_KEYS: dict[str, tuple[str, ...]] = {
+    "rms_norm": ("rows", "width"),
+    "rope": ("rows", "n_heads", "n_kv_heads", "head_dim"),
+    "swiglu": ("rows", "width"),
+    "cross_entropy": ("rows", "vocab"),
+    "reemit": ("rows", "width", "ffn_width"),
+}
+"""The operators that have a switch, and the sizes that describe one call of each."""
+
+SETTINGS = ("auto", "triton", "reference")
+
+# A measurement speaks for shapes whose every size is within this factor of its own.
+REACH = 2.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Forward and backward of one operator at one shape, both implementations timed alternately in one run.
+
+    `compiled` cells time a compiled piece of a block, the operator between the matrix multiplications that it lives
+    with; eager cells time the operator alone. `spread_us` is half the distance from the 10th to the 90th percentile,
+    of the noisier of the two.
+    """
+
+    op: str
+    compiled: bool
+    shape: dict[str, int]
+    triton_us: float
+    reference_us: float
+    spread_us: float
+
+    @property
+    def speedup(self) -> float:
+        return self.reference_us / self.triton_us
+
+    @property
+    def triton_wins(self) -> bool:
+        """Whether the kernel is faster by more than the noise."""
+        return self.reference_us - self.triton_us > self.spread_us
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured on one architecture, and where it comes from."""
+
+    architecture: str
+    device: str
+    versions: dict[str, str]
+    commit: str
+    cells: tuple[Cell, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Table":
+        fields: dict[str, Any] = json.loads(text)
+        return cls(**{**fields, "cells": tuple(Cell(**cell) for cell in fields["cells"])})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`reason` is a fragment that ends a line such as `rms_norm: triton, 1.20x the reference at ...`."""
+
+    implementation: Implementation
+    reason: str
+
+
+def current_architecture() -> str | None:
+    """`sm_90` and the like of the current CUDA device, the target's name on ROCm, None without a device."""
+    if not torch.cuda.is_available():
+        return None
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def load_table(architecture: str) -> Table | None:
+    """The committed measurements of `architecture`, None where there are none."""
+    file = importlib.resources.files("titan_kernels") / "measured" / f"{architecture}.json"
+    return Table.from_json(file.read_text()) if file.is_file() else None
+
+
+def choose(
+    op: str,
+    setting: str,
+    *,
+    architecture: str | None,
+    compiled: bool,
+    interpreted: bool,
+    shape: Mapping[str, int],
+    table: Table | None = None,
+) -> Choice:
+    """The implementation of `op` for one setting of its switch.
+
+    op: a key of SHAPE_KEYS. setting: "auto", "triton" or "reference". architecture: `current_architecture()`, None
+    where tensors are not on a GPU. compiled: whether the operator runs inside torch.compile. interpreted: whether
+    Triton runs its interpreter. shape: the sizes named by SHAPE_KEYS[op]. table: in place of the committed one.
+
+    Raises:
+        ValueError: an unknown op or setting, sizes that do not fit the op, or "triton" where Triton cannot run.
+    """
+    _check(op, setting, shape)
+    if setting == "reference":
+        return Choice("reference", "asked for")
+    installed = importlib.util.find_spec("triton") is not None
+    if setting == "triton":
+        if not installed:
+            raise ValueError(f'{op} = "triton" needs the triton package, which is not installed; say "auto"')
+        if architecture is None and not interpreted:
+            raise ValueError(
+                f'{op} = "triton" needs a GPU, and there is none; say "auto" or "reference", or set '
+                "TRITON_INTERPRET=1 to run the kernel slowly on the CPU"
+            )
+        return Choice("triton", "asked for" if architecture else "asked for, through Triton's interpreter")
+    if architecture is None:
+        return Choice("reference", "no GPU")
+    if not installed:
+        return Choice("reference", "triton is not installed")
+    return _by_measurement(op, architecture, compiled, shape, table or load_table(architecture))
+
+
+def _check(op: str, setting: str, shape: Mapping[str, int]) -> None:
+    if op not in SHAPE_KEYS:
+        raise ValueError(f"no operator {op!r}; there are {', '.join(SHAPE_KEYS)}")
+    if setting not in SETTINGS:
+        raise ValueError(f'{op} = "{setting}" is none of {", ".join(SETTINGS)}')
+    if set(shape) != set(SHAPE_KEYS[op]):
+        raise ValueError(f"{op} is described by the sizes {', '.join(SHAPE_KEYS[op])}; got {', '.join(shape)}")
+    if min(shape.values()) < 1:
+        raise ValueError(f"{op}: every size must be positive, got {dict(shape)}")
+
+
+def _by_measurement(
+    op: str, architecture: str, compiled: bool, shape: Mapping[str, int], table: Table | None
+) -> Choice:
+    context = "inside a compiled block" if compiled else "in eager mode"
+    if table is None:
+        return Choice("reference", f"not measured on {architecture}")
+    if table.architecture != architecture:
+        raise ValueError(f"the table is of {table.architecture}, the device is {architecture}")
+    cells = [cell for cell in table.cells if cell.op == op and cell.compiled == compiled]
+    nearest = min(cells, key=lambda cell: _distance(cell, shape), default=None)
+    if nearest is None:
+        return Choice("reference", f"not measured {context} on {architecture}")
+    at = " x ".join(f"{name} {size}" for name, size in nearest.shape.items())
+    if any(max(size / shape[name], shape[name] / size) > REACH for name, size in nearest.shape.items()):
+        return Choice("reference", f"not measured {context} on {architecture} near this shape (nearest: {at})")
+    verdict = f"{nearest.speedup:.2f}x the reference {context} at {at} on {table.device}"
+    return Choice("triton" if nearest.triton_wins else "reference", f"the kernel is {verdict}")
+
+
+def _distance(cell: Cell, shape: Mapping[str, int]) -> float:
+    return sum(abs(math.log(cell.shape[name] / shape[name])) for name in shape)

@@ -1,0 +1,114 @@
+"""`choose` against a made-up table."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from titan_kernels import choice
+from titan_kernels.choice import Cell, Choice, Table, choose
+
+CELLS = (
+    Cell("rms_norm", True, {"rows": 8192, "width": 4096}, triton_us=100.0, reference_us=95.0, spread_us=1.0),
+    Cell("rms_norm", True, {"rows": 8192, "width": 8192}, triton_us=100.0, reference_us=180.0, spread_us=1.0),
+    Cell("rms_norm", False, {"rows": 8192, "width": 4096}, triton_us=100.0, reference_us=400.0, spread_us=1.0),
+    Cell("swiglu", True, {"rows": 8192, "width": 14336}, triton_us=99.0, reference_us=100.0, spread_us=2.0),
+)
+TABLE = Table("sm_99", "Example GPU", {"torch": "0"}, "0000000", CELLS)
+HERE: dict[str, Any] = {"architecture": "sm_99", "compiled": True, "interpreted": False, "table": TABLE}
+
+
+def norm(setting: str = "auto", rows: int = 8192, width: int = 8192, **changes: Any) -> Choice:
+    return choose("rms_norm", setting, shape={"rows": rows, "width": width}, **{**HERE, **changes})
+
+
+def test_auto_follows_the_nearest_measured_shape() -> None:
+    assert norm() == Choice(
+        "triton", "the kernel is 1.80x the reference inside a compiled block at rows 8192 x width 8192 on Example GPU"
+    )
+    assert norm(width=4096).implementation == "reference"
+    assert "0.95x" in norm(width=4096).reason
+    assert norm(rows=12000, width=7168).implementation == "triton"
+    assert norm(width=5120).implementation == "reference"  # nearer to 4096 than to 8192, as ratios go
+
+
+def test_auto_tells_compiled_from_eager() -> None:
+    eager = norm(width=4096, compiled=False)
+    assert eager.implementation == "triton"
+    assert "4.00x the reference in eager mode" in eager.reason
+
+
+def test_a_win_within_the_noise_is_no_win() -> None:
+    swiglu = choose("swiglu", "auto", shape={"rows": 8192, "width": 14336}, **HERE)
+    assert swiglu.implementation == "reference"
+    assert "1.01x" in swiglu.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"architecture": None}, "no GPU"),
+        ({"architecture": None, "interpreted": True}, "no GPU"),
+        ({"rows": 100}, "not measured inside a compiled block on sm_99 near this shape"),
+        ({"architecture": "sm_98", "table": None}, "not measured on sm_98"),
+        ({"table": replace(TABLE, cells=())}, "not measured inside a compiled block on sm_99"),
+    ],
+)
+def test_auto_without_a_measurement_is_the_reference(changes: dict[str, Any], reason: str) -> None:
+    chosen = norm(**changes)
+    assert chosen.implementation == "reference"
+    assert reason in chosen.reason
+
+
+def test_asked_for() -> None:
+    assert norm("reference") == Choice("reference", "asked for")
+    assert norm("triton", width=4096) == Choice("triton", "asked for")
+    assert norm("triton", architecture=None, interpreted=True).implementation == "triton"
+    with pytest.raises(ValueError, match='rms_norm = "triton" needs a GPU, and there is none'):
+        norm("triton", architecture=None)
+
+
+def test_triton_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    assert norm() == Choice("reference", "triton is not installed")
+    with pytest.raises(ValueError, match="needs the triton package"):
+        norm("triton")
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="no operator 'layer_norm'"):
+        choose("layer_norm", "auto", shape={}, **HERE)
+    with pytest.raises(ValueError, match='"fast" is none of auto, triton, reference'):
+        norm("fast")
+    with pytest.raises(ValueError, match="described by the sizes rows, width; got rows"):
+        choose("swiglu", "auto", shape={"rows": 1}, **HERE)
+    with pytest.raises(ValueError, match="every size must be positive"):
+        norm(rows=0)
+    with pytest.raises(ValueError, match="the table is of sm_99, the device is sm_80"):
+        norm(architecture="sm_80")
+
+
+def test_table_survives_json() -> None:
+    assert Table.from_json(TABLE.to_json()) == TABLE
+
+
+def test_committed_tables_are_of_the_architecture_they_are_named_for() -> None:
+    for path in (Path(choice.__file__).parent / "measured").glob("*.json"):
+        table = choice.load_table(path.stem)
+        assert table is not None
+        assert table.architecture == path.stem
+        assert all(set(cell.shape) == set(choice.SHAPE_KEYS[cell.op]) for cell in table.cells)
+
+
+def test_measurements_are_part_of_the_wheel() -> None:
+    """The build back end's own listing of the wheel contains the folder that `load_table` reads."""
+    pytest.importorskip("hatchling", reason="the build back end is not installed")
+    code = (
+        "from hatchling.builders.wheel import WheelBuilder\n"
+        "for file in WheelBuilder('.').recurse_included_files(): print(file.distribution_path)"
+    )
+    root = Path(choice.__file__).parents[2]
+    listing = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert "titan_kernels/measured/README.md" in listing.replace("\\", "/").split()
