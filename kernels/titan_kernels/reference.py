@@ -75,3 +75,41 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, z_lo
         valid = labels != ignore_index
         loss = loss + z_loss * torch.where(valid, torch.logsumexp(wide, dim=-1) ** 2, 0.0)
     return loss
+
+
+def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """What one slice of the vocabulary says of each row: (largest logit, sum of exp(logit - largest), the label's
+    logit or 0 where the label is not in the slice), [N] float32 each. Slices combine by two reductions.
+
+    logits: [N, V_local], the columns vocab_offset .. vocab_offset + V_local of the whole; labels: [N] int64.
+    """
+    wide = _wide(logits)
+    peak = wide.amax(-1)
+    total = torch.exp(wide - peak[:, None]).sum(-1)
+    column = labels - vocab_offset
+    inside = (column >= 0) & (column < logits.shape[-1])
+    target = wide.gather(-1, torch.where(inside, column, 0)[:, None]).squeeze(-1)
+    return peak, total, torch.where(inside, target, 0.0)
+
+
+def cross_entropy_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_offset: int,
+    logsumexp: Tensor,
+    scale: Tensor,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+) -> None:
+    """Overwrites a slice of the logits with the gradient of `scale * sum(cross_entropy)` by them.
+
+    logits, labels, vocab_offset: as in `cross_entropy_stats`; logsumexp: [N] float32 over the whole vocabulary;
+    scale: 0-dim float32.
+    """
+    weight = torch.where(labels != ignore_index, scale, 0.0)
+    column = labels - vocab_offset
+    inside = (column >= 0) & (column < logits.shape[-1])
+    gradient = torch.exp(_wide(logits) - logsumexp[:, None])
+    gradient *= (weight * (1.0 + 2.0 * z_loss * logsumexp))[:, None]
+    gradient.scatter_add_(-1, torch.where(inside, column, 0)[:, None], -(weight * inside)[:, None])
+    logits.copy_(gradient)

@@ -1,0 +1,87 @@
+"""The process group: the only reader of torchrun's environment."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from titan_fast.config import Comm
+from titan_fast.errors import CommunicationError, ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def world_size() -> int:
+    """The number of processes that torchrun started; 1 without it."""
+    return _integer("WORLD_SIZE", 1)
+
+
+def _integer(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"environment variable {name} is {text!r}, not a number", "start with torchrun")
+    return int(text)
+
+
+@contextmanager
+def start(comm: Comm) -> Iterator[World]:
+    """Joins the processes that torchrun started (or makes a world of one) and leaves them at the end."""
+    rank, size, local_rank = _integer("RANK", 0), world_size(), _integer("LOCAL_RANK", 0)
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} has no GPU, this host has {torch.cuda.device_count()}",
+                "start as many processes per host as it has GPUs",
+            )
+        device, backend = torch.device("cuda", local_rank), "cuda:nccl,cpu:gloo"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    timeout = timedelta(seconds=comm.init_timeout_seconds)
+    try:
+        dist.init_process_group(
+            backend, store=_store(size, timeout), rank=rank, world_size=size, timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        sentence = str(error).splitlines()[0]
+        raise CommunicationError(
+            f"rank {rank} of {size} could not join the others: {sentence}", "look at the first rank that failed"
+        ) from error
+    try:
+        yield World(rank, size, local_rank, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _store(size: int, timeout: timedelta) -> dist.Store:
+    if size == 1 and "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun keeps one store over restarts, and gloo would meet the dead attempt's addresses in it.
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def set_timeout(seconds: int) -> None:
+    """How long a collective may take from now on."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))

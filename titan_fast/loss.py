@@ -1,0 +1,98 @@
+"""The head's matrix product and cross entropy in one, a chunk of tokens at a time: full logits never exist.
+
+The gradient is made in the forward pass, in place of each chunk's logits, as soon as they are known (the idea of
+Liger and of "Cut your losses", arXiv:2411.09009); the backward pass only scales it. With tensor parallelism each rank
+holds a slice of the vocabulary, and three numbers per token are exchanged instead of its logits.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+from titan_fast.ops import Ops
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class LinearCrossEntropy:
+    """`loss(x, weight, labels, scale)`: the sum over tokens of the cross entropy of `x @ weight.T`, times `scale`."""
+
+    ops: Ops
+    chunk_size: int = 0
+    """Tokens per chunk; 0 takes all at once."""
+    z_loss: float = 0.0
+    vocab_group: dist.ProcessGroup | None = None
+    """The ranks among which the vocabulary is split; None: not split."""
+    vocab_offset: int = 0
+    """This rank's first row of the whole weight."""
+
+    def __call__(self, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        """x: [..., D], weight: [V, D] (a DTensor's local rows are taken), labels: [...] int64 with IGNORE_INDEX where
+        there is none, scale: 0-dim float32 on x's device -> 0-dim float32."""
+        if isinstance(weight, DTensor):
+            weight = weight.to_local()
+        return _LinearCrossEntropy.apply(x.flatten(0, -2), weight, labels.flatten(), scale, self)
+
+    def statistics(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(logsumexp, target logit) of each row over the whole vocabulary, float32 [N]."""
+        peak, total, target = self.ops.cross_entropy_stats(logits, labels, self.vocab_offset)
+        if self.vocab_group is not None:
+            highest = peak.clone()
+            dist.all_reduce(highest, dist.ReduceOp.MAX, self.vocab_group)
+            sums = torch.stack((total * torch.exp(peak - highest), target))
+            dist.all_reduce(sums, dist.ReduceOp.SUM, self.vocab_group)
+            peak, (total, target) = highest, sums
+        return peak + torch.log(total), target
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, loss: LinearCrossEntropy) -> Tensor:
+        rows = x.shape[0]
+        step = loss.chunk_size or max(rows, 1)
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(x) if wants_x else None
+        # Several chunks are summed in float32: a bfloat16 sum would lose a bit with each.
+        sum_dtype = torch.float32 if rows > step and weight.dtype != torch.float64 else weight.dtype
+        grad_weight = torch.zeros(weight.shape, dtype=sum_dtype, device=weight.device) if wants_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        for start in range(0, rows, step):
+            chunk, chunk_labels = x[start : start + step], labels[start : start + step]
+            logits = F.linear(chunk, weight)
+            logsumexp, target = loss.statistics(logits, chunk_labels)
+            losses = logsumexp - target + loss.z_loss * logsumexp.square()
+            total += torch.where(chunk_labels != IGNORE_INDEX, losses, 0.0).sum()
+            if not (wants_x or wants_weight):
+                continue
+            loss.ops.cross_entropy_grad_(
+                logits, chunk_labels, loss.vocab_offset, logsumexp, scale, IGNORE_INDEX, loss.z_loss
+            )
+            if grad_x is not None:
+                torch.mm(logits, weight, out=grad_x[start : start + step])
+            if grad_weight is not None:
+                if sum_dtype == weight.dtype:
+                    grad_weight.addmm_(logits.T, chunk)
+                else:
+                    grad_weight += logits.T @ chunk
+        if grad_x is not None and loss.vocab_group is not None:
+            dist.all_reduce(grad_x, dist.ReduceOp.SUM, loss.vocab_group)
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_x, grad_weight = ctx.saved_tensors
+        if grad_x is not None:
+            grad_x = grad_x * grad
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
+        return grad_x, grad_weight, None, None, None

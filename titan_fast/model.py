@@ -1,0 +1,238 @@
+"""Llama 2 and 3 in plain PyTorch: no parallelism, no compile, no choice of kernel (those come in through `ops`).
+
+Shapes: B batch, S sequence, D model width, H query heads, K key/value heads, E head dimension, F feed-forward width,
+V vocabulary. After tensor parallelism has split a projection, H, K and F are what this device holds: they are read off
+the tensors, never assumed.
+"""
+
+import math
+import zlib
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan_fast.flavors import ModelShape
+from titan_fast.ops import REFERENCE, Ops
+
+# What the head calls when it is given labels: (x, weight, labels, scale) -> loss; see loss.py.
+LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+RopeTables = tuple[Tensor, Tensor]
+
+
+def rope_tables(shape: ModelShape, seq_len: int, device: torch.device | str | None = None) -> RopeTables:
+    """cos and sin of every position's angles, [seq_len, E / 2] float32 each.
+
+    Frequencies are Su et al.'s theta^(-2i/E); Llama 3.1 keeps the short wavelengths, divides the long ones by `factor`
+    and blends between (meta-llama/llama-models, `apply_scaling`).
+    """
+    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device) / shape.head_dim
+    frequencies = 1.0 / shape.rope_theta**exponents
+    if (scaling := shape.rope_scaling) is not None:
+        turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)  # full turns over the original context
+        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = keep.clamp(0.0, 1.0)
+        frequencies = frequencies * keep + frequencies / scaling.factor * (1.0 - keep)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies)
+    return angles.cos(), angles.sin()
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, for one attention layer: [B, K, max_len, E] each."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.keys is not None and self.values is not None:
+            k, v = torch.cat((self.keys, k), dim=2), torch.cat((self.values, v), dim=2)
+        self.keys, self.values = k, v
+        return k, v
+
+
+class Norm(nn.Module):
+    """RMSNorm, with the residual add before it when there is one: the two are one pass over memory."""
+
+    def __init__(self, dim: int, eps: float, ops: Ops) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps, self.ops = eps, ops
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, residual: [B, S, D] -> (normalised, new residual), where the new residual is x (+ residual)."""
+        if residual is None:
+            return self.ops.rms_norm(x, self.weight, self.eps), x
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention.
+
+    q, k and v are one matrix. Its rows go by key/value head: that head's queries, its key, its value; so an equal cut
+    of the rows gives whole groups to each device, whatever their number.
+    """
+
+    def __init__(self, shape: ModelShape, ops: Ops) -> None:
+        super().__init__()
+        self.head_dim, self.group, self.ops = shape.head_dim, shape.n_heads // shape.n_kv_heads, ops
+        self.qkv = nn.Linear(shape.dim, shape.qkv_dim, bias=False)
+        self.out = nn.Linear(shape.dim, shape.dim, bias=False)
+
+    def forward(self, x: Tensor, rope: RopeTables, cache: KVCache | None = None) -> Tensor:
+        return self.attend(self.qkv(x), rope, cache)
+
+    def attend(self, qkv: Tensor, rope: RopeTables, cache: KVCache | None = None) -> Tensor:
+        """qkv: [B, S, (H + 2 K) E] -> [B, S, D]."""
+        n_kv_heads = qkv.shape[-1] // ((self.group + 2) * self.head_dim)
+        q, k, v = self.ops.rope(qkv, *rope, n_kv_heads * self.group, n_kv_heads)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        mixed = self.ops.attention(q, k, v)  # [B, H, S, E]
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU. Gate and up stay two matrices: packed, the compiler cannot fuse their product into the backward pass."""
+
+    def __init__(self, shape: ModelShape, ops: Ops) -> None:
+        super().__init__()
+        self.gate = nn.Linear(shape.dim, shape.ffn_dim, bias=False)
+        self.up = nn.Linear(shape.dim, shape.ffn_dim, bias=False)
+        self.down = nn.Linear(shape.ffn_dim, shape.dim, bias=False)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.ops.swiglu(self.gate(x), self.up(x)))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each on a normalised copy of the residual stream."""
+
+    def __init__(self, shape: ModelShape, ops: Ops) -> None:
+        super().__init__()
+        self.attention_norm = Norm(shape.dim, shape.norm_eps, ops)
+        self.attention = Attention(shape, ops)
+        self.feed_forward_norm = Norm(shape.dim, shape.norm_eps, ops)
+        self.feed_forward = FeedForward(shape, ops)
+        self.carry_residual = ops.carry_residual
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, rope: RopeTables, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x, residual: [B, S, D] -> the same pair for the next block, whose sum is the residual stream.
+
+        The last add is done here, or with `carry_residual` left to the next block's first norm, which reads both.
+        """
+        y, residual = self.attention_norm(x, residual)
+        y, residual = self.feed_forward_norm(self.attention(y, rope, cache), residual)
+        x = self.feed_forward(y)
+        return (x, residual) if self.carry_residual else (x + residual, None)
+
+
+class Head(nn.Module):
+    """The last projection, and with labels the loss: the logits of a whole batch need never exist."""
+
+    def __init__(self, shape: ModelShape, loss: LossFunction | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape.vocab_size, shape.dim))
+        self.loss = loss
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return F.linear(x, self.weight)
+        assert self.loss is not None and scale is not None, "a Head that is given labels needs a loss and its scale"
+        return self.loss(x, self.weight, labels, scale)
+
+
+class Llama(nn.Module):
+    """Build it on the meta device for free; `init_weights` gives it memory its values."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self, shape: ModelShape, ops: Ops = REFERENCE, loss: LossFunction | None = None, max_seq_len: int | None = None
+    ) -> None:
+        """max_seq_len: the length of the rotary tables, the shape's own when None."""
+        super().__init__()
+        self.shape = shape
+        self.max_seq_len = max_seq_len or shape.max_seq_len
+        self.embedding = nn.Embedding(shape.vocab_size, shape.dim)
+        self.blocks = nn.ModuleList(Block(shape, ops) for _ in range(shape.n_layers))
+        self.norm = Norm(shape.dim, shape.norm_eps, ops)
+        self.head = Head(shape, loss)
+        if shape.tied:
+            self.head.weight = self.embedding.weight
+        self.register_buffer("cos", torch.empty(self.max_seq_len, shape.head_dim // 2), persistent=False)
+        self.register_buffer("sin", torch.empty(self.max_seq_len, shape.head_dim // 2), persistent=False)
+        self.init_buffers()
+
+    def init_buffers(self) -> None:
+        """Fills the rotary tables, which memory given to a meta model leaves undefined."""
+        if not self.cos.is_meta:
+            self.cos, self.sin = rope_tables(self.shape, self.max_seq_len, self.cos.device)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        scale: Tensor | None = None,
+        caches: list[KVCache] | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """tokens: [B, S] int64 -> logits [B, S, V]; with labels [B, S] and a 0-dim float32 scale, the scaled sum of
+        the tokens' losses, 0-dim float32. `caches` (one a block) and `start`, the position of the first token, are
+        for generation."""
+        rope = self.cos[start : start + tokens.shape[1]], self.sin[start : start + tokens.shape[1]]
+        x, residual = self.embedding(tokens), None
+        for i, block in enumerate(self.blocks):
+            x, residual = block(x, residual, rope, caches[i] if caches else None)
+        x, _ = self.norm(x, residual)
+        return self.head(x, labels, scale)
+
+
+def init_values(name: str, like: torch.Size, shape: ModelShape, seed: int, device: torch.device | str) -> Tensor:
+    """The whole initial float32 tensor of the parameter `name`: a function of (seed, name) alone, so that every way of
+    sharding it cuts the same tensor. Values are torchtitan's: normal of deviation 0.02 cut at three deviations, the
+    two matrices that write to the residual stream scaled down with depth, the head by the width.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(like, device=device)
+    generator = torch.Generator(device=device).manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    deviation = 0.02
+    if name == "embedding.weight" and not shape.tied:
+        deviation = 1.0
+    elif name in ("embedding.weight", "head.weight"):
+        deviation = shape.dim**-0.5
+    elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
+        deviation = 0.02 / math.sqrt(2 * shape.n_layers)
+    values = torch.empty(like, device=device)
+    return nn.init.trunc_normal_(values, 0.0, deviation, -3 * deviation, 3 * deviation, generator=generator)
+
+
+@torch.no_grad()
+def init_weights(model: Llama, seed: int) -> None:
+    """Gives every parameter its initial values, sharded (DTensor) or whole. One whole parameter at a time is held."""
+    for name, parameter in model.named_parameters():
+        clean = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+        values = init_values(clean, parameter.shape, model.shape, seed, parameter.device)
+        copy_shard(parameter, values)
+    model.init_buffers()
+
+
+def copy_shard(parameter: Tensor, whole: Tensor) -> None:
+    """Copies this rank's part of `whole` into `parameter`, a plain tensor or a DTensor of any even or uneven sharding.
+    No communication."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(whole)
+        return
+    local_shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    window = tuple(slice(start, start + length) for start, length in zip(offset, local_shape, strict=True))
+    parameter.to_local().copy_(whole[window])

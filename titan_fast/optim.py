@@ -1,0 +1,96 @@
+"""AdamW, its parameter groups, the learning rate of each step, and gradient clipping over any mesh."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from titan_fast import config
+
+
+def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim.AdamW:
+    """AdamW over the model's parameters; norms and the embedding form a group of their own where they do not decay."""
+    decays, spared = [], []
+    for name, parameter in model.named_parameters():
+        spare = "norm.weight" in name or name.endswith("embedding.weight")
+        (spared if spare and not settings.decay_norms_and_embeddings else decays).append(parameter)
+    groups = [{"params": decays, "weight_decay": settings.weight_decay}]
+    if spared:
+        groups.append({"params": spared, "weight_decay": 0.0})
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=settings.implementation == "fused",
+        foreach=settings.implementation == "foreach",
+    )
+
+
+def learning_rate(step: int, settings: config.LrScheduler, peak: float, training_steps: int) -> float:
+    """The learning rate of optimizer step `step`, counted from 1: linear warm-up, a stable part, then decay.
+
+    The warm-up ends with the peak at step `warmup_steps`; the decay ends with `min_lr_factor * peak` at the
+    schedule's last step and stays there. "sqrt" is 1 - sqrt(progress) (Hägele et al. 2024, arXiv:2405.18392).
+    """
+    total = settings.total_steps or training_steps
+    warmup = min(settings.warmup_steps, total)
+    if step <= warmup:
+        return peak * step / warmup
+    decay = total - warmup if settings.decay_ratio is None else min(round(total * settings.decay_ratio), total - warmup)
+    if step <= total - decay:
+        return peak
+    progress = 1.0 if decay == 0 else min((step - (total - decay)) / decay, 1.0)
+    left = {
+        "linear": 1.0 - progress,
+        "sqrt": 1.0 - math.sqrt(progress),
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[settings.decay_type]
+    return peak * (settings.min_lr_factor + (1.0 - settings.min_lr_factor) * left)
+
+
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, loss: Tensor) -> Tensor:
+    """Scales the gradients so that their global L2 norm is at most `max_norm` (0: only measures) and returns the norm
+    before that, 0-dim float32, the same on every rank.
+
+    Works where parameters are sharded over different meshes, as FSDP with tensor parallelism has them: a gradient held
+    by several ranks counts in part on each, and one reduction over the world adds up all. `loss` is this rank's; where
+    it is not finite, the norm becomes NaN on every rank.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(local)])
+    shares = torch.tensor([1.0 / _copies(g) for g in gradients], device=norms.device)
+    total = (norms.square() * shares).sum() + loss.float() * 0.0
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    norm = total.sqrt()
+    if max_norm:
+        torch._foreach_mul_(local, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return norm
+
+
+def _copies(gradient: Tensor) -> int:
+    """How many ranks of the world hold these same values."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if not isinstance(gradient, DTensor):
+        return world_size
+    sharded_over = 1
+    for size, placement in zip(gradient.device_mesh.shape, gradient.placements, strict=True):
+        assert not isinstance(placement, Partial), "a gradient reached clipping before it was reduced"
+        if not isinstance(placement, Replicate):
+            sharded_over *= size
+    return world_size // sharded_over
+
+
+def step_unless(optimizer: torch.optim.AdamW, bad: Tensor) -> None:
+    """One optimizer step, or none at all (neither weights nor moments nor step counts) where `bad`, a 0-dim float32
+    tensor, is not zero. The fused implementation decides on the device; the others ask the host, which waits."""
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = bad  # type: ignore[attr-defined]  # how GradScaler tells a fused optimizer to skip
+        optimizer.step()
+    elif not bad.item():
+        optimizer.step()
