@@ -1,0 +1,69 @@
+"""What a kernel launch is made of, in one place: the same object launches the kernel and is compiled ahead of time.
+
+Each kernel module builds its `Launch`es in cached functions of (shape, dtype) and has `launches(...)`, which lists
+every one that an operator of that shape uses, for `titan_kernels.inspect`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import JITFunction
+
+POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+"""Triton's name for a pointer to each dtype that a kernel takes."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with everything that decides which binary runs; only the grid and the arguments are left open."""
+
+    name: str
+    """Unique within what `launches` returns, e.g. "rms_norm_forward"."""
+    kernel: JITFunction[Any]
+    """Under Triton's interpreter it is an InterpretedFunction instead."""
+    signature: Mapping[str, str]
+    """Triton type of every argument that is not a constexpr, in the order of the kernel's parameters."""
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    num_stages: int = 1
+    aligned: tuple[str, ...] = ()
+    """Arguments divisible by 16 for contiguous tensors of this shape: pointers as addresses, integers as values."""
+
+    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
+        """Launch with `arguments` in the order of `signature`, on the device that holds the first of them."""
+        device = arguments[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._run(grid, arguments)
+        else:
+            self._run(grid, arguments)
+
+    def _run(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        self.kernel[grid](*arguments, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n, for n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def blocks(n: int, block: int) -> int:
+    """How many blocks of `block` cover n."""
+    return -(-n // block)
+
+
+def is_interpreted(kernel: Any) -> bool:
+    """Whether `kernel` was decorated under TRITON_INTERPRET=1, and so runs on CPU tensors."""
+    return not isinstance(kernel, JITFunction)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., width] as [rows, width] with adjacent columns: a view wherever the strides allow it, else a copy."""
+    width = x.shape[-1]
+    if x.is_contiguous():
+        return x.view(-1, width)
+    rows = x.reshape(-1, width)
+    return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -1,0 +1,463 @@
+"""RMSNorm, alone and after the residual add.
+
+    s = x + residual                                  (add_rms_norm; s = x in rms_norm)
+    r = 1 / sqrt(mean(s^2) + eps),  y = s * r * w
+    ds = r * (w * dy - s * r * mean(w * dy * s * r)) + ds_from_the_residual_stream
+    dw = sum over rows of dy * s * r
+
+Shapes: N rows (all leading dimensions), D width. The backward pass is one read of dy, s and the residual's gradient:
+dS and float32 partial sums of dW come from the same kernel. Each of a fixed number P of programs sums its rows in
+order and a second, small kernel sums the P partials in order: no atomics, so equal inputs give equal bits on one kind
+of device.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from titan_kernels.dispatch import backward_dispatch, eager_function, is_plain_eager
+from titan_kernels.launch import POINTER, Launch, as_rows, blocks, power_of_two
+from titan_kernels.sharding import ROWS, SUM, WHOLE, no_matrix_product, register_row_sharding
+from titan_kernels.validation import require_device, require_dtypes, shape
+
+MAX_WIDTH = 65536
+_WHOLE_ROW_FORWARD = 16384  # wider rows do not fit the registers of one program
+_WHOLE_ROW_BACKWARD = 8192
+_WIDE_ROWS = 4  # rows that a program takes at a time where they are wider than that
+_SUM_COLUMNS = 32
+
+# ---- launch: block width, warps and what else depends on the width alone
+
+
+def _forward_blocks(width: int) -> tuple[int, int]:
+    """(columns per step, warps): 16 elements per thread where the row is wide enough."""
+    block = min(power_of_two(width), _WHOLE_ROW_FORWARD if width <= _WHOLE_ROW_FORWARD else 8192)
+    return block, min(max(block // 512, 1), 32)
+
+
+@cache
+def _forward_launch(width: int, dtype: torch.dtype, weight_dtype: torch.dtype, eps: float, add: bool) -> Launch:
+    block, warps = _forward_blocks(width)
+    pointer = POINTER[dtype]
+    return Launch(
+        name="add_rms_norm_forward" if add else "rms_norm_forward",
+        kernel=_forward_kernel,
+        signature={
+            **dict.fromkeys(("X", "RESIDUAL"), pointer),
+            "WEIGHT": POINTER[weight_dtype],
+            **dict.fromkeys(("Y", "NEW_RESIDUAL"), pointer),
+            "SCALE": "*fp32",
+            **dict.fromkeys(("x_stride", "residual_stride"), "i32"),
+        },
+        constexprs={"WIDTH": width, "EPS": eps, "ADD": add, "BLOCK": block},
+        num_warps=warps,
+        aligned=_aligned(width, "X RESIDUAL WEIGHT Y NEW_RESIDUAL SCALE", "x_stride residual_stride"),
+    )
+
+
+@cache
+def _backward_launch(width: int, dtype: torch.dtype, weight_dtype: torch.dtype, add: bool, emit: bool) -> Launch:
+    """`add`: the residual's gradient is added; `emit`: the normalised output is written again."""
+    whole = width <= _WHOLE_ROW_BACKWARD
+    block = power_of_two(width) if whole else 2048
+    pointer = POINTER[dtype]
+    return Launch(
+        name="rms_norm_backward" + "_add" * add + "_emit" * emit,
+        kernel=_backward_kernel if whole else _backward_wide_kernel,
+        signature={
+            **dict.fromkeys(("DY", "S"), pointer),
+            "WEIGHT": POINTER[weight_dtype],
+            "SCALE": "*fp32",
+            **dict.fromkeys(("DRESIDUAL", "DS", "Y"), pointer),
+            "PARTIALS": "*fp32",
+            **dict.fromkeys(("dy_stride", "s_stride", "dresidual_stride", "n_rows"), "i32"),
+        },
+        constexprs={"WIDTH": width, "ADD": add, "EMIT": emit, "BLOCK": block}
+        | ({"STAGES": 2} if whole else {"ROWS": _WIDE_ROWS}),
+        num_warps=min(max(block // 512, 1), 16) if whole else 16,
+        aligned=_aligned(width, "DY S WEIGHT SCALE DRESIDUAL DS Y PARTIALS", "dy_stride s_stride dresidual_stride"),
+    )
+
+
+@cache
+def _sum_launch(width: int, weight_dtype: torch.dtype) -> Launch:
+    return Launch(
+        name="rms_norm_sum_partials",
+        kernel=_sum_partials_kernel,
+        signature={"PARTIALS": "*fp32", "DWEIGHT": POINTER[weight_dtype], "n_partials": "i32"},
+        constexprs={"WIDTH": width, "ROWS": 32, "COLUMNS": _SUM_COLUMNS},
+        num_warps=4,
+        aligned=("PARTIALS", "DWEIGHT"),
+    )
+
+
+def _aligned(width: int, pointers: str, strides: str) -> tuple[str, ...]:
+    return tuple(pointers.split()) + (tuple(strides.split()) if width % 16 == 0 else ())
+
+
+def _n_partials(n_rows: int, width: int, device: torch.device) -> int:
+    """Programs of the backward kernel: as many as a device holds at once, and none without a row."""
+    if width > _WHOLE_ROW_BACKWARD:
+        return min(blocks(n_rows, _WIDE_ROWS), _multiprocessors(device))
+    return min(n_rows, _multiprocessors(device) * min(8, 8192 // power_of_two(width)))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # the interpreter: enough for a program to have several rows
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launches(
+    width: int, dtype: torch.dtype, weight_dtype: torch.dtype | None = None, eps: float = 1e-5
+) -> list[Launch]:
+    """Every launch of rms_norm, add_rms_norm and their backward passes at this width."""
+    weight_dtype = weight_dtype or dtype
+    forward = [_forward_launch(width, dtype, weight_dtype, eps, add) for add in (False, True)]
+    backward = [
+        _backward_launch(width, dtype, weight_dtype, add, emit) for emit in (False, True) for add in (False, True)
+    ]
+    return [*forward, *backward, _sum_launch(width, weight_dtype)]
+
+
+# ---- forward
+
+
+@triton.jit
+def _load_sum(X, RESIDUAL, columns, inside, ADD: tl.constexpr):
+    """x, or x + residual rounded to their dtype, in float32."""
+    x = tl.load(X + columns, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    if ADD:
+        wide += tl.load(RESIDUAL + columns, mask=inside, other=0.0).to(tl.float32)
+        wide = wide.to(X.dtype.element_ty).to(tl.float32)
+    return wide
+
+
+@triton.jit
+def _forward_kernel(
+    X, RESIDUAL, WEIGHT, Y, NEW_RESIDUAL, SCALE, x_stride, residual_stride,
+    WIDTH: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per row. A row wider than BLOCK is read twice, the second time from cache."""
+    row = tl.program_id(0).to(tl.int64)
+    x = X + row * x_stride
+    residual = RESIDUAL + row * residual_stride
+    y = Y + row * WIDTH
+    new_residual = NEW_RESIDUAL + row * WIDTH
+    columns = tl.arange(0, BLOCK)
+    if WIDTH <= BLOCK:
+        inside = columns < WIDTH
+        s = _load_sum(x, residual, columns, inside, ADD)
+        weight = tl.load(WEIGHT + columns, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(s * s, 0) / WIDTH + EPS)
+        if ADD:
+            tl.store(new_residual + columns, s.to(Y.dtype.element_ty), mask=inside)
+        tl.store(y + columns, (s * scale * weight).to(Y.dtype.element_ty), mask=inside)
+    else:
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, WIDTH, BLOCK):
+            s = _load_sum(x, residual, start + columns, start + columns < WIDTH, ADD)
+            squares += s * s
+        scale = tl.rsqrt(tl.sum(squares, 0) / WIDTH + EPS)
+        for start in range(0, WIDTH, BLOCK):
+            inside = start + columns < WIDTH
+            s = _load_sum(x, residual, start + columns, inside, ADD)
+            weight = tl.load(WEIGHT + start + columns, mask=inside, other=0.0).to(tl.float32)
+            if ADD:
+                tl.store(new_residual + start + columns, s.to(Y.dtype.element_ty), mask=inside)
+            tl.store(y + start + columns, (s * scale * weight).to(Y.dtype.element_ty), mask=inside)
+    tl.store(SCALE + row, scale)
+
+
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, new_residual, scale); without a residual, y stands in for new_residual."""
+    width = x.shape[-1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    new_residual = y if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if n_rows := scale.numel():
+        rows = as_rows(x)
+        residual_rows = rows if residual is None else as_rows(residual)
+        _forward_launch(width, x.dtype, weight.dtype, eps, residual is not None)(
+            (n_rows,), rows, residual_rows, weight.contiguous(), y, new_residual, scale,
+            rows.stride(0), residual_rows.stride(0),
+        )  # fmt: skip
+    return y, new_residual, scale
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(y, scale): scale [...] float32 is 1 / sqrt(mean(x^2) + eps), for the backward pass."""
+    y, _, scale = _forward(x, None, weight, eps)
+    return y, scale
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, new_residual, scale)."""
+    return _forward(x, residual, weight, eps)
+
+
+# ---- backward
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _backward_kernel(
+    DY, S, WEIGHT, SCALE, DRESIDUAL, DS, Y, PARTIALS, dy_stride, s_stride, dresidual_stride, n_rows,
+    WIDTH: tl.constexpr, ADD: tl.constexpr, EMIT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program p takes rows p, p + P, ...; weight and the partial sum of dW stay in registers, the next row is fetched
+    while this one is worked on."""
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    weight = tl.load(WEIGHT + columns, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK,), tl.float32)
+    for row_index in tl.range(program, n_rows, tl.num_programs(0), num_stages=STAGES):
+        row = tl.full((), row_index, tl.int64)
+        dy = tl.load(DY + row * dy_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        normed = tl.load(S + row * s_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(SCALE + row)
+        normed *= scale
+        dweight += dy * normed
+        dnormed = dy * weight
+        ds = (dnormed - normed * (tl.sum(dnormed * normed, 0) / WIDTH)) * scale
+        if ADD:
+            ds += tl.load(DRESIDUAL + row * dresidual_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(DS + row * WIDTH + columns, ds.to(DS.dtype.element_ty), mask=inside)
+        if EMIT:
+            tl.store(Y + row * WIDTH + columns, (normed * weight).to(Y.dtype.element_ty), mask=inside)
+    tl.store(PARTIALS + program.to(tl.int64) * WIDTH + columns, dweight, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _backward_wide_kernel(
+    DY, S, WEIGHT, SCALE, DRESIDUAL, DS, Y, PARTIALS, dy_stride, s_stride, dresidual_stride, n_rows,
+    WIDTH: tl.constexpr, ADD: tl.constexpr, EMIT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """For rows that do not fit: ROWS at a time, read in blocks of columns, first for the mean, then (from cache) for
+    the gradients. The partial sum of dW stands in the program's own row of PARTIALS, added to once per ROWS rows."""
+    program = tl.program_id(0)
+    partials = PARTIALS + program.to(tl.int64) * WIDTH
+    columns = tl.arange(0, BLOCK)
+    for first in range(program * ROWS, n_rows, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        scale = tl.load(SCALE + row, mask=row < n_rows, other=0.0)
+        products = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in range(0, WIDTH, BLOCK):
+            column = (start + columns)[None, :]
+            inside = (row < n_rows) & (column < WIDTH)
+            dy = tl.load(DY + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+            s = tl.load(S + row * s_stride + column, mask=inside, other=0.0).to(tl.float32)
+            weight = tl.load(WEIGHT + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+            products += dy * weight * (s * scale)
+        mean = tl.sum(products, 1)[:, None] / WIDTH
+        for start in range(0, WIDTH, BLOCK):
+            column = (start + columns)[None, :]
+            inside = (row < n_rows) & (column < WIDTH)
+            dy = tl.load(DY + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+            normed = tl.load(S + row * s_stride + column, mask=inside, other=0.0).to(tl.float32) * scale
+            weight = tl.load(WEIGHT + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+            ds = (dy * weight - normed * mean) * scale
+            if ADD:
+                ds += tl.load(DRESIDUAL + row * dresidual_stride + column, mask=inside, other=0.0).to(tl.float32)
+            tl.store(DS + row * WIDTH + column, ds.to(DS.dtype.element_ty), mask=inside)
+            if EMIT:
+                tl.store(Y + row * WIDTH + column, (normed * weight).to(Y.dtype.element_ty), mask=inside)
+            partial = partials + start + columns
+            dweight = tl.sum(dy * normed, 0)
+            # Written by this program alone: nothing to add to on its first rows.
+            dweight += tl.load(partial, mask=(start + columns < WIDTH) & (first != program * ROWS), other=0.0)
+            tl.store(partial, dweight, mask=start + columns < WIDTH)
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def _sum_partials_kernel(PARTIALS, DWEIGHT, n_partials, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """dW from its partials [n_partials, WIDTH]: one program per COLUMNS columns."""
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, n_partials, ROWS):
+        row = (start + tl.arange(0, ROWS))[:, None]
+        inside = (row < n_partials) & (columns[None, :] < WIDTH)
+        total += tl.load(PARTIALS + row.to(tl.int64) * WIDTH + columns[None, :], mask=inside, other=0.0)
+    tl.store(DWEIGHT + columns, tl.sum(total, 0).to(DWEIGHT.dtype.element_ty), mask=columns < WIDTH)
+
+
+def _backward(
+    dy: Tensor, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor, emit: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ds, dweight, y); y is written only if `emit`."""
+    width = s.shape[-1]
+    ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    y = torch.empty(s.shape, dtype=s.dtype, device=s.device) if emit else ds
+    n_rows = scale.numel()
+    if not n_rows:
+        return ds, torch.zeros(width, dtype=weight.dtype, device=s.device), y
+    dweight = torch.empty(width, dtype=weight.dtype, device=s.device)
+    n_partials = _n_partials(n_rows, width, s.device)
+    partials = torch.empty(n_partials, width, dtype=torch.float32, device=s.device)
+    dy_rows, s_rows = as_rows(dy), as_rows(s)
+    dresidual_rows = dy_rows if dresidual is None else as_rows(dresidual)
+    _backward_launch(width, s.dtype, weight.dtype, dresidual is not None, emit)(
+        (n_partials,), dy_rows, s_rows, weight.contiguous(), scale, dresidual_rows, ds, y, partials,
+        dy_rows.stride(0), s_rows.stride(0), dresidual_rows.stride(0), n_rows,
+    )  # fmt: skip
+    _sum_launch(width, weight.dtype)((blocks(width, _SUM_COLUMNS),), partials, dweight, n_partials)
+    return ds, dweight, y
+
+
+def _rms_norm_backward(
+    dy: Tensor, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(ds, dweight)."""
+    ds, dweight, _ = _backward(dy, dresidual, s, weight, scale, emit=False)
+    return ds, dweight
+
+
+def _rms_norm_backward_emit(
+    dy: Tensor, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ds, dweight, y): the normalised output again, which the forward pass then need not save."""
+    return _backward(dy, dresidual, s, weight, scale, emit=True)
+
+
+# ---- operators
+
+rms_norm_op = torch.library.custom_op("titan_kernels::rms_norm", _rms_norm, mutates_args=())
+add_rms_norm_op = torch.library.custom_op("titan_kernels::add_rms_norm", _add_rms_norm, mutates_args=())
+backward_op = torch.library.custom_op("titan_kernels::rms_norm_backward", _rms_norm_backward, mutates_args=())
+backward_emit_op = torch.library.custom_op(
+    "titan_kernels::rms_norm_backward_emit", _rms_norm_backward_emit, mutates_args=()
+)
+
+
+@rms_norm_op.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@add_rms_norm_op.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@backward_op.register_fake
+def _(dy: Tensor, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return s.new_empty(s.shape), weight.new_empty(weight.shape)
+
+
+@backward_emit_op.register_fake
+def _(dy: Tensor, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return s.new_empty(s.shape), weight.new_empty(weight.shape), s.new_empty(s.shape)
+
+
+# What norm_linear calls too.
+run_backward = backward_dispatch(_rms_norm_backward, backward_op)
+run_backward_emit = backward_dispatch(_rms_norm_backward_emit, backward_emit_op)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+    if dy is None:
+        return None, None, None
+    return *run_backward(dy, None, *ctx.saved_tensors), None
+
+
+def _save_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, new_residual, scale = output
+    ctx.mark_non_differentiable(scale)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(new_residual, inputs[2], scale)
+
+
+def _differentiate_add(
+    ctx: Any, dy: Tensor | None, dresidual: Tensor | None, _: None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    """x and the residual have the same gradient: one tensor, given to both."""
+    if dy is None:
+        return dresidual, dresidual, None, None
+    ds, dweight = run_backward(dy, dresidual, *ctx.saved_tensors)
+    return ds, ds, dweight, None
+
+
+rms_norm_op.register_autograd(_differentiate, setup_context=_save)
+add_rms_norm_op.register_autograd(_differentiate_add, setup_context=_save_add)
+_eager_rms_norm = eager_function(_rms_norm, _save, _differentiate)
+_eager_add_rms_norm = eager_function(_add_rms_norm, _save_add, _differentiate_add)
+
+_ops = torch.ops.titan_kernels
+register_flop_formula([_ops.rms_norm, _ops.add_rms_norm, _ops.rms_norm_backward, _ops.rms_norm_backward_emit])(
+    no_matrix_product
+)
+
+
+def _leading_dims(x: Tensor, *_: Any) -> int:
+    return x.ndim - 1
+
+
+_BACKWARD_INPUTS = (ROWS, ROWS, ROWS, WHOLE, ROWS)
+register_row_sharding(_ops.rms_norm.default, (ROWS, ROWS), (ROWS, WHOLE, None), _leading_dims)
+register_row_sharding(_ops.add_rms_norm.default, (ROWS, ROWS, ROWS), (ROWS, ROWS, WHOLE, None), _leading_dims)
+register_row_sharding(_ops.rms_norm_backward.default, (ROWS, SUM), _BACKWARD_INPUTS, _leading_dims)
+register_row_sharding(_ops.rms_norm_backward_emit.default, (ROWS, SUM, ROWS), _BACKWARD_INPUTS, _leading_dims)
+
+
+# ---- what is called
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    x: [..., D] bfloat16, float16 or float32; weight: [D] in x's dtype or float32 -> [..., D] in x's dtype, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or D over 65,536.
+    """
+    check("rms_norm", x, None, weight)
+    if is_plain_eager(x, weight):
+        return _eager_rms_norm(x, weight, eps)[0]
+    return rms_norm_op(x, weight, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual add and the norm that follows it: `new_residual = x + residual; y = rms_norm(new_residual)`.
+
+    x, residual: [..., D] of one dtype; weight: [D] in that dtype or float32 -> (y, new_residual), both [..., D] in x's
+    dtype, contiguous. The norm reads the sum as it was rounded. Backward is one kernel whose one result is the gradient
+    of x and of the residual.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or D over 65,536.
+    """
+    check("add_rms_norm", x, residual, weight)
+    if is_plain_eager(x, residual, weight):
+        return _eager_add_rms_norm(x, residual, weight, eps)[:2]
+    return add_rms_norm_op(x, residual, weight, eps)[:2]
+
+
+def check(operator: str, x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
+    """Raise ValueError unless `operator` can norm x, after adding `residual` where there is one."""
+    if x.dim() == 0 or not 0 < x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"{operator}: takes rows of 1 to {MAX_WIDTH} numbers, got shape {shape(x)}")
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"{operator}: weight has shape {shape(weight)}, x of shape {shape(x)} needs [{x.shape[-1]}]")
+    others = () if residual is None else (residual,)
+    for other in others:
+        if other.shape != x.shape:
+            raise ValueError(f"{operator}: residual has shape {shape(other)}, x has {shape(x)}")
+    if weight.dtype == torch.float32:
+        require_dtypes(operator, x, *others)
+    else:
+        require_dtypes(operator, x, weight, *others)
+    require_device(operator, _forward_kernel, x, weight, *others)

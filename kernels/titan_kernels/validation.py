@@ -1,0 +1,41 @@
+"""What every operator asks of its inputs before it launches anything, else a ValueError that names them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_kernels.launch import is_interpreted
+
+FLOATING = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def shape(x: Tensor) -> list[int]:
+    """x's shape as it is printed in messages."""
+    return list(x.shape)
+
+
+def require_dtypes(operator: str, x: Tensor, *others: Tensor) -> None:
+    """x is bfloat16, float16 or float32, and the others are of the same dtype."""
+    if x.dtype not in FLOATING:
+        raise ValueError(f"{operator}: takes bfloat16, float16 or float32, not {x.dtype}")
+    for other in others:
+        if other.dtype != x.dtype:
+            raise ValueError(
+                f"{operator}: dtypes differ: {x.dtype} of shape {shape(x)}, {other.dtype} of shape {shape(other)}"
+            )
+
+
+def require_device(operator: str, kernel: Any, x: Tensor, *others: Tensor) -> None:
+    """All tensors are on one device, and the kernel can run there."""
+    device = x.device
+    for other in others:
+        if other.device != device:
+            raise ValueError(
+                f"{operator}: tensors of shape {shape(x)} on {device} and {shape(other)} on {other.device}"
+            )
+    if device.type not in ("cuda", "meta") and not (device.type == "cpu" and is_interpreted(kernel)):
+        raise ValueError(
+            f"{operator}: the Triton kernel needs CUDA tensors, got shape {shape(x)} on {device}; "
+            "use titan_kernels.reference there, or set TRITON_INTERPRET=1 before the import to debug it"
+        )
