@@ -43,20 +43,27 @@ def _integer(name: str, default: int) -> int:
     return int(text)
 
 
+def local_device() -> torch.device:
+    """This process's own GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = _integer("LOCAL_RANK", 0)
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU, this host has {torch.cuda.device_count()}",
+            "start as many processes per host as it has GPUs",
+        )
+    return torch.device("cuda", local_rank)
+
+
 @contextmanager
-def start(comm: Comm) -> Iterator[World]:
+def start(comm: Comm, device: torch.device) -> Iterator[World]:
     """Joins the processes that torchrun started (or makes a world of one) and leaves them at the end."""
     rank, size, local_rank = _integer("RANK", 0), world_size(), _integer("LOCAL_RANK", 0)
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"local rank {local_rank} has no GPU, this host has {torch.cuda.device_count()}",
-                "start as many processes per host as it has GPUs",
-            )
-        device, backend = torch.device("cuda", local_rank), "cuda:nccl,cpu:gloo"
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "cuda:nccl,cpu:gloo"
         torch.cuda.set_device(device)
-    else:
-        device, backend = torch.device("cpu"), "gloo"
     timeout = timedelta(seconds=comm.init_timeout_seconds)
     try:
         dist.init_process_group(

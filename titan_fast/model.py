@@ -5,8 +5,8 @@ V vocabulary. After tensor parallelism has split a projection, H, K and F are wh
 the tensors, never assumed.
 """
 
+import hashlib
 import math
-import zlib
 from collections.abc import Callable
 
 import torch
@@ -200,7 +200,9 @@ def init_values(name: str, like: torch.Size, shape: ModelShape, seed: int, devic
     """
     if name.endswith("norm.weight"):
         return torch.ones(like, device=device)
-    generator = torch.Generator(device=device).manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    # A hash, since torch's CPU generator takes only 32 bits of its seed: each must depend on both.
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest[:7], "little"))
     deviation = 0.02
     if name == "embedding.weight" and not shape.tied:
         deviation = 1.0

@@ -43,6 +43,11 @@ def compile_blocks(model: Llama, settings: config.Compile) -> None:
         block.compile(backend=settings.backend, fullgraph=True)
 
 
+def graphs_compiled() -> int:
+    """How many graphs torch.compile has made so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def shard(model: Llama, mesh: DeviceMesh, dtypes: Precision, reshard: str) -> None:
     """FSDP2 over ("replicate", "shard"): a unit per block, the embedding one, final norm and head one.
 

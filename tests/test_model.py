@@ -1,0 +1,142 @@
+"""The model against Hugging Face's LlamaForCausalLM, its published sizes, its cache, its initial weights."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shapes import ALL, LLAMA2, LLAMA3, LLAMA31
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from titan_fast.flavors import FLAVORS, ModelShape
+from titan_fast.flops import parameter_count
+from titan_fast.generate import Sampling, generate, next_token
+from titan_fast.hf import hf_config, pack_qkv, to_hf, unpack_qkv
+from titan_fast.loss import LinearCrossEntropy
+from titan_fast.model import KVCache, Llama, init_values, init_weights, rope_tables
+from titan_fast.ops import REFERENCE
+
+
+def build(shape: ModelShape, **ops_changes: object) -> Llama:
+    ops = dataclasses.replace(REFERENCE, **ops_changes)
+    model = Llama(shape, ops, LinearCrossEntropy(ops, chunk_size=7))
+    init_weights(model, seed=1)
+    return model
+
+
+def hugging_face_twin(model: Llama) -> LlamaForCausalLM:
+    twin = LlamaForCausalLM(LlamaConfig(**hf_config(model.shape), attn_implementation="eager"))
+    weights = dict(to_hf(dict(model.named_parameters()), model.shape))
+    missing = twin.load_state_dict(weights, strict=False).missing_keys
+    assert missing == (["lm_head.weight"] if model.shape.tied else [])
+    return twin
+
+
+def random_tokens(shape: ModelShape, length: int = 48) -> torch.Tensor:
+    return torch.randint(shape.vocab_size, (2, length), generator=torch.Generator().manual_seed(3))
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("carry_residual", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_logits_and_gradients_equal_hugging_face(name: str, carry_residual: bool) -> None:
+    shape = ALL[name]
+    model = build(shape, carry_residual=carry_residual)
+    twin = hugging_face_twin(model)
+    length = 200 if shape is LLAMA31 else 48  # beyond the original context, where scaling shows
+    tokens = random_tokens(shape, length)
+    logits, expected = model(tokens), twin(tokens).logits
+    assert relative(logits, expected) < 1e-5
+
+    labels = tokens.roll(-1, 1)
+    F.cross_entropy(expected.flatten(0, 1), labels.flatten()).backward()
+    model(tokens, labels, torch.tensor(1.0 / labels.numel())).backward()
+    ours = dict(to_hf({name: p.grad for name, p in model.named_parameters()}, shape))
+    theirs = {name: p.grad for name, p in twin.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        assert relative(ours[key], theirs[key]) < 1e-5, key
+
+
+def test_rope_scaling_changes_the_tables_as_hugging_face_does() -> None:
+    plain = dataclasses.replace(LLAMA31, rope_scaling=None)
+    assert not torch.equal(rope_tables(LLAMA31, 64)[0], rope_tables(plain, 64)[0])
+    rotary = LlamaForCausalLM(LlamaConfig(**hf_config(LLAMA31))).model.rotary_emb
+    cos, sin = rotary(torch.zeros(1), torch.arange(512)[None])
+    ours = rope_tables(LLAMA31, 512)
+    torch.testing.assert_close(ours[0], cos[0, :, : LLAMA31.head_dim // 2], rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours[1], sin[0, :, : LLAMA31.head_dim // 2], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_module_has_as_many_parameters_as_the_formula_says(flavor: str) -> None:
+    with torch.device("meta"):
+        model = Llama(FLAVORS[flavor])
+    assert sum(p.numel() for p in model.parameters()) == parameter_count(FLAVORS[flavor])
+
+
+def test_packing_qkv_keeps_groups_whole() -> None:
+    q, k, v = (torch.randn(heads * LLAMA3.head_dim, LLAMA3.dim) for heads in (8, 2, 2))
+    packed = pack_qkv(q, k, v, LLAMA3)
+    for before, after in zip((q, k, v), unpack_qkv(packed, LLAMA3), strict=True):
+        assert torch.equal(before, after)
+    # Half of the rows is one key/value head with its four query heads: a rank of two has what it needs.
+    half = packed[: len(packed) // 2]
+    assert torch.equal(half, torch.cat((q[: len(q) // 2], k[: len(k) // 2], v[: len(v) // 2])))
+
+
+def test_cache_gives_the_logits_of_the_whole_sequence() -> None:
+    model = build(LLAMA3)
+    tokens = random_tokens(LLAMA3, 20)
+    with torch.no_grad():
+        whole = model(tokens)
+        caches = [KVCache() for _ in model.blocks]
+        parts = [model(tokens[:, :12], caches=caches)]
+        parts += [model(tokens[:, i : i + 1], caches=caches, start=i) for i in range(12, 20)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_text_equals_hugging_face() -> None:
+    model = build(LLAMA3)
+    prompt = random_tokens(LLAMA3, 9)[:1]
+    new = torch.cat(list(generate(model, prompt, 20, Sampling(temperature=0))), dim=1)
+    twin = hugging_face_twin(model)
+    expected = twin.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(torch.cat((prompt, new), dim=1), expected)
+
+
+def test_sampling_obeys_top_k_and_top_p() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    generator = torch.Generator().manual_seed(0)
+
+    def seen(**changes: float) -> set[int]:
+        sampling = Sampling(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | changes)  # type: ignore[arg-type]
+        return {int(next_token(logits, sampling, generator)) for _ in range(300)}
+
+    assert seen() == {0, 1, 2, 3}
+    assert seen(top_k=2) == {0, 1}
+    assert seen(top_p=0.79) == {0, 1}
+    assert seen(top_p=0.81) == {0, 1, 2}
+    assert seen(top_p=0.1) == {0}
+    assert seen(temperature=0) == {0}
+
+
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+    one, two, other = build(LLAMA3), build(LLAMA3), Llama(LLAMA3)
+    init_weights(other, seed=2)
+    for (name, a), b, c in zip(one.named_parameters(), two.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert name.endswith("norm.weight") or not torch.equal(a, c), name
+    gate, up = (one.get_parameter(f"blocks.0.feed_forward.{name}.weight") for name in ("gate", "up"))
+    assert not torch.equal(gate, up)
+    assert init_values("blocks.1.attention.out.weight", torch.Size((512, 512)), LLAMA3, 0, "cpu").std() < 0.012
+
+
+def test_first_loss_is_that_of_a_uniform_guess() -> None:
+    for shape in (LLAMA2, LLAMA3, LLAMA31):  # a tied model first predicts the token it has just read
+        model, tokens = build(shape), random_tokens(shape)
+        loss = model(tokens, tokens.roll(-1, 1), torch.tensor(1 / tokens.numel()))
+        assert abs(loss.item() - torch.tensor(float(shape.vocab_size)).log().item()) < 0.7

@@ -1,0 +1,150 @@
+"""Text from a model: `python -m titan_fast.generate --checkpoint DIR --prompt "def "`."""
+
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from titan_fast.checkpoint import checkpoints, load_tensors, tensors_of, tokenizer_of
+from titan_fast.config import Config, from_dict, model_shape
+from titan_fast.errors import CheckpointError, ConfigError, command
+from titan_fast.model import KVCache, Llama
+from titan_fast.ops import build_ops
+from titan_fast.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the model's distribution."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token always."""
+    top_k: int = 50
+    """Only the likeliest K tokens. 0: no limit."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the draw."""
+
+
+def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """logits: [B, V] -> [B, 1] int64."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if sampling.top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # what the likelier tokens have together
+        ordered = ordered.masked_fill(before >= sampling.top_p, float("-inf"))
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, order, ordered)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+@torch.no_grad()
+def generate(model: Llama, prompt: Tensor, max_new_tokens: int, sampling: Sampling) -> Iterator[Tensor]:
+    """Yields the tokens that follow `prompt`, [B, S] int64, as [B, 1] each. The prompt is read in one pass, then each
+    token against the cached keys and values of all before it."""
+    if prompt.shape[1] + max_new_tokens > model.max_seq_len:
+        raise ConfigError(
+            f"{prompt.shape[1]} prompt tokens + {max_new_tokens} new ones are more than the {model.max_seq_len} "
+            "that the model was built for",
+            "ask for fewer",
+        )
+    generator = torch.Generator(device=prompt.device).manual_seed(sampling.seed)
+    caches, tokens, start = [KVCache() for _ in model.blocks], prompt, 0
+    for _ in range(max_new_tokens):
+        logits = model(tokens, caches=caches, start=start)[:, -1]
+        start += tokens.shape[1]
+        tokens = next_token(logits, sampling, generator)
+        yield tokens
+
+
+def generate_text(
+    model: Llama, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling, device: torch.device
+) -> str:
+    """`prompt` and what follows it, up to the end-of-document token."""
+    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
+    if not ids:
+        ids = [tokenizer.eos_id]
+    new = []
+    for token in generate(model, torch.tensor([ids], device=device), max_new_tokens, sampling):
+        if (value := int(token)) == tokenizer.eos_id:
+            break
+        new.append(value)
+    return tokenizer.decode(ids + new)
+
+
+def load_model(path: Path, device: torch.device) -> tuple[Llama, Tokenizer, Config]:
+    """The model of a checkpoint folder (`step-N`), or of the newest one in a run directory or its checkpoint folder, on
+    one device; with its tokenizer and the config that it was trained by."""
+    path = _checkpoint_folder(path)
+    try:
+        config = from_dict(tomllib.loads((path / "config.toml").read_text()))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise CheckpointError(f"its config.toml cannot be read: {error}", "give a step-N folder", str(path)) from error
+    with torch.device("meta"):
+        model = Llama(model_shape(config.model), build_ops(config.kernels, device))
+    model.to_empty(device=device)
+    model.init_buffers()
+    load_tensors(tensors_of(model), path)
+    if device.type == "cuda":
+        model.to(torch.bfloat16)
+        model.init_buffers()
+    return model.eval(), load_tokenizer(tokenizer_of(path)), config
+
+
+def _checkpoint_folder(path: Path) -> Path:
+    if (path / "config.toml").exists() and (path / "state.json").exists():
+        return path
+    for folder in (path, path / "checkpoint"):
+        if found := checkpoints(folder):
+            return list(found.values())[-1]
+    raise CheckpointError("no checkpoint here", "give a run directory or one of its step-N folders", where=str(path))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Samples text from a checkpoint."""
+
+    checkpoint: str
+    """A run directory, or a step-N folder in it."""
+    prompt: str = "def "
+    """What the text begins with."""
+    max_new_tokens: int = 128
+    """How many tokens to add at most."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run. auto: CUDA where there is one."""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
+    """How tokens are drawn."""
+
+
+@command
+def main() -> None:
+    arguments = tyro.cli(Arguments, prog="titan_fast.generate", use_underscores=True)
+    sampling = arguments.sampling
+    if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0 or arguments.max_new_tokens < 1:
+        raise ConfigError(
+            f"temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}, max_new_tokens "
+            f"{arguments.max_new_tokens}: one of them is out of range",
+            "temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1",
+        )
+    name = arguments.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    model, tokenizer, _ = load_model(Path(arguments.checkpoint), device)
+    text = generate_text(model, tokenizer, arguments.prompt, arguments.max_new_tokens, sampling, device)
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

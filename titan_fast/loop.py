@@ -1,0 +1,299 @@
+"""A training run from top to bottom: set up, build, parallelize, resume, loop."""
+
+import gc
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_fast import config as settings
+from titan_fast import distributed
+from titan_fast.checkpoint import Checkpointer, Progress, gather_data_state, own_data_state
+from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape
+from titan_fast.data import Batch, build_loader, build_tokenizer, build_validation_loader
+from titan_fast.distributed import World
+from titan_fast.errors import NumericsError
+from titan_fast.flavors import ModelShape
+from titan_fast.flops import parameter_count
+from titan_fast.generate import Sampling, generate_text
+from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy
+from titan_fast.metrics import MetricsLogger
+from titan_fast.model import Llama, init_weights
+from titan_fast.ops import Ops, build_ops
+from titan_fast.optim import build_optimizer, clip_grad_norm_, learning_rate, step_unless
+from titan_fast.parallel import build_mesh, graphs_compiled, parallelize, precision
+from titan_fast.profiling import Profiler, check_profiling
+from titan_fast.run_directory import open_run_directory, write_config
+
+
+def train(config: Config) -> None:
+    """Runs `config` to its last step. What can be refused is refused before there is a process group."""
+    degrees = mesh_degrees(config.parallelism, distributed.world_size())
+    grad_accum_steps(config.training, degrees.data)
+    device = distributed.local_device()
+    check_profiling(config.profiling, device)
+    ops = build_ops(config.kernels, device)
+    run_dir = open_run_directory(config)
+    with distributed.start(config.comm, device) as world:
+        if world.is_main:
+            write_config(config, run_dir)
+        set_determinism(config.debug)
+        Run(config, degrees, world, run_dir, ops).train()
+
+
+def set_determinism(debug: settings.Debug) -> None:
+    """Seeds torch, and with `debug.deterministic` allows deterministic algorithms only."""
+    torch.manual_seed(debug.seed)
+    if debug.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def build_model(config: Config, shape: ModelShape, ops: Ops, world: World, degrees: MeshDegrees) -> Llama:
+    """The model, parallel and initialised; no process ever holds more of it than its own part."""
+    loss = LinearCrossEntropy(ops, config.loss.chunk_size, config.loss.z_loss)
+    # Sampled text may be longer than a training sequence; a prompt has at most one token a byte.
+    sample = len(config.metrics.sample_prompt.encode()) + 1 + config.metrics.sample_tokens
+    with torch.device("meta"):
+        model = Llama(shape, ops, loss, max_seq_len=max(config.training.seq_len, sample))
+    mesh = build_mesh(degrees, world.device)
+    parallelize(model, mesh, precision(config.training, world.device), config.compile, config.parallelism)
+    model.to_empty(device=world.device)
+    init_weights(model, config.debug.seed)
+    return model
+
+
+class Run:
+    """One run: what it is built of, and the loop over its steps."""
+
+    def __init__(self, config: Config, degrees: MeshDegrees, world: World, run_dir: Path, ops: Ops) -> None:
+        self.config, self.degrees, self.world, self.run_dir, self.ops = config, degrees, world, run_dir, ops
+        self.shape = model_shape(config.model)
+        self.tokenizer = build_tokenizer(config, run_dir, self.shape.vocab_size, world.is_main, world.barrier)
+        self.loader = self._data(build_loader)
+        self.validation_loader = self._data(build_validation_loader) if config.validation.enable else None
+        self.model = build_model(config, self.shape, ops, world, degrees)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.checkpointer = Checkpointer(config, run_dir, world, self.tokenizer.path)
+        self.progress = self._resume()
+        self.first_step = self.progress.step + 1
+        self.metrics = MetricsLogger(
+            config,
+            run_dir=run_dir,
+            is_main=world.is_main,
+            shape=self.shape,
+            device=world.device,
+            n_devices=world.size,
+            tokens_per_step=self.sequences_per_step() * config.training.seq_len,
+            start_step=self.progress.step,
+            tokens_seen=self.progress.tokens_seen,
+            elapsed_before=self.progress.elapsed_seconds,
+        )
+        # The first step whose gradient was not finite, 0 for none; from it on, no step changes anything.
+        self.first_bad_step = torch.zeros((), device=world.device)
+        self.unchecked: dict[int, dict[str, Any]] = {}  # step -> data position, until the host has looked at the step
+
+    def sequences_per_step(self) -> int:
+        training = self.config.training
+        return training.local_batch_size * self.degrees.data * grad_accum_steps(training, self.degrees.data)
+
+    def _data(self, build: Callable[..., Any]) -> Any:
+        return build(
+            self.config,
+            self.tokenizer,
+            vocab_size=self.shape.vocab_size,
+            dp_rank=self.world.rank // self.degrees.tensor,
+            dp_degree=self.degrees.data,
+            device=self.world.device,
+            run_dir=self.run_dir,
+            is_main=self.world.is_main,
+            barrier=self.world.barrier,
+        )
+
+    def _resume(self) -> Progress:
+        found = self.checkpointer.load(self.model, self.optimizer) if self.config.checkpoint.enable else None
+        if found is None:
+            return Progress()
+        self.loader.load_state_dict(own_data_state(found.data, self.world))
+        return found
+
+    def train(self) -> None:
+        """From the step after the last saved one to the last of all."""
+        self.metrics.start(self._description())
+        if self.first_step > self.config.training.steps:
+            self.metrics.say(f"step {self.progress.step} was the last one already: raise training.steps to go on")
+        gc.disable()
+        try:
+            with Profiler(self.config.profiling, self.run_dir, self.world.rank) as profiler:
+                for step in range(self.first_step, self.config.training.steps + 1):
+                    self._one_step(step)
+                    profiler.step()
+            self.sample(self.progress.step)
+        finally:
+            gc.enable()
+            self.loader.close()
+            self.metrics.finish()
+
+    def _one_step(self, step: int) -> None:
+        """A step, and what is due after it."""
+        config, started = self.config, time.perf_counter()
+        last = step == config.training.steps
+
+        def due(every: int) -> bool:
+            return last or (every > 0 and step % every == 0)
+
+        loss, norm, rate = self.step(step)
+        if step == self.first_step:
+            self._after_first_step(started)
+        # Looking at the outcome waits for a GPU, so there it is done where the host waits anyway.
+        looks = due(config.metrics.log_freq) or due(config.checkpoint.interval) or step == self.first_step
+        if looks or self.world.device.type == "cpu":
+            self._check_finite()
+        if due(config.metrics.log_freq) or step == self.first_step:
+            self.metrics.log(
+                step,
+                loss=self._summed(loss),
+                grad_norm=norm.item(),
+                lr=rate,
+                tokens_seen=self.progress.tokens_seen,
+                data_wait_seconds=self.loader.wait_seconds,
+            )
+        if self.validation_loader is not None and due(config.validation.freq):
+            self.validate(step)
+        if not last and due(config.metrics.sample_freq):
+            self.sample(step)
+        if config.checkpoint.enable and due(config.checkpoint.interval):
+            self.save()
+        if step % config.training.gc_freq == 0:
+            gc.collect(1)
+
+    def step(self, step: int) -> tuple[Tensor, Tensor, float]:
+        """One optimizer step: this rank's part of the loss, the gradient's norm (both on the device), and the
+        learning rate."""
+        batches = next(self.loader)
+        self.unchecked[step] = self.loader.position()
+        scale = self._one_over_valid_tokens(batches)
+        total = torch.zeros((), device=self.world.device)
+        for batch in batches:
+            loss = self.model(batch.tokens, batch.labels, scale)
+            loss.backward()
+            total += loss.detach()
+        norm = clip_grad_norm_(self.model.parameters(), self.config.training.max_norm, total)
+        bad = ~torch.isfinite(norm) & (self.first_bad_step == 0)
+        self.first_bad_step = torch.where(bad, float(step), self.first_bad_step)
+        rate = learning_rate(step, self.config.lr_scheduler, self.config.optimizer.lr, self.config.training.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        step_unless(self.optimizer, (self.first_bad_step != 0).float())
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step = step
+        self.progress.tokens_seen += self.sequences_per_step() * self.config.training.seq_len
+        return total, norm, rate
+
+    def _one_over_valid_tokens(self, batches: list[Batch]) -> Tensor:
+        """1 / (tokens with a label in the global batch), 0-dim float32 on the device: what makes the loss a mean."""
+        valid = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum().float()
+        dist.all_reduce(valid)
+        return self.degrees.tensor / valid.clamp(min=1.0)
+
+    def _summed(self, loss: Tensor) -> float:
+        """The loss of the global batch from each rank's part of it."""
+        loss = loss.clone()
+        dist.all_reduce(loss)
+        return loss.item() / self.degrees.tensor
+
+    def _check_finite(self) -> None:
+        """Stops the run where a gradient was not finite; the weights are still those of the step before it."""
+        step = int(self.first_bad_step.item())
+        if step:
+            raise NumericsError(
+                f"the loss or the gradient of step {step} is not finite, and was not applied",
+                f"the newest checkpoint in {self.checkpointer.folder} is sound; look at the data there, lower "
+                "optimizer.lr or clip harder",
+                where=f"step {step}, data {self.unchecked[step]}",
+            )
+        self.unchecked.clear()
+
+    @torch.no_grad()
+    def validate(self, step: int) -> None:
+        """The mean loss over `validation.steps` batches of held-out text, the same ones every time."""
+        with self.metrics.pause():
+            self.validation_loader.reset()
+            total = torch.zeros((), device=self.world.device)
+            for _ in range(self.config.validation.steps):
+                batches = next(self.validation_loader)
+                scale = self._one_over_valid_tokens(batches)
+                for batch in batches:
+                    total += self.model(batch.tokens, batch.labels, scale)
+            loss = self._summed(total) / self.config.validation.steps
+        self.metrics.validation(step, loss)
+
+    def sample(self, step: int) -> None:
+        """A text from the model as it is now. Every rank takes part: each holds only its shards."""
+        prompt, length = self.config.metrics.sample_prompt, self.config.metrics.sample_tokens
+        if not prompt:
+            return
+        with self.metrics.pause(), torch.compiler.set_stance("force_eager"):
+            text = generate_text(
+                self.model, self.tokenizer, prompt, length, Sampling(seed=self.config.debug.seed), self.world.device
+            )
+        self.metrics.sample(step, text)
+
+    def save(self) -> None:
+        """A checkpoint of this moment."""
+        with self.metrics.pause():
+            self.progress.data = gather_data_state(self.loader.state_dict(), self.world)
+            self.progress.elapsed_seconds = self.metrics.elapsed_seconds
+            path = self.checkpointer.save(self.model, self.optimizer, self.progress)
+        self.metrics.say(f"saved {path}")
+
+    def _after_first_step(self, started: float) -> None:
+        distributed.set_timeout(self.config.comm.train_timeout_seconds)
+        if self.config.compile.enable:
+            if self.world.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+            self.metrics.say(f"compiled {graphs_compiled()} graphs; the first step took {seconds:.1f} s with that")
+
+    def _description(self) -> list[tuple[str, str]]:
+        """The start-up lines."""
+        training, degrees, shape = self.config.training, self.degrees, self.shape
+        accumulation = grad_accum_steps(training, degrees.data)
+        dtypes = precision(training, self.world.device)
+        tokens = self.sequences_per_step() * training.seq_len
+        lines = [
+            (
+                "model",
+                f"{self.config.model.flavor}, {parameter_count(shape):,} parameters, {dtypes.param}".replace(
+                    "torch.", ""
+                ),
+            ),
+            ("tokenizer", f"{self.tokenizer.kind}, {self.tokenizer.vocab_size:,} pieces, {self.tokenizer.path}"),
+            ("data", self.loader.describe()),
+            (
+                "mesh",
+                f"{degrees.replicate} replicate x {degrees.shard} shard x {degrees.tensor} tensor, {self.world.device.type}",
+            ),
+            (
+                "tokens per step",
+                f"{training.local_batch_size} sequences x {training.seq_len} tokens x {degrees.data} data-parallel "
+                f"x {accumulation} accumulated = {tokens:,}",
+            ),
+            (
+                "compile",
+                f"per block, {self.config.compile.backend}"
+                if self.config.compile.enable
+                else "off, by [compile] enable",
+            ),
+        ]
+        lines += [(f"{operator}", f"{choice}: {reason}") for operator, choice, reason in self.ops.reasons]
+        lines.append(("run directory", str(self.run_dir)))
+        if self.progress.step:
+            lines.append(("goes on", f"after step {self.progress.step}, {self.progress.tokens_seen:,} tokens"))
+        return lines

@@ -1,0 +1,19 @@
+"""The entry: `torchrun -m titan_fast.train [--config FILE] [--table.key VALUE ...]`. The run itself is in loop.py."""
+
+import sys
+
+from titan_fast.config import parse
+from titan_fast.errors import command
+
+
+@command
+def main() -> None:
+    config = parse(sys.argv[1:])
+    # After parsing, so that --help and a wrong key are answered before the seconds that importing torch takes.
+    from titan_fast.loop import train
+
+    train(config)
+
+
+if __name__ == "__main__":
+    main()
