@@ -1,0 +1,381 @@
+"""What a run tells: console, train.log, metrics.jsonl, TensorBoard, and at the end a summary and the loss curve.
+
+Rank 0 speaks; on the others every method does nothing. Only `log` may wait for the device.
+"""
+
+import atexit
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import torch
+
+from titan_fast import flops, run_history
+from titan_fast.config import Config, to_dict
+from titan_fast.flavors import ModelShape
+from titan_fast.run_history import Record
+from titan_fast.training_clock import TrainingClock
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+MFU_FORMULA: flops.Formula = "titan"
+GIB = 1024**3
+
+
+def aligned(lines: list[tuple[str, str]]) -> str:
+    """Labels in one column, values in the next; a value's further lines stand under its first."""
+    width = max((len(label) for label, _ in lines), default=0)
+    newline = "\n" + " " * (width + 2)
+    return "\n".join(f"{label:<{width}}  {value}".rstrip().replace("\n", newline) for label, value in lines)
+
+
+def duration(seconds: float) -> str:
+    """83.4 -> "0:01:23", a day and more as "1d 02:03:04"."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days}d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
+
+
+def printable(text: str) -> str:
+    """Sampled text without the control characters that would steer the reader's terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: on CUDA the most that torch's allocator held since the last call, on CPU the most that ever was resident."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_reserved(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / GIB
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB  # macOS counts bytes, Linux KiB
+
+
+@dataclass
+class _Totals:
+    """Of this process, over the windows between log lines; the first one has compilation and warm-up in it."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    first_steps: int = 0
+    first_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+    peak_memory: float = 0.0
+
+    def add(self, steps: int, seconds: float) -> None:
+        if not self.steps:
+            self.first_steps, self.first_seconds = steps, seconds
+        self.steps += steps
+        self.seconds += seconds
+
+    def seconds_per_step(self) -> float:
+        """Without the first window where there are more."""
+        steps, seconds = self.steps - self.first_steps, self.seconds - self.first_seconds
+        return seconds / steps if steps else self.seconds / max(self.steps, 1)
+
+
+class MetricsLogger:
+    """Built once per process, before the first step."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        run_dir: Path,
+        is_main: bool,
+        shape: ModelShape,
+        device: torch.device,
+        n_devices: int,
+        tokens_per_step: int,
+        start_step: int = 0,
+        tokens_seen: int = 0,
+        elapsed_before: float = 0.0,
+    ) -> None:
+        """tokens_per_step: of all devices together. start_step, tokens_seen, elapsed_before: where a resumed run goes
+        on; what metrics.jsonl says of later steps is cut off."""
+        self.config, self.run_dir, self.is_main, self.device = config, run_dir, is_main, device
+        self.n_devices, self.tokens_per_step = n_devices, tokens_per_step
+        self.start_step = self.last_step = start_step
+        self.tokens_seen, self.elapsed_before = tokens_seen, elapsed_before
+        self.began = time.perf_counter()
+        self.clock = TrainingClock(device if is_main else torch.device("cpu"))
+        self.totals = _Totals()
+        self.flops_per_token = flops.flops_per_token(shape, config.training.seq_len, MFU_FORMULA)
+        self.peak, self.mfu_note = self._peak()
+        self.metrics_path = run_dir / "metrics.jsonl"
+        self._writer: SummaryWriter | None = None
+        self._progress: Progress | None = None
+        self._log_file: TextIO | None = None
+        self._metrics_file: TextIO | None = None
+        if is_main:
+            self._open()
+
+    def _open(self) -> None:
+        self._log_file = (self.run_dir / "train.log").open("a", encoding="utf-8", buffering=1)
+        cut = run_history.keep_until(self.metrics_path, self.start_step)
+        self._metrics_file = self.metrics_path.open("a", encoding="utf-8", buffering=1)
+        atexit.register(self.close)
+        if cut:
+            self.say(f"metrics.jsonl: {cut} lines after step {self.start_step}, where this run starts, are cut off")
+
+    def _peak(self) -> tuple[float | None, str]:
+        """The device's peak, if MFU means something here, and the sentence about it."""
+        if self.device.type != "cuda":
+            return None, "no MFU: a CPU has no peak listed"
+        name = torch.cuda.get_device_name(self.device)
+        if self.config.training.mixed_precision_param == "float32":
+            return None, "no MFU: the peaks listed are of bfloat16, and this run computes in float32"
+        peak = flops.known_peak(name)
+        if peak is None:
+            return None, flops.unknown_peak_sentence(name)
+        note = f"by formula {MFU_FORMULA}, {self.flops_per_token:,} FLOPs per token, {peak.flops / 1e12:g} TFLOP/s"
+        return peak.flops, f"{note} ({peak.source})"
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Wall time of the whole run, pauses and the time before a resume included."""
+        return self.elapsed_before + time.perf_counter() - self.began
+
+    def say(self, text: str) -> None:
+        """A line, or several, to the console, and to train.log with the time."""
+        if not self.is_main:
+            return
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            encoding = sys.stdout.encoding or "utf-8"  # a console that is not UTF-8 must not end a run
+            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)  # noqa: T201
+        if self._log_file is not None:
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            self._log_file.writelines(f"{stamp} {line}\n" for line in text.split("\n"))
+
+    def start(self, lines: list[tuple[str, str]]) -> None:
+        """The start-up block: `lines` (label, value), then what the numbers of the log lines mean. The first window
+        begins here."""
+        if not self.is_main:
+            return
+        memory = (
+            "most that torch's CUDA allocator reserved since the last line"
+            if self.device.type == "cuda"
+            else "most that was ever resident in this process"
+        )
+        self.say(aligned([*lines, ("tokens/s", "per device"), ("MFU", self.mfu_note), ("memory", memory)]))
+        self._start_progress()
+        self.clock.restart()
+
+    def _start_progress(self) -> None:
+        if not sys.stdout.isatty():
+            return
+        from rich import progress
+
+        self._progress = progress.Progress(
+            progress.TextColumn("step"),
+            progress.MofNCompleteColumn(),
+            progress.BarColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            refresh_per_second=1,  # its thread takes Python's lock from the loop
+            redirect_stderr=False,
+            transient=True,
+        )
+        self._progress.add_task("train", total=self.config.training.steps, completed=self.start_step)
+        self._progress.start()
+
+    def log(
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens_seen: int,
+        data_wait_seconds: float,
+        extra: dict[str, float] | None = None,
+    ) -> None:
+        """Reports the steps since the last call: `loss`, `grad_norm` and `lr` are of `step`, `data_wait_seconds` are
+        this rank's since the last call, `tokens_seen` the whole run's."""
+        if not self.is_main:
+            return
+        seconds, steps = self.clock.window(), step - self.last_step
+        self.totals.add(steps, seconds)
+        self.totals.data_wait_seconds += data_wait_seconds
+        self.last_step, self.tokens_seen = step, tokens_seen
+        tokens_per_second = self.tokens_per_step * steps / seconds / self.n_devices
+        memory = peak_memory(self.device)
+        self.totals.peak_memory = max(self.totals.peak_memory, memory)
+        record = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens_per_second": tokens_per_second,
+            "mfu": flops.mfu(tokens_per_second, self.flops_per_token, self.peak) if self.peak else None,
+            "memory_gib": memory,
+            "data_wait_fraction": data_wait_seconds / seconds,
+            "tokens_seen": tokens_seen,
+            "elapsed_seconds": self.elapsed_seconds,
+        }
+        clash = record.keys() & (extra or {}).keys()
+        assert not clash, f"extra metrics {sorted(clash)} would hide ours"
+        self.say(self._line(record, extra or {}))
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step)
+        self._write(record | (extra or {}))
+
+    def _line(self, record: Record, extra: dict[str, float]) -> str:
+        steps = self.config.training.steps
+        mfu = "    -" if record["mfu"] is None else f"{record['mfu']:5.1%}"
+        left = duration((steps - record["step"]) * self.totals.seconds_per_step())
+        parts = [
+            self._step(record["step"]),
+            f"loss {record['loss']:7.4f}",
+            f"grad norm {record['grad_norm']:8.4f}",
+            f"lr {record['lr']:.2e}",
+            f"tokens/s {record['tokens_per_second']:7,.0f}",
+            f"MFU {mfu}",
+            f"memory {record['memory_gib']:5.2f} GiB",
+            f"data wait {record['data_wait_fraction']:5.1%}",
+            f"ETA {left}",
+            *(f"{name} {value:.4g}" for name, value in extra.items()),
+        ]
+        return "  ".join(parts)
+
+    def _step(self, step: int) -> str:
+        steps = self.config.training.steps
+        return f"step {step:>{len(str(steps))}}/{steps}"
+
+    def _write(self, record: Record) -> None:
+        """To metrics.jsonl and TensorBoard."""
+        assert self._metrics_file is not None
+        self._metrics_file.write(run_history.encode(record))
+        if (writer := self._tensorboard()) is not None:
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    writer.add_scalar(name, value, record["step"])
+
+    def _tensorboard(self) -> "SummaryWriter | None":
+        """The writer, made when first needed: its import takes over a second, which the first line need not wait for
+        and no step is charged with."""
+        if self._writer is None and self.config.metrics.enable_tensorboard:
+            import tomli_w
+
+            with self.clock.pause():
+                from torch.utils.tensorboard.writer import SummaryWriter
+
+                # purge_step hides what an interrupted run wrote beyond the step that this one starts from.
+                folder = self.run_dir / self.config.metrics.save_tb_folder
+                self._writer = SummaryWriter(str(folder), purge_step=self.start_step + 1, flush_secs=30)
+                self._writer.add_text("config", _code(tomli_w.dumps(to_dict(self.config))), self.start_step)
+        return self._writer
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Validation, checkpoints and sampling go inside: not training time, but in the summary."""
+        with self.clock.pause():
+            yield
+
+    def validation(self, step: int, loss: float) -> None:
+        """The loss on held-out text after `step`."""
+        if self.is_main:
+            self.say(f"{self._step(step)}  validation loss {loss:7.4f}")
+            self._write({"step": step, "validation_loss": loss})
+
+    def sample(self, step: int, text: str) -> None:
+        """Text that the model wrote after `step`."""
+        if not self.is_main:
+            return
+        text = printable(text)
+        self.say(aligned([(f"{self._step(step)}  sample", text)]))
+        if (writer := self._tensorboard()) is not None:
+            writer.add_text("sample", _code(text), step)
+
+    def finish(self) -> None:
+        """Draws loss_curve.png, says the summary and closes everything."""
+        if not self.is_main:
+            return
+        self._stop_progress()
+        records = run_history.read(self.metrics_path)
+        if run_history.losses(records):
+            model = self.config.model.flavor
+            run_history.draw_loss_curve(records, self.run_dir / "loss_curve.png", self.config.job.description or model)
+        self.say(aligned(self._summary(records)))
+        self.close()
+
+    def _summary(self, records: list[Record]) -> list[tuple[str, str]]:
+        train, held_out = run_history.losses(records), run_history.validations(records)
+        lines = [("finished", f"{self._step(self.last_step)}, {self.tokens_seen:,} tokens")]
+        if train:
+            best = min(train, key=lambda record: record["loss"])
+            lines.append(
+                (
+                    "loss",
+                    f"first {train[0]['loss']:.4f} (step {train[0]['step']}), last {train[-1]['loss']:.4f}, "
+                    f"best {best['loss']:.4f} (step {best['step']})",
+                )
+            )
+        if held_out:
+            best = min(held_out, key=lambda record: record["validation_loss"])
+            lines.append(
+                (
+                    "validation loss",
+                    f"last {held_out[-1]['validation_loss']:.4f} (step {held_out[-1]['step']}), "
+                    f"best {best['validation_loss']:.4f} (step {best['step']})",
+                )
+            )
+        if self.totals.steps:
+            lines.extend(self._speed())
+        lines.append(("run directory", str(self.run_dir.absolute())))
+        files = ["train.log", "metrics.jsonl"] + ["loss_curve.png"] * bool(train)
+        if self._writer is not None:
+            files.append(f"{self.config.metrics.save_tb_folder}/ (tensorboard --logdir {self.run_dir})")
+        lines.append(("", ", ".join(files)))
+        return lines
+
+    def _speed(self) -> list[tuple[str, str]]:
+        totals = self.totals
+        tokens_per_second = self.tokens_per_step / totals.seconds_per_step() / self.n_devices
+        warm_up = f" without the first {totals.first_steps} steps" if totals.steps > totals.first_steps else ""
+        speed = f"{tokens_per_second:,.0f} per device, mean{warm_up}"
+        if self.peak:
+            speed += f"; MFU {flops.mfu(tokens_per_second, self.flops_per_token, self.peak):.1%} by {MFU_FORMULA}"
+        elapsed = f"{duration(self.elapsed_seconds)}, of it since step {self.start_step}: "
+        elapsed += f"steps {duration(totals.seconds)}, pauses (validation, checkpoints, samples) "
+        elapsed += duration(self.clock.paused_seconds)
+        return [
+            ("tokens/s", speed),
+            ("data wait", f"{totals.data_wait_seconds / totals.seconds:.2%} of the time of the steps"),
+            ("peak memory", f"{totals.peak_memory:.2f} GiB"),
+            ("time", elapsed),
+        ]
+
+    def _stop_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def close(self) -> None:
+        """Puts the terminal in order and closes the files; also at the process's end, whatever ended it."""
+        self._stop_progress()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        for file in (self._log_file, self._metrics_file):
+            if file is not None:
+                file.close()
+        self._log_file = self._metrics_file = None
+        atexit.unregister(self.close)
+
+
+def _code(text: str) -> str:
+    """As TensorBoard's Markdown shows it unchanged."""
+    return "".join(f"    {line}\n" for line in text.split("\n"))

@@ -1,0 +1,117 @@
+"""The run's history: metrics.jsonl, one JSON object a line, and the loss curve that is drawn from it.
+
+A logged step has the keys of metrics.MetricsLogger.log, a measurement on held-out text `step` and `validation_loss`.
+A number that is not finite is null, and `non_finite` says what it was: {"loss": null, "non_finite": {"loss": "nan"}}.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def encode(record: Record) -> str:
+    """One line of strict JSON, which has no NaN and no infinity."""
+    strange = {
+        key: str(value) for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)
+    }
+    if strange:
+        record = {key: None if key in strange else value for key, value in record.items()} | {"non_finite": strange}
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def read(path: Path) -> list[Record]:
+    """The records of the file, none where there is no file. Lines that a kill or a full disk tore are left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def keep_until(path: Path, step: int) -> int:
+    """Cuts what comes after `step` off the file, with torn lines, so that a run that goes on from there writes one
+    history. A run that starts at step 0 has none. Returns the number of lines cut. The file is replaced as a whole or
+    not at all."""
+    if not path.exists():
+        return 0
+    before = path.read_bytes()
+    kept = [record for record in read(path) if step > 0 and record["step"] <= step]
+    after = "".join(encode(record) for record in kept).encode()
+    if after != before:
+        replacement = path.with_name(path.name + ".new")
+        with replacement.open("wb") as file:
+            file.write(after)
+            file.flush()
+            os.fsync(file.fileno())
+        replacement.replace(path)
+    return len(before.splitlines()) - len(kept)
+
+
+def losses(records: Iterable[Record]) -> list[Record]:
+    """The logged steps whose loss is a number."""
+    return [record for record in records if record.get("loss") is not None]
+
+
+def validations(records: Iterable[Record]) -> list[Record]:
+    """The measurements on held-out text that gave a number."""
+    return [record for record in records if record.get("validation_loss") is not None]
+
+
+def draw_loss_curve(records: list[Record], path: Path, title: str) -> None:
+    """Draws loss, and validation loss where it was measured, against tokens into a PNG at `path`."""
+    # Figure without pyplot: no global state, no window system, half the import time.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    # From every logged step, also one whose loss was not a number.
+    tokens_at = {0: 0} | {record["step"]: record["tokens_seen"] for record in records if "tokens_seen" in record}
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    train, held_out = losses(records), validations(records)
+    axes.plot(
+        [record["tokens_seen"] for record in train],
+        [record["loss"] for record in train],
+        color="#3b6ea8",
+        linewidth=1.4,
+        marker="." if len(train) < 60 else None,
+        label=f"training, last {train[-1]['loss']:.3f}" if train else None,
+    )
+    if held_out:
+        axes.plot(
+            [_tokens(record["step"], tokens_at) for record in held_out],
+            [record["validation_loss"] for record in held_out],
+            color="#c4561b",
+            linestyle="none",
+            marker="o",
+            markersize=5,
+            label=f"held-out text, last {held_out[-1]['validation_loss']:.3f}",
+        )
+    axes.set(title=title, xlabel="tokens", ylabel="loss (nats per token)")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if train or held_out:
+        axes.legend(frameon=False)
+    replacement = path.with_name(path.name + ".new")
+    figure.savefig(replacement, format="png")
+    replacement.replace(path)
+
+
+def _tokens(step: int, tokens_at: dict[int, int]) -> float:
+    """Tokens seen at `step`, between logged steps by the straight line."""
+    import numpy as np
+
+    steps = sorted(tokens_at)
+    return float(np.interp(step, steps, [tokens_at[known] for known in steps]))
