@@ -84,6 +84,8 @@ class Training:
     float32 on CPU."""
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over devices."""
+    enable_cpu_offload: bool = False
+    """Keep sharded parameters, gradients and optimizer state in host memory."""
     gc_freq: int = 50
     """Python's garbage is collected every so many steps, at the same step on every rank; a collection whenever one
     rank happens to need it would stall all."""
@@ -140,6 +142,8 @@ class Parallelism:
     """Devices that one copy of the parameters is sharded over (FSDP2). -1: what the other degrees leave."""
     tensor_parallel_degree: int = 1
     """Devices that share each matrix (tensor and sequence parallel)."""
+    enable_async_tensor_parallel: bool = False
+    """Let the compiler overlap tensor-parallel communication with matrix products. Needs CUDA and compile."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Whether gathered parameters are freed after a block's forward. default: all blocks but the last."""
 
@@ -417,11 +421,6 @@ def validate(config: Config) -> None:
             f"activation_checkpoint.selective_ac_option {option!r} is neither a positive integer nor 'op'",
             "write an integer N for every Nth block, or op",
         )
-    if config.activation_checkpoint.mode != "none":
-        raise ConfigError(
-            f"activation_checkpoint.mode {config.activation_checkpoint.mode!r} is not built yet",
-            "only none works; the field is there so that published settings can be written down",
-        )
 
 
 # key -> (least, most, how to say it)
@@ -496,7 +495,7 @@ def mesh_degrees(parallelism: Parallelism, world_size: int) -> MeshDegrees:
     if replicate * shard * tensor != world_size:
         raise ConfigError(
             f"data_parallel_replicate_degree {replicate} x data_parallel_shard_degree {shard} x "
-            f"tensor_parallel_degree {tensor} = {replicate * shard * tensor} is not the number of processes {world_size}",
+            f"tensor_parallel_degree {tensor} = {replicate * shard * tensor}, and there are {world_size} processes",
             "change the degrees in [parallelism] or the number of processes",
         )
     return MeshDegrees(replicate, shard, tensor)

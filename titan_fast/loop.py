@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_fast import config as settings
-from titan_fast import distributed
+from titan_fast import distributed, parallel
 from titan_fast.checkpoint import Checkpointer, Progress, gather_data_state, own_data_state
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape
 from titan_fast.data import Batch, build_loader, build_tokenizer, build_validation_loader
@@ -37,6 +37,7 @@ def train(config: Config) -> None:
     grad_accum_steps(config.training, degrees.data)
     device = distributed.local_device()
     check_profiling(config.profiling, device)
+    parallel.check(config, model_shape(config.model), degrees, device)
     ops = build_ops(config.kernels, device)
     run_dir = open_run_directory(config)
     with distributed.start(config.comm, device) as world:
@@ -63,7 +64,7 @@ def build_model(config: Config, shape: ModelShape, ops: Ops, world: World, degre
     with torch.device("meta"):
         model = Llama(shape, ops, loss, max_seq_len=max(config.training.seq_len, sample))
     mesh = build_mesh(degrees, world.device)
-    parallelize(model, mesh, precision(config.training, world.device), config.compile, config.parallelism)
+    parallelize(model, mesh, precision(config.training, world.device), config)
     model.to_empty(device=world.device)
     init_weights(model, config.debug.seed)
     return model
@@ -239,6 +240,9 @@ class Run:
         prompt, length = self.config.metrics.sample_prompt, self.config.metrics.sample_tokens
         if not prompt:
             return
+        if self.degrees.tensor > 1:  # which cuts sequences, and a sequence of one token cannot be cut
+            self.metrics.say("no sample: text is generated without tensor parallelism, by titan_fast.generate")
+            return
         with self.metrics.pause(), torch.compiler.set_stance("force_eager"):
             text = generate_text(
                 self.model, self.tokenizer, prompt, length, Sampling(seed=self.config.debug.seed), self.world.device
@@ -278,7 +282,7 @@ class Run:
             ("data", self.loader.describe()),
             (
                 "mesh",
-                f"{degrees.replicate} replicate x {degrees.shard} shard x {degrees.tensor} tensor, {self.world.device.type}",
+                f"{degrees.replicate} replicate x {degrees.shard} shard x {degrees.tensor} tensor on {self.world.device.type}",
             ),
             (
                 "tokens per step",

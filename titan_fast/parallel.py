@@ -1,19 +1,35 @@
-"""From one device to many, in one order: mesh, compile per block, FSDP2."""
+"""From one device to many, in one order: tensor parallel, activation checkpointing, compile per block, FSDP2."""
 
+import dataclasses
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
 
-from titan_fast import config
-from titan_fast.config import MeshDegrees
-from titan_fast.model import Llama
+from titan_fast import activation_checkpoint, config
+from titan_fast.config import Config, MeshDegrees
+from titan_fast.errors import ConfigError
+from titan_fast.flavors import ModelShape
+from titan_fast.loss import LinearCrossEntropy
+from titan_fast.model import Head, Llama, Norm
 
 
 def build_mesh(degrees: MeshDegrees, device: torch.device) -> DeviceMesh:
-    """The mesh ("replicate", "shard", "tensor"), ranks in that order, the last one the closest."""
+    """The mesh ("replicate", "shard", "tensor"), ranks in that order: tensor-parallel ranks are neighbours."""
     return init_device_mesh(
         device.type,
         (degrees.replicate, degrees.shard, degrees.tensor),
@@ -37,6 +53,132 @@ def precision(training: config.Training, device: torch.device) -> Precision:
     return Precision(getattr(torch, name), getattr(torch, training.mixed_precision_reduce))
 
 
+def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: torch.device) -> None:
+    """ConfigError, with the numbers, for what cannot be parallelized as asked."""
+    tensor, seq_len = degrees.tensor, settings.training.seq_len
+    for name, value in (("n_heads", shape.n_heads), ("n_kv_heads", shape.n_kv_heads), ("ffn_dim", shape.ffn_dim)):
+        if value % tensor:
+            divisors = [n for n in range(1, value + 1) if shape.n_kv_heads % n == 0 and shape.ffn_dim % n == 0]
+            raise ConfigError(
+                f"{name} {value} is not divisible by tensor_parallel_degree {tensor}",
+                f"for this model the degree may be one of {divisors}",
+            )
+    if seq_len % tensor:
+        raise ConfigError(
+            f"training.seq_len {seq_len} is not divisible by tensor_parallel_degree {tensor}, which cuts sequences too",
+            "change one of them",
+        )
+    activation_checkpoint.check(settings.activation_checkpoint, settings.compile.enable)
+    if settings.parallelism.enable_async_tensor_parallel:
+        lacks = [
+            what
+            for what, there in (
+                ("a tensor_parallel_degree above 1", tensor > 1),
+                ("compile.enable", settings.compile.enable),
+                ("CUDA", device.type == "cuda"),
+            )
+            if not there
+        ]
+        if lacks:
+            raise ConfigError(
+                f"parallelism.enable_async_tensor_parallel cannot work without {' and '.join(lacks)}", "turn it off"
+            )
+
+
+def parallelize(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Config) -> Llama:
+    """Makes a meta-device model this rank's part of it, in place. Give it memory and values after this."""
+    if mesh["tensor"].size() > 1:
+        apply_tensor_parallel(model, mesh["tensor"], settings.parallelism.enable_async_tensor_parallel)
+    activation_checkpoint.apply(model, settings.activation_checkpoint)
+    if settings.compile.enable:
+        compile_blocks(model, settings.compile)
+    # A single float32 device needs nothing of FSDP; one that computes in bfloat16 has its float32 masters from it.
+    if mesh.size() > 1 or dtypes.param != torch.float32 or settings.training.enable_cpu_offload:
+        apply_fsdp(model, mesh, dtypes, settings)
+    return model
+
+
+# Tensor parallel with sequence parallel: between the marked modules each rank holds seq_len / degree positions, inside
+# them all positions and 1 / degree of the heads or features. Modules take and return plain local tensors.
+_SEQUENCE, _WHOLE = Shard(1), Replicate()
+
+MODEL_PLAN: dict[str, Callable[[], ParallelStyle]] = {
+    "embedding": lambda: RowwiseParallel(input_layouts=_WHOLE, output_layouts=_SEQUENCE),
+    "norm": lambda: SequenceShardNorm(),
+    "head": lambda: VocabularyParallelHead(),
+}
+BLOCK_PLAN: dict[str, Callable[[], ParallelStyle]] = {
+    "attention_norm": lambda: SequenceShardNorm(),
+    "attention": lambda: PrepareModuleInput(
+        input_layouts=(_SEQUENCE, None, None), desired_input_layouts=(_WHOLE, None, None)
+    ),
+    "attention.qkv": lambda: ColwiseParallel(),
+    "attention.out": lambda: RowwiseParallel(output_layouts=_SEQUENCE),
+    "feed_forward_norm": lambda: SequenceShardNorm(),
+    "feed_forward": lambda: PrepareModuleInput(input_layouts=(_SEQUENCE,), desired_input_layouts=(_WHOLE,)),
+    "feed_forward.gate": lambda: ColwiseParallel(),
+    "feed_forward.up": lambda: ColwiseParallel(),
+    "feed_forward.down": lambda: RowwiseParallel(output_layouts=_SEQUENCE),
+}
+
+
+def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, asynchronous: bool) -> None:
+    """Cuts matrices over `mesh` and sequences between them."""
+    parallelize_module(model, mesh, {name: style() for name, style in MODEL_PLAN.items()})
+    for block in model.blocks:
+        parallelize_module(block, mesh, {name: style() for name, style in BLOCK_PLAN.items()})
+    if model.shape.tied:
+        model.head.weight = model.embedding.weight
+    if asynchronous:
+        torch._inductor.config._micro_pipeline_tp = True
+        torch.distributed._symmetric_memory.enable_symm_mem_for_group(mesh.get_group().group_name)
+
+
+class SequenceShardNorm(ParallelStyle):
+    """A norm on this rank's positions: no communication, and a weight gradient that the ranks sum.
+
+    The operators see plain tensors: DTensor dispatch would cost more host time than the norm."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, Norm)
+        module.weight = nn.Parameter(distribute_tensor(module.weight, device_mesh, [Replicate()]))
+        module.ops = dataclasses.replace(
+            module.ops,
+            rms_norm=_with_local_weight(module.ops.rms_norm),
+            add_rms_norm=_with_local_weight(module.ops.add_rms_norm),
+        )
+        return module
+
+
+def _with_local_weight(operator: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        return operator(*(_local_with_partial_gradient(a) if isinstance(a, DTensor) else a for a in arguments))
+
+    return run
+
+
+def _local_with_partial_gradient(weight: DTensor) -> Tensor:
+    """The whole weight as a plain tensor whose gradient, made from some positions only, is one term of a sum. FSDP
+    does that sum when it takes the gradient."""
+    return weight.to_local(grad_placements=[Partial()])
+
+
+class VocabularyParallelHead(ParallelStyle):
+    """The head's rows, which are the vocabulary, cut over the ranks; its loss exchanges three numbers a token."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, Head)
+        weight = distribute_tensor(module.weight, device_mesh, [Shard(0)])
+        module.weight = nn.Parameter(weight)
+        if isinstance(module.loss, LinearCrossEntropy):
+            _, offset = compute_local_shape_and_global_offset(weight.shape, device_mesh, [Shard(0)])
+            module.loss = dataclasses.replace(module.loss, vocab_group=device_mesh.get_group(), vocab_offset=offset[0])
+        gather = PrepareModuleInput(
+            input_layouts=(_SEQUENCE, None, None), desired_input_layouts=(_WHOLE, None, None), use_local_output=True
+        )
+        return gather._apply(module, device_mesh)
+
+
 def compile_blocks(model: Llama, settings: config.Compile) -> None:
     """Compiles each block in place; blocks of one shape share one graph."""
     for block in model.blocks:
@@ -48,35 +190,41 @@ def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def shard(model: Llama, mesh: DeviceMesh, dtypes: Precision, reshard: str) -> None:
-    """FSDP2 over ("replicate", "shard"): a unit per block, the embedding one, final norm and head one.
+def apply_fsdp(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Config) -> None:
+    """FSDP2 over ("replicate", "shard"): a unit per block, one for the embedding, one for final norm and head.
 
-    A tied embedding and head are one parameter and so one unit, the root. Gradients are summed, never averaged: the
-    loss already carries one over the global number of tokens.
+    A tied embedding and head are one parameter and so belong to one unit, the root. Gradients are summed, never
+    averaged: the loss already carries one over the global number of tokens.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtypes.param, reduce_dtype=dtypes.reduce, cast_forward_inputs=False)
-    over = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
+    reshard = settings.parallelism.fsdp_reshard_after_forward
+    common: dict[str, Any] = {
+        "mesh": mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"],
+        "mp_policy": MixedPrecisionPolicy(dtypes.param, dtypes.reduce, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy() if settings.training.enable_cpu_offload else OffloadPolicy(),
+    }
     for i, block in enumerate(model.blocks):
         # The last block's backward comes right after its forward: freed, it would be gathered again at once.
         free = reshard == "always" or (reshard == "default" and i < len(model.blocks) - 1)
-        fully_shard(block, mesh=over, mp_policy=policy, reshard_after_forward=free)
+        fully_shard(block, reshard_after_forward=free, **common)
     if not model.shape.tied:
-        fully_shard(model.embedding, mesh=over, mp_policy=policy, reshard_after_forward=reshard != "never")
-        fully_shard([model.norm, model.head], mesh=over, mp_policy=policy, reshard_after_forward=reshard == "always")
-    fully_shard(model, mesh=over, mp_policy=policy, reshard_after_forward=reshard == "always")
+        fully_shard(model.embedding, reshard_after_forward=reshard != "never", **common)
+        fully_shard([model.norm, model.head], reshard_after_forward=reshard == "always", **common)
+    fully_shard(model, reshard_after_forward=reshard == "always", **common)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             # Without this a divide factor becomes a PREMUL_SUM, which gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
+    _prefetch(model)
 
 
-def parallelize(
-    model: Llama, mesh: DeviceMesh, dtypes: Precision, compile_settings: config.Compile, settings: config.Parallelism
-) -> nn.Module:
-    """Compile and FSDP2, in place. One float32 device needs no FSDP; one in bfloat16 has its casts from it."""
-    if compile_settings.enable:
-        compile_blocks(model, compile_settings)
-    if mesh.size() > 1 or dtypes.param != torch.float32:
-        shard(model, mesh, dtypes, settings.fsdp_reshard_after_forward)
-    return model
+def _prefetch(model: Llama) -> None:
+    """Gathers each unit while the one before it computes, in forward and backward order, instead of leaving it to the
+    order that FSDP saw in the first step."""
+    ends = [] if model.shape.tied else [[model.embedding], [model.norm, model.head]]
+    units = [*ends[:1], *([block] for block in model.blocks), *ends[1:]]
+    first = [unit[0] for unit in units]
+    for now, then in itertools.pairwise(first):
+        if isinstance(now, FSDPModule) and isinstance(then, FSDPModule):
+            now.set_modules_to_forward_prefetch([then])
+            then.set_modules_to_backward_prefetch([now])
