@@ -19,7 +19,6 @@ from titan_fast.data import Batch, build_loader, build_tokenizer, build_validati
 from titan_fast.distributed import World
 from titan_fast.errors import NumericsError
 from titan_fast.flavors import ModelShape
-from titan_fast.flops import parameter_count
 from titan_fast.generate import Sampling, generate_text
 from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy
 from titan_fast.metrics import MetricsLogger
@@ -29,6 +28,7 @@ from titan_fast.optim import build_optimizer, clip_grad_norm_, learning_rate, st
 from titan_fast.parallel import build_mesh, graphs_compiled, parallelize, precision
 from titan_fast.profiling import Profiler, check_profiling
 from titan_fast.run_directory import open_run_directory, write_config
+from titan_fast.startup import startup_lines
 
 
 def train(config: Config) -> None:
@@ -126,7 +126,18 @@ class Run:
 
     def train(self) -> None:
         """From the step after the last saved one to the last of all."""
-        self.metrics.start(self._description())
+        self.metrics.start(
+            startup_lines(
+                self.config,
+                self.shape,
+                self.degrees,
+                self.world.device,
+                self.tokenizer,
+                self.loader.describe(),
+                self.ops,
+                self.progress,
+            )
+        )
         if self.first_step > self.config.training.steps:
             self.metrics.say(f"step {self.progress.step} was the last one already: raise training.steps to go on")
         gc.disable()
@@ -224,6 +235,7 @@ class Run:
     @torch.no_grad()
     def validate(self, step: int) -> None:
         """The mean loss over `validation.steps` batches of held-out text, the same ones every time."""
+        assert self.validation_loader is not None
         with self.metrics.pause():
             self.validation_loader.reset()
             total = torch.zeros((), device=self.world.device)
@@ -264,40 +276,3 @@ class Run:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
             self.metrics.say(f"compiled {graphs_compiled()} graphs; the first step took {seconds:.1f} s with that")
-
-    def _description(self) -> list[tuple[str, str]]:
-        """The start-up lines."""
-        training, degrees, shape = self.config.training, self.degrees, self.shape
-        accumulation = grad_accum_steps(training, degrees.data)
-        dtypes = precision(training, self.world.device)
-        tokens = self.sequences_per_step() * training.seq_len
-        lines = [
-            (
-                "model",
-                f"{self.config.model.flavor}, {parameter_count(shape):,} parameters, {dtypes.param}".replace(
-                    "torch.", ""
-                ),
-            ),
-            ("tokenizer", f"{self.tokenizer.kind}, {self.tokenizer.vocab_size:,} pieces, {self.tokenizer.path}"),
-            ("data", self.loader.describe()),
-            (
-                "mesh",
-                f"{degrees.replicate} replicate x {degrees.shard} shard x {degrees.tensor} tensor on {self.world.device.type}",
-            ),
-            (
-                "tokens per step",
-                f"{training.local_batch_size} sequences x {training.seq_len} tokens x {degrees.data} data-parallel "
-                f"x {accumulation} accumulated = {tokens:,}",
-            ),
-            (
-                "compile",
-                f"per block, {self.config.compile.backend}"
-                if self.config.compile.enable
-                else "off, by [compile] enable",
-            ),
-        ]
-        lines += [(f"{operator}", f"{choice}: {reason}") for operator, choice, reason in self.ops.reasons]
-        lines.append(("run directory", str(self.run_dir)))
-        if self.progress.step:
-            lines.append(("goes on", f"after step {self.progress.step}, {self.progress.tokens_seen:,} tokens"))
-        return lines

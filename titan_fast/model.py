@@ -8,6 +8,7 @@ the tensors, never assumed.
 import hashlib
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -125,10 +126,10 @@ class Block(nn.Module):
 
         The last add is done here, or with `carry_residual` left to the next block's first norm, which reads both.
         """
-        y, residual = self.attention_norm(x, residual)
-        y, residual = self.feed_forward_norm(self.attention(y, rope, cache), residual)
+        y, stream = self.attention_norm(x, residual)
+        y, stream = self.feed_forward_norm(self.attention(y, rope, cache), stream)
         x = self.feed_forward(y)
-        return (x, residual) if self.carry_residual else (x + residual, None)
+        return (x, stream) if self.carry_residual else (x + stream, None)
 
 
 class Head(nn.Module):
@@ -151,6 +152,7 @@ class Llama(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    embedding: nn.Embedding
 
     def __init__(
         self, shape: ModelShape, ops: Ops = REFERENCE, loss: LossFunction | None = None, max_seq_len: int | None = None
@@ -164,10 +166,14 @@ class Llama(nn.Module):
         self.norm = Norm(shape.dim, shape.norm_eps, ops)
         self.head = Head(shape, loss)
         if shape.tied:
-            self.head.weight = self.embedding.weight
+            self.tie()
         self.register_buffer("cos", torch.empty(self.max_seq_len, shape.head_dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(self.max_seq_len, shape.head_dim // 2), persistent=False)
         self.init_buffers()
+
+    def tie(self) -> None:
+        """Makes the head's matrix the embedding's."""
+        self.head.weight = cast(nn.Parameter, self.embedding.weight)
 
     def init_buffers(self) -> None:
         """Fills the rotary tables, which memory given to a meta model leaves undefined."""

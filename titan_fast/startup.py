@@ -1,0 +1,48 @@
+"""What a run says of itself before its first step."""
+
+from pathlib import Path
+
+import torch
+
+from titan_fast.checkpoint import Progress
+from titan_fast.config import Config, MeshDegrees, grad_accum_steps
+from titan_fast.flavors import ModelShape
+from titan_fast.flops import parameter_count
+from titan_fast.ops import Ops
+from titan_fast.parallel import precision
+from titan_fast.tokenizer import Tokenizer
+
+
+def startup_lines(
+    config: Config,
+    shape: ModelShape,
+    degrees: MeshDegrees,
+    device: torch.device,
+    tokenizer: Tokenizer,
+    data: str,
+    ops: Ops,
+    progress: Progress,
+) -> list[tuple[str, str]]:
+    """(label, text) of the model, the data, the mesh, the batch with its multiplication, and every choice with its
+    reason. `data` is the loader's own description."""
+    training, compiles = config.training, config.compile
+    dtype = str(precision(training, device).param).removeprefix("torch.")
+    accumulation = grad_accum_steps(training, degrees.data)
+    tokens = training.local_batch_size * training.seq_len * degrees.data * accumulation
+    lines = [
+        ("model", f"{config.model.flavor}, {parameter_count(shape):,} parameters, computed in {dtype}"),
+        ("tokenizer", f"{tokenizer.kind}, {tokenizer.vocab_size:,} pieces, {tokenizer.path}"),
+        ("data", data),
+        ("mesh", f"{degrees.replicate} replicate x {degrees.shard} shard x {degrees.tensor} tensor on {device.type}"),
+        (
+            "tokens per step",
+            f"{training.local_batch_size} sequences x {training.seq_len} tokens x {degrees.data} data-parallel "
+            f"x {accumulation} accumulated = {tokens:,}",
+        ),
+        ("compile", f"per block, {compiles.backend}" if compiles.enable else "off: [compile] enable is False"),
+    ]
+    lines += [(operator, f"{choice}: {reason}") for operator, choice, reason in ops.reasons]
+    lines.append(("run directory", str(Path(config.job.dump_folder))))
+    if progress.step:
+        lines.append(("goes on", f"after step {progress.step:,}, {progress.tokens_seen:,} tokens"))
+    return lines
