@@ -1,0 +1,402 @@
+"""Documents out of local files, one at a time, with every row that cannot be used counted and said.
+
+A row is a document; in .txt, .md and .py the file is. What is wrong with one row never stops a run and never passes
+silently: it goes into a `RowLedger`. What is wrong with a whole file (missing, truncated, without a text column) is a
+DataError.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from titan_fast.errors import DataError
+from titan_fast.tokenizer import valid_unicode
+
+LONGEST_DOCUMENT = 4 * 1024 * 1024
+"""Characters (bytes, in text files) after which a document is cut in two, so that memory stays bounded."""
+LONGEST_ROW = 256 * 1024 * 1024
+"""Bytes of one line that are read into memory; a longer one is passed over."""
+MOST_BAD_ROWS = 0.5
+"""The part of the rows that may be bad before the data is refused."""
+_ROWS_TO_JUDGE = 10_000  # rows after which data without its text column, or mostly bad, is refused without reading on
+
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+COMPRESSIONS = (".gz", ".zst")
+
+
+class Document(NamedTuple):
+    """A text and where it is from: `line` is its first line, or its row in a parquet file, from 1."""
+
+    text: str
+    file: str
+    line: int
+
+
+@dataclass
+class RowLedger:
+    """Counts rows: the good, the passed over and the mended, by reason and with the first place of each."""
+
+    rows: int = 0
+    passed_over: dict[str, int] = field(default_factory=dict)
+    mended: dict[str, int] = field(default_factory=dict)
+    first_place: dict[str, str] = field(default_factory=dict)
+    columns: set[str] = field(default_factory=set)
+    """The fields of rows that have no text field."""
+    has_column: bool = False
+    """Whether any row had the text field."""
+
+    def pass_over(self, reason: str, place: str, count: int = 1) -> None:
+        self.passed_over[reason] = self.passed_over.get(reason, 0) + count
+        self.first_place.setdefault(reason, place)
+
+    def mend(self, reason: str, place: str) -> None:
+        self.mended[reason] = self.mended.get(reason, 0) + 1
+        self.first_place.setdefault(reason, place)
+
+    def summary(self) -> str:
+        """One line; empty when every row was good."""
+        parts = []
+        for verb, counts in (("passed over", self.passed_over), ("mended", self.mended)):
+            if counts:
+                reasons = (f"{count} {reason} (first {self.first_place[reason]})" for reason, count in counts.items())
+                parts.append(f"{sum(counts.values())} of {self.rows} rows {verb}: {', '.join(reasons)}")
+        return "; ".join(parts)
+
+    def check(self, column: str, name: str, finished: bool) -> None:
+        """DataError when no row has the text column or most rows are bad; judged early only after many rows."""
+        if not finished and self.rows < _ROWS_TO_JUDGE:
+            return
+        if self.columns and not self.has_column:
+            raise missing_column(column, self.columns, name)
+        bad = sum(self.passed_over.values())
+        if bad > MOST_BAD_ROWS * self.rows:
+            raise DataError(f"most rows cannot be used: {self.summary()}", "mend the data", name)
+
+
+def missing_column(column: str, columns: Iterable[str], name: str) -> DataError:
+    return DataError(
+        f"no row has the text column {column!r}; the columns are {', '.join(sorted(columns))}",
+        "set training.text_column",
+        name,
+    )
+
+
+def usable_texts(value: Any, place: str, ledger: RowLedger) -> Iterator[str]:
+    """The document in a row's text field: none when it is unusable, several when it is over `LONGEST_DOCUMENT`."""
+    if value is None:
+        ledger.pass_over("null", place)
+    elif not isinstance(value, str):
+        ledger.pass_over("not a string", place)
+    elif not value or value.isspace():
+        ledger.pass_over("empty", place)
+    else:
+        text = valid_unicode(value)
+        if text is not value:
+            ledger.mend("with lone surrogates replaced", place)
+        if len(text) > LONGEST_DOCUMENT:
+            ledger.mend(f"cut into documents of {LONGEST_DOCUMENT} characters", place)
+        for start in range(0, len(text), LONGEST_DOCUMENT):
+            yield text[start : start + LONGEST_DOCUMENT]
+
+
+def row_texts(row: Any, column: str, place: str, ledger: RowLedger) -> Iterator[str]:
+    """`usable_texts` of a row's text field."""
+    if not isinstance(row, dict):
+        ledger.pass_over("not an object", place)
+    elif column not in row:
+        if len(ledger.columns) < 100:
+            ledger.columns.update(str(key) for key in row)
+        ledger.pass_over(f"without {column!r}", place)
+    else:
+        ledger.has_column = True
+        yield from usable_texts(row[column], place, ledger)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Local files, in the order in which their documents are numbered."""
+
+    root: Path
+    files: tuple[Path, ...]
+    text_column: str = "text"
+    other_files: int = 0
+    """Files of other kinds in the folder, which are not read."""
+
+    def fingerprint(self) -> str:
+        """sha256 of the files' names, sizes and times, and of what decides how they are read."""
+        digest = hashlib.sha256(json.dumps([self.text_column, LONGEST_DOCUMENT, len(self.files) == 1]).encode())
+        for path in self.files:
+            status = path.stat()
+            entry = [path.relative_to(self.root).as_posix(), status.st_size, status.st_mtime_ns]
+            digest.update(json.dumps(entry).encode())
+        return digest.hexdigest()
+
+    def documents(self, ledger: RowLedger, files: Iterable[Path] | None = None) -> Iterator[Document]:
+        """Every usable document; DataError when a file cannot be read, or too little of it can be used."""
+        for path in self.files if files is None else files:
+            name = path.relative_to(self.root).as_posix()
+            for document in _documents_of(path, name, self._longest_text(path), self.text_column, ledger):
+                yield document
+                if ledger.rows % 1000 == 0:
+                    ledger.check(self.text_column, str(self.root), finished=False)
+        ledger.check(self.text_column, str(self.root), finished=True)
+
+    def _longest_text(self, path: Path) -> int:
+        """Bytes per document of a text file. One file alone is cut into about a hundred, so that it can be shared out
+        and some of it held back."""
+        if len(self.files) > 1:
+            return LONGEST_DOCUMENT
+        return min(LONGEST_DOCUMENT, max(2048, path.stat().st_size // 100))
+
+
+def open_corpus(path: Path, text_column: str) -> Corpus:
+    """The corpus of a file, or of all files under a folder; DataError when there is none of a known kind."""
+    known = f"known: {' '.join(TEXT_SUFFIXES + ROW_SUFFIXES)}, each also with {' or '.join(COMPRESSIONS)}"
+    if path.is_file():
+        if not _kind(path):
+            raise DataError(f"a file of an unknown kind ({path.suffix or 'no suffix'})", known, str(path))
+        return Corpus(path.parent, (path,), text_column)
+    if not path.is_dir():
+        raise DataError("there is no such file or folder", "check training.dataset_path", str(path))
+    found = sorted(_walk(path), key=lambda file: file.relative_to(path).parts)
+    files = tuple(file for file in found if _kind(file))
+    if not files:
+        suffixes = sorted({file.suffix or "no suffix" for file in found})[:10]
+        what = f"none of its {len(found)} files is of a known kind ({', '.join(suffixes)})" if found else "it is empty"
+        raise DataError(f"the folder holds no data: {what}", known, str(path))
+    return Corpus(path, files, text_column, other_files=len(found) - len(files))
+
+
+def _walk(root: Path, left_out: Container[str] = ()) -> Iterator[Path]:
+    """Files under `root`, except hidden ones; linked folders are not entered, for they may lead back."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
+        yield from (Path(folder) / name for name in names if not name.startswith("."))
+
+
+def stdlib_corpus() -> Corpus:
+    """The source of this Python's standard library, without its tests."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = [path for path in _walk(root, left_out) if path.suffix == ".py"]
+    if not files:
+        raise DataError("this Python has no source of its standard library", "give training.dataset_path", str(root))
+    return Corpus(root, tuple(sorted(files, key=lambda path: path.relative_to(root).parts)))
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says how a file is read, without compression; empty for an unknown one."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in TEXT_SUFFIXES + ROW_SUFFIXES else ""
+
+
+def _documents_of(path: Path, name: str, longest_text: int, column: str, ledger: RowLedger) -> Iterator[Document]:
+    with _reading(path), _open(path) as stream:
+        kind = _kind(path)
+        if kind in TEXT_SUFFIXES:
+            rows = _text_file(stream, longest_text, name, ledger)
+        elif kind == ".csv":
+            rows = _csv(stream, column, name, ledger)
+        elif kind == ".parquet":
+            rows = _parquet(path, stream, column, name, ledger)
+        else:
+            rows = _json(stream, column, name, ledger, may_be_whole=kind == ".json")
+        for line, text in rows:
+            yield Document(text, name, line)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What is wrong with the file as a whole, as a DataError that names it."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read the file: {error or type(error).__name__}", "restore it", str(path)) from error
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.suffix.lower() == ".gz":
+        return cast(BinaryIO, gzip.open(path))
+    if path.suffix.lower() == ".zst":
+        import zstandard
+
+        raw = path.open("rb")
+        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
+        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader)))
+    return path.open("rb")
+
+
+def _text_file(stream: BinaryIO, longest: int, name: str, ledger: RowLedger) -> Iterator[tuple[int, str]]:
+    for line, content in _pieces(stream, longest):
+        ledger.rows += 1
+        try:
+            text = content.decode("utf-8-sig" if line == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            ledger.pass_over("invalid UTF-8", f"{name}:{line + content.count(10, 0, error.start)}")
+            continue
+        yield from ((line, text) for text in usable_texts(text, f"{name}:{line}", ledger))
+
+
+def _pieces(stream: BinaryIO, longest: int) -> Iterator[tuple[int, bytes]]:
+    """(first line, content) of pieces of about `longest` bytes, cut at line ends where there are any."""
+    held: list[bytes] = []
+    size, first_line, line = 0, 1, 1
+    while block := stream.readline(longest):
+        if not block.endswith(b"\n"):
+            block += stream.read(_bytes_missing(block))
+        if held and size + len(block) > longest:
+            yield first_line, b"".join(held)
+            held, size, first_line = [], 0, line
+        held.append(block)
+        size += len(block)
+        line += block.endswith(b"\n")
+    if held or line == 1:
+        yield first_line, b"".join(held)
+
+
+def _bytes_missing(block: bytes) -> int:
+    """How many bytes the UTF-8 character that `block` ends in still lacks."""
+    for seen, byte in enumerate(reversed(block[-3:]), start=1):
+        if byte >= 0xC0:
+            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return max(0, length - seen)
+        if byte < 0x80:
+            return 0
+    return 0
+
+
+def _lines(stream: BinaryIO, name: str, ledger: RowLedger) -> Iterator[tuple[int, str]]:
+    """(number, text) of lines that are not blank and can be decoded; the others go into the ledger."""
+    number = 0
+    while line := stream.readline(LONGEST_ROW):
+        number += 1
+        if len(line) == LONGEST_ROW and not line.endswith(b"\n"):
+            while (rest := stream.readline(LONGEST_ROW)) and not rest.endswith(b"\n"):
+                pass
+            ledger.rows += 1
+            ledger.pass_over(f"longer than {LONGEST_ROW} bytes", f"{name}:{number}")
+            continue
+        if not line.strip():
+            continue
+        ledger.rows += 1
+        try:
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            ledger.pass_over("invalid UTF-8", f"{name}:{number}")
+
+
+def _json(stream: BinaryIO, column: str, name: str, ledger: RowLedger, may_be_whole: bool) -> Iterator[tuple[int, str]]:
+    """JSON lines; a .json file may also be one array of rows, or one row over many lines."""
+    if may_be_whole:
+        head = stream.peek(1 << 16)  # type: ignore[attr-defined]  # every stream of _open is buffered
+        if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[" or _is_open_object(head):
+            yield from _whole_json(stream, column, name, ledger)
+            return
+    for number, line in _lines(stream, name, ledger):
+        place = f"{name}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            ledger.pass_over("broken JSON", place)
+            continue
+        yield from ((number, text) for text in row_texts(row, column, place, ledger))
+
+
+def _is_open_object(head: bytes) -> bool:
+    """Whether the first line is only the beginning of an object, as in indented JSON."""
+    return head.lstrip().split(b"\n", 1)[0].strip() == b"{"
+
+
+def _whole_json(stream: BinaryIO, column: str, name: str, ledger: RowLedger) -> Iterator[tuple[int, str]]:
+    try:
+        rows = json.loads(stream.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise DataError(f"the JSON file is broken: {error}", "mend it, or give one row per line", name) from error
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
+        ledger.rows += 1
+        yield from ((number, text) for text in row_texts(row, column, f"{name}:{number}", ledger))
+
+
+def _csv(stream: BinaryIO, column: str, name: str, ledger: RowLedger) -> Iterator[tuple[int, str]]:
+    csv.field_size_limit(LONGEST_ROW)
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, strict=True)
+    header = next(reader, None)
+    if header is None:
+        return
+    if column not in header:
+        raise missing_column(column, header, name)
+    ledger.has_column = True
+    position = header.index(column)
+    while True:
+        first_line = reader.line_num + 1
+        place = f"{name}:{first_line}"
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:  # a stray quote may have swallowed many lines
+            lines = max(1, reader.line_num + 1 - first_line)
+            ledger.rows += lines
+            ledger.pass_over("broken CSV", place, lines)
+            continue
+        if not row:
+            continue
+        ledger.rows += 1
+        value = row[position] if position < len(row) else None
+        if value is not None and any("\udc80" <= character <= "\udcff" for character in set(value)):
+            ledger.pass_over("invalid UTF-8", place)
+            continue
+        yield from ((first_line, text) for text in usable_texts(value, place, ledger))
+
+
+def _parquet(path: Path, stream: BinaryIO, column: str, name: str, ledger: RowLedger) -> Iterator[tuple[int, str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    source = path if path.suffix.lower() == ".parquet" else pyarrow.BufferReader(stream.read())
+    try:
+        file = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
+        if column not in file.schema_arrow.names:
+            raise missing_column(column, file.schema_arrow.names, name)
+        ledger.has_column = True
+        number = 0
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            for value in _arrow_values(batch.column(0)):
+                number += 1
+                ledger.rows += 1
+                if isinstance(value, UnicodeDecodeError):
+                    ledger.pass_over("invalid UTF-8", f"{name}:{number}")
+                else:
+                    yield from ((number, text) for text in usable_texts(value, f"{name}:{number}", ledger))
+    except pyarrow.ArrowException as error:
+        raise DataError(f"the parquet file is damaged: {str(error)[:200]}", "restore it", str(path)) from error
+
+
+def _arrow_values(values: Any) -> Iterator[Any]:
+    """Python values; a string that is not UTF-8 becomes its error, for arrow does not check what it reads."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if not (pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)):
+        yield from values.to_pylist()
+        return
+    for value in values.cast(pyarrow.large_binary()).to_pylist():
+        try:
+            yield value if value is None else value.decode()
+        except UnicodeDecodeError as error:
+            yield error

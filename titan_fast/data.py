@@ -1,0 +1,304 @@
+"""Batches for training and validation: which data, who reads what, one thread that reads ahead, and the exact state.
+
+Local text is tokenized once into token shards in the run directory (`prepared`), and the state is one global sample
+index. Hub streams (`hub`) are tokenized as they come, and each data-parallel rank has its own state.
+`python -m titan_fast.data prepare` writes token shards ahead of a run; `show` prints what a step was trained on.
+"""
+
+import hashlib
+import json
+import logging
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from titan_fast.config import Config, Training, grad_accum_steps
+from titan_fast.corpus import Corpus, RowLedger, open_corpus, stdlib_corpus
+from titan_fast.errors import DataError
+from titan_fast.loader import Loader, Share, Step
+from titan_fast.prepared import FORMAT_VERSION, PreparedTokens, SampleOrder, is_prepared, prepare
+from titan_fast.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_sentencepiece
+
+log = logging.getLogger(__name__)
+
+HOLD_OUT_EVERY = 100
+"""Documents 0, 100, 200, ... are for validation when no other data is."""
+
+
+class TokenSource:
+    """Steps out of token shards: step t is the global samples from t x global batch on; pass by pass, in each pass
+    rank by rank."""
+
+    per_rank = False
+
+    def __init__(self, order: SampleOrder, share: Share, vocab_size: int, name: str, held_out: int = 0) -> None:
+        self._order, self._share, self._vocab_size, self._name = order, share, vocab_size, name
+        self._next_sample = 0
+        self.documents = len(order.documents)
+        self.tokens_per_epoch = order.tokens_per_epoch
+        self.identity = {
+            "kind": "tokens",
+            "fingerprint": order.tokens.fingerprint,
+            "tokenizer": order.tokens.index["tokenizer"],
+            "seq_len": order.seq_len,
+            "seed": order.seed,
+            "held_out_every": held_out,
+        }
+
+    def describe(self) -> str:
+        order = self._order
+        return (
+            f"{self._name}: {self.documents:,} documents, {self.tokens_per_epoch:,} tokens; an epoch is "
+            f"{order.samples_per_epoch:,} sequences of {order.seq_len} and leaves {order.dropped_tokens} tokens over"
+        )
+
+    def next_step(self, stopping: threading.Event) -> Step:
+        share, first = self._share, self._next_sample
+        per_pass = share.dp_degree * share.local_batch_size
+        starts = [first + turn * per_pass + share.dp_rank * share.local_batch_size for turn in range(share.passes)]
+        passes = [self._order.read(start, share.local_batch_size) for start in starts]
+        for tokens, labels in passes:
+            largest = max(int(tokens.max()), int(labels.max()))
+            if largest >= self._vocab_size:
+                raise DataError(
+                    f"token id {largest} is beyond the model's vocabulary of {self._vocab_size}",
+                    "prepare the data again with the run's tokenizer",
+                    f"{self._order.tokens.folder}, samples {first} and on",
+                )
+        self._next_sample = first + share.global_batch_size
+        last = self._next_sample - 1
+        position = {"epoch": first // self._order.samples_per_epoch, "first_sample": first, "last_sample": last}
+        return Step(passes, position, self._next_sample)
+
+    def state(self) -> int:
+        return self._next_sample
+
+    def load_state(self, state: Any) -> None:
+        self._next_sample = int(state["next_sample"] if isinstance(state, dict) else state)
+
+    def state_to_json(self, state: int) -> dict[str, Any]:
+        return {"next_sample": state}
+
+
+def build_tokenizer(
+    config: Config, run_dir: Path, vocab_size: int, is_main: bool, barrier: Callable[[], None]
+) -> Tokenizer:
+    """The tokenizer of the config, of the prepared data, or one trained on the corpus and kept in the run directory.
+
+    DataError when there is none, or the model's vocabulary is too small for it. Every rank calls it.
+    """
+    training = config.training
+    path = Path(config.model.tokenizer_path) if config.model.tokenizer_path else None
+    if path is None and training.dataset_path and is_prepared(Path(training.dataset_path)):
+        path = Path(training.dataset_path)
+    if path is None:
+        trained = run_dir / "tokenizer.model"
+
+        def train() -> str:
+            if not trained.exists():
+                texts = sample_texts(training, config.debug.seed)
+                train_sentencepiece(texts, vocab_size, trained, config.debug.seed)
+                log.info("trained a sentencepiece tokenizer of %d pieces on the corpus: %s", vocab_size, trained)
+            return str(trained)
+
+        path = Path(_decided_by_main(run_dir, "tokenizer", is_main, barrier, train))
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, vocab_size)
+    return tokenizer
+
+
+def sample_texts(training: Training, seed: int) -> Iterator[str]:
+    """Documents to train a tokenizer on, the files in an order drawn from `seed`."""
+    if is_hub(training):
+        from titan_fast.hub import first_documents
+
+        return (document.text for document in first_documents(training, seed))
+    corpus = _corpus(training, training.dataset_path)
+    files = list(corpus.files)
+    random.Random(seed).shuffle(files)
+    return (document.text for document in corpus.documents(RowLedger(), files))
+
+
+def is_hub(training: Training) -> bool:
+    """Whether the training data is streamed from the hub."""
+    return training.dataset_path is None and training.dataset != "stdlib"
+
+
+def _corpus(training: Training, dataset_path: str | None) -> Corpus:
+    return stdlib_corpus() if dataset_path is None else open_corpus(Path(dataset_path), training.text_column)
+
+
+def build_loader(
+    config: Config,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    dp_rank: int,
+    dp_degree: int,
+    device: torch.device,
+    run_dir: Path,
+    is_main: bool,
+    barrier: Callable[[], None],
+) -> Loader:
+    """The training data of this data-parallel rank. The main rank prepares local text while the others wait in
+    `barrier`; DataError, on every rank, when the data cannot be trained on."""
+    training = config.training
+    share = Share(dp_rank, dp_degree, training.local_batch_size, grad_accum_steps(training, dp_degree))
+    if is_hub(training):
+        from titan_fast.hub import hub_source
+
+        return Loader(hub_source(training, tokenizer, share, config.debug.seed), device)
+    tokens = _open_tokens(training, training.dataset_path, tokenizer, vocab_size, run_dir, "training", is_main, barrier)
+    every = HOLD_OUT_EVERY if _holds_out(config) else 0
+    documents = np.setdiff1d(np.arange(tokens.documents), _held_out(tokens.documents, every), assume_unique=True)
+    order = SampleOrder(tokens, documents, training.seq_len, config.debug.seed)
+    name = training.dataset_path or training.dataset
+    _check_amount(order, share, name)
+    return Loader(TokenSource(order, share, vocab_size, name, every), device)
+
+
+def build_validation_loader(
+    config: Config,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    dp_rank: int,
+    dp_degree: int,
+    device: torch.device,
+    run_dir: Path,
+    is_main: bool,
+    barrier: Callable[[], None],
+) -> Loader | None:
+    """The validation data of this rank, one pass per step and without an end, or None when there is none."""
+    training, validation = config.training, config.validation
+    if not validation.enable:
+        return None
+    if validation.dataset_path is None and is_hub(training):
+        if is_main:
+            log.info("no validation: a streamed data set has no held-out documents; set validation.dataset_path")
+        return None
+    share = Share(dp_rank, dp_degree, training.local_batch_size, passes=1)
+    path, name = (training.dataset_path, "training") if _holds_out(config) else (validation.dataset_path, "validation")
+    held_out = _holds_out(config)
+    tokens = _open_tokens(training, path, tokenizer, vocab_size, run_dir, name, is_main, barrier, quietly=held_out)
+    documents = _held_out(tokens.documents, HOLD_OUT_EVERY) if held_out else np.arange(tokens.documents)
+    order = SampleOrder(tokens, documents, training.seq_len, config.debug.seed)
+    if order.samples_per_epoch == 0:
+        raise DataError(
+            f"the {len(documents)} validation documents have {order.tokens_per_epoch} tokens, fewer than one sequence "
+            f"of {training.seq_len} and its label",
+            "give validation.dataset_path, more data, or set validation.enable to False",
+        )
+    return Loader(TokenSource(order, share, vocab_size, f"validation ({path or training.dataset})"), device)
+
+
+def _holds_out(config: Config) -> bool:
+    return config.validation.enable and config.validation.dataset_path is None
+
+
+def _held_out(documents: int, every: int) -> np.ndarray:
+    return np.arange(0, documents, every) if every else np.empty(0, np.int64)
+
+
+def _check_amount(order: SampleOrder, share: Share, name: str) -> None:
+    if len(order.documents) < share.dp_degree:
+        raise DataError(
+            f"{len(order.documents)} documents to train on are fewer than the {share.dp_degree} data-parallel ranks",
+            "give more data, or fewer ranks",
+            name,
+        )
+    if order.samples_per_epoch < share.global_batch_size:
+        raise DataError(
+            f"{order.tokens_per_epoch} tokens to train on make {order.samples_per_epoch} sequences of {order.seq_len}, "
+            f"fewer than the {share.global_batch_size} of one batch",
+            "give more data, or a smaller training.seq_len or batch",
+            name,
+        )
+
+
+def _open_tokens(
+    training: Training,
+    dataset_path: str | None,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    run_dir: Path,
+    name: str,
+    is_main: bool,
+    barrier: Callable[[], None],
+    quietly: bool = False,
+) -> PreparedTokens:
+    """The shards of a prepared folder or of a corpus, checked against the run's tokenizer and vocabulary.
+
+    `quietly`: they were opened before, and are neither verified nor reported on again.
+    """
+
+    def prepare_once() -> str:
+        if dataset_path and is_prepared(Path(dataset_path)):
+            tokens = PreparedTokens(Path(dataset_path), verify=not quietly)
+        else:
+            name = dataset_path or "stdlib"
+            tokens = _prepare_in(run_dir, _corpus(training, dataset_path), name, tokenizer, verify=not quietly)
+        rows = tokens.index["rows"]
+        ledger = RowLedger(rows["read"], rows["passed_over"], rows["mended"], rows["first_place"])
+        if not quietly and (summary := ledger.summary()):
+            log.warning("%s: %s", dataset_path or "stdlib", summary)
+        return str(tokens.folder)
+
+    tokens = PreparedTokens(Path(_decided_by_main(run_dir, name, is_main, barrier, prepare_once)))
+    if tokens.index["tokenizer"] != tokenizer.fingerprint:
+        raise DataError(
+            f"the shards were made with another tokenizer (sha256 {tokens.index['tokenizer'][:12]}..., the run's is "
+            f"{tokenizer.fingerprint[:12]}...)",
+            "set model.tokenizer_path to theirs, or prepare the data again",
+            str(tokens.folder),
+        )
+    if tokens.index["vocab_size"] > vocab_size:
+        raise DataError(
+            f"the shards have {tokens.index['vocab_size']} ids and the model's vocabulary {vocab_size}",
+            "set model.vocab_size to at least that",
+            str(tokens.folder),
+        )
+    return tokens
+
+
+def _prepare_in(run_dir: Path, corpus: Corpus, name: str, tokenizer: Tokenizer, verify: bool) -> PreparedTokens:
+    """The corpus's shards in the run directory, written unless they are there and whole."""
+    key = hashlib.sha256(json.dumps([corpus.fingerprint(), tokenizer.fingerprint, FORMAT_VERSION]).encode())
+    folder = run_dir / "data" / key.hexdigest()[:16]
+    if folder.exists():
+        try:
+            return PreparedTokens(folder, verify)
+        except DataError as error:
+            log.warning("preparing the data again: %s", error)
+    if corpus.other_files:
+        log.info("%d files of other kinds in %s are not read", corpus.other_files, corpus.root)
+    ledger = RowLedger()
+    source = {"name": name, "fingerprint": corpus.fingerprint(), "text_column": corpus.text_column}
+    prepare(corpus.documents(ledger), tokenizer, folder, source=source, ledger=ledger)
+    return PreparedTokens(folder)
+
+
+def _decided_by_main(
+    run_dir: Path, name: str, is_main: bool, barrier: Callable[[], None], decide: Callable[[], str]
+) -> str:
+    """What `decide` returns on the main rank, on every rank, by way of a file; a DataError is raised on every rank."""
+    path = run_dir / "data" / f"{name}.json"
+    if is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            outcome: dict[str, Any] = {"value": decide()}
+        except DataError as error:
+            outcome = {"error": [error.what, error.fix, error.where]}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(outcome), encoding="utf-8")
+        temporary.replace(path)
+    barrier()
+    outcome = json.loads(path.read_bytes())
+    if "error" in outcome:
+        raise DataError(*outcome["error"])
+    return outcome["value"]

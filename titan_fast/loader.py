@@ -1,0 +1,215 @@
+"""The loop's view of data: steps of batches on the device, read ahead by one thread, with the state of the last one."""
+
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from titan_fast.errors import CheckpointError
+
+STEPS_AHEAD = 2
+"""Steps that are kept ready."""
+
+
+class Batch(NamedTuple):
+    """One forward pass: int64 [local_batch_size, seq_len] each, on the device; labels are the tokens one on."""
+
+    tokens: Tensor
+    labels: Tensor
+
+
+class Step(NamedTuple):
+    """What a source gives for one optimizer step of one rank."""
+
+    passes: list[tuple[np.ndarray, np.ndarray]]
+    """(tokens, labels) per gradient-accumulation pass."""
+    position: dict[str, int]
+    """epoch, first_sample, last_sample: global, of the whole step."""
+    state: Any
+    """The source's state after this step."""
+
+
+class Source(Protocol):
+    """Where steps come from. Only one thread uses it at a time."""
+
+    identity: dict[str, Any]
+    """What has to be equal for a state to be continued from; JSON."""
+    per_rank: bool
+    """Whether each data-parallel rank has a state of its own."""
+
+    @property
+    def documents(self) -> int | None:
+        """Of an epoch; None for a stream."""
+        ...
+
+    @property
+    def tokens_per_epoch(self) -> int | None:
+        """None for a stream."""
+        ...
+
+    def describe(self) -> str:
+        """One line for the start of the log."""
+        ...
+
+    def next_step(self, stopping: threading.Event) -> Step:
+        """The next step of this rank; a wait inside ends when `stopping` is set."""
+        ...
+
+    def state(self) -> Any:
+        """What the next step follows from; not changed by later steps."""
+        ...
+
+    def load_state(self, state: Any) -> None:
+        """Continues from a state, or from what `state_to_json` made of one."""
+        ...
+
+    def state_to_json(self, state: Any) -> dict[str, Any]:
+        """A state as JSON."""
+        ...
+
+
+class Share(NamedTuple):
+    """A rank's part of each step."""
+
+    dp_rank: int
+    dp_degree: int
+    local_batch_size: int
+    passes: int
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.dp_degree * self.local_batch_size * self.passes
+
+
+class Loader:
+    """Steps of batches on the device, read ahead by one thread; `state_dict` is that of the last step handed out."""
+
+    def __init__(self, source: Source, device: torch.device) -> None:
+        self._source, self._device = source, device
+        self._start_state = self._state = source.state()
+        self._position: dict[str, int] = {}
+        self._reader: _Reader | None = None
+        self.wait_seconds = 0.0
+        """How long `next` has waited for data, in all."""
+
+    @property
+    def documents(self) -> int | None:
+        """Of an epoch; None for a stream."""
+        return self._source.documents
+
+    @property
+    def tokens_per_epoch(self) -> int | None:
+        """None for a stream."""
+        return self._source.tokens_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """Of the last step handed out."""
+        return self._position.get("epoch", 0)
+
+    @property
+    def state_per_rank(self) -> bool:
+        """Whether each data-parallel rank must save its own `state_dict`."""
+        return self._source.per_rank
+
+    def describe(self) -> str:
+        """One line for the start of the log."""
+        return self._source.describe()
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        if self._reader is None:
+            self._reader = _Reader(self._source, self._device)
+        started = time.perf_counter()
+        step, passes = self._reader.get()
+        self.wait_seconds += time.perf_counter() - started
+        self._state, self._position = step.state, step.position
+        return [Batch(*(part.to(self._device, non_blocking=True) for part in parts)) for parts in passes]
+
+    def position(self) -> dict[str, int]:
+        """Of the last step handed out: epoch, and first and last global sample. Empty before the first."""
+        return dict(self._position)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What continues after the last step handed out; JSON."""
+        return {**self._source.identity, **self._source.state_to_json(self._state)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state`; CheckpointError naming what differs when it is of other data."""
+        wanted = self._source.identity
+        if differing := [key for key in wanted if state.get(key) != wanted[key]]:
+            values = ", ".join(f"{key} was {state.get(key)!r} and is {wanted[key]!r}" for key in differing)
+            raise CheckpointError(
+                f"the saved data position belongs to other data: {values}", "restore what it was, or start a new run"
+            )
+        self._restart({key: value for key, value in state.items() if key not in wanted})
+
+    def reset(self) -> None:
+        """Starts again from the first sample."""
+        self._restart(self._start_state)
+
+    def _restart(self, state: Any) -> None:
+        self.close()
+        self._source.load_state(state)
+        self._state = self._source.state()
+        self._position = {}
+
+    def close(self) -> None:
+        """Ends the reading thread. The loader can be used again; steps read but not handed out are read again."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+            self._source.load_state(self._state)
+
+
+class _Reader:
+    """The thread. It holds no reference to the loader, so that a forgotten loader ends it, as the interpreter does."""
+
+    def __init__(self, source: Source, device: torch.device) -> None:
+        self._queue: queue.Queue[Any] = queue.Queue(STEPS_AHEAD)
+        self._failure: BaseException | None = None
+        stopping = threading.Event()
+        thread = threading.Thread(
+            target=_read_ahead, args=(source, device, self._queue, stopping), name="titan_fast data", daemon=True
+        )
+        thread.start()
+        self.close = weakref.finalize(self, _stop, thread, self._queue, stopping)
+
+    def get(self) -> tuple[Step, list[tuple[Tensor, ...]]]:
+        if self._failure is None:
+            item = self._queue.get()
+            if not isinstance(item, BaseException):
+                return item
+            self._failure = item
+        raise self._failure
+
+
+def _read_ahead(source: Source, device: torch.device, steps: queue.Queue, stopping: threading.Event) -> None:
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # per thread; pinning on device 0 would make a context there
+        while not stopping.is_set():
+            step = source.next_step(stopping)
+            passes = [tuple(torch.from_numpy(part) for part in parts) for parts in step.passes]
+            if device.type == "cuda":
+                passes = [tuple(part.pin_memory() for part in parts) for parts in passes]
+            steps.put((step, passes))
+    except BaseException as error:  # it is raised where the data is wanted
+        steps.put(error)
+
+
+def _stop(thread: threading.Thread, steps: queue.Queue, stopping: threading.Event) -> None:
+    stopping.set()
+    give_up = time.monotonic() + 10  # a read from the network may hang
+    while thread.is_alive() and time.monotonic() < give_up:
+        while not steps.empty():  # the thread may be waiting for room
+            steps.get_nowait()
+        thread.join(0.01)

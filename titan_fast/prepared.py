@@ -1,0 +1,323 @@
+"""Token shards: documents tokenized once into memory-mapped files, and an order of samples over them.
+
+A folder holds `tokens-NNNNN.bin` (little-endian uint16 or uint32, documents one after another, each BOS, text, EOS),
+`offsets.bin` (int64, where each document begins), `origins.bin` (the file and line of each), a copy of the tokenizer,
+and `index.json`. It is written beside its place and renamed, so a folder of the right name is whole.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from titan_fast.corpus import Document, RowLedger
+from titan_fast.errors import DataError
+from titan_fast.tokenizer import Tokenizer, available_processors
+
+log = logging.getLogger(__name__)
+
+FORMAT = "titan_fast tokens"
+FORMAT_VERSION = 1
+SHARD_TOKENS = 2**28
+"""Most tokens of a shard, unless one document alone has more."""
+VERIFIED_BYTES = 64 * 2**30
+"""Up to this size the shards' sha256 is checked at start (about a second per 1.5 GB and core); beyond it their size."""
+_BATCH_CHARACTERS = 2_000_000  # tokenized together: enough for every core, little enough memory
+_BATCH_DOCUMENTS = 4096
+_SECONDS_BETWEEN_LINES = 10.0
+_ORIGIN = np.dtype([("file", "<u4"), ("line", "<u8")])
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether the folder holds token shards."""
+    try:
+        return json.loads((path / "index.json").read_bytes()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def prepare(
+    documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, *, source: dict[str, Any], ledger: RowLedger
+) -> dict[str, Any]:
+    """Writes `folder` and returns its index. `source` says what the documents are, for the index.
+
+    DataError when there is no document, or the disk is full.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        index = _write(documents, tokenizer, temporary, source, ledger)
+        if folder.exists():  # damaged, or it would have been used
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except OSError as error:
+        free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
+        raise DataError(
+            f"cannot write the token shards: {error.strerror or error} ({free / 2**30:.2f} GiB free)",
+            "make room or name another folder",
+            str(folder),
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return index
+
+
+def _write(
+    documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, source: dict[str, Any], ledger: RowLedger
+) -> dict[str, Any]:
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    shards = _ShardWriter(folder, dtype)
+    files: dict[str, int] = {}
+    count, started = 0, time.monotonic()
+    with (folder / "offsets.bin").open("wb") as offsets, (folder / "origins.bin").open("wb") as origins:
+        offsets.write(np.zeros(1, "<i8").tobytes())
+        last_line = started
+        for batch in _batches(documents):
+            encoded = token_arrays(tokenizer, [document.text for document in batch], dtype)
+            ends = shards.tokens + np.cumsum([len(tokens) for tokens in encoded], dtype="<i8")
+            for tokens in encoded:
+                shards.write(tokens)
+            offsets.write(ends.tobytes())
+            places = [(files.setdefault(document.file, len(files)), document.line) for document in batch]
+            origins.write(np.array(places, _ORIGIN).tobytes())
+            count += len(batch)
+            if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                log.info("tokenizing: %s", _progress(count, shards.tokens, last_line - started))
+    shards.close()
+    if not count:
+        bad = ledger.summary()
+        raise DataError(f"the data set has no document{f' ({bad})' if bad else ''}", "give other data", source["name"])
+    log.info("tokenized: %s", _progress(count, shards.tokens, time.monotonic() - started))
+    copies = _copy_tokenizer(tokenizer, folder)
+    names = [*(shard["name"] for shard in shards.index), "offsets.bin", "origins.bin", *copies]
+    index = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "documents": count,
+        "tokens": shards.tokens,
+        "dtype": dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "tokenizer": tokenizer.fingerprint,
+        "source": source,
+        "rows": {
+            "read": ledger.rows,
+            "passed_over": ledger.passed_over,
+            "mended": ledger.mended,
+            "first_place": ledger.first_place,
+        },
+        "shards": shards.index,
+        "files": list(files),
+        "sizes": {name: (folder / name).stat().st_size for name in names},
+        "sha256": {name: _sha256(folder / name) for name in names},
+    }
+    content = [index["dtype"], *(index["sha256"][name] for name in names[: len(shards.index) + 1])]
+    index["fingerprint"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return index
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def token_arrays(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype) -> list[np.ndarray]:
+    """The ids of each text as a document: BOS where the family has one, the text's, EOS."""
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    end = [tokenizer.eos_id]
+    return [np.array([*begin, *ids, *end], dtype) for ids in tokenizer.encode_batch(texts)]
+
+
+def _progress(documents: int, tokens: int, seconds: float) -> str:
+    return f"{documents:,} documents, {tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f} per s)"
+
+
+def _copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
+    """So that the shards can be used, and read, without anything else."""
+    sources = [tokenizer.path]
+    name = "tokenizer.json" if tokenizer.kind == "tokenizers" else "tokenizer.model"
+    names = [name]
+    config = tokenizer.path.with_name("tokenizer_config.json")
+    if tokenizer.kind == "tokenizers" and config.is_file():
+        sources.append(config)
+        names.append(config.name)
+    for path, name in zip(sources, names, strict=True):
+        shutil.copyfile(path, folder / name)
+    return names
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _ShardWriter:
+    def __init__(self, folder: Path, dtype: np.dtype) -> None:
+        self.folder, self.dtype = folder, dtype
+        self.tokens = 0
+        self.index: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
+
+    def write(self, tokens: np.ndarray) -> None:
+        if not self.index or self.index[-1]["tokens"] + len(tokens) > SHARD_TOKENS:
+            self.close()
+            self.index.append({"name": f"tokens-{len(self.index):05d}.bin", "tokens": 0})
+            self._file = (self.folder / self.index[-1]["name"]).open("wb")
+        assert self._file is not None
+        self._file.write(tokens.tobytes())
+        self.index[-1]["tokens"] += len(tokens)
+        self.tokens += len(tokens)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class PreparedTokens:
+    """A folder written by `prepare`, open for reading. Nothing is read until it is asked for."""
+
+    def __init__(self, folder: Path, verify: bool = False) -> None:
+        """DataError when the folder is not whole, or (with `verify`) a byte of it has changed."""
+        self.folder = folder
+        try:
+            self.index: dict[str, Any] = json.loads((folder / "index.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise DataError("the folder holds no token shards", "prepare it again", str(folder)) from error
+        if self.index.get("format") != FORMAT or self.index.get("version") != FORMAT_VERSION:
+            found = f"{self.index.get('format')} {self.index.get('version')}"
+            raise DataError(
+                f"the shards are of the format {found}, not {FORMAT} {FORMAT_VERSION}", "prepare it again", str(folder)
+            )
+        self._check_files(verify)
+        self.documents: int = self.index["documents"]
+        self.tokens: int = self.index["tokens"]
+        self.fingerprint: str = self.index["fingerprint"]
+        self.offsets = self._map("offsets.bin", "<i8")
+        self._shards = [self._map(shard["name"], self.index["dtype"]) for shard in self.index["shards"]]
+        self._shard_starts = np.cumsum([0] + [len(shard) for shard in self._shards])[:-1]
+
+    def _map(self, name: str, dtype: str) -> np.ndarray:
+        return np.asarray(np.memmap(self.folder / name, np.dtype(dtype).newbyteorder("<"), mode="r"))
+
+    def _check_files(self, verify: bool) -> None:
+        sizes = self.index["sizes"]
+        for name, size in sizes.items():
+            path = self.folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                what = "is missing" if found is None else f"has {found} bytes, not {size}"
+                raise DataError(f"a file of the token shards {what}", "prepare the data again", str(path))
+        if not verify:
+            return
+        if sum(sizes.values()) > VERIFIED_BYTES:
+            log.info("the shards' sha256 is not checked: they hold %.0f GiB", sum(sizes.values()) / 2**30)
+            return
+        with ThreadPoolExecutor(available_processors()) as pool:
+            digests = pool.map(lambda name: _sha256(self.folder / name), sizes)
+            for name, digest in zip(sizes, digests, strict=True):
+                if digest != self.index["sha256"][name]:
+                    place = str(self.folder / name)
+                    raise DataError("a file of the token shards has changed (sha256)", "prepare the data again", place)
+
+    def document(self, number: int) -> np.ndarray:
+        """The ids of a document, with BOS and EOS."""
+        return next(iter(self.read_documents(np.array([number]))))
+
+    def read_documents(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
+        """The ids of each document, as views into the files."""
+        starts, ends = self.offsets[numbers], self.offsets[numbers + 1]
+        shards = np.searchsorted(self._shard_starts, starts, side="right") - 1
+        before = self._shard_starts[shards]
+        for shard, start, end in zip(shards, starts - before, ends - before, strict=True):
+            yield self._shards[shard][start:end]
+
+    def origin(self, number: int) -> str:
+        """`file:line` of a document."""
+        file, line = self._map("origins.bin", "u1").view(_ORIGIN)[number]
+        return f"{self.index['files'][file]}:{line}"
+
+
+class SampleOrder:
+    """Samples of `seq_len` + 1 tokens over chosen documents: sample g is a pure function of (seed, g).
+
+    In each epoch the documents are permuted, joined, and cut into windows that start `seq_len` apart: each token but
+    the first is a label once. What is left at the end, less than a sequence, is dropped. Epoch g // samples_per_epoch.
+    """
+
+    def __init__(self, tokens: PreparedTokens, documents: np.ndarray, seq_len: int, seed: int) -> None:
+        self.tokens, self.documents, self.seq_len, self.seed = tokens, documents, seq_len, seed
+        self._lengths = tokens.offsets[documents + 1] - tokens.offsets[documents]
+        self.tokens_per_epoch = int(self._lengths.sum())
+        self.samples_per_epoch = max(0, self.tokens_per_epoch - 1) // seq_len
+        self.dropped_tokens = self.tokens_per_epoch - min(self.tokens_per_epoch, self.samples_per_epoch * seq_len + 1)
+        self._epoch = lru_cache(maxsize=2)(self._permute)  # two: a step may lie across an epoch's end
+
+    def _permute(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(documents in the epoch's order, where each begins and the last ends)."""
+        # Raw Philox output is fixed for ever; what Generator.permutation makes of it may change with numpy's version.
+        keys = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.documents))
+        order = np.argsort(keys, kind="stable")
+        return self.documents[order], np.concatenate([[0], np.cumsum(self._lengths[order])])
+
+    def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, labels) of samples `first` to `first + count`, int64 [count, seq_len] each."""
+        parts = [self._read_in_epoch(epoch, index, size) for epoch, index, size in self._by_epoch(first, count)]
+        if len(parts) == 1:
+            return parts[0]
+        tokens, labels = zip(*parts, strict=True)
+        return np.concatenate(tokens), np.concatenate(labels)
+
+    def _by_epoch(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
+        while count:
+            epoch, index = divmod(first, self.samples_per_epoch)
+            size = min(count, self.samples_per_epoch - index)
+            yield epoch, index, size
+            first, count = first + size, count - size
+
+    def _read_in_epoch(self, epoch: int, index: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        documents, bounds = self._epoch(epoch)
+        start, length = index * self.seq_len, count * self.seq_len + 1
+        place = int(np.searchsorted(bounds, start, side="right")) - 1
+        last = int(np.searchsorted(bounds, start + length, side="left"))
+        run = np.empty(length, np.int64)
+        filled, skip = 0, start - int(bounds[place])
+        for document in self.tokens.read_documents(documents[place:last]):
+            taken = document[skip : skip + length - filled]
+            run[filled : filled + len(taken)] = taken
+            filled, skip = filled + len(taken), 0
+        assert filled == length
+        # Windows that start seq_len apart and overlap by the one token between: both are views of the run.
+        return run[:-1].reshape(count, self.seq_len), run[1:].reshape(count, self.seq_len)
+
+    def pieces(self, sample: int) -> Iterator[tuple[int, int, int]]:
+        """(document, first token in it, number of tokens) of what a sample's tokens are made of."""
+        epoch, index = divmod(sample, self.samples_per_epoch)
+        documents, bounds = self._epoch(epoch)
+        start, end = index * self.seq_len, (index + 1) * self.seq_len
+        first = int(np.searchsorted(bounds, start, side="right")) - 1
+        for place in itertools.count(first):
+            if bounds[place] >= end:
+                return
+            begin, stop = max(start, int(bounds[place])), min(end, int(bounds[place + 1]))
+            yield int(documents[place]), begin - int(bounds[place]), stop - begin
