@@ -1,0 +1,455 @@
+"""What a run tells, read back from the files by other means: json, TensorBoard's own reader, a pseudo-terminal."""
+
+import json
+import math
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from titan_fast import run_history
+from titan_fast.config import Config, model_shape, parse
+from titan_fast.metrics import MetricsLogger, aligned, duration, printable
+from titan_fast.training_clock import TrainingClock
+
+KEYS = [
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens_per_second",
+    "mfu",
+    "memory_gib",
+    "data_wait_fraction",
+    "tokens_seen",
+    "elapsed_seconds",
+]
+QUIET = ["--metrics.enable_tensorboard", "False"]
+
+
+class Clock:
+    """A time that stands still until it is told to move."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
+
+
+def logger(run_dir: Path, *argv: str, config: Config | None = None, **changes: Any) -> MetricsLogger:
+    config = config or parse(["--training.steps", "40", *argv])
+    arguments: dict[str, Any] = {
+        "run_dir": run_dir,
+        "is_main": True,
+        "shape": model_shape(config.model),
+        "device": torch.device("cpu"),
+        "n_devices": 2,
+        "tokens_per_step": 1000,
+    }
+    return MetricsLogger(config, **(arguments | changes))
+
+
+def log(metrics: MetricsLogger, step: int, loss: float = 2.0, **changes: Any) -> None:
+    values: dict[str, Any] = {"grad_norm": 0.5, "lr": 1e-3, "tokens_seen": 1000 * step, "data_wait_seconds": 0.0}
+    metrics.log(step, loss=loss, **(values | changes))
+
+
+def lines_of(run_dir: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (run_dir / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_a_logged_step(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = logger(tmp_path, *QUIET, elapsed_before=100.0)
+    clock.now += 50  # building the model
+    metrics.start([("model", "a Llama")])
+    clock.now += 5
+    log(metrics, 10, loss=3.25, data_wait_seconds=0.5)
+    clock.now += 4
+    log(metrics, 20, loss=3.0, data_wait_seconds=0.0)
+    first, second = lines_of(tmp_path)
+    assert list(first) == KEYS
+    assert first["tokens_per_second"] == 10 * 1000 / 5 / 2
+    assert second["tokens_per_second"] == 10 * 1000 / 4 / 2
+    assert first["data_wait_fraction"] == 0.1
+    assert first["elapsed_seconds"] == 155
+    assert (first["step"], first["loss"], first["tokens_seen"], first["mfu"]) == (10, 3.25, 10_000, None)
+    assert 0.05 < first["memory_gib"] < 64
+    output = capsys.readouterr().out
+    assert "no MFU: a CPU has no peak listed" in output
+    shown = [line for line in output.splitlines() if line.startswith("step")]
+    assert (
+        shown[0].split()
+        == (
+            "step 10/40 loss 3.2500 grad norm 0.5000 lr 1.00e-03 tokens/s 1,000 MFU - memory "
+            f"{first['memory_gib']:.2f} GiB data wait 10.0% ETA 0:00:15"  # 30 steps of 0.5 s
+        ).split()
+    )
+    assert shown[1].endswith("ETA 0:00:08")  # 20 steps of 0.4 s: the first window has compilation in it
+    assert len({line.index("MFU") for line in shown}) == 1
+
+
+def test_pauses_are_not_training_time(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = logger(tmp_path, *QUIET)
+    metrics.start([])
+    clock.now += 2
+    with metrics.pause():
+        clock.now += 30
+        with metrics.pause():
+            clock.now += 7
+    clock.now += 3
+    log(metrics, 10)
+    clock.now += 5
+    log(metrics, 20)
+    first, second = lines_of(tmp_path)
+    assert first["tokens_per_second"] == second["tokens_per_second"] == 1000
+    assert second["elapsed_seconds"] == 47
+    metrics.finish()
+    assert "steps 0:00:10, pauses (validation, checkpoints, samples) 0:00:37" in capsys.readouterr().out
+
+
+def test_a_pause_that_raises_ends(tmp_path: Path, clock: Clock) -> None:
+    timer = TrainingClock(torch.device("cpu"))
+    with pytest.raises(RuntimeError), timer.pause():
+        clock.now += 3
+        raise RuntimeError
+    clock.now += 1
+    assert timer.window() == 1
+
+
+def test_the_devices_backlog_is_not_part_of_a_pause(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that still trains for two seconds when the host enters the pause."""
+    device_time = 0.0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = math.nan
+
+        def record(self) -> None:
+            self.at = max(device_time, clock.now)
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 1000 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    timer = TrainingClock(torch.device("cuda"))
+    clock.now += 1
+    device_time = clock.now + 2
+    with timer.pause():
+        clock.now += 2 + 5
+    clock.now += 1
+    assert timer.window() == 1 + 2 + 1
+    assert timer.paused_seconds == 7
+
+
+@pytest.fixture
+def a100(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def pretend(name: str) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 * 2**29)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+
+    return pretend
+
+
+def test_mfu_of_a_published_run(tmp_path: Path, clock: Clock, a100: Callable[[str], None]) -> None:
+    """Llama 3 8B on 64 A100 at 2904 tokens/s: 53.9% where the embedding does not count."""
+    a100("NVIDIA A100-SXM4-80GB")
+    config = parse(["--model.flavor", "llama3_8b", "--training.seq_len", "8192", *QUIET])
+    metrics = logger(tmp_path, config=config, device=torch.device("cuda"), n_devices=64, tokens_per_step=64 * 8192)
+    clock.now += 10 * 8192 / 2904
+    log(metrics, 10)
+    (record,) = lines_of(tmp_path)
+    assert record["tokens_per_second"] == pytest.approx(2904)
+    assert record["mfu"] == pytest.approx(0.539, abs=5e-4)
+    assert record["memory_gib"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "sentence"),
+    [
+        ("NVIDIA Imaginary 1", "auto", "no MFU: the peak of 'NVIDIA Imaginary 1' is not known"),
+        ("NVIDIA H200", "float32", "no MFU: the peaks listed are of bfloat16, and this run computes in float32"),
+    ],
+)
+def test_no_mfu_has_a_reason(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    a100: Callable[[str], None],
+    name: str,
+    dtype: str,
+    sentence: str,
+) -> None:
+    a100(name)
+    metrics = logger(tmp_path, *QUIET, "--training.mixed_precision_param", dtype, device=torch.device("cuda"))
+    metrics.start([])
+    log(metrics, 1)
+    assert sentence in capsys.readouterr().out
+    assert lines_of(tmp_path)[0]["mfu"] is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_not_finite_numbers_stay_json(tmp_path: Path, value: float, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = logger(tmp_path, *QUIET)
+    log(metrics, 1, loss=value, grad_norm=value)
+    metrics.validation(1, value)
+    log(metrics, 2)
+    step, validation, sound = lines_of(tmp_path)
+    assert step["loss"] is None
+    assert step["non_finite"] == {"loss": str(value), "grad_norm": str(value)}
+    assert validation == {"step": 1, "validation_loss": None, "non_finite": {"validation_loss": str(value)}}
+    assert list(sound) == KEYS
+    assert str(value) in capsys.readouterr().out
+    metrics.finish()  # the curve and the summary live with the hole
+    assert "first 2.0000 (step 2)" in capsys.readouterr().out
+
+
+def test_extra_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = logger(tmp_path, *QUIET)
+    log(metrics, 1, extra={"z_loss": 0.25})
+    assert lines_of(tmp_path)[0]["z_loss"] == 0.25
+    assert capsys.readouterr().out.rstrip().endswith("z_loss 0.25")
+    with pytest.raises(AssertionError, match="loss"):
+        log(metrics, 2, extra={"loss": 0.25})
+
+
+def test_a_resumed_run_writes_one_history(tmp_path: Path) -> None:
+    first = logger(tmp_path, *QUIET)
+    for step in (10, 20, 30):
+        log(first, step, loss=float(step))
+        first.validation(step, step + 0.5)
+    first.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"step": 40, "lo')  # killed while it wrote
+    kept = path.read_bytes().splitlines(keepends=True)[:4]
+    again = logger(tmp_path, *QUIET, start_step=20, tokens_seen=20_000)
+    assert path.read_bytes() == b"".join(kept)
+    log(again, 30, loss=31.0)
+    assert [(line["step"], line.get("loss")) for line in lines_of(tmp_path)] == [
+        (10, 10),
+        (10, None),
+        (20, 20),
+        (20, None),
+        (30, 31),
+    ]
+
+
+def test_a_torn_line_at_the_resumed_step_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 10, "loss": 2.5}\n\xff\xfe garbage\n[1]\n{"step": 20, "loss": 2.')
+    assert run_history.keep_until(path, 20) == 3
+    assert path.read_bytes() == b'{"step": 10, "loss": 2.5}\n'
+
+
+def test_a_run_from_step_0_has_no_history(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "validation_loss": 8.0}\n{"step": 10, "loss": 2.5}\n')
+    logger(tmp_path, *QUIET)
+    assert path.read_text() == ""
+
+
+def test_cutting_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(5)))
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        run_history.keep_until(path, 2)
+    assert path.read_bytes() == before
+
+
+def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = logger(tmp_path, is_main=False)
+    metrics.start([("model", "a Llama")])
+    with metrics.pause():
+        pass
+    log(metrics, 1)
+    metrics.validation(1, 2.0)
+    metrics.sample(1, "text")
+    metrics.say("text")
+    metrics.finish()
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def events(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder)).Reload()
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    first = logger(tmp_path, "--optimizer.lr", "0.0123")
+    for step in (1, 2, 3, 4):
+        log(first, step, loss=float(step))
+    first.validation(4, 4.5)
+    first.sample(4, "def f():\n    return 1")
+    first.finish()
+    read = events(tmp_path / "tb")
+    assert set(read.Tags()["scalars"]) == {*KEYS, "validation_loss"} - {"step", "mfu"}
+    assert [(event.step, event.value) for event in read.Scalars("loss")] == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    texts = {tag: read.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in read.Tags()["tensors"]}
+    assert "    lr = 0.0123\n" in texts["config/text_summary"]
+    assert texts["sample/text_summary"] == "    def f():\n        return 1\n"
+
+    again = logger(tmp_path, start_step=2)
+    log(again, 3, loss=30.0)
+    again.finish()
+    resumed = events(tmp_path / "tb").Scalars("loss")
+    assert [(event.step, event.value) for event in resumed] == [(1, 1), (2, 2), (3, 30)]
+
+
+def test_train_log_has_every_line_with_its_time(tmp_path: Path) -> None:
+    for attempt in ("one", "two"):
+        metrics = logger(tmp_path, *QUIET)
+        metrics.say(f"{attempt}\nand more")
+        metrics.close()
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line[20:] for line in lines] == ["one", "and more", "two", "and more"]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
+
+
+def test_aligned() -> None:
+    assert aligned([("a", "1"), ("long", "2\n3"), ("", "4")]) == "a     1\nlong  2\n      3\n      4"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00:00"), (83.9, "0:01:23"), (86399, "23:59:59"), (93784, "1d 02:03:04")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_sample_cannot_steer_the_terminal() -> None:
+    assert printable("a\x1b[2J\r\n\tb\x00\u202eé") == "a\ufffd[2J\ufffd\n\tb\ufffd\ufffdé"
+
+
+DRIVE = """
+import sys
+from pathlib import Path
+import torch
+from titan_fast.config import model_shape, parse
+from titan_fast.metrics import MetricsLogger
+config = parse(["--training.steps", "4", "--metrics.enable_tensorboard", "False"])
+metrics = MetricsLogger(config, run_dir=Path(sys.argv[1]), is_main=True, shape=model_shape(config.model),
+                        device=torch.device("cpu"), n_devices=1, tokens_per_step=8)
+metrics.start([])
+for step in (2, 4):
+    metrics.log(step, loss=1.0, grad_norm=1.0, lr=0.1, tokens_seen=8, data_wait_seconds=0.0)
+metrics.sample(4, "\\u00e9 [bold]")
+if "stop" in sys.argv:
+    sys.exit(3)
+metrics.finish()
+"""
+
+
+def on_a_terminal(*arguments: str) -> tuple[int, str]:
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVE, *arguments],
+        stdout=terminal,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"TERM": "xterm-256color"},
+    )
+    os.close(terminal)
+    output = b""
+    while True:
+        try:
+            chunk = os.read(controller, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not chunk:
+            break
+        output += chunk
+    os.close(controller)
+    return process.wait(timeout=30), output.decode()
+
+
+@pytest.mark.parametrize("how", ["finish", "stop"])
+def test_progress_bar_on_a_terminal_only(tmp_path: Path, how: str) -> None:
+    status, terminal = on_a_terminal(str(tmp_path), how)
+    assert status == (3 if how == "stop" else 0)
+    assert "━" in terminal
+    assert "2/4" in terminal
+    assert "[bold]" in terminal
+    # The cursor is hidden while the bar lives, and must be back whatever ended the run.
+    assert terminal.rindex("\x1b[?25h") > terminal.rindex("\x1b[?25l")
+
+
+def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DRIVE, str(tmp_path)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "FORCE_COLOR": "1"}
+    result = subprocess.run(command, capture_output=True, env=environment, timeout=30)
+    assert result.returncode == 0, result.stderr
+    assert b"\x1b" not in result.stdout
+    assert rb"\xe9 [bold]" in result.stdout
+    assert "é [bold]" in (tmp_path / "train.log").read_text(encoding="utf-8")
+
+
+def test_summary_and_loss_curve(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    metrics = logger(tmp_path, *QUIET)
+    metrics.start([])
+    for step, loss, seconds in ((10, 8.0, 50), (20, 4.0, 5), (30, 3.0, 4), (40, 3.5, 6)):
+        clock.now += seconds
+        log(metrics, step, loss=loss, data_wait_seconds=1.3)
+    metrics.validation(25, 3.75)
+    metrics.validation(40, 4.25)
+    capsys.readouterr()
+    metrics.finish()
+    summary = capsys.readouterr().out
+    for expected in (
+        "finished         step 40/40, 40,000 tokens",
+        "first 8.0000 (step 10), last 3.5000, best 3.0000 (step 30)",
+        "last 4.2500 (step 40), best 3.7500 (step 25)",
+        "1,000 per device, mean without the first 10 steps",  # 30 steps of 1000 tokens in 15 s on 2 devices
+        "8.00% of the time of the steps",  # 5.2 of 65 s
+        str(tmp_path),
+        "metrics.jsonl, loss_curve.png",
+    ):
+        assert expected in summary
+    (figure,) = drawn
+    train, held_out = figure.axes[0].lines
+    assert np.asarray(train.get_xydata()).tolist() == [[10e3, 8], [20e3, 4], [30e3, 3], [40e3, 3.5]]
+    assert np.asarray(held_out.get_xydata()).tolist() == [[25e3, 3.75], [40e3, 4.25]]
+    assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_a_run_that_stops_early_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = logger(tmp_path, *QUIET)
+    metrics.finish()
+    assert "stopped        step  0/40, 0 tokens" in capsys.readouterr().out
+    assert not (tmp_path / "loss_curve.png").exists()
