@@ -23,9 +23,10 @@ def is_plain_eager(*tensors: Tensor) -> bool:
     return all(type(tensor) in (Tensor, Parameter) and not tensor.is_meta for tensor in tensors)
 
 
-def backward_dispatch(implementation: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
-    """`implementation` in plain eager mode, `operator` elsewhere; also where the backward pass is itself recorded
-    (create_graph=True), because only the operator then raises that it has no derivative."""
+def unrecorded_dispatch(implementation: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
+    """For calls inside an autograd.Function, where autograd does not record: `implementation` in plain eager mode, else
+    `operator`; and `operator` where a backward pass is itself recorded (create_graph=True): it has no second derivative
+    and raises that, where the implementation would leave the result silently disconnected."""
 
     def call(*arguments: Any) -> Any:
         if not torch.is_grad_enabled() and is_plain_eager(*(a for a in arguments if isinstance(a, Tensor))):

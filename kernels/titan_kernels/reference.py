@@ -113,3 +113,76 @@ def cross_entropy_grad_(
     gradient *= (weight * (1.0 + 2.0 * z_loss * logsumexp))[:, None]
     gradient.scatter_add_(-1, torch.where(inside, column, 0)[:, None], -(weight * inside)[:, None])
     logits.copy_(gradient)
+
+
+def cross_entropy_with_grad_(
+    logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
+    """The losses of `cross_entropy`, while `logits` is overwritten with d(scale * sum of losses)/dlogits.
+
+    logits: [N, V], of no use to anyone else; labels: [N] int64; scale: 0-dim float32 -> [N] float32 (float64 from
+    float64 logits). Takes no part in autograd: the caller uses the gradient.
+    """
+    maximum, sum_exp, target = cross_entropy_stats(logits, labels, 0)
+    logsumexp = maximum + torch.log(sum_exp)
+    loss = torch.where(labels != ignore_index, logsumexp - target + z_loss * logsumexp**2, 0.0)
+    cross_entropy_grad_(logits, labels, 0, logsumexp, scale, ignore_index, z_loss)
+    return loss
+
+
+@torch.no_grad()
+def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a rank that holds columns vocab_offset, vocab_offset + 1, ... of the logits knows of each row.
+
+    logits: [N, V_shard], labels: [N] int64 -> (max, sum of exp(x - max), logit of the label), each [N] float32; the
+    last is 0 where the label is not in the shard, so that a sum over ranks gives it. Over ranks, with M the greatest
+    max: logsumexp = M + log(sum of sum_exp * exp(max - M)), loss = logsumexp - target.
+    """
+    wide = _wide(logits)
+    maximum = wide.amax(-1)
+    columns = labels - vocab_offset
+    inside = (columns >= 0) & (columns < logits.shape[-1])
+    target = wide.gather(-1, torch.where(inside, columns, 0)[:, None]).squeeze(-1)
+    return maximum, torch.exp(wide - maximum[:, None]).sum(-1), torch.where(inside, target, 0.0)
+
+
+@torch.no_grad()
+def cross_entropy_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_offset: int,
+    logsumexp: Tensor,
+    scale: Tensor,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+) -> None:
+    """Overwrite a rank's `logits` with d(scale * sum of losses)/dlogits, given the logsumexp over all ranks.
+
+    logits: [N, V_shard]; labels: [N] int64; logsumexp: [N] float32; scale: float32, 0-dim or [N].
+    """
+    columns = labels - vocab_offset
+    inside = (columns >= 0) & (columns < logits.shape[-1])
+    gradient = torch.exp(_wide(logits) - logsumexp[:, None]) * (1 + 2 * z_loss * logsumexp[:, None])
+    gradient.scatter_add_(-1, torch.where(inside, columns, 0)[:, None], -inside[:, None].to(gradient.dtype))
+    valid = (labels != ignore_index)[:, None]
+    logits.copy_(torch.where(valid, gradient * scale.reshape(-1, 1), 0.0))
+
+
+def norm_linear(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, linear_weights: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """RMSNorm of x (of x + residual, where there is one) times each of `linear_weights`.
+
+    x, residual: [..., D]; weight: [D]; linear_weights: [out_i, D]. -> (out_1 [..., out_1], ..., new_residual [..., D]);
+    new_residual is x itself without a residual.
+    """
+    if residual is None:
+        y, new_residual = rms_norm(x, weight, eps), x
+    else:
+        y, new_residual = add_rms_norm(x, residual, weight, eps)
+    return *(F.linear(y, matrix) for matrix in linear_weights), new_residual
+
+
+def swiglu_linear(gate: Tensor, up: Tensor, down_weight: Tensor) -> Tensor:
+    """`(silu(gate) * up) @ down_weight^T`. gate, up: [..., F], down_weight: [out, F] -> [..., out]."""
+    return F.linear(swiglu(gate, up), down_weight)

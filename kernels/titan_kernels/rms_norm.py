@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from titan_kernels.dispatch import backward_dispatch, eager_function, is_plain_eager
+from titan_kernels.dispatch import eager_function, is_plain_eager, unrecorded_dispatch
 from titan_kernels.launch import POINTER, Launch, as_rows, blocks, power_of_two
 from titan_kernels.sharding import ROWS, SUM, WHOLE, no_matrix_product, register_row_sharding
 from titan_kernels.validation import require_device, require_dtypes, shape
@@ -356,9 +356,11 @@ def _(dy: Tensor, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Te
     return s.new_empty(s.shape), weight.new_empty(weight.shape), s.new_empty(s.shape)
 
 
-# What norm_linear calls too.
-run_backward = backward_dispatch(_rms_norm_backward, backward_op)
-run_backward_emit = backward_dispatch(_rms_norm_backward_emit, backward_emit_op)
+# What norm_linear calls.
+run_rms_norm = unrecorded_dispatch(_rms_norm, rms_norm_op)
+run_add_rms_norm = unrecorded_dispatch(_add_rms_norm, add_rms_norm_op)
+run_backward = unrecorded_dispatch(_rms_norm_backward, backward_op)
+run_backward_emit = unrecorded_dispatch(_rms_norm_backward_emit, backward_emit_op)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

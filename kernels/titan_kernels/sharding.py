@@ -1,4 +1,4 @@
-"""What operators share towards the rest of torch: how DTensor splits their tensors, how the FLOP counter counts them."""
+"""What operators share towards torch: how DTensor splits their tensors and the FLOP counter counts them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +11,10 @@ WHOLE = "whole"  # replicated
 SUM = "sum"  # each rank holds a term of the sum
 
 
+_Code = int | str | None
+_Choice = tuple[Sequence[_Code], Sequence[_Code]]
+
+
 def no_matrix_product(*shapes: Any, **keywords: Any) -> int:
     """FLOPs as torch.utils.flop_counter counts them: matrix products only, so that a model counts the same with its
     kernels on and off."""
@@ -20,9 +24,26 @@ def no_matrix_product(*shapes: Any, **keywords: Any) -> int:
 def register_row_sharding(
     operator: OpOverload, outputs: Sequence[str], inputs: Sequence[str | None], n_dims: Callable[..., int]
 ) -> None:
-    """Let DTensor run `operator` on shards over any of the first `n_dims(*arguments)` dimensions.
+    """Let DTensor run `operator` on shards over any one of the first `n_dims(*arguments)` dimensions.
 
-    outputs, inputs: what each tensor is then, ROWS, WHOLE or SUM; None for arguments that are no tensors. Nothing is
+    outputs, inputs: what each tensor is then, ROWS, WHOLE or SUM; None for arguments that are no tensors.
+    """
+    numbered: dict[str | None, _Code] = {WHOLE: None, SUM: SUM, None: None}
+
+    def accepted(*arguments: Any) -> list[_Choice]:
+        return [
+            ([numbered.get(kind, dim) for kind in outputs], [numbered.get(kind, dim) for kind in inputs])
+            for dim in range(n_dims(*arguments))
+        ]
+
+    register_placements(operator, accepted)
+
+
+def register_placements(operator: OpOverload, accepted: list[_Choice] | Callable[..., list[_Choice]]) -> None:
+    """Let DTensor run `operator` replicated, or as one of `accepted` says (a list, or a function of the arguments).
+
+    An element of the list is (outputs, inputs), in each of which an integer stands for a tensor sharded over that
+    dimension, None for a replicated one (or an argument that is no tensor), and SUM for terms of a sum. Nothing is
     registered where torch was built without distributed.
     """
     if not torch.distributed.is_available():
@@ -30,14 +51,24 @@ def register_row_sharding(
     from torch.distributed.tensor import Partial, Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 
+    def placement(code: _Code) -> Any:
+        if code is None:
+            return Replicate()
+        return Partial() if code == SUM else Shard(int(code))
+
+    n_outputs = len(operator._schema.returns)
+
     def rule(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
-        # An optional tensor that is not given has no placement either.
-        present = [None if argument is None else kind for kind, argument in zip(inputs, arguments, strict=True)]
-        everywhere = [None if kind is None else Replicate() for kind in present]
-        accepted: list[tuple[list[Any], list[Any]]] = [([Replicate()] * len(outputs), everywhere)]
-        for dim in range(n_dims(*arguments)):
-            placement = {ROWS: Shard(dim), WHOLE: Replicate(), SUM: Partial(), None: None}
-            accepted.append(([placement[kind] for kind in outputs], [placement[kind] for kind in present]))
-        return accepted
+        # DTensor hands over a description of each tensor; numbers, and tensors that are not given, have no placement.
+        is_tensor = [hasattr(argument, "placements") for argument in arguments]
+        everywhere: _Choice = ([None] * n_outputs, [None] * len(arguments))
+        choices = accepted(*arguments) if callable(accepted) else accepted
+        return [
+            (
+                [placement(code) for code in outputs],
+                [placement(code) if given else None for code, given in zip(inputs, is_tensor, strict=True)],
+            )
+            for outputs, inputs in [everywhere, *choices]
+        ]
 
     register_sharding(operator)(rule)

@@ -1,0 +1,447 @@
+"""Cross entropy of rows of logits, with their gradient in place.
+
+    logsumexp = max + log(sum of exp(x - max)),  loss = logsumexp - x[label] + z_loss * logsumexp^2
+    dx = scale * (exp(x - logsumexp) * (1 + 2 * z_loss * logsumexp) - [column is label])
+    both 0 where the label is ignore_index
+
+Shapes: N rows, V vocabulary (or one rank's shard of it, which begins at vocab_offset). The sum of exponentials is kept
+per lane as the row is read once, rescaled whenever a lane meets a new maximum; lanes are merged at the end of the row.
+
+Three ways to use it:
+- `cross_entropy`: autograd, out of place, mutates nothing;
+- `cross_entropy_with_grad_`: losses, and the logits become their own gradient; the second read of a row follows its
+  first at once, so that it comes from cache;
+- `cross_entropy_stats` and `cross_entropy_grad_`: the same in two steps, between which ranks that each hold a part of
+  the vocabulary reduce the statistics.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from titan_kernels.dispatch import eager_function, is_plain_eager, unrecorded_dispatch
+from titan_kernels.launch import POINTER, Launch, blocks, power_of_two
+from titan_kernels.sharding import no_matrix_product, register_placements
+from titan_kernels.validation import require_device, require_dtypes, shape
+
+_LOWEST = tl.constexpr(-3.4e38)  # below every finite logit; -inf would make the first rescaling inf - inf
+
+# ---- launch: 16 elements per thread and step
+
+
+def _block(vocab: int) -> tuple[int, int]:
+    """(columns per step, warps)."""
+    block = min(power_of_two(vocab), 8192)
+    return block, max(block // 512, 1)
+
+
+def _signature(names: str, dtype: torch.dtype) -> dict[str, str]:
+    """Triton types by name: logits and their gradient in `dtype`, labels int64, strides integers, the rest float32."""
+    special = {"LOGITS": POINTER[dtype], "DLOGITS": POINTER[dtype], "LABELS": "*i64"}
+    return {name: special.get(name, "*fp32" if name.isupper() else "i32") for name in names.split()}
+
+
+def _make(name: str, kernel: Any, names: str, vocab: int, dtype: torch.dtype, **constexprs: Any) -> Launch:
+    block, warps = _block(vocab)
+    signature = _signature(names, dtype)
+    numbers = ("logits_stride", "dlogits_stride") if vocab % 16 == 0 else ()
+    aligned = tuple(name for name in signature if name.isupper() or name in numbers)
+    return Launch(name, kernel, signature, {"VOCAB": vocab, **constexprs, "BLOCK": block}, warps, aligned=aligned)
+
+
+@cache
+def _stats_launch(vocab: int, dtype: torch.dtype) -> Launch:
+    names = "LOGITS LABELS MAXIMUM SUM_EXP TARGET logits_stride vocab_offset"
+    return _make("cross_entropy_stats", _stats_kernel, names, vocab, dtype)
+
+
+@cache
+def _forward_launch(vocab: int, dtype: torch.dtype, ignore_index: int, z_loss: float, gradient: bool) -> Launch:
+    names = "LOGITS LABELS LOSS LOGSUMEXP SCALE logits_stride"
+    name = "cross_entropy_with_grad" if gradient else "cross_entropy_forward"
+    constexprs = {"IGNORE_INDEX": ignore_index, "Z_LOSS": z_loss, "GRADIENT": gradient}
+    return _make(name, _forward_kernel, names, vocab, dtype, **constexprs)
+
+
+@cache
+def _grad_launch(vocab: int, dtype: torch.dtype, ignore_index: int, z_loss: float, per_row: bool) -> Launch:
+    names = "LOGITS DLOGITS LABELS LOGSUMEXP SCALE logits_stride dlogits_stride vocab_offset"
+    name = "cross_entropy_backward" if per_row else "cross_entropy_grad"
+    constexprs = {"IGNORE_INDEX": ignore_index, "Z_LOSS": z_loss, "PER_ROW": per_row}
+    return _make(name, _grad_kernel, names, vocab, dtype, **constexprs)
+
+
+def launches(vocab: int, dtype: torch.dtype, ignore_index: int = -100, z_loss: float = 0.0) -> list[Launch]:
+    """Every launch of the cross entropies over this vocabulary (or this shard of one)."""
+    return [
+        *(_forward_launch(vocab, dtype, ignore_index, z_loss, gradient) for gradient in (False, True)),
+        *(_grad_launch(vocab, dtype, ignore_index, z_loss, per_row) for per_row in (False, True)),
+        _stats_launch(vocab, dtype),
+    ]
+
+
+# ---- statistics and gradient of a row
+
+
+@triton.jit
+def _row_stats(logits, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """(max, sum of exp(x - max)) of one row."""
+    columns = tl.arange(0, BLOCK)
+    maximum = tl.full((BLOCK,), _LOWEST, tl.float32)
+    sum_exp = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, VOCAB, BLOCK):
+        x = tl.load(logits + start + columns, mask=start + columns < VOCAB, other=-float("inf")).to(tl.float32)
+        # One of exp(x - new) and exp(old - new) is 1; the other is this.
+        smaller = tl.exp(-tl.abs(x - maximum))
+        sum_exp = tl.where(x > maximum, sum_exp * smaller + 1, sum_exp + smaller)
+        maximum = tl.maximum(x, maximum)
+    row_maximum = tl.max(maximum, 0)
+    return row_maximum, tl.sum(sum_exp * tl.exp(maximum - row_maximum), 0)
+
+
+@triton.jit
+def _gradient(x, columns, target, logsumexp, scale, Z_LOSS: tl.constexpr):
+    """d(scale * loss)/dx; `target` is the label's column, or one outside the row."""
+    softmax = tl.exp(x - logsumexp)
+    if Z_LOSS != 0.0:
+        softmax *= 1 + 2 * Z_LOSS * logsumexp
+    return scale * (softmax - (columns == target).to(tl.float32))
+
+
+@triton.jit
+def _forward_kernel(
+    LOGITS, LABELS, LOSS, LOGSUMEXP, SCALE, logits_stride,
+    VOCAB: tl.constexpr, IGNORE_INDEX: tl.constexpr, Z_LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per row, over the whole vocabulary. With GRADIENT the logits become the gradient of SCALE * loss."""
+    row = tl.program_id(0).to(tl.int64)
+    logits = LOGITS + row * logits_stride
+    label = tl.load(LABELS + row)
+    columns = tl.arange(0, BLOCK)
+    if label == IGNORE_INDEX:
+        tl.store(LOSS + row, 0.0)
+        tl.store(LOGSUMEXP + row, 0.0)
+        if GRADIENT:
+            for start in range(0, VOCAB, BLOCK):
+                zeros = tl.zeros((BLOCK,), LOGITS.dtype.element_ty)
+                tl.store(logits + start + columns, zeros, mask=start + columns < VOCAB)
+    else:
+        maximum, sum_exp = _row_stats(logits, VOCAB, BLOCK)  # pyright: ignore
+        logsumexp = maximum + tl.log(sum_exp)
+        known = (label >= 0) & (label < VOCAB)
+        # A label that is no column has no loss: NaN, where torch would stop.
+        target = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
+        loss = logsumexp - target
+        if Z_LOSS != 0.0:
+            loss += Z_LOSS * logsumexp * logsumexp
+        tl.store(LOSS + row, loss)
+        tl.store(LOGSUMEXP + row, logsumexp)
+        if GRADIENT:
+            tl.debug_barrier()  # the target is read before any thread overwrites it
+            scale = tl.load(SCALE)
+            for start in range(0, VOCAB, BLOCK):
+                inside = start + columns < VOCAB
+                x = tl.load(logits + start + columns, mask=inside, other=0.0).to(tl.float32)
+                dx = _gradient(x, start + columns, label, logsumexp, scale, Z_LOSS)
+                tl.store(logits + start + columns, dx.to(LOGITS.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["vocab_offset"])
+def _stats_kernel(
+    LOGITS, LABELS, MAXIMUM, SUM_EXP, TARGET, logits_stride, vocab_offset, VOCAB: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program per row of a shard of the vocabulary."""
+    row = tl.program_id(0).to(tl.int64)
+    logits = LOGITS + row * logits_stride
+    maximum, sum_exp = _row_stats(logits, VOCAB, BLOCK)  # pyright: ignore
+    column = tl.load(LABELS + row) - vocab_offset
+    target = tl.load(logits + column, mask=(column >= 0) & (column < VOCAB), other=0.0).to(tl.float32)
+    tl.store(MAXIMUM + row, maximum)
+    tl.store(SUM_EXP + row, sum_exp)
+    tl.store(TARGET + row, target)
+
+
+@triton.jit(do_not_specialize=["vocab_offset"])
+def _grad_kernel(
+    LOGITS, DLOGITS, LABELS, LOGSUMEXP, SCALE, logits_stride, dlogits_stride, vocab_offset,
+    VOCAB: tl.constexpr, IGNORE_INDEX: tl.constexpr, Z_LOSS: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK columns of a row. DLOGITS may be LOGITS. SCALE is one number, or one per row."""
+    n_blocks = tl.cdiv(VOCAB, BLOCK)
+    row = (tl.program_id(0) // n_blocks).to(tl.int64)
+    columns = (tl.program_id(0) % n_blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < VOCAB
+    label = tl.load(LABELS + row)
+    valid = label != IGNORE_INDEX
+    x = tl.load(LOGITS + row * logits_stride + columns, mask=inside & valid, other=0.0).to(tl.float32)
+    logsumexp = tl.load(LOGSUMEXP + row)
+    scale = tl.load(SCALE + row if PER_ROW else SCALE)
+    dx = tl.where(valid, _gradient(x, columns, label - vocab_offset, logsumexp, scale, Z_LOSS), 0.0)
+    tl.store(DLOGITS + row * dlogits_stride + columns, dx.to(DLOGITS.dtype.element_ty), mask=inside)
+
+
+# ---- forward
+
+
+def _vector(logits: Tensor) -> Tensor:
+    return torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """logits with adjacent columns: themselves, or a copy."""
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor]:
+    """(loss, logsumexp), each [N] float32."""
+    loss, logsumexp = _vector(logits), _vector(logits)
+    if loss.numel():
+        logits = _rows(logits)
+        launch = _forward_launch(logits.shape[1], logits.dtype, ignore_index, z_loss, False)
+        launch((logits.shape[0],), logits, labels.contiguous(), loss, logsumexp, loss, logits.stride(0))
+    return loss, logsumexp
+
+
+def _cross_entropy_with_grad_(
+    logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int, z_loss: float
+) -> Tensor:
+    loss = _vector(logits)
+    if loss.numel():
+        launch = _forward_launch(logits.shape[1], logits.dtype, ignore_index, z_loss, True)
+        logsumexp = torch.empty_like(loss)
+        launch((logits.shape[0],), logits, labels.contiguous(), loss, logsumexp, scale, logits.stride(0))
+    return loss
+
+
+def _cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    maximum, sum_exp, target = _vector(logits), _vector(logits), _vector(logits)
+    if maximum.numel():
+        logits = _rows(logits)
+        _stats_launch(logits.shape[1], logits.dtype)(
+            (logits.shape[0],), logits, labels.contiguous(), maximum, sum_exp, target, logits.stride(0), vocab_offset
+        )
+    return maximum, sum_exp, target
+
+
+# ---- backward
+
+
+def _gradient_into(
+    dlogits: Tensor, logits: Tensor, labels: Tensor, logsumexp: Tensor, scale: Tensor,
+    vocab_offset: int, ignore_index: int, z_loss: float,
+) -> None:  # fmt: skip
+    n_rows, vocab = logits.shape
+    if n_rows:
+        launch = _grad_launch(vocab, logits.dtype, ignore_index, z_loss, scale.dim() == 1)
+        launch(
+            (n_rows * blocks(vocab, _block(vocab)[0]),),
+            logits, dlogits, labels.contiguous(), logsumexp.contiguous(), scale.contiguous(),
+            logits.stride(0), dlogits.stride(0), vocab_offset,
+        )  # fmt: skip
+
+
+def _cross_entropy_backward(
+    dloss: Tensor, logits: Tensor, labels: Tensor, logsumexp: Tensor, ignore_index: int, z_loss: float
+) -> Tensor:
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _gradient_into(dlogits, _rows(logits), labels, logsumexp, dloss, 0, ignore_index, z_loss)
+    return dlogits
+
+
+def _cross_entropy_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_offset: int,
+    logsumexp: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    z_loss: float,
+) -> None:
+    _gradient_into(logits, logits, labels, logsumexp, scale, vocab_offset, ignore_index, z_loss)
+
+
+# ---- operators
+
+cross_entropy_op = torch.library.custom_op("titan_kernels::cross_entropy", _cross_entropy, mutates_args=())
+backward_op = torch.library.custom_op("titan_kernels::cross_entropy_backward", _cross_entropy_backward, mutates_args=())
+with_grad_op = torch.library.custom_op(
+    "titan_kernels::cross_entropy_with_grad_", _cross_entropy_with_grad_, mutates_args=("logits",)
+)
+stats_op = torch.library.custom_op("titan_kernels::cross_entropy_stats", _cross_entropy_stats, mutates_args=())
+grad_op = torch.library.custom_op("titan_kernels::cross_entropy_grad_", _cross_entropy_grad_, mutates_args=("logits",))
+
+
+def _fake_vector(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+@cross_entropy_op.register_fake
+def _(logits: Tensor, labels: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor]:
+    return _fake_vector(logits), _fake_vector(logits)
+
+
+@backward_op.register_fake
+def _(dloss: Tensor, logits: Tensor, labels: Tensor, logsumexp: Tensor, ignore_index: int, z_loss: float) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@with_grad_op.register_fake
+def _(logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int, z_loss: float) -> Tensor:
+    return _fake_vector(logits)
+
+
+@stats_op.register_fake
+def _(logits: Tensor, labels: Tensor, vocab_offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_vector(logits), _fake_vector(logits), _fake_vector(logits)
+
+
+@grad_op.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_offset: int,
+    logsumexp: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    z_loss: float,
+) -> None:
+    return None
+
+
+_run_backward = unrecorded_dispatch(_cross_entropy_backward, backward_op)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, labels, ctx.ignore_index, ctx.z_loss = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, labels, output[1])
+
+
+def _differentiate(ctx: Any, dloss: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
+    return _run_backward(dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.z_loss), None, None, None
+
+
+cross_entropy_op.register_autograd(_differentiate, setup_context=_save)
+_eager_cross_entropy = eager_function(_cross_entropy, _save, _differentiate)
+
+_ops = torch.ops.titan_kernels
+register_flop_formula(
+    [
+        _ops.cross_entropy,
+        _ops.cross_entropy_backward,
+        _ops.cross_entropy_with_grad_,
+        _ops.cross_entropy_stats,
+        _ops.cross_entropy_grad_,
+    ]
+)(no_matrix_product)
+
+# Over the rows. The two that mutate are for a chunk of logits that its owner made, which is a plain tensor.
+register_placements(_ops.cross_entropy.default, [((0, 0), (0, 0, None, None))])
+register_placements(_ops.cross_entropy_backward.default, [((0,), (0, 0, 0, 0, None, None))])
+register_placements(_ops.cross_entropy_stats.default, [((0, 0, 0), (0, 0, None))])
+
+
+# ---- what is called
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, z_loss: float = 0.0) -> Tensor:
+    """Cross entropy of each row, 0 where the label is `ignore_index`; `z_loss * logsumexp^2` is added to the others
+    (PaLM, arXiv:2204.02311, section 5).
+
+    logits: [N, V] bfloat16, float16 or float32; labels: [N] int64 -> [N] float32. A label that is neither a column nor
+    `ignore_index` gives NaN.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    _check("cross_entropy", logits, labels)
+    if is_plain_eager(logits, labels):
+        return _eager_cross_entropy(logits, labels, ignore_index, z_loss)[0]
+    return cross_entropy_op(logits, labels, ignore_index, z_loss)[0]
+
+
+def cross_entropy_with_grad_(
+    logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
+    """The losses of `cross_entropy`, while `logits` is overwritten with d(scale * sum of losses)/dlogits.
+
+    logits: [N, V] with adjacent columns, of no use to anyone else; labels: [N] int64; scale: 0-dim float32 on the same
+    device -> [N] float32. Takes no part in autograd: the caller uses the gradient.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or columns that are not adjacent.
+    """
+    _check("cross_entropy_with_grad_", logits, labels)
+    _check_in_place("cross_entropy_with_grad_", logits, scale)
+    differentiated = torch.is_grad_enabled() and logits.requires_grad  # the operator raises then
+    if is_plain_eager(logits, labels, scale) and not differentiated:
+        torch.autograd.graph.increment_version(logits)
+        return _cross_entropy_with_grad_(logits, labels, scale, ignore_index, z_loss)
+    return with_grad_op(logits, labels, scale, ignore_index, z_loss)
+
+
+def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a rank that holds columns vocab_offset, vocab_offset + 1, ... of the logits knows of each row.
+
+    logits: [N, V_shard], labels: [N] int64 -> (max, sum of exp(x - max), logit of the label), each [N] float32; the
+    last is 0 where the label is not in the shard, so that a sum over ranks gives it. Over ranks, with M the greatest
+    max: logsumexp = M + log(sum of sum_exp * exp(max - M)), loss = logsumexp - target.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    _check("cross_entropy_stats", logits, labels)
+    return stats_op(logits, labels, vocab_offset)
+
+
+def cross_entropy_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_offset: int,
+    logsumexp: Tensor,
+    scale: Tensor,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+) -> None:
+    """Overwrite a rank's `logits` with d(scale * sum of losses)/dlogits, given the logsumexp over all ranks.
+
+    logits: [N, V_shard] with adjacent columns; labels: [N] int64; logsumexp: [N] float32; scale: float32, 0-dim or [N].
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or columns that are not adjacent.
+    """
+    _check("cross_entropy_grad_", logits, labels)
+    _check_in_place("cross_entropy_grad_", logits, scale, logsumexp)
+    grad_op(logits, labels, vocab_offset, logsumexp, scale, ignore_index, z_loss)
+
+
+def _check(operator: str, logits: Tensor, labels: Tensor) -> None:
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"{operator}: logits have shape {shape(logits)}, need [rows, vocabulary]")
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(f"{operator}: labels have shape {shape(labels)}, logits {shape(logits)}: one label per row")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"{operator}: labels of shape {shape(labels)} are {labels.dtype}, not torch.int64")
+    require_dtypes(operator, logits)
+    require_device(operator, _forward_kernel, logits, labels)
+
+
+def _check_in_place(operator: str, logits: Tensor, scale: Tensor, logsumexp: Tensor | None = None) -> None:
+    if logits.stride(1) != 1:
+        raise ValueError(
+            f"{operator}: logits of shape {shape(logits)} have strides {logits.stride()}, not adjacent columns"
+        )
+    per_row = logsumexp is not None and scale.shape == logits.shape[:1]
+    if scale.dtype != torch.float32 or not (scale.dim() == 0 or per_row):
+        raise ValueError(f"{operator}: scale of shape {shape(scale)} is {scale.dtype}; needs one number in float32")
+    if logsumexp is not None and (logsumexp.shape != logits.shape[:1] or logsumexp.dtype != torch.float32):
+        raise ValueError(
+            f"{operator}: logsumexp of shape {shape(logsumexp)} is {logsumexp.dtype}; "
+            f"logits of shape {shape(logits)} need [{logits.shape[0]}] float32"
+        )
+    require_device(operator, _forward_kernel, logits, scale, *(() if logsumexp is None else (logsumexp,)))
