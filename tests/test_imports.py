@@ -1,0 +1,75 @@
+"""The house's one-way imports, read off the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "titan_fast"
+
+# Rooms that may import these of the project's own modules and no others; what is not named here may import anything
+# below `loop`, which nothing but `train` imports.
+LEAVES: dict[str, set[str]] = {
+    "errors": set(),
+    "flavors": set(),
+    "config": {"errors", "flavors"},
+    "flops": {"errors", "flavors", "config"},
+    "distributed": {"errors", "config"},
+    "tokenizer": {"errors", "config"},
+    "ops": {"errors", "config"},
+    "model": {"flavors", "ops"},
+    "loss": {"ops"},
+    "optim": {"config", "errors"},
+    "hf": {"flavors", "config", "errors", "model", "checkpoint", "tokenizer", "manifest", "parallel"},
+    "activation_checkpoint": {"config", "errors", "model"},
+    "parallel": {"activation_checkpoint", "config", "errors", "flavors", "loss", "model"},
+}
+
+
+def imported(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def own_modules(names: set[str]) -> set[str]:
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    return {name.split(".")[1] for name in names if name.startswith("titan_fast.")} & modules
+
+
+@pytest.mark.parametrize("room", LEAVES)
+def test_room_imports_only_what_it_may(room: str) -> None:
+    found = own_modules(imported(PACKAGE / f"{room}.py"))
+    assert found <= LEAVES[room], f"{room} imports {found - LEAVES[room]}"
+
+
+def test_only_train_imports_the_loop() -> None:
+    importers = {path.stem for path in PACKAGE.glob("*.py") if "loop" in own_modules(imported(path))}
+    assert importers <= {"train", "dry_run"}
+
+
+def test_only_ops_imports_kernels() -> None:
+    importers = {
+        path.stem
+        for path in PACKAGE.glob("*.py")
+        if any(name.split(".")[0] == "titan_kernels" for name in imported(path))
+    }
+    assert importers == {"ops"}
+
+
+def test_kernels_know_nothing_of_the_project() -> None:
+    for path in (ROOT / "kernels" / "titan_kernels").glob("*.py"):
+        assert not any(name.split(".")[0] == "titan_fast" for name in imported(path)), path
+
+
+@pytest.mark.parametrize("module", ["config", "flavors", "errors", "train", "flops"])
+def test_starting_does_not_wait_for_torch(module: str) -> None:
+    names = {name.split(".")[0] for name in imported(PACKAGE / f"{module}.py", top_level_only=True)}
+    assert "torch" not in names
