@@ -385,7 +385,7 @@ def cross_entropy_with_grad_(
     return with_grad_op(logits, labels, scale, ignore_index, z_loss)
 
 
-def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_offset: int) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """What a rank that holds columns vocab_offset, vocab_offset + 1, ... of the logits knows of each row.
 
     logits: [N, V_shard], labels: [N] int64 -> (max, sum of exp(x - max), logit of the label), each [N] float32; the
@@ -410,7 +410,7 @@ def cross_entropy_grad_(
 ) -> None:
     """Overwrite a rank's `logits` with d(scale * sum of losses)/dlogits, given the logsumexp over all ranks.
 
-    logits: [N, V_shard] with adjacent columns; labels: [N] int64; logsumexp: [N] float32; scale: float32, 0-dim or [N].
+    logits: [N, V_shard] with adjacent columns; labels: [N] int64; logsumexp: [N] float32; scale: 0-dim float32.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or columns that are not adjacent.
@@ -436,8 +436,7 @@ def _check_in_place(operator: str, logits: Tensor, scale: Tensor, logsumexp: Ten
         raise ValueError(
             f"{operator}: logits of shape {shape(logits)} have strides {logits.stride()}, not adjacent columns"
         )
-    per_row = logsumexp is not None and scale.shape == logits.shape[:1]
-    if scale.dtype != torch.float32 or not (scale.dim() == 0 or per_row):
+    if scale.dtype != torch.float32 or scale.dim() != 0:
         raise ValueError(f"{operator}: scale of shape {shape(scale)} is {scale.dtype}; needs one number in float32")
     if logsumexp is not None and (logsumexp.shape != logits.shape[:1] or logsumexp.dtype != torch.float32):
         raise ValueError(

@@ -115,6 +115,7 @@ def cross_entropy_grad_(
     logits.copy_(gradient)
 
 
+@torch.no_grad()
 def cross_entropy_with_grad_(
     logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int = -100, z_loss: float = 0.0
 ) -> Tensor:
@@ -123,49 +124,11 @@ def cross_entropy_with_grad_(
     logits: [N, V], of no use to anyone else; labels: [N] int64; scale: 0-dim float32 -> [N] float32 (float64 from
     float64 logits). Takes no part in autograd: the caller uses the gradient.
     """
-    maximum, sum_exp, target = cross_entropy_stats(logits, labels, 0)
-    logsumexp = maximum + torch.log(sum_exp)
+    peak, total, target = cross_entropy_stats(logits, labels)
+    logsumexp = peak + torch.log(total)
     loss = torch.where(labels != ignore_index, logsumexp - target + z_loss * logsumexp**2, 0.0)
     cross_entropy_grad_(logits, labels, 0, logsumexp, scale, ignore_index, z_loss)
     return loss
-
-
-@torch.no_grad()
-def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_offset: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a rank that holds columns vocab_offset, vocab_offset + 1, ... of the logits knows of each row.
-
-    logits: [N, V_shard], labels: [N] int64 -> (max, sum of exp(x - max), logit of the label), each [N] float32; the
-    last is 0 where the label is not in the shard, so that a sum over ranks gives it. Over ranks, with M the greatest
-    max: logsumexp = M + log(sum of sum_exp * exp(max - M)), loss = logsumexp - target.
-    """
-    wide = _wide(logits)
-    maximum = wide.amax(-1)
-    columns = labels - vocab_offset
-    inside = (columns >= 0) & (columns < logits.shape[-1])
-    target = wide.gather(-1, torch.where(inside, columns, 0)[:, None]).squeeze(-1)
-    return maximum, torch.exp(wide - maximum[:, None]).sum(-1), torch.where(inside, target, 0.0)
-
-
-@torch.no_grad()
-def cross_entropy_grad_(
-    logits: Tensor,
-    labels: Tensor,
-    vocab_offset: int,
-    logsumexp: Tensor,
-    scale: Tensor,
-    ignore_index: int = -100,
-    z_loss: float = 0.0,
-) -> None:
-    """Overwrite a rank's `logits` with d(scale * sum of losses)/dlogits, given the logsumexp over all ranks.
-
-    logits: [N, V_shard]; labels: [N] int64; logsumexp: [N] float32; scale: float32, 0-dim or [N].
-    """
-    columns = labels - vocab_offset
-    inside = (columns >= 0) & (columns < logits.shape[-1])
-    gradient = torch.exp(_wide(logits) - logsumexp[:, None]) * (1 + 2 * z_loss * logsumexp[:, None])
-    gradient.scatter_add_(-1, torch.where(inside, columns, 0)[:, None], -inside[:, None].to(gradient.dtype))
-    valid = (labels != ignore_index)[:, None]
-    logits.copy_(torch.where(valid, gradient * scale.reshape(-1, 1), 0.0))
 
 
 def norm_linear(
