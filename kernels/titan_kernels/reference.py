@@ -106,7 +106,7 @@ def cross_entropy_grad_(
     logits, labels, vocab_offset: as in `cross_entropy_stats`; logsumexp: [N] float32 over the whole vocabulary;
     scale: 0-dim float32.
     """
-    weight = torch.where(labels != ignore_index, scale, 0.0)
+    weight = torch.where(labels != ignore_index, scale, 0.0).to(logsumexp.dtype)
     column = labels - vocab_offset
     inside = (column >= 0) & (column < logits.shape[-1])
     gradient = torch.exp(_wide(logits) - logsumexp[:, None])
