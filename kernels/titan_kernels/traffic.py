@@ -39,12 +39,12 @@ def add_rms_norm(rows: int, width: int, element_size: int = 2) -> Traffic:
 
 
 def rope(rows: int, seq_len: int, n_heads: int, n_kv_heads: int, head_dim: int, element_size: int = 2) -> Traffic:
-    """Forward: q and k of the packed projection, cos, sin -> q, k (v can stay a view of the projection).
-    Backward: dq, dk, dv, cos, sin -> the packed gradient, in which v's part must be written. rows = B * S."""
-    turned = rows * (n_heads + n_kv_heads) * head_dim * element_size
-    packed = turned + rows * n_kv_heads * head_dim * element_size
+    """Forward: the packed projection, cos, sin -> q, k, v, each in memory of its own, so that attention does not keep
+    the projection alive (an implementation that leaves v a view of it moves 2 * v less). Backward: dq, dk, dv, cos, sin
+    -> the packed gradient. rows = B * S."""
+    packed = rows * (n_heads + 2 * n_kv_heads) * head_dim * element_size
     tables = 2 * seq_len * (head_dim // 2) * _TABLE_BYTES
-    return Traffic(forward=2 * turned + tables, backward=2 * packed + tables)
+    return Traffic(forward=2 * packed + tables, backward=2 * packed + tables)
 
 
 def swiglu(rows: int, width: int, element_size: int = 2) -> Traffic:

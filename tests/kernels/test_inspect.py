@@ -1,0 +1,84 @@
+"""Ahead-of-time compilation of the launches: the sound ones pass, unsound ones are reported. No GPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from titan_kernels.ahead_of_time import REGISTER_FILE, SHARED_MEMORY, Cost
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+ROOT = Path(__file__).parents[2]
+SOUND = Cost(
+    registers=64,
+    stack_bytes=0,
+    shared_bytes=1024,
+    threads=256,
+    wide_load_share=1.0,
+    wide_store_share=0.9,
+    double_precision=False,
+)
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """In a process where Triton compiles: under its interpreter there is nothing to inspect."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "kernels")
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
+def test_launches_of_llama3_8b_on_hopper_are_sound() -> None:
+    result = run("-m", "titan_kernels.inspect", "--arch", "90", "--shapes", "llama3_8b", "--json")
+    assert result.returncode == 0, result.stderr
+    findings = json.loads(result.stdout)
+    names = {finding["launch"] for finding in findings}
+    for operator in ("rms_norm", "add_rms_norm", "rope", "swiglu", "cross_entropy"):
+        assert f"{operator}_forward" in names
+    for finding in findings:
+        assert 16 <= finding["cost"]["registers"] <= 255
+        assert finding["cost"]["threads"] % 32 == 0
+        assert not finding["violations"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_launch_of_every_shape_is_sound() -> None:
+    result = run("-m", "titan_kernels.inspect")
+    assert result.returncode == 0, result.stderr
+    assert "verdict" in result.stdout
+
+
+def test_unsound_launches_are_reported() -> None:
+    result = run(str(Path(__file__).parent / "unsound_launches.py"))
+    assert result.returncode == 1, result.stderr
+    violations = {finding["launch"]: " ".join(finding["violations"]) for finding in json.loads(result.stdout)}
+    assert "to the stack" in violations["spilling"]
+    assert violations["double"] == "arithmetic in double precision"
+    assert "only 0% of the loaded bytes in 128-bit loads" in violations["scattered"]
+    assert "only 0% of the stored bytes in 128-bit stores" in violations["scattered"]
+    assert "violation: double (BLOCK=1024) on sm_90: arithmetic in double precision" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("registers", REGISTER_FILE // 256 + 1, "exceed the file of 65536"),
+        ("shared_bytes", SHARED_MEMORY[80] + 1, "bytes of shared memory exceed"),
+        ("stack_bytes", 8, "spills 8 bytes per thread"),
+    ],
+)
+def test_each_limit_is_checked(field: str, value: int, words: str) -> None:
+    assert SOUND.violations(80) == []
+    broken = Cost(**{**vars(SOUND), field: value})
+    (violation,) = broken.violations(80)
+    assert words in violation
+
+
+def test_interpreted_kernels_are_refused() -> None:
+    code = "from titan_kernels.inspect import inspect, llama_launches; inspect(llama_launches(['llama3_8b'])[:1], 90)"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels")}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "unset TRITON_INTERPRET" in result.stderr
