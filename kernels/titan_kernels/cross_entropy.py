@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from titan_kernels.dispatch import eager_function, is_plain_eager, unrecorded_dispatch
-from titan_kernels.launch import POINTER, Launch, blocks, power_of_two
+from titan_kernels.launch import POINTER, Launch, blocks, empty_rows, power_of_two
 from titan_kernels.sharding import no_matrix_product, register_placements
 from titan_kernels.validation import require_device, require_dtypes, shape
 
@@ -248,7 +248,7 @@ def _gradient_into(
 def _cross_entropy_backward(
     dloss: Tensor, logits: Tensor, labels: Tensor, logsumexp: Tensor, ignore_index: int, z_loss: float
 ) -> Tensor:
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dlogits = empty_rows(logits)
     _gradient_into(dlogits, _rows(logits), labels, logsumexp, dloss, 0, ignore_index, z_loss)
     return dlogits
 
@@ -378,8 +378,7 @@ def cross_entropy_with_grad_(
     """
     _check("cross_entropy_with_grad_", logits, labels)
     _check_in_place("cross_entropy_with_grad_", logits, scale)
-    differentiated = torch.is_grad_enabled() and logits.requires_grad  # the operator raises then
-    if is_plain_eager(logits, labels, scale) and not differentiated:
+    if is_plain_eager(logits, labels, scale):
         torch.autograd.graph.increment_version(logits)
         return _cross_entropy_with_grad_(logits, labels, scale, ignore_index, z_loss)
     return with_grad_op(logits, labels, scale, ignore_index, z_loss)
@@ -390,12 +389,14 @@ def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_offset: int = 0) -
 
     logits: [N, V_shard], labels: [N] int64 -> (max, sum of exp(x - max), logit of the label), each [N] float32; the
     last is 0 where the label is not in the shard, so that a sum over ranks gives it. Over ranks, with M the greatest
-    max: logsumexp = M + log(sum of sum_exp * exp(max - M)), loss = logsumexp - target.
+    max: logsumexp = M + log(sum of sum_exp * exp(max - M)), loss = logsumexp - target. Takes no part in autograd.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit.
     """
     _check("cross_entropy_stats", logits, labels)
+    if is_plain_eager(logits, labels):
+        return _cross_entropy_stats(logits, labels, vocab_offset)
     return stats_op(logits, labels, vocab_offset)
 
 
@@ -417,7 +418,11 @@ def cross_entropy_grad_(
     """
     _check("cross_entropy_grad_", logits, labels)
     _check_in_place("cross_entropy_grad_", logits, scale, logsumexp)
-    grad_op(logits, labels, vocab_offset, logsumexp, scale, ignore_index, z_loss)
+    if is_plain_eager(logits, labels, logsumexp, scale):
+        torch.autograd.graph.increment_version(logits)
+        _cross_entropy_grad_(logits, labels, vocab_offset, logsumexp, scale, ignore_index, z_loss)
+    else:
+        grad_op(logits, labels, vocab_offset, logsumexp, scale, ignore_index, z_loss)
 
 
 def _check(operator: str, logits: Tensor, labels: Tensor) -> None:
@@ -432,6 +437,8 @@ def _check(operator: str, logits: Tensor, labels: Tensor) -> None:
 
 
 def _check_in_place(operator: str, logits: Tensor, scale: Tensor, logsumexp: Tensor | None = None) -> None:
+    if torch.is_grad_enabled() and logits.requires_grad:
+        raise ValueError(f"{operator}: logits of shape {shape(logits)} require a gradient and would be overwritten")
     if logits.stride(1) != 1:
         raise ValueError(
             f"{operator}: logits of shape {shape(logits)} have strides {logits.stride()}, not adjacent columns"

@@ -67,3 +67,8 @@ def as_rows(x: Tensor) -> Tensor:
         return x.view(-1, width)
     rows = x.reshape(-1, width)
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def empty_rows(like: Tensor) -> Tensor:
+    """Uninitialised memory of `like`'s shape, dtype and device, contiguous whatever the strides of `like`."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)

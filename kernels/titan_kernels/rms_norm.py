@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from titan_kernels.dispatch import eager_function, is_plain_eager, unrecorded_dispatch
-from titan_kernels.launch import POINTER, Launch, as_rows, blocks, power_of_two
+from titan_kernels.launch import POINTER, Launch, as_rows, blocks, empty_rows, power_of_two
 from titan_kernels.sharding import ROWS, SUM, WHOLE, no_matrix_product, register_row_sharding
 from titan_kernels.validation import require_device, require_dtypes, shape
 
@@ -179,8 +179,8 @@ def _forward_kernel(
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, new_residual, scale); without a residual, y stands in for new_residual."""
     width = x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    new_residual = y if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = empty_rows(x)
+    new_residual = y if residual is None else empty_rows(x)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if n_rows := scale.numel():
         rows = as_rows(x)
@@ -293,8 +293,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(ds, dweight, y); y is written only if `emit`."""
     width = s.shape[-1]
-    ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-    y = torch.empty(s.shape, dtype=s.dtype, device=s.device) if emit else ds
+    ds = empty_rows(s)
+    y = empty_rows(s) if emit else ds
     n_rows = scale.numel()
     if not n_rows:
         return ds, torch.zeros(width, dtype=weight.dtype, device=s.device), y

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from titan_kernels.dispatch import eager_function, is_plain_eager, unrecorded_dispatch
-from titan_kernels.launch import POINTER, Launch, as_rows, blocks
+from titan_kernels.launch import POINTER, Launch, as_rows, blocks, empty_rows
 from titan_kernels.sharding import ROWS, no_matrix_product, register_row_sharding
 from titan_kernels.validation import require_device, require_dtypes, shape
 
@@ -86,7 +86,7 @@ def _forward_kernel(GATE, UP, H, gate_stride, up_stride, width, BLOCK: tl.conste
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    h = empty_rows(gate)
     if h.numel():
         (gate, up), (n_rows, width) = _lay_out(gate, up)
         grid = (n_rows * blocks(width, _BLOCK),)
@@ -121,9 +121,9 @@ def _backward_kernel(
 
 def _backward(dh: Tensor, gate: Tensor, up: Tensor, emit: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(dgate, dup, h); h is written only if `emit`."""
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if emit else dgate
+    dgate = empty_rows(gate)
+    dup = empty_rows(gate)
+    h = empty_rows(gate) if emit else dgate
     if dgate.numel():
         (dh, gate, up), (n_rows, width) = _lay_out(dh, gate, up)
         _backward_launch(gate.dtype, emit)(
