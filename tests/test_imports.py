@@ -17,7 +17,7 @@ LEAVES: dict[str, set[str]] = {
     "flops": {"errors", "flavors", "config"},
     "distributed": {"errors", "config"},
     "tokenizer": {"errors", "config"},
-    "ops": {"errors", "config"},
+    "ops": {"errors", "config", "flavors"},
     "model": {"flavors", "ops"},
     "loss": {"ops"},
     "optim": {"config", "errors"},

@@ -178,6 +178,8 @@ class Kernels:
     """SiLU(gate) x up."""
     cross_entropy: KernelChoice = "auto"
     """Cross entropy and its gradient on a chunk of logits."""
+    reemit: KernelChoice = "auto"
+    """Norm + projection and SwiGLU + projection as units that save less and write it again in the backward pass."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
     """Backend of scaled_dot_product_attention. auto: cuDNN first on Hopper and newer, flash first elsewhere."""
     carry_residual: bool = False

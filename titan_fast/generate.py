@@ -15,7 +15,6 @@ from titan_fast.checkpoint import checkpoints, load_tensors, tensors_of, tokeniz
 from titan_fast.config import Config, from_dict, model_shape
 from titan_fast.errors import CheckpointError, ConfigError, command
 from titan_fast.model import KVCache, Llama
-from titan_fast.ops import build_ops
 from titan_fast.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -92,7 +91,7 @@ def load_model(path: Path, device: torch.device) -> tuple[Llama, Tokenizer, Conf
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise CheckpointError(f"its config.toml cannot be read: {error}", "give a step-N folder", str(path)) from error
     with torch.device("meta"):
-        model = Llama(model_shape(config.model), build_ops(config.kernels, device))
+        model = Llama(model_shape(config.model))
     model.to_empty(device=device)
     model.init_buffers()
     load_tensors(tensors_of(model), path)

@@ -8,27 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from titan_fast import config as settings
 from titan_fast import distributed, parallel
 from titan_fast.checkpoint import Checkpointer, Progress, gather_data_state, own_data_state
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape
-from titan_fast.data import Batch, build_loader, build_tokenizer, build_validation_loader
+from titan_fast.data import build_loader, build_tokenizer, build_validation_loader
 from titan_fast.distributed import World
 from titan_fast.errors import NumericsError
-from titan_fast.flavors import ModelShape
 from titan_fast.generate import Sampling, generate_text
-from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy
 from titan_fast.metrics import MetricsLogger
-from titan_fast.model import Llama, init_weights
-from titan_fast.ops import Ops, build_ops
+from titan_fast.ops import Ops, Workload, build_ops
 from titan_fast.optim import build_optimizer, clip_grad_norm_, learning_rate, step_unless
-from titan_fast.parallel import build_mesh, graphs_compiled, parallelize, precision
+from titan_fast.parallel import graphs_compiled
 from titan_fast.profiling import Profiler, check_profiling
 from titan_fast.run_directory import open_run_directory, write_config
 from titan_fast.startup import startup_lines
+from titan_fast.step import build_model, forward_backward, one_over_valid_tokens, summed_loss
 
 
 def train(config: Config) -> None:
@@ -38,13 +35,21 @@ def train(config: Config) -> None:
     device = distributed.local_device()
     check_profiling(config.profiling, device)
     parallel.check(config, model_shape(config.model), degrees, device)
-    ops = build_ops(config.kernels, device)
+    ops = build_ops(config.kernels, device, workload(config, degrees))
     run_dir = open_run_directory(config)
     with distributed.start(config.comm, device) as world:
         if world.is_main:
             write_config(config, run_dir)
         set_determinism(config.debug)
         Run(config, degrees, world, run_dir, ops).train()
+
+
+def workload(config: Config, degrees: MeshDegrees) -> Workload:
+    """What one device computes in a pass."""
+    tokens = config.training.local_batch_size * config.training.seq_len
+    return Workload(
+        model_shape(config.model), tokens, degrees.tensor, config.loss.chunk_size, compiled=config.compile.enable
+    )
 
 
 def set_determinism(debug: settings.Debug) -> None:
@@ -56,20 +61,6 @@ def set_determinism(debug: settings.Debug) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def build_model(config: Config, shape: ModelShape, ops: Ops, world: World, degrees: MeshDegrees) -> Llama:
-    """The model, parallel and initialised; no process ever holds more of it than its own part."""
-    loss = LinearCrossEntropy(ops, config.loss.chunk_size, config.loss.z_loss)
-    # Sampled text may be longer than a training sequence; a prompt has at most one token a byte.
-    sample = len(config.metrics.sample_prompt.encode()) + 1 + config.metrics.sample_tokens
-    with torch.device("meta"):
-        model = Llama(shape, ops, loss, max_seq_len=max(config.training.seq_len, sample))
-    mesh = build_mesh(degrees, world.device)
-    parallelize(model, mesh, precision(config.training, world.device), config)
-    model.to_empty(device=world.device)
-    init_weights(model, config.debug.seed)
-    return model
-
-
 class Run:
     """One run: what it is built of, and the loop over its steps."""
 
@@ -79,7 +70,7 @@ class Run:
         self.tokenizer = build_tokenizer(config, run_dir, self.shape.vocab_size, world.is_main, world.barrier)
         self.loader = self._data(build_loader)
         self.validation_loader = self._data(build_validation_loader) if config.validation.enable else None
-        self.model = build_model(config, self.shape, ops, world, degrees)
+        self.model = build_model(config, self.shape, ops, degrees, world.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.checkpointer = Checkpointer(config, run_dir, world, self.tokenizer.path)
         self.progress = self._resume()
@@ -170,7 +161,7 @@ class Run:
         if due(config.metrics.log_freq) or step == self.first_step:
             self.metrics.log(
                 step,
-                loss=self._summed(loss),
+                loss=summed_loss(loss, self.degrees).item(),
                 grad_norm=norm.item(),
                 lr=rate,
                 tokens_seen=self.progress.tokens_seen,
@@ -190,12 +181,7 @@ class Run:
         learning rate."""
         batches = next(self.loader)
         self.unchecked[step] = self.loader.position()
-        scale = self._one_over_valid_tokens(batches)
-        total = torch.zeros((), device=self.world.device)
-        for batch in batches:
-            loss = self.model(batch.tokens, batch.labels, scale)
-            loss.backward()
-            total += loss.detach()
+        total = forward_backward(self.model, batches, one_over_valid_tokens(batches, self.degrees))
         norm = clip_grad_norm_(self.model.parameters(), self.config.training.max_norm, total)
         bad = ~torch.isfinite(norm) & (self.first_bad_step == 0)
         self.first_bad_step = torch.where(bad, float(step), self.first_bad_step)
@@ -207,18 +193,6 @@ class Run:
         self.progress.step = step
         self.progress.tokens_seen += self.sequences_per_step() * self.config.training.seq_len
         return total, norm, rate
-
-    def _one_over_valid_tokens(self, batches: list[Batch]) -> Tensor:
-        """1 / (tokens with a label in the global batch), 0-dim float32 on the device: what makes the loss a mean."""
-        valid = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum().float()
-        dist.all_reduce(valid)
-        return self.degrees.tensor / valid.clamp(min=1.0)
-
-    def _summed(self, loss: Tensor) -> float:
-        """The loss of the global batch from each rank's part of it."""
-        loss = loss.clone()
-        dist.all_reduce(loss)
-        return loss.item() / self.degrees.tensor
 
     def _check_finite(self) -> None:
         """Stops the run where a gradient was not finite; the weights are still those of the step before it."""
@@ -241,10 +215,10 @@ class Run:
             total = torch.zeros((), device=self.world.device)
             for _ in range(self.config.validation.steps):
                 batches = next(self.validation_loader)
-                scale = self._one_over_valid_tokens(batches)
+                scale = one_over_valid_tokens(batches, self.degrees)
                 for batch in batches:
                     total += self.model(batch.tokens, batch.labels, scale)
-            loss = self._summed(total) / self.config.validation.steps
+            loss = summed_loss(total, self.degrees).item() / self.config.validation.steps
         self.metrics.validation(step, loss)
 
     def sample(self, step: int) -> None:

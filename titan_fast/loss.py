@@ -40,7 +40,17 @@ class LinearCrossEntropy:
             weight = weight.to_local()
         return _LinearCrossEntropy.apply(x.flatten(0, -2), weight, labels.flatten(), scale, self)
 
-    def statistics(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def differentiate_(self, logits: Tensor, labels: Tensor, scale: Tensor, wanted: bool) -> Tensor:
+        """The sum of the rows' losses; `logits`, [N, V] of this rank, become their gradient times `scale` if wanted."""
+        if self.vocab_group is None and wanted:
+            return self.ops.cross_entropy_with_grad_(logits, labels, scale, IGNORE_INDEX, self.z_loss).sum()
+        logsumexp, target = self._statistics(logits, labels)
+        losses = logsumexp - target + self.z_loss * logsumexp.square()
+        if wanted:
+            self.ops.cross_entropy_grad_(logits, labels, self.vocab_offset, logsumexp, scale, IGNORE_INDEX, self.z_loss)
+        return torch.where(labels != IGNORE_INDEX, losses, 0.0).sum()
+
+    def _statistics(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(logsumexp, target logit) of each row over the whole vocabulary, float32 [N]."""
         peak, total, target = self.ops.cross_entropy_stats(logits, labels, self.vocab_offset)
         if self.vocab_group is not None:
@@ -66,14 +76,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, rows, step):
             chunk, chunk_labels = x[start : start + step], labels[start : start + step]
             logits = F.linear(chunk, weight)
-            logsumexp, target = loss.statistics(logits, chunk_labels)
-            losses = logsumexp - target + loss.z_loss * logsumexp.square()
-            total += torch.where(chunk_labels != IGNORE_INDEX, losses, 0.0).sum()
+            total += loss.differentiate_(logits, chunk_labels, scale, wants_x or wants_weight)
             if not (wants_x or wants_weight):
                 continue
-            loss.ops.cross_entropy_grad_(
-                logits, chunk_labels, loss.vocab_offset, logsumexp, scale, IGNORE_INDEX, loss.z_loss
-            )
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[start : start + step])
             if grad_weight is not None:

@@ -117,7 +117,25 @@ class Block(nn.Module):
         self.attention = Attention(shape, ops)
         self.feed_forward_norm = Norm(shape.dim, shape.norm_eps, ops)
         self.feed_forward = FeedForward(shape, ops)
-        self.carry_residual = ops.carry_residual
+        self.carry_residual, self.ops = ops.carry_residual, ops
+
+    def _forward_in_units(
+        self,
+        norm_linear: Callable[..., tuple[Tensor, ...]],
+        swiglu_linear: Callable[[Tensor, Tensor, Tensor], Tensor],
+        x: Tensor,
+        residual: Tensor | None,
+        rope: RopeTables,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The same arithmetic with each norm or product joined to the matrices after it, which then save less."""
+        norm, attention = self.attention_norm, self.attention
+        qkv, stream = norm_linear(x, residual, norm.weight, norm.eps, (attention.qkv.weight,))
+        x = attention.attend(qkv, rope, cache)
+        norm, feed_forward = self.feed_forward_norm, self.feed_forward
+        matrices = (feed_forward.gate.weight, feed_forward.up.weight)
+        gate, up, stream = norm_linear(x, stream, norm.weight, norm.eps, matrices)
+        return swiglu_linear(gate, up, feed_forward.down.weight), stream
 
     def forward(
         self, x: Tensor, residual: Tensor | None, rope: RopeTables, cache: KVCache | None = None
@@ -126,9 +144,12 @@ class Block(nn.Module):
 
         The last add is done here, or with `carry_residual` left to the next block's first norm, which reads both.
         """
-        y, stream = self.attention_norm(x, residual)
-        y, stream = self.feed_forward_norm(self.attention(y, rope, cache), stream)
-        x = self.feed_forward(y)
+        if self.ops.norm_linear is not None and self.ops.swiglu_linear is not None:
+            x, stream = self._forward_in_units(self.ops.norm_linear, self.ops.swiglu_linear, x, residual, rope, cache)
+        else:
+            y, stream = self.attention_norm(x, residual)
+            y, stream = self.feed_forward_norm(self.attention(y, rope, cache), stream)
+            x = self.feed_forward(y)
         return (x, stream) if self.carry_residual else (x + stream, None)
 
 

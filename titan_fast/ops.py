@@ -1,16 +1,22 @@
 """The one door to kernels: for each operator the reference or Triton, chosen once, when the model is built."""
 
+import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import titan_kernels
 import torch
 import torch.nn.functional as F
 from titan_kernels import reference
+from titan_kernels.choice import Choice, choose, current_architecture
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from titan_fast.config import Kernels
 from titan_fast.errors import ConfigError
+from titan_fast.flavors import ModelShape
 
 _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -28,12 +34,47 @@ class Ops:
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rope: Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
     swiglu: Callable[[Tensor, Tensor], Tensor]
+    cross_entropy_with_grad_: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
     cross_entropy_stats: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     cross_entropy_grad_: Callable[[Tensor, Tensor, int, Tensor, Tensor, int, float], None]
     attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+    norm_linear: Callable[..., tuple[Tensor, ...]] | None = None
+    """Norm and the matrices that follow it as one unit that saves no normalised activation; None: apart."""
+    swiglu_linear: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """SwiGLU and the down projection likewise."""
     carry_residual: bool = False
     reasons: tuple[tuple[str, str, str], ...] = ()
     """(operator, choice, reason) for the log."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one device computes in a pass: what a choice by measurement needs to know."""
+
+    shape: ModelShape
+    tokens: int
+    """Sequences x their length."""
+    tensor_degree: int
+    loss_chunk: int
+    compiled: bool
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """For each operator with a switch, the sizes of a call."""
+        shape, degree = self.shape, self.tensor_degree
+        rows = max(1, self.tokens // degree)  # norms see this rank's part of each sequence
+        chunk = min(self.loss_chunk or self.tokens, self.tokens)
+        return {
+            "rms_norm": {"rows": rows, "width": shape.dim},
+            "rope": {
+                "rows": self.tokens,
+                "n_heads": shape.n_heads // degree,
+                "n_kv_heads": shape.n_kv_heads // degree,
+                "head_dim": shape.head_dim,
+            },
+            "swiglu": {"rows": self.tokens, "width": shape.ffn_dim // degree},
+            "cross_entropy": {"rows": chunk, "vocab": -(-shape.vocab_size // degree)},
+            "reemit": {"rows": rows, "width": shape.dim, "ffn_width": shape.ffn_dim // degree},
+        }
 
 
 def attention_with(backends: list[SDPBackend]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -77,23 +118,54 @@ REFERENCE = Ops(
     add_rms_norm=reference.add_rms_norm,
     rope=reference.rope,
     swiglu=reference.swiglu,
+    cross_entropy_with_grad_=reference.cross_entropy_with_grad_,
     cross_entropy_stats=reference.cross_entropy_stats,
     cross_entropy_grad_=reference.cross_entropy_grad_,
     attention=attention_with([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]),
 )
 
+# What each switch of [kernels] exchanges: names of titan_kernels, and of Ops.
+_FUNCTIONS = {
+    "rms_norm": ("rms_norm", "add_rms_norm"),
+    "rope": ("rope",),
+    "swiglu": ("swiglu",),
+    "cross_entropy": ("cross_entropy_with_grad_", "cross_entropy_stats", "cross_entropy_grad_"),
+    "reemit": ("norm_linear", "swiglu_linear"),
+}
 
-def build_ops(kernels: Kernels, device: torch.device) -> Ops:
-    """The operators that `[kernels]` asks for on this device, with the reason of each choice."""
-    backends, choice, reason = _choose_attention(kernels.attention, device)
-    return Ops(
-        rms_norm=reference.rms_norm,
-        add_rms_norm=reference.add_rms_norm,
-        rope=reference.rope,
-        swiglu=reference.swiglu,
-        cross_entropy_stats=reference.cross_entropy_stats,
-        cross_entropy_grad_=reference.cross_entropy_grad_,
-        attention=attention_with(backends),
-        carry_residual=kernels.carry_residual,
-        reasons=(("attention", choice, reason),),
-    )
+
+def build_ops(kernels: Kernels, device: torch.device, workload: Workload) -> Ops:
+    """The operators that `[kernels]` asks for on this device, with the reason of each choice.
+
+    Raises ConfigError where "triton" or an attention backend was asked for and cannot run here."""
+    if kernels.reemit == "triton" and workload.tensor_degree > 1:
+        raise ConfigError(
+            f"kernels.reemit 'triton' joins a norm to the matrix after it, and tensor_parallel_degree "
+            f"{workload.tensor_degree} puts a gather between them",
+            "take reemit reference, or no tensor parallelism",
+        )
+    backends, attention, why = _choose_attention(kernels.attention, device)
+    chosen: dict[str, Any] = {"attention": attention_with(backends), "carry_residual": kernels.carry_residual}
+    reasons = [("attention", attention, why)]
+    for operator, sizes in workload.sizes().items():
+        choice = _choose_kernel(operator, getattr(kernels, operator), device, workload.compiled, sizes)
+        if operator == "reemit" and workload.tensor_degree > 1:
+            choice = Choice("reference", "not with tensor parallelism")
+        reasons.append((operator, choice.implementation, choice.reason))
+        if choice.implementation == "triton":
+            chosen |= {name: getattr(titan_kernels, name) for name in _FUNCTIONS[operator]}
+    return dataclasses.replace(REFERENCE, **chosen, reasons=tuple(reasons))
+
+
+def _choose_kernel(operator: str, setting: str, device: torch.device, compiled: bool, sizes: dict[str, int]) -> Choice:
+    try:
+        return choose(
+            operator,
+            setting,
+            architecture=current_architecture() if device.type == "cuda" else None,
+            compiled=compiled,
+            interpreted=os.environ.get("TRITON_INTERPRET") == "1",
+            shape=sizes,
+        )
+    except ValueError as error:
+        raise ConfigError(f"kernels.{error}", "change [kernels]") from error
