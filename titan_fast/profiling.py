@@ -1,0 +1,118 @@
+"""Traces of single steps by torch.profiler, and snapshots of CUDA's memory.
+
+<run directory>/profile_traces/step-100/rank-0.json.gz      one training step; open it in https://ui.perfetto.dev
+<run directory>/profile_traces/step-100/key_averages.txt    rank 0's operators by the time they took
+<run directory>/memory_snapshot/step-100/rank-0.pickle      drop it on https://docs.pytorch.org/memory_viz
+<run directory>/memory_snapshot/step-123-out-of-memory/...  the same when memory ran out in step 123
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch.profiler import ProfilerAction, ProfilerActivity, profile
+
+from titan_fast.config import Profiling
+from titan_fast.errors import ConfigError
+
+WARM_UP_STEPS = 3  # profiled and thrown away: the profiler's own start is slow
+SNAPSHOT_EVENTS = 100_000  # allocations and frees, the newest
+
+
+def check_profiling(profiling: Profiling, device: torch.device) -> None:
+    """ConfigError where what `profiling` asks for cannot be had on `device`."""
+    if profiling.enable_memory_snapshot and device.type != "cuda":
+        raise ConfigError(
+            f"profiling.enable_memory_snapshot records CUDA's allocator, and this run is on {device.type}",
+            "turn it off, or run on a GPU",
+        )
+
+
+class Profiler:
+    """Around the loop, with `step()` after every step; every `profile_freq`th step is traced.
+
+    A step that is traced is slower than others, and so is what its log line says of it.
+    """
+
+    def __init__(
+        self,
+        profiling: Profiling,
+        run_dir: Path,
+        rank: int,
+        *,
+        start_step: int = 0,
+        pause: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """start_step: where a resumed run goes on. pause: entered while files are written, to keep that out of the
+        training time (MetricsLogger.pause)."""
+        self.profiling, self.rank, self.pause = profiling, rank, pause
+        self.traces = run_dir / profiling.save_traces_folder
+        self.snapshots = run_dir / profiling.save_memory_snapshot_folder
+        self.start_step = self.steps_done = start_step
+        self._in_traced_step = False
+        self._profile = self._build() if profiling.enable_profiling else None
+
+    def _build(self) -> profile:
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        return profile(
+            activities=activities, schedule=self._schedule, on_trace_ready=self._trace_ready, record_shapes=True
+        )
+
+    def _schedule(self, index: int) -> ProfilerAction:
+        """What the profiler does during this process's step number `index`, counted from 0."""
+        steps_left = -(self.start_step + index + 1) % self.profiling.profile_freq
+        if steps_left == 0:
+            return ProfilerAction.RECORD_AND_SAVE
+        return ProfilerAction.WARMUP if steps_left <= WARM_UP_STEPS else ProfilerAction.NONE
+
+    def _trace_ready(self, trace: profile) -> None:
+        if self._in_traced_step:  # else the run ended within a step to be traced, and there is nothing in it
+            self._write_trace(trace)
+
+    def __enter__(self) -> "Profiler":
+        if self.profiling.enable_memory_snapshot:
+            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)
+        if self._profile is not None:
+            self._profile.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._profile is not None:
+            self._profile.stop()
+        if self.profiling.enable_memory_snapshot:
+            if isinstance(error, torch.OutOfMemoryError):
+                self._write_snapshot(f"step-{self.steps_done + 1}-out-of-memory")
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def step(self) -> None:
+        """A step is over."""
+        self.steps_done += 1
+        due = self.steps_done % self.profiling.profile_freq == 0
+        if self._profile is not None:
+            self._in_traced_step = due
+            with self.pause() if due else nullcontext():
+                self._profile.step()  # which calls _trace_ready where a trace is due
+            self._in_traced_step = False
+        if self.profiling.enable_memory_snapshot and due:
+            with self.pause():
+                self._write_snapshot(f"step-{self.steps_done}")
+
+    def _write_trace(self, trace: profile) -> None:
+        folder = self.traces / f"step-{self.steps_done}"
+        folder.mkdir(parents=True, exist_ok=True)
+        trace.export_chrome_trace(str(folder / f"rank-{self.rank}.json.gz"))
+        if self.rank == 0:
+            key = "self_cuda_time_total" if ProfilerActivity.CUDA in trace.activities else "self_cpu_time_total"
+            table = trace.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=80)
+            (folder / "key_averages.txt").write_text(table, encoding="utf-8")
+
+    def _write_snapshot(self, name: str) -> None:
+        folder = self.snapshots / name
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(folder / f"rank-{self.rank}.pickle"))
