@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import random
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,8 +34,6 @@ HOLD_OUT_EVERY = 100
 class TokenSource:
     """Steps out of token shards: step t is the global samples from t x global batch on; pass by pass, in each pass
     rank by rank."""
-
-    per_rank = False
 
     def __init__(self, order: SampleOrder, share: Share, vocab_size: int, name: str, held_out: int = 0) -> None:
         self._order, self._share, self._vocab_size, self._name = order, share, vocab_size, name
@@ -154,12 +153,18 @@ def build_loader(
 
         return Loader(hub_source(training, tokenizer, share, config.debug.seed), device)
     tokens = _open_tokens(training, training.dataset_path, tokenizer, vocab_size, run_dir, "training", is_main, barrier)
-    every = HOLD_OUT_EVERY if _holds_out(config) else 0
-    documents = np.setdiff1d(np.arange(tokens.documents), _held_out(tokens.documents, every), assume_unique=True)
-    order = SampleOrder(tokens, documents, training.seq_len, config.debug.seed)
+    order = training_order(config, tokens)
     name = training.dataset_path or training.dataset
     _check_amount(order, share, name)
+    every = HOLD_OUT_EVERY if _holds_out(config) else 0
     return Loader(TokenSource(order, share, vocab_size, name, every), device)
+
+
+def training_order(config: Config, tokens: PreparedTokens) -> SampleOrder:
+    """The samples that are trained on: all documents but those held out for validation."""
+    numbers = np.arange(tokens.documents)
+    documents = numbers[numbers % HOLD_OUT_EVERY != 0] if _holds_out(config) else numbers
+    return SampleOrder(tokens, documents, config.training.seq_len, config.debug.seed)
 
 
 def build_validation_loader(
@@ -186,7 +191,7 @@ def build_validation_loader(
     path, name = (training.dataset_path, "training") if _holds_out(config) else (validation.dataset_path, "validation")
     held_out = _holds_out(config)
     tokens = _open_tokens(training, path, tokenizer, vocab_size, run_dir, name, is_main, barrier, quietly=held_out)
-    documents = _held_out(tokens.documents, HOLD_OUT_EVERY) if held_out else np.arange(tokens.documents)
+    documents = np.arange(0, tokens.documents, HOLD_OUT_EVERY if held_out else 1)
     order = SampleOrder(tokens, documents, training.seq_len, config.debug.seed)
     if order.samples_per_epoch == 0:
         raise DataError(
@@ -199,10 +204,6 @@ def build_validation_loader(
 
 def _holds_out(config: Config) -> bool:
     return config.validation.enable and config.validation.dataset_path is None
-
-
-def _held_out(documents: int, every: int) -> np.ndarray:
-    return np.arange(0, documents, every) if every else np.empty(0, np.int64)
 
 
 def _check_amount(order: SampleOrder, share: Share, name: str) -> None:
@@ -247,7 +248,7 @@ def _open_tokens(
         ledger = RowLedger(rows["read"], rows["passed_over"], rows["mended"], rows["first_place"])
         if not quietly and (summary := ledger.summary()):
             log.warning("%s: %s", dataset_path or "stdlib", summary)
-        return str(tokens.folder)
+        return str(tokens.folder.absolute())
 
     tokens = PreparedTokens(Path(_decided_by_main(run_dir, name, is_main, barrier, prepare_once)))
     if tokens.index["tokenizer"] != tokenizer.fingerprint:
@@ -275,6 +276,7 @@ def _prepare_in(run_dir: Path, corpus: Corpus, name: str, tokenizer: Tokenizer, 
             return PreparedTokens(folder, verify)
         except DataError as error:
             log.warning("preparing the data again: %s", error)
+            shutil.rmtree(folder)
     if corpus.other_files:
         log.info("%d files of other kinds in %s are not read", corpus.other_files, corpus.root)
     ledger = RowLedger()
@@ -302,3 +304,9 @@ def _decided_by_main(
     if "error" in outcome:
         raise DataError(*outcome["error"])
     return outcome["value"]
+
+
+if __name__ == "__main__":
+    from titan_fast.data_command import main
+
+    main()

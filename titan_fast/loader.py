@@ -39,9 +39,8 @@ class Source(Protocol):
     """Where steps come from. Only one thread uses it at a time."""
 
     identity: dict[str, Any]
-    """What has to be equal for a state to be continued from; JSON."""
-    per_rank: bool
-    """Whether each data-parallel rank has a state of its own."""
+    """What has to be equal for a state to be continued from; JSON. It has a `rank` where each data-parallel rank has a
+    state of its own."""
 
     @property
     def documents(self) -> int | None:
@@ -112,11 +111,6 @@ class Loader:
     def epoch(self) -> int:
         """Of the last step handed out."""
         return self._position.get("epoch", 0)
-
-    @property
-    def state_per_rank(self) -> bool:
-        """Whether each data-parallel rank must save its own `state_dict`."""
-        return self._source.per_rank
 
     def describe(self) -> str:
         """One line for the start of the log."""

@@ -50,15 +50,14 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes `folder` and returns its index. `source` says what the documents are, for the index.
 
-    DataError when there is no document, or the disk is full.
+    DataError when there is no document, when the disk is full, or when the folder holds something already.
     """
+    check_empty(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         index = _write(documents, tokenizer, temporary, source, ledger)
-        if folder.exists():  # damaged, or it would have been used
-            shutil.rmtree(folder)
         temporary.rename(folder)
     except OSError as error:
         free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
@@ -70,6 +69,12 @@ def prepare(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return index
+
+
+def check_empty(folder: Path) -> None:
+    """DataError when there is something where shards are to be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError("the folder for the token shards is not empty", "name another, or remove it", str(folder))
 
 
 def _write(

@@ -1,0 +1,138 @@
+"""`python -m titan_fast.data prepare|show`: token shards ahead of a run, and what a step of a run was trained on."""
+
+import argparse
+import itertools
+import json
+import logging
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+from titan_fast import config as configuration
+from titan_fast.config import Config
+from titan_fast.corpus import RowLedger, open_corpus, stdlib_corpus
+from titan_fast.data import build_tokenizer, is_hub, training_order
+from titan_fast.errors import ConfigError, DataError, command
+from titan_fast.prepared import PreparedTokens, check_empty, is_prepared, prepare
+from titan_fast.tokenizer import Tokenizer, load_tokenizer
+
+
+@command
+def main() -> None:
+    """The command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    parser = argparse.ArgumentParser(
+        prog="python -m titan_fast.data",
+        description="Token shards. Every option of titan_fast.train (--config, --training.dataset_path, "
+        "--model.tokenizer_path, ...) says which data and which tokenizer.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    writing = commands.add_parser("prepare", help="tokenize a data set into a folder for --training.dataset_path")
+    writing.add_argument("--out", required=True, type=Path, help="the folder to write")
+    writing.add_argument("--max-documents", type=int, help="read at most so many documents")
+    showing = commands.add_parser("show", help="print the documents of one step of a run")
+    showing.add_argument("--step", required=True, type=int, help="the step, as the log counts: the first is 1")
+    showing.add_argument("--data-parallel-degree", type=int, help="of the run, where its config does not say")
+    showing.add_argument("--characters", type=int, default=160, help="how much of each document's text to print")
+    options, rest = parser.parse_known_args()
+    if options.command == "prepare":
+        prepare_folder(configuration.parse(rest), options.out, options.max_documents)
+    else:
+        run_dir = Path(configuration.parse(rest).job.dump_folder)
+        for line in step_documents(run_dir, options.step, options.data_parallel_degree, options.characters):
+            print(line)  # noqa: T201
+
+
+def prepare_folder(config: Config, out: Path, max_documents: int | None) -> None:
+    """Writes the config's training data to `out`; DataError where it cannot."""
+    if max_documents is not None and max_documents < 1:
+        raise ConfigError(f"--max-documents is {max_documents}, not at least 1", "change it")
+    training = config.training
+    if training.dataset_path and is_prepared(Path(training.dataset_path)):
+        raise DataError("the data is prepared already", "use the folder as it is", training.dataset_path)
+    check_empty(out)
+    with tempfile.TemporaryDirectory() as scratch:
+        vocab_size = configuration.model_shape(config.model).vocab_size
+        tokenizer = build_tokenizer(config, Path(scratch), vocab_size, is_main=True, barrier=lambda: None)
+        started = time.monotonic()
+        ledger = RowLedger()
+        if is_hub(training):
+            from titan_fast.hub import all_documents, fingerprint, stream_name
+
+            documents = all_documents(training, ledger, max_documents)
+            source = {"name": stream_name(training), "fingerprint": fingerprint(training, max_documents)}
+        else:
+            path = training.dataset_path
+            corpus = open_corpus(Path(path), training.text_column) if path else stdlib_corpus()
+            documents = itertools.islice(corpus.documents(ledger), max_documents)
+            source = {"name": path or "stdlib", "fingerprint": corpus.fingerprint(), "max_documents": max_documents}
+        source["text_column"] = training.text_column
+        index = prepare(documents, tokenizer, out, source=source, ledger=ledger)
+    seconds = time.monotonic() - started
+    if summary := ledger.summary():
+        print(summary)  # noqa: T201
+    print(  # noqa: T201
+        f"{out}: {index['documents']:,} documents, {index['tokens']:,} tokens of {index['dtype']} in {seconds:.1f} s: "
+        f"{index['tokens'] / seconds:,.0f} tokens/s; use it by --training.dataset_path {out}"
+    )
+
+
+def step_documents(run_dir: Path, step: int, data_parallel_degree: int | None, characters: int) -> Iterator[str]:
+    """Lines that say, for each sample of a step of local or prepared data, of which documents it is made.
+
+    They follow from the run's config and its token shards alone: step t is samples (t - 1) x global batch and on.
+    """
+    config = _config_of(run_dir)
+    if is_hub(config.training):
+        raise DataError("the documents of a streamed data set are not kept", "prepare it before training", str(run_dir))
+    if step < 1:
+        raise ConfigError(f"--step is {step}, and the first step is 1", "change it")
+    tokens = PreparedTokens(_shards_of(run_dir))
+    tokenizer = load_tokenizer(tokens.folder)
+    order = training_order(config, tokens)
+    batch = _global_batch_size(config, data_parallel_degree)
+    first = (step - 1) * batch
+    yield f"step {step}: samples {first} to {first + batch - 1}, epoch {first // order.samples_per_epoch}"
+    for sample in range(first, first + batch):
+        yield f"sample {sample}:"
+        for document, start, count in order.pieces(sample):
+            text = _text_of(tokens, tokenizer, document, start, count)[:characters]
+            place = f"{tokens.origin(document)} (document {document})"
+            yield f"  {place}, tokens {start} to {start + count - 1}: {text!r}"
+
+
+def _text_of(tokens: PreparedTokens, tokenizer: Tokenizer, document: int, start: int, count: int) -> str:
+    return tokenizer.decode(tokens.document(document)[start : start + count].tolist())
+
+
+def _config_of(run_dir: Path) -> Config:
+    path = run_dir / "config.toml"
+    try:
+        return configuration.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the run's config: {error}", "check --job.dump_folder", str(path)) from error
+
+
+def _shards_of(run_dir: Path) -> Path:
+    path = run_dir / "data" / "training.json"
+    try:
+        return Path(json.loads(path.read_bytes())["value"])
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError("the run has no prepared data", "check --job.dump_folder", str(path)) from error
+
+
+def _global_batch_size(config: Config, data_parallel_degree: int | None) -> int:
+    training, parallelism = config.training, config.parallelism
+    if training.global_batch_size != -1:
+        return training.global_batch_size
+    if data_parallel_degree is None:
+        if parallelism.data_parallel_shard_degree == -1:
+            raise ConfigError(
+                "the run's config leaves the data-parallel degree, and so the global batch, to the number of processes",
+                "give --data-parallel-degree",
+            )
+        data_parallel_degree = parallelism.data_parallel_replicate_degree * parallelism.data_parallel_shard_degree
+    return training.local_batch_size * data_parallel_degree

@@ -1,0 +1,278 @@
+"""Streams from the hub: each data-parallel rank reads its own part, and its state is exact after every step.
+
+The state is the data set's own, as of the last document that was read, and the tokens of documents that were read but
+not yet trained on. The order of the files is shuffled, not their rows: what a shuffle buffer holds cannot be saved.
+"""
+
+import copy
+import itertools
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetsError
+
+from titan_fast.config import Training
+from titan_fast.corpus import Document, RowLedger, missing_column, row_texts
+from titan_fast.errors import DataError
+from titan_fast.loader import Share, Step
+from titan_fast.prepared import token_arrays
+from titan_fast.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+KNOWN_NAMES = {"c4": ("allenai/c4", "en")}
+"""Short names: the hub's name and the configuration that is the default here."""
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 60, 60)
+"""Waits before a broken stream is tried again; a document read starts them anew."""
+_ROWS_TOGETHER = 32  # tokenized in one call
+_TOKEN = np.dtype("<i4")
+
+
+class StreamState(NamedTuple):
+    """Where a stream stands after a step."""
+
+    epoch: int
+    rows: int
+    next_sample: int
+    dataset: dict[str, Any] | None
+    left_over: np.ndarray
+
+
+def hub_source(training: Training, tokenizer: Tokenizer, share: Share, seed: int) -> "StreamSource":
+    """The configured hub data set as a source; DataError when it cannot be reached or has no such column."""
+    dataset = open_stream(training).shuffle(seed=seed, buffer_size=1)
+    name = stream_name(training)
+    return StreamSource(dataset, name, training.text_column, tokenizer, share, training.seq_len, seed)
+
+
+def stream_name(training: Training) -> str:
+    """name/configuration/split."""
+    name, config = _name_and_config(training)
+    return "/".join(part for part in (name, config, training.dataset_split) if part)
+
+
+def _name_and_config(training: Training) -> tuple[str, str | None]:
+    name, config = KNOWN_NAMES.get(training.dataset, (training.dataset, None))
+    return name, training.dataset_config or config
+
+
+def open_stream(training: Training) -> datasets.IterableDataset:
+    """The hub data set, unshuffled and undivided; DataError with a sentence when it cannot be had."""
+    name, config = _name_and_config(training)
+    try:
+        return datasets.load_dataset(name, config, split=training.dataset_split, streaming=True)
+    except Exception as error:
+        if _is_connection_error(error):
+            raise DataError(
+                f"the hub cannot be reached for the data set {name!r}: {_first_line(error)}",
+                "check the network, or give local data with training.dataset_path",
+            ) from error
+        if isinstance(error, ValueError | DatasetsError | FileNotFoundError | RuntimeError):
+            raise DataError(
+                f"the data set {name!r} cannot be opened: {_first_line(error)}",
+                "check training.dataset, dataset_config and dataset_split",
+            ) from error
+        raise
+
+
+def first_documents(training: Training, seed: int) -> Iterator[Document]:
+    """The stream from its beginning, in the shuffled order of files."""
+    return _documents(open_stream(training).shuffle(seed=seed, buffer_size=1), training, RowLedger())
+
+
+def all_documents(training: Training, ledger: RowLedger, most: int | None) -> Iterator[Document]:
+    """At most `most` documents of the stream in its own order."""
+    return itertools.islice(_documents(open_stream(training), training, ledger), most)
+
+
+def _documents(dataset: datasets.IterableDataset, training: Training, ledger: RowLedger) -> Iterator[Document]:
+    name = stream_name(training)
+    for row in dataset:
+        ledger.rows += 1
+        for text in row_texts(row, training.text_column, f"{name}:{ledger.rows}", ledger):
+            yield Document(text, name, ledger.rows)
+        if ledger.rows % 1000 == 0:
+            ledger.check(training.text_column, name, finished=False)
+    ledger.check(training.text_column, name, finished=True)
+
+
+class StreamSource:
+    """Steps out of a streamed data set, tokenized and packed as they come."""
+
+    documents = None
+    tokens_per_epoch = None
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        name: str,
+        text_column: str,
+        tokenizer: Tokenizer,
+        share: Share,
+        seq_len: int,
+        seed: int,
+    ) -> None:
+        """`dataset` is all of it; this rank's part is taken here. DataError when its first row lacks the column."""
+        _say_nothing_of_the_buffer()
+        self._dataset = split_dataset_by_node(dataset, rank=share.dp_rank, world_size=share.dp_degree)
+        self._name, self._column, self._tokenizer = name, text_column, tokenizer
+        self._share, self._seq_len = share, seq_len
+        self._ledger = RowLedger()
+        self._rows_iterator: Iterator[Any] | None = None
+        self._state = StreamState(0, 0, 0, None, np.empty(0, _TOKEN))
+        self.identity = {
+            "kind": "stream",
+            "dataset": name,
+            "text_column": text_column,
+            "tokenizer": tokenizer.fingerprint,
+            "seq_len": seq_len,
+            "seed": seed,
+            "rank": share.dp_rank,
+            "dp_degree": share.dp_degree,
+        }
+        self._check_first_row()
+
+    def _check_first_row(self) -> None:
+        try:
+            row = next(iter(self._dataset), None)
+        except Exception as error:
+            what = "the hub cannot be reached" if _is_connection_error(error) else "the first row cannot be read"
+            raise DataError(
+                f"{what}: {_first_line(error)}", "check the network and the data set", self._name
+            ) from error
+        if row is None:
+            what = f"the data set has no row for data-parallel rank {self._share.dp_rank} of {self._share.dp_degree}"
+            raise DataError(what, "give other data, or fewer ranks", self._name)
+        if self._column not in row:
+            raise missing_column(self._column, row, self._name)
+
+    def describe(self) -> str:
+        share = self._share
+        return (
+            f"{self._name}: streamed from {self._dataset.num_shards} files in an order drawn from seed "
+            f"{self.identity['seed']}, one part per data-parallel rank (this is {share.dp_rank} of {share.dp_degree})"
+        )
+
+    def state(self) -> StreamState:
+        return self._state
+
+    def state_to_json(self, state: StreamState) -> dict[str, Any]:
+        return {**state._asdict(), "left_over": state.left_over.tolist()}
+
+    def load_state(self, state: Any) -> None:
+        if isinstance(state, dict):
+            state = StreamState(**{**state, "left_over": np.array(state["left_over"], _TOKEN)})
+        self._state = state
+        self._rows_iterator = None
+
+    def next_step(self, stopping: threading.Event) -> Step:
+        share, state = self._share, self._state
+        per_pass = share.local_batch_size * self._seq_len
+        used = share.passes * per_pass
+        parts, held = [state.left_over], len(state.left_over)
+        reading = _Progress(state.epoch, state.rows, state.dataset)
+        while held <= used:  # one more than is used: the last label
+            for tokens in self._read_documents(reading, stopping):
+                parts.append(tokens)
+                held += len(tokens)
+        run = np.concatenate(parts)
+        passes = []
+        for start in range(0, used, per_pass):
+            window = run[start : start + per_pass + 1].astype(np.int64)
+            passes.append(tuple(part.reshape(-1, self._seq_len) for part in (window[:-1], window[1:])))
+        first, next_sample = state.next_sample, state.next_sample + share.global_batch_size
+        self._state = StreamState(reading.epoch, reading.rows, next_sample, reading.dataset, run[used:].copy())
+        position = {"epoch": state.epoch, "first_sample": first, "last_sample": next_sample - 1}
+        return Step(passes, position, self._state)
+
+    def _read_documents(self, reading: "_Progress", stopping: threading.Event) -> list[np.ndarray]:
+        texts: list[str] = []
+        for _ in range(_ROWS_TOGETHER):
+            row = self._next_row(reading, stopping)
+            self._ledger.rows += 1
+            texts += row_texts(row, self._column, f"{self._name}:{reading.rows}", self._ledger)
+        self._ledger.check(self._column, self._name, finished=False)
+        return token_arrays(self._tokenizer, texts, _TOKEN)
+
+    def _next_row(self, reading: "_Progress", stopping: threading.Event) -> Any:
+        """The next row of this rank's part, in the next epoch at its end; a broken connection is made again."""
+        waits, empty_epochs = iter(RETRY_SECONDS), 0
+        while empty_epochs < 2:  # one is no row only when a state from its very end was loaded
+            try:
+                if self._rows_iterator is None:
+                    self._dataset.set_epoch(reading.epoch)
+                    self._dataset.load_state_dict(copy.deepcopy(reading.dataset))  # type: ignore[arg-type]  # or None
+                    self._rows_iterator = iter(self._dataset)
+                row = next(self._rows_iterator, None)
+            except Exception as error:
+                self._rows_iterator = None
+                wait = next(waits, None)
+                if wait is None or not _is_connection_error(error):
+                    raise self._broken(_first_line(error), reading) from error
+                log.warning("%s: %s; trying again in %d s", self._name, _first_line(error), wait)
+                if stopping.wait(wait):
+                    raise
+                continue
+            if row is not None:
+                reading.dataset = copy.deepcopy(self._dataset.state_dict())
+                reading.rows += 1
+                return row
+            empty_epochs += 1
+            self._end_epoch(reading)
+        raise self._broken("it has no row", reading)
+
+    def _end_epoch(self, reading: "_Progress") -> None:
+        self._ledger.check(self._column, self._name, finished=True)
+        if summary := self._ledger.summary():
+            log.warning("%s, epoch %d: %s", self._name, reading.epoch, summary)
+        self._ledger = RowLedger()
+        reading.epoch, reading.rows, reading.dataset = reading.epoch + 1, 0, None
+        self._rows_iterator = None
+
+    def _broken(self, why: str, reading: "_Progress") -> DataError:
+        place = f"{self._name}:{reading.rows + 1}, epoch {reading.epoch}, data-parallel rank {self._share.dp_rank}"
+        return DataError(f"the stream broke: {why}", "start again to go on from the last save", place)
+
+
+class _Progress:
+    """How far the rows have been read while a step is made."""
+
+    def __init__(self, epoch: int, rows: int, dataset: dict[str, Any] | None) -> None:
+        self.epoch, self.rows, self.dataset = epoch, rows, dataset
+
+
+def _is_connection_error(error: BaseException | None) -> bool:
+    """Whether another try may help: a failure of the network, under whichever library's name."""
+    while error is not None:
+        if isinstance(error, ConnectionError | TimeoutError):
+            return True
+        if type(error).__module__.split(".")[0] in ("aiohttp", "httpx", "httpcore", "requests", "urllib3"):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _say_nothing_of_the_buffer() -> None:
+    """`datasets` warns that a shuffle buffer's rows are lost with a saved state; ours holds none (its size is 1)."""
+    logger = logging.getLogger("datasets.iterable_dataset")
+    if _not_of_the_buffer not in logger.filters:
+        logger.addFilter(_not_of_the_buffer)
+
+
+def _not_of_the_buffer(record: logging.LogRecord) -> bool:
+    return "shuffle buffer" not in record.getMessage()
+
+
+def fingerprint(training: Training, most: int | None) -> str:
+    """What a prepared copy of the stream is known by."""
+    return json.dumps([stream_name(training), training.text_column, most])
