@@ -19,13 +19,13 @@ from titan_fast.distributed import World
 from titan_fast.errors import NumericsError
 from titan_fast.generate import Sampling, generate_text
 from titan_fast.metrics import MetricsLogger
-from titan_fast.ops import Ops, Workload, build_ops
+from titan_fast.ops import Ops, build_ops
 from titan_fast.optim import build_optimizer, clip_grad_norm_, learning_rate, step_unless
 from titan_fast.parallel import graphs_compiled
 from titan_fast.profiling import Profiler, check_profiling
 from titan_fast.run_directory import open_run_directory, write_config
 from titan_fast.startup import startup_lines
-from titan_fast.step import build_model, forward_backward, one_over_valid_tokens, summed_loss
+from titan_fast.step import build_model, forward_backward, one_over_valid_tokens, summed_loss, workload
 
 
 def train(config: Config) -> None:
@@ -34,22 +34,15 @@ def train(config: Config) -> None:
     grad_accum_steps(config.training, degrees.data)
     device = distributed.local_device()
     check_profiling(config.profiling, device)
-    parallel.check(config, model_shape(config.model), degrees, device)
-    ops = build_ops(config.kernels, device, workload(config, degrees))
+    shape = model_shape(config.model)
+    parallel.check(config, shape, degrees, device)
+    ops = build_ops(config.kernels, device, workload(config, shape, degrees))
     run_dir = open_run_directory(config)
     with distributed.start(config.comm, device) as world:
         if world.is_main:
             write_config(config, run_dir)
         set_determinism(config.debug)
         Run(config, degrees, world, run_dir, ops).train()
-
-
-def workload(config: Config, degrees: MeshDegrees) -> Workload:
-    """What one device computes in a pass."""
-    tokens = config.training.local_batch_size * config.training.seq_len
-    return Workload(
-        model_shape(config.model), tokens, degrees.tensor, config.loss.chunk_size, compiled=config.compile.enable
-    )
 
 
 def set_determinism(debug: settings.Debug) -> None:

@@ -2,15 +2,17 @@
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -135,7 +137,7 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, asynchronous: bool) ->
 
 
 class SequenceShardNorm(ParallelStyle):
-    """A norm on this rank's positions: no communication, and a weight gradient that the ranks sum.
+    """A norm on this rank's positions: no communication here; `finish_gradients` sums the ranks' weight gradients.
 
     The operators see plain tensors: DTensor dispatch would cost more host time than the norm."""
 
@@ -152,15 +154,26 @@ class SequenceShardNorm(ParallelStyle):
 
 def _with_local_weight(operator: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
-        return operator(*(_local_with_partial_gradient(a) if isinstance(a, DTensor) else a for a in arguments))
+        return operator(*(a.to_local() if isinstance(a, DTensor) else a for a in arguments))
 
     return run
 
 
-def _local_with_partial_gradient(weight: DTensor) -> Tensor:
-    """The whole weight as a plain tensor whose gradient, made from some positions only, is one term of a sum. FSDP
-    does that sum when it takes the gradient."""
-    return weight.to_local(grad_placements=[Partial()])
+def finish_gradients(model: Llama) -> None:
+    """Sums the norms' gradients over the tensor-parallel ranks, each of which made its own from its positions. Once a
+    step, after the last backward pass and before clipping.
+
+    All of them go in one float32 all-reduce. Declared partial instead, FSDP would reduce each one by itself in the
+    middle of the backward pass, and in the dtype of the computation, whatever its reduce_dtype.
+    """
+    norms = [module.weight for module in model.modules() if isinstance(module, Norm)]
+    gradients = [weight.grad for weight in norms if isinstance(weight.grad, DTensor)]
+    if not gradients or "tensor" not in (gradients[0].device_mesh.mesh_dim_names or ()):
+        return
+    local = [gradient.to_local() for gradient in gradients]
+    flat = torch.cat([gradient.float() for gradient in local])
+    dist.all_reduce(flat, group=gradients[0].device_mesh["tensor"].get_group())
+    torch._foreach_copy_(local, list(flat.split([gradient.numel() for gradient in local])))
 
 
 class VocabularyParallelHead(ParallelStyle):
@@ -197,6 +210,8 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Conf
     averaged: the loss already carries one over the global number of tokens.
     """
     reshard = settings.parallelism.fsdp_reshard_after_forward
+    if reshard == "default" and mesh["shard"].size() == 1:
+        reshard = "never"  # nothing to gather again, only the cast would be repeated in the backward pass
     common: dict[str, Any] = {
         "mesh": mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"],
         "mp_policy": MixedPrecisionPolicy(dtypes.param, dtypes.reduce, cast_forward_inputs=False),
@@ -216,6 +231,15 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Conf
             # Without this a divide factor becomes a PREMUL_SUM, which gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
     _prefetch(model)
+    # FSDP warns of what in-place operators would do to such an output; the model has none.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+
+
+def replicate_only_after_last(model: nn.Module, is_last: bool) -> None:
+    """With gradient accumulation, lets HSDP's replicas exchange gradients after the last pass alone. Within a replica
+    every pass reduces, so that no rank holds more than its shard of the gradient."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(is_last)
 
 
 def _prefetch(model: Llama) -> None:

@@ -1,0 +1,78 @@
+"""The model of a config and the gradient of one step: what a run computes, apart from data, logs and checkpoints."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_fast.config import Config, MeshDegrees
+from titan_fast.flavors import ModelShape
+from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy
+from titan_fast.model import Llama, init_weights
+from titan_fast.ops import Ops, Workload
+from titan_fast.parallel import build_mesh, finish_gradients, parallelize, precision, replicate_only_after_last
+
+
+class Batch(Protocol):
+    """One forward pass: tokens and labels, int64 [B, S] each."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+
+def workload(config: Config, shape: ModelShape, degrees: MeshDegrees) -> Workload:
+    """What one device computes in a pass, for the choice of kernels."""
+    tokens = config.training.local_batch_size * config.training.seq_len
+    return Workload(shape, tokens, degrees.tensor, config.loss.chunk_size, compiled=config.compile.enable)
+
+
+def meta_model(config: Config, shape: ModelShape, ops: Ops) -> Llama:
+    """The whole model, without memory."""
+    loss = LinearCrossEntropy(ops, config.loss.chunk_size, config.loss.z_loss)
+    # Sampled text may be longer than a training sequence; a prompt has at most one token a byte.
+    sample = len(config.metrics.sample_prompt.encode()) + 1 + config.metrics.sample_tokens
+    with torch.device("meta"):
+        return Llama(shape, ops, loss, max_seq_len=max(config.training.seq_len, sample))
+
+
+def build_model(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegrees, device: torch.device) -> Llama:
+    """The model, parallel and initialised; no process ever holds more of it than its own part."""
+    model = meta_model(config, shape, ops)
+    parallelize(model, build_mesh(degrees, device), precision(config.training, device), config)
+    model.to_empty(device="cpu" if config.training.enable_cpu_offload else device)
+    init_weights(model, config.debug.seed)
+    model.cos, model.sin = model.cos.to(device), model.sin.to(device)  # offloading is for parameters only
+    return model
+
+
+def one_over_valid_tokens(batches: Sequence[Batch], degrees: MeshDegrees) -> Tensor:
+    """1 / (tokens with a label in the global batch), 0-dim float32 on the device: what makes the loss a mean however
+    unequally the ranks' batches are filled."""
+    valid = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum().float()
+    dist.all_reduce(valid)
+    return degrees.tensor / valid.clamp(min=1.0)
+
+
+def forward_backward(model: Llama, batches: Sequence[Batch], scale: Tensor) -> Tensor:
+    """Leaves the gradient of the global batch in the parameters and returns this rank's part of the loss, 0-dim
+    float32. `batches` are the passes of one optimizer step, `scale` is `one_over_valid_tokens` of them."""
+    total = torch.zeros_like(scale)
+    for i, batch in enumerate(batches):
+        replicate_only_after_last(model, is_last=i == len(batches) - 1)
+        loss = model(batch.tokens, batch.labels, scale)
+        loss.backward()
+        total += loss.detach()
+    finish_gradients(model)
+    return total
+
+
+def summed_loss(loss: Tensor, degrees: MeshDegrees) -> Tensor:
+    """The loss of the global batch from each rank's part of it."""
+    loss = loss.clone()
+    dist.all_reduce(loss)
+    return loss / degrees.tensor
