@@ -47,6 +47,10 @@ class Document(NamedTuple):
 class RowLedger:
     """Counts rows: the good, the passed over and the mended, by reason and with the first place of each."""
 
+    name: str = ""
+    """The data set, for messages."""
+    column: str = "text"
+    """The field with the text."""
     rows: int = 0
     passed_over: dict[str, int] = field(default_factory=dict)
     mended: dict[str, int] = field(default_factory=dict)
@@ -55,6 +59,12 @@ class RowLedger:
     """The fields of rows that have no text field."""
     has_column: bool = False
     """Whether any row had the text field."""
+
+    def count(self, rows: int = 1) -> None:
+        """Rows that were read; DataError when after many of them it is plain that the data is of no use."""
+        self.rows += rows
+        if self.rows >= _ROWS_TO_JUDGE and self.rows % 1000 == 0:
+            self.check()
 
     def pass_over(self, reason: str, place: str, count: int = 1) -> None:
         self.passed_over[reason] = self.passed_over.get(reason, 0) + count
@@ -73,20 +83,19 @@ class RowLedger:
                 parts.append(f"{sum(counts.values())} of {self.rows} rows {verb}: {', '.join(reasons)}")
         return "; ".join(parts)
 
-    def check(self, column: str, name: str, finished: bool) -> None:
-        """DataError when no row has the text column or most rows are bad; judged early only after many rows."""
-        if not finished and self.rows < _ROWS_TO_JUDGE:
-            return
+    def check(self) -> None:
+        """DataError when no row has the text column or most rows are bad."""
         if self.columns and not self.has_column:
-            raise missing_column(column, self.columns, name)
+            raise missing_column(self.column, self.columns, self.name)
         bad = sum(self.passed_over.values())
         if bad > MOST_BAD_ROWS * self.rows:
-            raise DataError(f"most rows cannot be used: {self.summary()}", "mend the data", name)
+            raise DataError(f"most rows cannot be used: {self.summary()}", "mend the data", self.name)
 
 
 def missing_column(column: str, columns: Iterable[str], name: str) -> DataError:
+    names = ", ".join(name if name.isprintable() else ascii(name) for name in sorted(columns))
     return DataError(
-        f"no row has the text column {column!r}; the columns are {', '.join(sorted(columns))}",
+        f"no row has the text column {column!r}; the columns are {names or 'none'}",
         "set training.text_column",
         name,
     )
@@ -110,8 +119,9 @@ def usable_texts(value: Any, place: str, ledger: RowLedger) -> Iterator[str]:
             yield text[start : start + LONGEST_DOCUMENT]
 
 
-def row_texts(row: Any, column: str, place: str, ledger: RowLedger) -> Iterator[str]:
+def row_texts(row: Any, place: str, ledger: RowLedger) -> Iterator[str]:
     """`usable_texts` of a row's text field."""
+    column = ledger.column
     if not isinstance(row, dict):
         ledger.pass_over("not an object", place)
     elif column not in row:
@@ -142,15 +152,18 @@ class Corpus:
             digest.update(json.dumps(entry).encode())
         return digest.hexdigest()
 
+    @property
+    def name(self) -> str:
+        """The file or folder."""
+        return str(self.files[0] if len(self.files) == 1 else self.root)
+
     def documents(self, ledger: RowLedger, files: Iterable[Path] | None = None) -> Iterator[Document]:
         """Every usable document; DataError when a file cannot be read, or too little of it can be used."""
+        ledger.name, ledger.column = self.name, self.text_column
         for path in self.files if files is None else files:
             name = path.relative_to(self.root).as_posix()
-            for document in _documents_of(path, name, self._longest_text(path), self.text_column, ledger):
-                yield document
-                if ledger.rows % 1000 == 0:
-                    ledger.check(self.text_column, str(self.root), finished=False)
-        ledger.check(self.text_column, str(self.root), finished=True)
+            yield from _documents_of(path, name, self._longest_text(path), ledger)
+        ledger.check()
 
     def _longest_text(self, path: Path) -> int:
         """Bytes per document of a text file. One file alone is cut into about a hundred, so that it can be shared out
@@ -203,17 +216,17 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes and suffixes[-1] in TEXT_SUFFIXES + ROW_SUFFIXES else ""
 
 
-def _documents_of(path: Path, name: str, longest_text: int, column: str, ledger: RowLedger) -> Iterator[Document]:
+def _documents_of(path: Path, name: str, longest_text: int, ledger: RowLedger) -> Iterator[Document]:
     with _reading(path), _open(path) as stream:
         kind = _kind(path)
         if kind in TEXT_SUFFIXES:
             rows = _text_file(stream, longest_text, name, ledger)
         elif kind == ".csv":
-            rows = _csv(stream, column, name, ledger)
+            rows = _csv(stream, name, ledger)
         elif kind == ".parquet":
-            rows = _parquet(path, stream, column, name, ledger)
+            rows = _parquet(path, stream, name, ledger)
         else:
-            rows = _json(stream, column, name, ledger, may_be_whole=kind == ".json")
+            rows = _json(stream, name, ledger, may_be_whole=kind == ".json")
         for line, text in rows:
             yield Document(text, name, line)
 
@@ -224,24 +237,26 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read the file: {error or type(error).__name__}", "restore it", str(path)) from error
+        raise DataError(f"cannot read the file: {_one_line(error)}", "restore it", str(path)) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _open(path: Path) -> BinaryIO:
     if path.suffix.lower() == ".gz":
         return cast(BinaryIO, gzip.open(path))
     if path.suffix.lower() == ".zst":
-        import zstandard
+        import pyarrow  # zstandard's own reader takes a truncated file for a whole one
 
-        raw = path.open("rb")
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
-        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader)))
+        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(path, compression="zstd")))
     return path.open("rb")
 
 
 def _text_file(stream: BinaryIO, longest: int, name: str, ledger: RowLedger) -> Iterator[tuple[int, str]]:
     for line, content in _pieces(stream, longest):
-        ledger.rows += 1
+        ledger.count()
         try:
             text = content.decode("utf-8-sig" if line == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -286,24 +301,24 @@ def _lines(stream: BinaryIO, name: str, ledger: RowLedger) -> Iterator[tuple[int
         if len(line) == LONGEST_ROW and not line.endswith(b"\n"):
             while (rest := stream.readline(LONGEST_ROW)) and not rest.endswith(b"\n"):
                 pass
-            ledger.rows += 1
+            ledger.count()
             ledger.pass_over(f"longer than {LONGEST_ROW} bytes", f"{name}:{number}")
             continue
         if not line.strip():
             continue
-        ledger.rows += 1
+        ledger.count()
         try:
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
             ledger.pass_over("invalid UTF-8", f"{name}:{number}")
 
 
-def _json(stream: BinaryIO, column: str, name: str, ledger: RowLedger, may_be_whole: bool) -> Iterator[tuple[int, str]]:
+def _json(stream: BinaryIO, name: str, ledger: RowLedger, may_be_whole: bool) -> Iterator[tuple[int, str]]:
     """JSON lines; a .json file may also be one array of rows, or one row over many lines."""
     if may_be_whole:
         head = stream.peek(1 << 16)  # type: ignore[attr-defined]  # every stream of _open is buffered
         if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[" or _is_open_object(head):
-            yield from _whole_json(stream, column, name, ledger)
+            yield from _whole_json(stream, name, ledger)
             return
     for number, line in _lines(stream, name, ledger):
         place = f"{name}:{number}"
@@ -312,7 +327,7 @@ def _json(stream: BinaryIO, column: str, name: str, ledger: RowLedger, may_be_wh
         except (ValueError, RecursionError):
             ledger.pass_over("broken JSON", place)
             continue
-        yield from ((number, text) for text in row_texts(row, column, place, ledger))
+        yield from ((number, text) for text in row_texts(row, place, ledger))
 
 
 def _is_open_object(head: bytes) -> bool:
@@ -320,27 +335,30 @@ def _is_open_object(head: bytes) -> bool:
     return head.lstrip().split(b"\n", 1)[0].strip() == b"{"
 
 
-def _whole_json(stream: BinaryIO, column: str, name: str, ledger: RowLedger) -> Iterator[tuple[int, str]]:
+def _whole_json(stream: BinaryIO, name: str, ledger: RowLedger) -> Iterator[tuple[int, str]]:
     try:
         rows = json.loads(stream.read().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise DataError(f"the JSON file is broken: {error}", "mend it, or give one row per line", name) from error
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
-        ledger.rows += 1
-        yield from ((number, text) for text in row_texts(row, column, f"{name}:{number}", ledger))
+        ledger.count()
+        yield from ((number, text) for text in row_texts(row, f"{name}:{number}", ledger))
 
 
-def _csv(stream: BinaryIO, column: str, name: str, ledger: RowLedger) -> Iterator[tuple[int, str]]:
+def _csv(stream: BinaryIO, name: str, ledger: RowLedger) -> Iterator[tuple[int, str]]:
     csv.field_size_limit(LONGEST_ROW)
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, strict=True)
-    header = next(reader, None)
+    try:
+        header = next(reader, None)
+    except csv.Error as error:
+        raise DataError(f"the header of the CSV file is broken: {error}", "mend it", name) from error
     if header is None:
         return
-    if column not in header:
-        raise missing_column(column, header, name)
+    if ledger.column not in header:
+        raise missing_column(ledger.column, header, name)
     ledger.has_column = True
-    position = header.index(column)
+    position = header.index(ledger.column)
     while True:
         first_line = reader.line_num + 1
         place = f"{name}:{first_line}"
@@ -350,12 +368,12 @@ def _csv(stream: BinaryIO, column: str, name: str, ledger: RowLedger) -> Iterato
             return
         except csv.Error:  # a stray quote may have swallowed many lines
             lines = max(1, reader.line_num + 1 - first_line)
-            ledger.rows += lines
             ledger.pass_over("broken CSV", place, lines)
+            ledger.count(lines)
             continue
         if not row:
             continue
-        ledger.rows += 1
+        ledger.count()
         value = row[position] if position < len(row) else None
         if value is not None and any("\udc80" <= character <= "\udcff" for character in set(value)):
             ledger.pass_over("invalid UTF-8", place)
@@ -363,10 +381,11 @@ def _csv(stream: BinaryIO, column: str, name: str, ledger: RowLedger) -> Iterato
         yield from ((first_line, text) for text in usable_texts(value, place, ledger))
 
 
-def _parquet(path: Path, stream: BinaryIO, column: str, name: str, ledger: RowLedger) -> Iterator[tuple[int, str]]:
+def _parquet(path: Path, stream: BinaryIO, name: str, ledger: RowLedger) -> Iterator[tuple[int, str]]:
     import pyarrow
     import pyarrow.parquet
 
+    column = ledger.column
     source = path if path.suffix.lower() == ".parquet" else pyarrow.BufferReader(stream.read())
     try:
         file = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
@@ -377,13 +396,13 @@ def _parquet(path: Path, stream: BinaryIO, column: str, name: str, ledger: RowLe
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
             for value in _arrow_values(batch.column(0)):
                 number += 1
-                ledger.rows += 1
+                ledger.count()
                 if isinstance(value, UnicodeDecodeError):
                     ledger.pass_over("invalid UTF-8", f"{name}:{number}")
                 else:
                     yield from ((number, text) for text in usable_texts(value, f"{name}:{number}", ledger))
     except pyarrow.ArrowException as error:
-        raise DataError(f"the parquet file is damaged: {str(error)[:200]}", "restore it", str(path)) from error
+        raise DataError(f"the parquet file is damaged: {_one_line(error)}", "restore it", str(path)) from error
 
 
 def _arrow_values(values: Any) -> Iterator[Any]:

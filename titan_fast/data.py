@@ -245,7 +245,7 @@ def _open_tokens(
             name = dataset_path or "stdlib"
             tokens = _prepare_in(run_dir, _corpus(training, dataset_path), name, tokenizer, verify=not quietly)
         rows = tokens.index["rows"]
-        ledger = RowLedger(rows["read"], rows["passed_over"], rows["mended"], rows["first_place"])
+        ledger = RowLedger("", "", rows["read"], rows["passed_over"], rows["mended"], rows["first_place"])
         if not quietly and (summary := ledger.summary()):
             log.warning("%s: %s", dataset_path or "stdlib", summary)
         return str(tokens.folder.absolute())

@@ -93,13 +93,12 @@ def all_documents(training: Training, ledger: RowLedger, most: int | None) -> It
 
 def _documents(dataset: datasets.IterableDataset, training: Training, ledger: RowLedger) -> Iterator[Document]:
     name = stream_name(training)
+    ledger.name, ledger.column = name, training.text_column
     for row in dataset:
-        ledger.rows += 1
-        for text in row_texts(row, training.text_column, f"{name}:{ledger.rows}", ledger):
+        ledger.count()
+        for text in row_texts(row, f"{name}:{ledger.rows}", ledger):
             yield Document(text, name, ledger.rows)
-        if ledger.rows % 1000 == 0:
-            ledger.check(training.text_column, name, finished=False)
-    ledger.check(training.text_column, name, finished=True)
+    ledger.check()
 
 
 class StreamSource:
@@ -123,7 +122,7 @@ class StreamSource:
         self._dataset = split_dataset_by_node(dataset, rank=share.dp_rank, world_size=share.dp_degree)
         self._name, self._column, self._tokenizer = name, text_column, tokenizer
         self._share, self._seq_len = share, seq_len
-        self._ledger = RowLedger()
+        self._ledger = RowLedger(self._name, self._column)
         self._rows_iterator: Iterator[Any] | None = None
         self._state = StreamState(0, 0, 0, None, np.empty(0, _TOKEN))
         self.identity = {
@@ -195,9 +194,8 @@ class StreamSource:
         texts: list[str] = []
         for _ in range(_ROWS_TOGETHER):
             row = self._next_row(reading, stopping)
-            self._ledger.rows += 1
-            texts += row_texts(row, self._column, f"{self._name}:{reading.rows}", self._ledger)
-        self._ledger.check(self._column, self._name, finished=False)
+            texts += row_texts(row, f"{self._name}:{reading.rows}", self._ledger)
+            self._ledger.count()
         return token_arrays(self._tokenizer, texts, _TOKEN)
 
     def _next_row(self, reading: "_Progress", stopping: threading.Event) -> Any:
@@ -228,10 +226,10 @@ class StreamSource:
         raise self._broken("it has no row", reading)
 
     def _end_epoch(self, reading: "_Progress") -> None:
-        self._ledger.check(self._column, self._name, finished=True)
+        self._ledger.check()
         if summary := self._ledger.summary():
             log.warning("%s, epoch %d: %s", self._name, reading.epoch, summary)
-        self._ledger = RowLedger()
+        self._ledger = RowLedger(self._name, self._column)
         reading.epoch, reading.rows, reading.dataset = reading.epoch + 1, 0, None
         self._rows_iterator = None
 

@@ -1,0 +1,339 @@
+"""Documents from files of every kind, and what happens to rows and files that are bad."""
+
+import csv
+import gzip
+import json
+import sysconfig
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from titan_fast import corpus as corpus_module
+from titan_fast.corpus import RowLedger, open_corpus, stdlib_corpus
+from titan_fast.errors import DataError
+
+TEXTS = ["first\ntwo lines", "zweiter \u00fc \U0001f389", 'third, "quoted"\r\nwith \t tabs', "fourth"]
+
+
+def read(path: Path, column: str = "text") -> tuple[list[str], RowLedger]:
+    ledger = RowLedger()
+    return [document.text for document in open_corpus(path, column).documents(ledger)], ledger
+
+
+def write_rows(path: Path, texts: list) -> None:
+    """Rows with a text field and another, in the form that the suffix says."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(texts)))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([{"id": n, "text": text} for n, text in enumerate(texts)], indent=2))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("id", "text"), *enumerate(texts)])
+    else:
+        table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+        pyarrow.parquet.write_table(table, path, row_group_size=3, write_page_checksum=True)
+
+
+def compress(path: Path, suffix: str) -> Path:
+    packed = path.with_name(path.name + suffix)
+    if suffix == ".gz":
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+    else:
+        half = len(path.read_bytes()) // 2  # two frames, as parallel compressors write
+        parts = (path.read_bytes()[:half], path.read_bytes()[half:])
+        packed.write_bytes(b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in parts))
+    path.unlink()
+    return packed
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_rows_of_every_kind(kind: str, compression: str, tmp_path: Path) -> None:
+    path = tmp_path / f"data{kind}"
+    write_rows(path, TEXTS)
+    if compression:
+        path = compress(path, compression)
+    texts, ledger = read(path)
+    assert texts == TEXTS
+    assert ledger.rows == 4 and not ledger.summary()
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_text_files_in_folders_are_read_in_sorted_order(compression: str, tmp_path: Path) -> None:
+    names = ["b/2.md", "a.txt", "b/10.txt", "c.py", "b/d/x.TXT"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}\r\n", newline="")
+        if compression:
+            compress(tmp_path / name, compression)
+    (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "y.txt").write_text("no")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    corpus = open_corpus(tmp_path, "text")
+    documents = list(corpus.documents(RowLedger()))
+    expected = ["a.txt", "b/10.txt", "b/2.md", "b/d/x.TXT", "c.py"]
+    assert [document.file for document in documents] == [name + compression for name in expected]
+    assert [document.text for document in documents] == [f"text of {name}\r\n" for name in expected]
+    assert corpus.other_files == 1
+
+
+def test_json_may_be_one_row_over_many_lines_or_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"text": "alone"}, indent=2))
+    (tmp_path / "b.json").write_text('{"text": "x"}\n{"text": "y"}\n')
+    (tmp_path / "c.json").write_bytes(b'\xef\xbb\xbf[{"text": "with a byte order mark"}]')
+    assert read(tmp_path)[0] == ["alone", "x", "y", "with a byte order mark"]
+
+
+BAD_LINES = [
+    (b'{"text": "good"}', None),
+    (b'{"other": 1}', "without 'text'"),
+    (b'{"text": null}', "null"),
+    (b'{"text": 7}', "not a string"),
+    (b'{"text": "\xff\xfe"}', "invalid UTF-8"),
+    (b'{"text": ""}', "empty"),
+    (b'{"text": " \\n "}', "empty"),
+    (b'{"text": "broken', "broken JSON"),
+    (b"[" * 100_000, "broken JSON"),
+    (b'["text"]', "not an object"),
+    (b"", None),
+    (b'{"text": "a\\ud800b"}', "with lone surrogates replaced"),
+]
+
+
+def test_bad_json_lines_are_counted_with_their_place(tmp_path: Path) -> None:
+    lines = [line for line, _ in BAD_LINES] + [b'{"text": "good %d"}' % n for n in range(20)]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    texts, ledger = read(tmp_path)
+    assert texts == ["good", "a\ufffdb", *(f"good {n}" for n in range(20))]
+    reasons = [reason for _, reason in BAD_LINES if reason]
+    assert ledger.passed_over | ledger.mended == {reason: reasons.count(reason) for reason in reasons}
+    for number, (_, reason) in enumerate(BAD_LINES, start=1):
+        if reason and reason not in [earlier for _, earlier in BAD_LINES[: number - 1]]:
+            assert ledger.first_place[reason] == f"rows.jsonl:{number}"
+    assert ledger.rows == len(lines) - 1  # a blank line is no row
+    assert ledger.summary().startswith("9 of 31 rows passed over: 1 without 'text' (first rows.jsonl:2)")
+    assert "1 of 31 rows mended: 1 with lone surrogates replaced (first rows.jsonl:12)" in ledger.summary()
+
+
+def test_bad_csv_rows(tmp_path: Path) -> None:
+    content = b'id,text\n1,good\n2\n3,\n4,"caf\xe9"\n5,"x"y\n6,"over\ntwo lines"\n' + b"7,more\n" * 5
+    (tmp_path / "rows.csv").write_bytes(content)
+    texts, ledger = read(tmp_path)
+    assert texts == ["good", "over\ntwo lines", *["more"] * 5]
+    assert ledger.passed_over == {"null": 1, "empty": 1, "invalid UTF-8": 1, "broken CSV": 1}
+    assert ledger.first_place["broken CSV"] == "rows.csv:6"
+
+
+def test_a_stray_quote_in_csv_is_counted_by_the_lines_it_swallows(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text\n" + "good\n" * 10 + '"never closed\n' + "lost\n" * 5)
+    texts, ledger = read(tmp_path)
+    assert texts == ["good"] * 10
+    assert ledger.passed_over == {"broken CSV": 6}
+    assert ledger.first_place["broken CSV"] == "rows.csv:12"
+
+
+def test_bad_parquet_rows(tmp_path: Path) -> None:
+    raw = pyarrow.array([b"good", b"\xff", None, b"", b"also good", b"and good"], pyarrow.binary())
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 6, raw.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "rows.parquet")
+    texts, ledger = read(tmp_path / "rows.parquet")
+    assert texts == ["good", "also good", "and good"]
+    assert ledger.passed_over == {"invalid UTF-8": 1, "null": 1, "empty": 1}
+    assert ledger.first_place["null"] == "rows.parquet:3"
+
+
+@pytest.mark.parametrize("strings", [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+def test_other_arrow_strings(strings: pyarrow.DataType, tmp_path: Path) -> None:
+    column = pyarrow.array(["a", "b", "a"]).cast(strings)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "rows.parquet")
+    assert read(tmp_path)[0] == ["a", "b", "a"]
+
+
+def test_a_huge_document_is_cut(tmp_path: Path) -> None:
+    huge = "".join(f"line {n} of a very long document, with some words in it\n" for n in range(900_000))
+    assert len(huge) > 50_000_000
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": huge}) + "\n" + json.dumps({"text": "small"}) + "\n")
+    texts, ledger = read(tmp_path)
+    assert "".join(texts) == huge + "small" and texts[-1] == "small"
+    assert max(map(len, texts)) <= corpus_module.LONGEST_DOCUMENT
+    assert list(ledger.mended.values()) == [1] and not ledger.passed_over
+
+
+def test_a_line_too_long_to_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "LONGEST_ROW", 1000)
+    rows = [{"text": "a"}, {"text": "b" * 5000}, {"text": "c" * 983}, {"text": "d"}, {"text": "e"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    texts, ledger = read(tmp_path)
+    assert [text[0] for text in texts] == ["a", "c", "d", "e"]
+    assert ledger.passed_over == {"longer than 1000 bytes": 1}
+    assert ledger.rows == 5
+
+
+def test_a_text_file_alone_is_cut_at_line_ends(tmp_path: Path) -> None:
+    text = "".join(f"{n}: {'x' * (n % 90)}\n" for n in range(20_000))
+    (tmp_path / "book.txt").write_text(text)
+    texts, _ = read(tmp_path / "book.txt")
+    assert "".join(texts) == text
+    assert 90 <= len(texts) <= 110
+    assert all(piece.endswith("\n") for piece in texts)
+    (tmp_path / "other.txt").write_text("another")
+    assert read(tmp_path)[0] == [text, "another"]  # in a folder a file is a document
+
+
+def test_text_without_line_ends_is_cut_between_characters(tmp_path: Path) -> None:
+    text = "\u00e9\u20ac\U0001f389a" * 30_000
+    (tmp_path / "line.txt").write_text(text, encoding="utf-8")
+    texts, ledger = read(tmp_path / "line.txt")
+    assert "".join(texts) == text and len(texts) > 50
+    assert not ledger.summary()
+
+
+def test_invalid_utf8_in_a_text_file_costs_one_piece(tmp_path: Path) -> None:
+    lines = [b"line %d of some text\n" % n for n in range(5000)]
+    lines[2500] = b"bad \xff byte\n"
+    (tmp_path / "book.txt").write_bytes(b"".join(lines))
+    texts, ledger = read(tmp_path / "book.txt")
+    assert ledger.passed_over == {"invalid UTF-8": 1}
+    assert ledger.first_place["invalid UTF-8"] == "book.txt:2501"
+    assert 4800 < sum(text.count("\n") for text in texts) < 5000
+
+
+def test_the_standard_library_without_its_tests() -> None:
+    corpus = stdlib_corpus()
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [path.relative_to(root).as_posix() for path in corpus.files]
+    assert "argparse.py" in names and "json/decoder.py" in names
+    assert not [name for name in names if {"test", "tests", "idle_test", "site-packages"} & set(name.split("/"))]
+    assert [name.split("/") for name in names] == sorted(name.split("/") for name in names)
+    ledger = RowLedger()
+    documents = {document.file: document.text for document in corpus.documents(ledger)}
+    assert documents["argparse.py"].encode() == (root / "argparse.py").read_bytes()
+    assert len(documents) + ledger.passed_over.get("empty", 0) == len(names)
+
+
+def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    before = open_corpus(tmp_path, "text").fingerprint()
+    assert open_corpus(tmp_path, "text").fingerprint() == before
+    assert open_corpus(tmp_path, "body").fingerprint() != before
+    (tmp_path / "b.txt").write_text("longer")
+    assert open_corpus(tmp_path, "text").fingerprint() != before
+
+
+def refused(path: Path, column: str = "text") -> str:
+    with pytest.raises(DataError) as caught:
+        read(path, column)
+    assert str(path) in str(caught.value) or path.name in str(caught.value)
+    return str(caught.value)
+
+
+def test_data_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    assert "no such file or folder" in refused(tmp_path / "nowhere")
+    assert "it is empty" in refused(tmp_path)
+    (tmp_path / "x.exe").write_text("x")
+    assert "unknown kind (.exe)" in refused(tmp_path / "x.exe")
+    assert "none of its 1 files is of a known kind (.exe)" in refused(tmp_path)
+    (tmp_path / "plain").write_text("x")
+    assert "unknown kind (no suffix)" in refused(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet"])
+def test_a_column_that_no_row_has_names_those_there_are(kind: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / f"rows{kind}", TEXTS)
+    assert "no row has the text column 'body'; the columns are id, text" in refused(tmp_path / f"rows{kind}", "body")
+
+
+def test_a_missing_column_is_said_before_everything_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * 20}) + "\n" for _ in range(30_000)))
+    ledger = RowLedger()
+    with pytest.raises(DataError, match="no row has the text column 'body'"):
+        list(open_corpus(path, "body").documents(ledger))
+    assert ledger.rows < 30_000
+
+
+def test_mostly_bad_rows_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "good"}\n' * 9 + '{"text": null}\n' * 10)
+    assert "most rows cannot be used: 10 of 19 rows passed over: 10 null (first rows.jsonl:10)" in refused(path)
+    path.write_text('{"text": "good"}\n' * 10 + '{"text": null}\n' * 10)
+    assert len(read(path)[0]) == 10
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 4
+    path.write_bytes(bytes(content))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty])
+@pytest.mark.parametrize("kind", [".parquet", ".jsonl.gz", ".jsonl.zst"])
+def test_a_damaged_file_is_named(kind: str, damage, tmp_path: Path) -> None:
+    texts = [f"{n} {hash(str(n))}" * 9 for n in range(500)]
+    path = tmp_path / f"rows{kind.removesuffix('.gz').removesuffix('.zst')}"
+    if kind == ".parquet":
+        table = pyarrow.table({"text": texts})
+        pyarrow.parquet.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    else:
+        write_rows(path, texts)
+    if kind != path.suffix:
+        path = compress(path, Path(kind).suffix)
+    assert read(path)[0] == texts
+    damage(path)
+    if damage is empty and kind != ".parquet":
+        assert read(path)[0] == []  # an empty archive is an empty file; that there is no document is said later
+    elif damage is flip_a_bit and kind == ".jsonl.zst":
+        refuse_or_differ(path, texts)
+    else:
+        assert str(path) in refused(path)
+
+
+def refuse_or_differ(path: Path, texts: list[str]) -> None:
+    """zstd frames carry a checksum only when the writer asked for one."""
+    try:
+        assert read(path)[0] != texts
+    except DataError as error:
+        assert str(path) in str(error)
+
+
+def test_a_broken_json_array_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"text": "a"}, {"text": ')
+    assert "the JSON file is broken" in refused(tmp_path / "rows.json")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.one_of(
+        st.binary(max_size=300),
+        st.lists(st.sampled_from([line for line, _ in BAD_LINES]), max_size=6).map(b"\n".join),
+        st.text(alphabet='text",\n\r{}[]:\x00\ud800é ', max_size=80).map(lambda s: s.encode("utf-8", "surrogatepass")),
+    ),
+    suffix=st.sampled_from(
+        [".txt", ".jsonl", ".json", ".csv", ".parquet", ".txt.gz", ".jsonl.gz", ".csv.gz", ".json.zst"]
+    ),
+)
+def test_any_bytes_give_documents_or_a_sentence(content: bytes, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"any{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    try:
+        texts, ledger = read(path)
+    except DataError as error:
+        assert "\n" not in str(error)
+        return
+    for text in texts:
+        assert text.encode() and not text.isspace()
+    assert sum(ledger.passed_over.values()) <= ledger.rows
