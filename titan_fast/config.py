@@ -7,6 +7,7 @@ device; what depends on the number of processes is checked by `mesh_degrees` as 
 import dataclasses
 import difflib
 import io
+import math
 import re
 import tomllib
 from contextlib import redirect_stderr
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import tyro
 
 from titan_fast.errors import ConfigError
-from titan_fast.flavors import FLAVORS, ModelShape
+from titan_fast.flavors import FLAVORS, ModelShape, RopeScaling
 
 KernelChoice = Literal["auto", "triton", "reference"]
 
@@ -52,6 +53,17 @@ class Model:
     """Overrides the flavor's feed-forward width."""
     vocab_size: int | None = None
     """Overrides the flavor's vocabulary size."""
+    max_seq_len: int | None = None
+    """Overrides the flavor's longest sequence."""
+    rope_theta: float | None = None
+    """Overrides the flavor's base of the rotary frequencies."""
+    rope_scaling: tuple[float, float, float, int] | None = None
+    """Overrides the flavor's Llama 3.1 stretch of the rotary wavelengths: factor, low_freq_factor, high_freq_factor and
+    original_max_position_embeddings, four numbers."""
+    norm_eps: float | None = None
+    """Overrides what the flavor's norms add to the mean square."""
+    tied: bool | None = None
+    """Overrides whether the flavor's head is its embedding."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +210,10 @@ class Checkpoint:
     """Older checkpoints are deleted. 0 keeps all."""
     load_step: int = -1
     """Go on from this step's checkpoint. -1: the newest."""
+    initial_load_path: str | None = None
+    """Weights to begin a new run with, optimizer and step being fresh: a Hugging Face folder (config.json and
+    safetensors), Meta's (params.json and consolidated.*.pth), a step-N folder, or a run directory. Not looked at once
+    the run has a checkpoint of its own."""
 
 
 @dataclass(frozen=True)
@@ -299,18 +315,38 @@ class Config:
     """Seed and determinism."""
 
 
+SHAPE_KEYS = tuple(field.name for field in dataclasses.fields(ModelShape))
+"""The keys of [model] that override the flavor's."""
+
+
 def model_shape(model: Model) -> ModelShape:
     """The flavor's shape with the overrides of `[model]`; refused by ConfigError where it is no Llama."""
     if model.flavor not in FLAVORS:
         close = difflib.get_close_matches(model.flavor, FLAVORS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ConfigError(f"unknown model.flavor {model.flavor!r}", f"{hint}known: {', '.join(FLAVORS)}")
-    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
-    overrides = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
+    overrides = {name: getattr(model, name) for name in SHAPE_KEYS if getattr(model, name) is not None}
+    if model.rope_scaling is not None:
+        overrides["rope_scaling"] = RopeScaling(*model.rope_scaling)
     shape = dataclasses.replace(FLAVORS[model.flavor], **overrides)
     if problems := shape.problems():
         raise ConfigError("; ".join(problems), "change the [model] table", where=f"model.flavor {model.flavor}")
     return shape
+
+
+def model_of(shape: ModelShape, tokenizer_path: str | None = None) -> Model:
+    """The [model] table with the fewest overrides that `model_shape` makes this shape of."""
+
+    def overrides(flavor: str) -> dict[str, Any]:
+        return {name: value for name, value in vars(shape).items() if getattr(FLAVORS[flavor], name) != value}
+
+    # An override can change a stretch of the wavelengths, not take it away.
+    flavors = [name for name, known in FLAVORS.items() if shape.rope_scaling or not known.rope_scaling]
+    flavor = min(flavors, key=lambda name: len(overrides(name)))
+    changes = overrides(flavor)
+    if "rope_scaling" in changes:
+        changes["rope_scaling"] = dataclasses.astuple(changes["rope_scaling"])
+    return Model(flavor, tokenizer_path, **changes)
 
 
 def parse(argv: list[str]) -> Config:
@@ -465,7 +501,7 @@ def _check_ranges(config: Config) -> None:
     for name, (least, most, words) in _RANGES.items():
         table, _, key = name.partition(".")
         value = getattr(getattr(config, table), key)
-        if value is not None and not least <= value <= most:  # a NaN fails both comparisons
+        if value is not None and not (least <= value <= most and math.isfinite(value)):
             raise ConfigError(f"{name} is {value}, not {words}", "change it")
     for name in ("training.global_batch_size", "parallelism.data_parallel_shard_degree"):
         table, _, key = name.partition(".")
@@ -518,9 +554,14 @@ def grad_accum_steps(training: Training, data_degree: int) -> int:
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """The resolved config as tables, without the keys that are None (TOML has no null)."""
+    """The resolved config as tables, as TOML would give them back: no key that is None, and lists for tuples."""
     tables = dataclasses.asdict(config)
-    return {name: {key: value for key, value in keys.items() if value is not None} for name, keys in tables.items()}
+    return {
+        name: {
+            key: list(value) if isinstance(value, tuple) else value for key, value in keys.items() if value is not None
+        }
+        for name, keys in tables.items()
+    }
 
 
 def from_dict(tables: dict[str, dict[str, Any]]) -> Config:

@@ -346,7 +346,8 @@ class MetricsLogger:
     def _speed(self) -> list[tuple[str, str]]:
         totals = self.totals
         tokens_per_second = self.tokens_per_step / totals.seconds_per_step() / self.n_devices
-        warm_up = f" without the first {totals.first_steps} steps" if totals.steps > totals.first_steps else ""
+        first = "the first step" if totals.first_steps == 1 else f"the first {totals.first_steps} steps"
+        warm_up = f" without {first}" if totals.steps > totals.first_steps else ""
         speed = f"{tokens_per_second:,.0f} per device, mean{warm_up}"
         if self.peak:
             speed += f"; MFU {flops.mfu(tokens_per_second, self.flops_per_token, self.peak):.1%} by {MFU_FORMULA}"

@@ -1,0 +1,340 @@
+"""The parser: precedence, and one sentence for every kind of mistake."""
+
+import ast
+import dataclasses
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from titan_fast import config as settings
+from titan_fast.config import (
+    Config,
+    Model,
+    Parallelism,
+    Training,
+    from_dict,
+    grad_accum_steps,
+    known_keys,
+    mesh_degrees,
+    model_shape,
+    parse,
+    to_dict,
+)
+from titan_fast.errors import ConfigError
+from titan_fast.flavors import FLAVORS
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(list(argv))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text('[training]\nseq_len = 64\nsteps = 7\n[model]\nflavor = "llama3_8b"\n')
+    return path
+
+
+def test_nothing_gives_the_defaults() -> None:
+    assert parse([]) == Config()
+
+
+def test_file_before_defaults_command_line_before_file(toml: Path) -> None:
+    for argv in (["--config", str(toml), "--training.steps", "9"], ["--training.steps=9", f"--config={toml}"]):
+        training = parse(argv).training
+        assert (training.seq_len, training.steps, training.local_batch_size) == (64, 9, 8)
+    assert parse(["--config", str(toml)]).model.flavor == "llama3_8b"
+
+
+def test_the_last_word_counts() -> None:
+    assert parse(["--training.steps", "9", "--training.steps", "8"]).training.steps == 8
+
+
+def test_hyphens_are_underscores() -> None:
+    assert parse(["--training.seq-len", "17"]).training.seq_len == 17
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("True", True), ("False", False)],
+)
+def test_flags_take_a_word(word: str, value: bool) -> None:
+    assert parse(["--compile.enable", word]).compile.enable is value
+
+
+def test_toml_booleans_and_floats(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[compile]\nenable = true\n[optimizer]\nlr = 1\neps = 1e-9\n[lr_scheduler]\ndecay_ratio = 0.25\n")
+    config = parse(["--config", str(path)])
+    assert config.compile.enable is True
+    assert (config.optimizer.lr, config.optimizer.eps, config.lr_scheduler.decay_ratio) == (1.0, 1e-9, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--training.seq_length", "5"], "unknown key 'training.seq_length'; did you mean training.seq_len?"),
+        (["--seq_len", "5"], "unknown key 'seq_len'; did you mean training.seq_len?"),
+        (["--optimizer.learning_rate", "5"], "unknown key 'optimizer.learning_rate'"),
+        (["--training.lr", "5"], "unknown key 'training.lr'; did you mean optimizer.lr?"),
+        (["--zzzz", "5"], "unknown key 'zzzz'; see --help for all keys"),
+        (["train"], "unexpected argument 'train'"),
+        (["--training.steps"], "key 'training.steps' has no value"),
+        (["--config", "a", "b"], "--config takes one path, not 2"),
+        (["--model.flavor", "llama3_8bb"], "unknown model.flavor 'llama3_8bb'; did you mean llama3_8b?"),
+    ],
+)
+def test_unknown_names(argv: list[str], sentence: str) -> None:
+    assert sentence in refusal(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--training.steps", "many"], ["wrong type", "training.steps", "many"]),
+        (["--training.steps", "1.5"], ["wrong type", "training.steps", "1.5"]),
+        (["--training.steps", "1", "2"], ["wrong type", "2"]),
+        (["--compile.enable", "maybe"], ["wrong type", "compile.enable", "maybe"]),
+        (["--optimizer.name", "Adam"], ["wrong type", "optimizer.name", "Adam"]),
+        (["--kernels.rope", "cuda"], ["wrong type", "kernels.rope", "cuda"]),
+        (["--activation_checkpoint.mode", "some"], ["wrong type", "activation_checkpoint.mode", "some"]),
+    ],
+)
+def test_wrong_types(argv: list[str], parts: list[str]) -> None:
+    sentence = refusal(*argv)
+    for part in parts:
+        assert part in sentence
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"[training\nsteps = 1\n", "the config file is not valid TOML"),
+        (b"\xff\xfe[training]\n", "the config file is not valid TOML"),
+        (b"{'training': {'steps': 1}}", "the config file is not valid TOML"),
+        (b"steps = 1\n", "key 'steps' stands outside a table"),
+        (b"[training]\nstep = 1\n", "unknown key 'training.step'; did you mean training.steps?"),
+        (b'[training]\nsteps = "one"\n', "wrong type"),
+        (b"[training.more]\nsteps = 1\n", "training.more"),
+        (b"[training]\nsteps = [1, 2]\n", "wrong type"),
+        (b"[training]\nsteps = []\n", "key 'training.steps' has no value"),
+    ],
+)
+def test_bad_files(tmp_path: Path, content: bytes, part: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    assert part in refusal("--config", str(path))
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.toml")
+    assert (
+        refusal("--config", missing)
+        == f"cannot read the config file: No such file or directory [{missing}]; check the path"
+    )
+    assert "Is a directory" in refusal("--config", str(tmp_path))
+
+
+RANGES = {
+    "training.seq_len": (["0", "-1"], ["1"]),
+    "training.local_batch_size": (["0"], ["1"]),
+    "training.global_batch_size": (["0", "-2"], ["-1", "1"]),
+    "training.steps": (["0", "-5"], ["1"]),
+    "training.max_norm": (["-0.1", "nan", "inf"], ["0"]),
+    "training.gc_freq": (["0"], ["1"]),
+    "loss.chunk_size": (["-1"], ["0"]),
+    "loss.z_loss": (["-1e-9"], ["0"]),
+    "optimizer.lr": (["-1", "nan", "inf"], ["0"]),
+    "optimizer.beta1": (["1", "-0.1"], ["0", "0.999"]),
+    "optimizer.beta2": (["1", "1.5"], ["0", "0.999"]),
+    "optimizer.eps": (["-1"], ["0"]),
+    "optimizer.weight_decay": (["-1"], ["0"]),
+    "lr_scheduler.warmup_steps": (["-1"], ["0"]),
+    "lr_scheduler.total_steps": (["0"], ["1"]),
+    "lr_scheduler.decay_ratio": (["-0.1", "1.1"], ["0", "1"]),
+    "lr_scheduler.min_lr_factor": (["-0.1", "1.1"], ["0", "1"]),
+    "parallelism.data_parallel_replicate_degree": (["0", "-1"], ["1"]),
+    "parallelism.data_parallel_shard_degree": (["0", "-2"], ["-1", "1"]),
+    "parallelism.tensor_parallel_degree": (["0"], ["1"]),
+    "activation_checkpoint.memory_budget": (["-0.1", "1.1"], ["0", "1"]),
+    "checkpoint.interval": (["0"], ["1"]),
+    "checkpoint.keep_latest_k": (["-1"], ["0"]),
+    "checkpoint.load_step": (["-2"], ["-1", "0"]),
+    "validation.freq": (["0"], ["1"]),
+    "validation.steps": (["0"], ["1"]),
+    "metrics.log_freq": (["0"], ["1"]),
+    "metrics.sample_freq": (["-1"], ["0"]),
+    "metrics.sample_tokens": (["0"], ["1"]),
+    "profiling.profile_freq": (["0"], ["1"]),
+    "comm.init_timeout_seconds": (["0"], ["1"]),
+    "comm.train_timeout_seconds": (["0"], ["1"]),
+    "debug.seed": (["-1", str(2**63)], ["0", str(2**63 - 1)]),
+}
+
+
+def with_value(key: str, word: str) -> Config:
+    """A Config with one value, without the seconds that a parser takes for a hundred of them."""
+    table, _, name = key.partition(".")
+    kinds = settings.known_keys()[key].type
+    value: Any = int(word) if word.lstrip("-").isdecimal() and "float" not in str(kinds) else float(word)
+    config = Config()
+    return dataclasses.replace(config, **{table: dataclasses.replace(getattr(config, table), **{name: value})})
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_ranges(key: str) -> None:
+    refused, accepted = RANGES[key]
+    for word in refused:
+        with pytest.raises(ConfigError) as caught:
+            settings.validate(with_value(key, word))
+        value = getattr(getattr(with_value(key, word), key.partition(".")[0]), key.partition(".")[2])
+        assert f"{key} is {value}, " in str(caught.value)
+    for word in accepted:
+        settings.validate(with_value(key, word))
+
+
+def test_every_number_has_a_range() -> None:
+    """A new numeric setting must be given one, here and in the code."""
+    numbers = {key for key, field in known_keys().items() if any(kind in str(field.type) for kind in ("int", "float"))}
+    numbers = {key for key in numbers if "Literal" not in str(known_keys()[key].type)}
+    shape = {f"model.{name}" for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")}
+    assert numbers - shape <= set(RANGES)
+
+
+def test_validation_is_part_of_parsing() -> None:
+    assert refusal("--training.steps", "0").startswith("training.steps is 0, not at least 1; ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--training.seq_len", "4096"], "training.seq_len 4096 is beyond the 2048 tokens that debug is made for"),
+        (["--model.n_heads", "7"], "dim 256 is not divisible by n_heads 7"),
+        (["--model.n_kv_heads", "3"], "n_heads 8 is not divisible by n_kv_heads 3"),
+        (["--model.n_heads", "256", "--model.n_kv_heads", "1"], "head dimension 1 (dim / n_heads) is odd"),
+        (["--model.ffn_dim", "-4"], "ffn_dim -4 is not positive"),
+        (["--activation_checkpoint.selective_ac_option", "ops"], "'ops' is neither a positive integer nor 'op'"),
+        (["--activation_checkpoint.selective_ac_option", "0"], "'0' is neither a positive integer nor 'op'"),
+    ],
+)
+def test_combinations(argv: list[str], sentence: str) -> None:
+    assert sentence in refusal(*argv)
+
+
+def test_model_overrides() -> None:
+    shape = model_shape(Model(flavor="llama3_8b", n_layers=2, vocab_size=100))
+    assert shape == dataclasses.replace(FLAVORS["llama3_8b"], n_layers=2, vocab_size=100)
+
+
+def test_round_trip() -> None:
+    argv = ["--model.flavor", "llama3_8b", "--training.dataset_path", "a b", "--compile.enable", "True"]
+    config = parse([*argv, "--optimizer.lr", "0.1", "--lr_scheduler.decay_ratio", "0.3", "--job.description", ""])
+    assert config != Config()
+    assert from_dict(to_dict(config)) == config
+    assert from_dict(to_dict(Config())) == Config()
+
+
+def test_the_saved_config_is_a_config_file(tmp_path: Path) -> None:
+    config = parse(["--training.steps", "3", "--job.description", 'a "word" \u00e9', "--model.dim", "64"])
+    path = tmp_path / "saved.toml"
+    path.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+    assert parse(["--config", str(path)]) == config
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "tensor", "world", "expected"),
+    [(1, -1, 1, 1, (1, 1, 1)), (1, -1, 1, 8, (1, 8, 1)), (2, -1, 2, 16, (2, 4, 2)), (1, 4, 2, 8, (1, 4, 2))],
+)
+def test_mesh(replicate: int, shard: int, tensor: int, world: int, expected: tuple[int, int, int]) -> None:
+    degrees = mesh_degrees(Parallelism(replicate, shard, tensor), world)
+    assert (degrees.replicate, degrees.shard, degrees.tensor) == expected
+    assert degrees.data * degrees.tensor == world
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "tensor", "world", "numbers"),
+    [
+        (1, 3, 2, 8, "1 x data_parallel_shard_degree 3 x tensor_parallel_degree 2 = 6"),
+        (1, -1, 3, 8, "= 6"),
+        (4, -1, 1, 2, "= 4"),
+    ],
+)
+def test_mesh_that_does_not_fit(replicate: int, shard: int, tensor: int, world: int, numbers: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        mesh_degrees(Parallelism(replicate, shard, tensor), world)
+    assert numbers in str(caught.value)
+    assert f"{world} processes" in str(caught.value)
+
+
+def test_accumulation() -> None:
+    assert grad_accum_steps(Training(local_batch_size=2), 4) == 1
+    assert grad_accum_steps(Training(local_batch_size=2, global_batch_size=24), 4) == 3
+    sentence = (
+        "training.global_batch_size 20 is not divisible by local_batch_size 2 x data-parallel degree 4 = 8; "
+        "change one of them"
+    )
+    with pytest.raises(ConfigError) as caught:
+        grad_accum_steps(Training(local_batch_size=2, global_batch_size=20), 4)
+    assert str(caught.value) == sentence
+    with pytest.raises(ConfigError, match="global_batch_size 4 is not divisible"):
+        grad_accum_steps(Training(local_batch_size=2, global_batch_size=4), 4)
+
+
+def documented_fields() -> dict[str, bool]:
+    """Every field of every dataclass in config.py, and whether a docstring follows it."""
+    found = {}
+    for node in ast.parse(Path(settings.__file__).read_text()).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for this, following in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(this, ast.AnnAssign) and isinstance(this.target, ast.Name):
+                text = (
+                    following.value.value
+                    if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                    else ""
+                )
+                found[f"{node.name}.{this.target.id}"] = isinstance(text, str) and len(text) > 5
+    return found
+
+
+def test_every_field_has_a_docstring() -> None:
+    fields = {
+        name: documented for name, documented in documented_fields().items() if not name.startswith("MeshDegrees")
+    }
+    assert len(fields) >= len(known_keys())
+    assert [name for name, documented in fields.items() if not documented] == []
+
+
+def train(*argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "titan_fast.train", *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_help_is_complete_and_quick() -> None:
+    seconds = math.inf
+    for _ in range(3):  # the best of three: the machine may be busy with something else
+        started = time.perf_counter()
+        result = train("--help")
+        seconds = min(seconds, time.perf_counter() - started)
+        if seconds < 3:
+            break
+    assert result.returncode == 0
+    assert seconds < 3
+    assert [key for key in known_keys() if f"--{key}" not in result.stdout] == []
+    assert "Peak learning rate." in result.stdout
+    assert "--config FILE" in result.stdout
+
+
+def test_a_mistake_is_one_line_and_status_2() -> None:
+    result = train("--training.seq_length", "5")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "titan_fast: unknown key 'training.seq_length'; did you mean training.seq_len?\n"
