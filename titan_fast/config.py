@@ -101,6 +101,12 @@ class Training:
     gc_freq: int = 50
     """Python's garbage is collected every so many steps, at the same step on every rank; a collection whenever one
     rank happens to need it would stall all."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is not finite; it is never applied. skip: go on with the next one."""
+    max_skipped_steps: int = 10
+    """With skip: more such steps in a row stop the run."""
+    dry_step: Literal["auto", "always", "never"] = "auto"
+    """A step on random tokens, not applied, before data is read: memory that is too small shows then. auto: on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,9 @@ class Compile:
     """Compile each block with torch.compile(fullgraph=True)."""
     backend: str = "inductor"
     """torch.compile's backend."""
+    canary: bool = True
+    """Before the run, compare the gradients of one compiled block with those of plain eager PyTorch, and stop where
+    they differ."""
 
 
 @dataclass(frozen=True)
@@ -205,15 +214,25 @@ class Checkpoint:
     folder: str = "checkpoint"
     """Their folder in the run directory."""
     interval: int = 500
-    """Steps between saves; the last step is always saved."""
+    """Steps between saves; the last step is always saved. 0: not by steps."""
+    interval_minutes: float = 0.0
+    """Minutes between saves by rank 0's clock, besides `interval`. 0: not by time."""
     keep_latest_k: int = 3
-    """Older checkpoints are deleted. 0 keeps all."""
+    """Checkpoints older than so many whole ones are deleted. 0 keeps all."""
     load_step: int = -1
-    """Go on from this step's checkpoint. -1: the newest."""
-    initial_load_path: str | None = None
-    """Weights to begin a new run with, optimizer and step being fresh: a Hugging Face folder (config.json and
-    safetensors), Meta's (params.json and consolidated.*.pth), a step-N folder, or a run directory. Not looked at once
-    the run has a checkpoint of its own."""
+    """Go on from this step's checkpoint; later ones are renamed, not deleted. -1: the newest that is whole."""
+    strict: bool = False
+    """Stop where the newest checkpoint is damaged, instead of going on from the one before."""
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """async: copy to host memory and write in the background; async_with_pinned_mem: through pinned memory that is
+    kept, which needs CUDA."""
+    on_save_error: Literal["abort", "continue"] = "abort"
+    """What a failed save does to the run. The last one and one on a signal always end it with an error."""
+    max_failed_saves: int = 3
+    """With continue: more failed saves in a row end the run."""
+    data_state: Literal["exact", "reset"] = "exact"
+    """What to do where the saved data position cannot be continued (other data, tokenizer, seed or sequence length, or a
+    stream on another number of ranks). exact: refuse; reset: begin the data again."""
 
 
 @dataclass(frozen=True)
@@ -261,9 +280,10 @@ class Profiling:
 @dataclass(frozen=True)
 class Comm:
     init_timeout_seconds: int = 300
-    """How long a collective may take until the first step is done."""
-    train_timeout_seconds: int = 100
-    """How long a collective may take after that."""
+    """How long set-up, the first step with its compilation, or a sample may take."""
+    timeout_seconds: float = 100.0
+    """How long any phase of a step may take after that, waiting for data included; then the run is ended with the
+    name of the rank that hangs, its phase and its stack."""
 
 
 @dataclass(frozen=True)
@@ -482,7 +502,10 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "parallelism.data_parallel_replicate_degree": (1, float("inf"), "at least 1"),
     "parallelism.tensor_parallel_degree": (1, float("inf"), "at least 1"),
     "activation_checkpoint.memory_budget": (0, 1, "in [0, 1]"),
-    "checkpoint.interval": (1, float("inf"), "at least 1"),
+    "training.max_skipped_steps": (1, float("inf"), "at least 1"),
+    "checkpoint.interval": (0, float("inf"), "0 or more"),
+    "checkpoint.interval_minutes": (0, float("inf"), "0 or more"),
+    "checkpoint.max_failed_saves": (1, float("inf"), "at least 1"),
     "checkpoint.keep_latest_k": (0, float("inf"), "0 or more"),
     "checkpoint.load_step": (-1, float("inf"), "-1 or a step"),
     "validation.freq": (1, float("inf"), "at least 1"),
@@ -491,8 +514,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "metrics.sample_freq": (0, float("inf"), "0 or more"),
     "metrics.sample_tokens": (1, float("inf"), "at least 1"),
     "profiling.profile_freq": (1, float("inf"), "at least 1"),
-    "comm.init_timeout_seconds": (1, float("inf"), "at least 1"),
-    "comm.train_timeout_seconds": (1, float("inf"), "at least 1"),
+    "comm.init_timeout_seconds": (1, 10**9, "between 1 and 1e9"),
+    "comm.timeout_seconds": (1, 10**9, "between 1 and 1e9"),
     "debug.seed": (0, 2**63 - 1, "between 0 and 2^63 - 1"),
 }
 

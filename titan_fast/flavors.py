@@ -42,9 +42,9 @@ class ModelShape:
     def problems(self) -> list[str]:
         """What keeps this from being a Llama, a sentence each; empty when nothing does."""
         found = [
-            f"{name} {value} is not positive"
+            f"{name} {value} is not positive and finite"
             for name, value in vars(self).items()
-            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0
+            if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < float("inf")
         ]
         if found:
             return found
@@ -54,6 +54,17 @@ class ModelShape:
             found.append(f"head dimension {self.head_dim} (dim / n_heads) is odd, and rotary embedding turns pairs")
         if self.n_heads % self.n_kv_heads:
             found.append(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}")
+        if (scaling := self.rope_scaling) is not None:
+            found += [
+                f"rope_scaling's {name} {value} is not positive and finite"
+                for name, value in vars(scaling).items()
+                if not 0 < value < float("inf")
+            ]
+            if scaling.low_freq_factor >= scaling.high_freq_factor:
+                found.append(
+                    f"rope_scaling's low_freq_factor {scaling.low_freq_factor} is not below its high_freq_factor "
+                    f"{scaling.high_freq_factor}"
+                )
         return found
 
 
