@@ -27,7 +27,7 @@ from titan_fast.config import (
     to_dict,
 )
 from titan_fast.errors import ConfigError
-from titan_fast.flavors import FLAVORS
+from titan_fast.flavors import FLAVORS, ModelShape
 
 
 def refusal(*argv: str) -> str:
@@ -166,7 +166,10 @@ RANGES = {
     "parallelism.data_parallel_shard_degree": (["0", "-2"], ["-1", "1"]),
     "parallelism.tensor_parallel_degree": (["0"], ["1"]),
     "activation_checkpoint.memory_budget": (["-0.1", "1.1"], ["0", "1"]),
-    "checkpoint.interval": (["0"], ["1"]),
+    "training.max_skipped_steps": (["0"], ["1"]),
+    "checkpoint.interval": (["-1"], ["0"]),
+    "checkpoint.interval_minutes": (["-1", "inf"], ["0"]),
+    "checkpoint.max_failed_saves": (["0"], ["1"]),
     "checkpoint.keep_latest_k": (["-1"], ["0"]),
     "checkpoint.load_step": (["-2"], ["-1", "0"]),
     "validation.freq": (["0"], ["1"]),
@@ -176,7 +179,7 @@ RANGES = {
     "metrics.sample_tokens": (["0"], ["1"]),
     "profiling.profile_freq": (["0"], ["1"]),
     "comm.init_timeout_seconds": (["0"], ["1"]),
-    "comm.train_timeout_seconds": (["0"], ["1"]),
+    "comm.timeout_seconds": (["0"], ["1"]),
     "debug.seed": (["-1", str(2**63)], ["0", str(2**63 - 1)]),
 }
 

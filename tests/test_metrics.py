@@ -86,12 +86,13 @@ def test_a_logged_step(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixtu
     clock.now += 5
     log(metrics, 10, loss=3.25, data_wait_seconds=0.5)
     clock.now += 4
-    log(metrics, 20, loss=3.0, data_wait_seconds=0.0)
+    log(metrics, 20, loss=3.0, data_wait_seconds=0.7)  # in all
     first, second = lines_of(tmp_path)
     assert list(first) == KEYS
     assert first["tokens_per_second"] == 10 * 1000 / 5 / 2
     assert second["tokens_per_second"] == 10 * 1000 / 4 / 2
     assert first["data_wait_fraction"] == 0.1
+    assert second["data_wait_fraction"] == pytest.approx(0.2 / 4)
     assert first["elapsed_seconds"] == 155
     assert (first["step"], first["loss"], first["tokens_seen"], first["mfu"]) == (10, 3.25, 10_000, None)
     assert 0.05 < first["memory_gib"] < 64
@@ -424,7 +425,7 @@ def test_summary_and_loss_curve(
     metrics.start([])
     for step, loss, seconds in ((10, 8.0, 50), (20, 4.0, 5), (30, 3.0, 4), (40, 3.5, 6)):
         clock.now += seconds
-        log(metrics, step, loss=loss, data_wait_seconds=1.3)
+        log(metrics, step, loss=loss, data_wait_seconds=0.13 * step)
     metrics.validation(25, 3.75)
     metrics.validation(40, 4.25)
     capsys.readouterr()

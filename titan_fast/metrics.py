@@ -202,13 +202,14 @@ class MetricsLogger:
         data_wait_seconds: float,
         extra: dict[str, float] | None = None,
     ) -> None:
-        """Reports the steps since the last call: `loss`, `grad_norm` and `lr` are of `step`, `data_wait_seconds` are
-        this rank's since the last call, `tokens_seen` the whole run's."""
+        """Reports the steps since the last call: `loss`, `grad_norm` and `lr` are of `step`, `tokens_seen` is the whole
+        run's, `data_wait_seconds` what this process has waited for data in all (`Loader.wait_seconds`)."""
         if not self.is_main:
             return
         seconds, steps = self.clock.window(), step - self.last_step
         self.totals.add(steps, seconds)
-        self.totals.data_wait_seconds += data_wait_seconds
+        waited = data_wait_seconds - self.totals.data_wait_seconds
+        self.totals.data_wait_seconds = data_wait_seconds
         self.last_step, self.tokens_seen = step, tokens_seen
         tokens_per_second = self.tokens_per_step * steps / seconds / self.n_devices
         memory = peak_memory(self.device)
@@ -221,7 +222,7 @@ class MetricsLogger:
             "tokens_per_second": tokens_per_second,
             "mfu": flops.mfu(tokens_per_second, self.flops_per_token, self.peak) if self.peak else None,
             "memory_gib": memory,
-            "data_wait_fraction": data_wait_seconds / seconds,
+            "data_wait_fraction": waited / seconds,
             "tokens_seen": tokens_seen,
             "elapsed_seconds": self.elapsed_seconds,
         }
