@@ -40,8 +40,10 @@ class StreamState(NamedTuple):
     epoch: int
     rows: int
     next_sample: int
-    dataset: dict[str, Any] | None
+    stream: dict[str, Any] | None
+    """The data set's own state."""
     left_over: np.ndarray
+    """Tokens of documents that were read but not trained on."""
 
 
 def hub_source(training: Training, tokenizer: Tokenizer, share: Share, seed: int) -> "StreamSource":
@@ -175,7 +177,7 @@ class StreamSource:
         per_pass = share.local_batch_size * self._seq_len
         used = share.passes * per_pass
         parts, held = [state.left_over], len(state.left_over)
-        reading = _Progress(state.epoch, state.rows, state.dataset)
+        reading = _Progress(state.epoch, state.rows, state.stream)
         while held <= used:  # one more than is used: the last label
             for tokens in self._read_documents(reading, stopping):
                 parts.append(tokens)
@@ -186,7 +188,7 @@ class StreamSource:
             window = run[start : start + per_pass + 1].astype(np.int64)
             passes.append(tuple(part.reshape(-1, self._seq_len) for part in (window[:-1], window[1:])))
         first, next_sample = state.next_sample, state.next_sample + share.global_batch_size
-        self._state = StreamState(reading.epoch, reading.rows, next_sample, reading.dataset, run[used:].copy())
+        self._state = StreamState(reading.epoch, reading.rows, next_sample, reading.stream, run[used:].copy())
         position = {"epoch": state.epoch, "first_sample": first, "last_sample": next_sample - 1}
         return Step(passes, position, self._state)
 
@@ -205,7 +207,7 @@ class StreamSource:
             try:
                 if self._rows_iterator is None:
                     self._dataset.set_epoch(reading.epoch)
-                    self._dataset.load_state_dict(copy.deepcopy(reading.dataset))  # type: ignore[arg-type]  # or None
+                    self._dataset.load_state_dict(copy.deepcopy(reading.stream))  # type: ignore[arg-type]  # or None
                     self._rows_iterator = iter(self._dataset)
                 row = next(self._rows_iterator, None)
             except Exception as error:
@@ -218,7 +220,7 @@ class StreamSource:
                     raise
                 continue
             if row is not None:
-                reading.dataset = copy.deepcopy(self._dataset.state_dict())
+                reading.stream = copy.deepcopy(self._dataset.state_dict())
                 reading.rows += 1
                 return row
             empty_epochs += 1
@@ -230,7 +232,7 @@ class StreamSource:
         if summary := self._ledger.summary():
             log.warning("%s, epoch %d: %s", self._name, reading.epoch, summary)
         self._ledger = RowLedger(self._name, self._column)
-        reading.epoch, reading.rows, reading.dataset = reading.epoch + 1, 0, None
+        reading.epoch, reading.rows, reading.stream = reading.epoch + 1, 0, None
         self._rows_iterator = None
 
     def _broken(self, why: str, reading: "_Progress") -> DataError:
@@ -241,8 +243,8 @@ class StreamSource:
 class _Progress:
     """How far the rows have been read while a step is made."""
 
-    def __init__(self, epoch: int, rows: int, dataset: dict[str, Any] | None) -> None:
-        self.epoch, self.rows, self.dataset = epoch, rows, dataset
+    def __init__(self, epoch: int, rows: int, stream: dict[str, Any] | None) -> None:
+        self.epoch, self.rows, self.stream = epoch, rows, stream
 
 
 def _is_connection_error(error: BaseException | None) -> bool:

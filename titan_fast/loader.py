@@ -134,7 +134,9 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """What continues after the last step handed out; JSON."""
-        return {**self._source.identity, **self._source.state_to_json(self._state)}
+        identity, state = self._source.identity, self._source.state_to_json(self._state)
+        assert not identity.keys() & state.keys()
+        return identity | state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state`; CheckpointError naming what differs when it is of other data."""

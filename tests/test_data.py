@@ -1,0 +1,756 @@
+"""The order and the state of data: against a slow plain implementation, over every split, interrupted anywhere."""
+
+import ast
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets.distributed import split_dataset_by_node
+
+from titan_fast import config as configuration
+from titan_fast import data, data_command, hub
+from titan_fast.config import Config
+from titan_fast.corpus import Document, RowLedger
+from titan_fast.errors import CheckpointError, DataError
+from titan_fast.hub import StreamSource
+from titan_fast.loader import Loader, Share
+from titan_fast.prepared import PreparedTokens, SampleOrder, is_prepared, prepare
+from titan_fast.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+
+CPU = torch.device("cpu")
+SEQ_LEN = 16
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_sentencepiece([Path(data.__file__).read_text()] * 2, 400, path, seed=0)
+    return load_tokenizer(path)
+
+
+def texts(count: int) -> list[str]:
+    """Documents of very different lengths, each with its number in every word."""
+    return [" ".join(f"d{n}w{word}" for word in range(1 + (n * 7) % 23)) for n in range(count)]
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(230)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def shards(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> PreparedTokens:
+    folder = tmp_path_factory.mktemp("shards") / "prepared"
+    documents = [Document(text, "rows", n) for n, text in enumerate(texts(120))]
+    with pytest.MonkeyPatch.context() as patch:  # several shards, several batches
+        patch.setattr("titan_fast.prepared.SHARD_TOKENS", 700)
+        patch.setattr("titan_fast.prepared._BATCH_DOCUMENTS", 11)
+        prepare(documents, tokenizer, folder, source={"name": "test"}, ledger=RowLedger())
+    return PreparedTokens(folder, verify=True)
+
+
+def make_config(corpus: Path | None, *options: str) -> Config:
+    words = ["--training.seq_len", str(SEQ_LEN), "--training.local_batch_size", "2", *options]
+    return configuration.parse(words + (["--training.dataset_path", str(corpus)] if corpus else []))
+
+
+def make_loader(
+    config: Config, tokenizer: Tokenizer, run_dir: Path, dp_rank: int = 0, dp_degree: int = 1, build: Any = None
+) -> Loader:
+    return (build or data.build_loader)(
+        config,
+        tokenizer,
+        vocab_size=400,
+        dp_rank=dp_rank,
+        dp_degree=dp_degree,
+        device=CPU,
+        run_dir=run_dir,
+        is_main=dp_rank == 0,
+        barrier=lambda: None,
+    )
+
+
+@pytest.fixture
+def make(corpus_file: Path, tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Loader]]:
+    """A loader over the corpus file; closed at the end."""
+    made: list[Loader] = []
+
+    def build(*options: str, dp_rank: int = 0, dp_degree: int = 1) -> Loader:
+        made.append(make_loader(make_config(corpus_file, *options), tokenizer, tmp_path, dp_rank, dp_degree))
+        return made[-1]
+
+    yield build
+    for loader in made:
+        loader.close()
+
+
+def order_of(loader: Loader) -> SampleOrder:
+    source = loader._source
+    assert isinstance(source, data.TokenSource)
+    return source._order
+
+
+def rows_of(batches: list) -> list[tuple[int, ...]]:
+    """Each sample of a step with its last label: seq_len + 1 tokens."""
+    rows = []
+    for batch in batches:
+        assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+        assert batch.tokens.shape == batch.labels.shape
+        assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
+        rows += [
+            (*tokens, label) for tokens, label in zip(batch.tokens.tolist(), batch.labels[:, -1].tolist(), strict=True)
+        ]
+    return rows
+
+
+def plain_samples(shards: PreparedTokens, documents: list[int], seq_len: int, seed: int, epoch: int) -> list:
+    """The definition of an epoch: the permuted documents joined, cut every seq_len tokens."""
+    keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(len(documents)).tolist()
+    joined: list[int] = []
+    for _, document in sorted(zip(keys, documents, strict=True)):
+        joined += shards.document(document).tolist()
+    return [tuple(joined[at : at + seq_len + 1]) for at in range(0, len(joined) - seq_len, seq_len)]
+
+
+def ours(order: SampleOrder, first: int, count: int) -> list[tuple[int, ...]]:
+    tokens, labels = order.read(first, count)
+    return [(*row, last) for row, last in zip(tokens.tolist(), labels[:, -1].tolist(), strict=True)]
+
+
+def test_shards_hold_every_document_once(shards: PreparedTokens, tokenizer: Tokenizer) -> None:
+    assert len(shards.index["shards"]) > 3 and shards.documents == 120
+    for number, text in enumerate(texts(120)):
+        expected = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        assert shards.document(number).tolist() == expected
+        assert shards.origin(number) == f"rows:{number}"
+    assert shards.tokens == sum(len(shards.document(number)) for number in range(120))
+
+
+@pytest.mark.parametrize("seq_len", [1, 7, 16, 333])
+def test_samples_equal_a_plain_implementation(seq_len: int, shards: PreparedTokens) -> None:
+    chosen = [number for number in range(120) if number % 10]
+    order = SampleOrder(shards, np.array(chosen), seq_len, seed=5)
+    expected = [row for epoch in range(3) for row in plain_samples(shards, chosen, seq_len, 5, epoch)]
+    assert order.samples_per_epoch * 3 == len(expected)
+    assert ours(order, 0, len(expected)) == expected  # in one go, over two epochs' ends
+    another = SampleOrder(shards, np.array(chosen), seq_len, seed=5)
+    for index in np.random.default_rng(0).permutation(len(expected))[:200]:  # in any order, one by one
+        assert ours(another, int(index), 1) == expected[index : index + 1]
+
+
+def test_an_epoch_loses_and_repeats_nothing_but_the_remainder(shards: PreparedTokens) -> None:
+    order = SampleOrder(shards, np.arange(120), SEQ_LEN, seed=1)
+    for epoch in range(2):
+        rows = ours(order, epoch * order.samples_per_epoch, order.samples_per_epoch)
+        joined = [token for row in rows for token in row[:-1]] + [rows[-1][-1]]
+        documents = order._epoch(epoch)[0]
+        everything = np.concatenate([shards.document(number) for number in documents]).tolist()
+        assert sorted(documents) == list(range(120))
+        assert joined == everything[: len(everything) - order.dropped_tokens]
+        assert 0 <= order.dropped_tokens < SEQ_LEN
+
+
+def test_epochs_and_seeds_reshuffle(shards: PreparedTokens) -> None:
+    orders = [
+        SampleOrder(shards, np.arange(120), SEQ_LEN, seed)._epoch(epoch)[0] for seed in (0, 1) for epoch in (0, 1)
+    ]
+    assert all(sorted(order) == list(range(120)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert all(not np.array_equal(order, np.arange(120)) for order in orders)
+
+
+def test_pieces_say_what_a_sample_is_made_of(shards: PreparedTokens) -> None:
+    order = SampleOrder(shards, np.arange(120), SEQ_LEN, seed=2)
+    for sample in (0, 1, 17, order.samples_per_epoch - 1, order.samples_per_epoch + 3):
+        parts = [shards.document(number)[start : start + count] for number, start, count in order.pieces(sample)]
+        assert np.concatenate(parts).tolist() == order.read(sample, 1)[0][0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("dp_degree", "local", "passes"), [(1, 8, 1), (2, 4, 1), (4, 2, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1)]
+)
+def test_every_split_reads_the_same_global_samples(dp_degree: int, local: int, passes: int, make: Callable) -> None:
+    options = ("--training.global_batch_size", "8", "--training.local_batch_size")
+    whole = make(*options, "8")
+    loaders = [make(*options, str(local), dp_rank=rank, dp_degree=dp_degree) for rank in range(dp_degree)]
+    for step in range(12):
+        expected = rows_of(next(whole))
+        steps = [next(loader) for loader in loaders]
+        assert all(len(step) == passes for step in steps)
+        by_pass = [row for turn in range(passes) for step in steps for row in rows_of(step[turn : turn + 1])]
+        assert by_pass == expected
+        for loader in loaders:
+            assert loader.position() == whole.position()
+            assert loader.state_dict() == whole.state_dict()
+        assert whole.position()["first_sample"] == 8 * step
+        assert whole.position()["last_sample"] == 8 * step + 7
+
+
+def test_resumed_anywhere_equals_uninterrupted(make: Callable) -> None:
+    whole = make()
+    per_epoch = order_of(whole).samples_per_epoch
+    steps = [rows_of(next(whole)) for _ in range(per_epoch + 4)]  # two samples each: past two epochs' ends
+    assert whole.epoch == 2
+    at_the_end = per_epoch // 2 if per_epoch % 2 == 0 else per_epoch
+    for first_stop, second_stop in ((0, 0), (1, 2), (3, 11), (at_the_end, at_the_end + 1), (at_the_end - 1, per_epoch)):
+        got: list = []
+        state = None
+        for stop in (first_stop, second_stop, len(steps)):
+            loader = make()
+            if state is not None:
+                loader.load_state_dict(json.loads(json.dumps(state)))
+            got += [rows_of(next(loader)) for _ in range(stop - len(got))]
+            state = loader.state_dict()
+            loader.close()
+            assert loader.state_dict() == state
+        assert got == steps
+
+
+def test_resumed_on_another_degree_goes_on_with_the_same_samples(make: Callable) -> None:
+    options = ("--training.global_batch_size", "4", "--training.local_batch_size")
+    whole = make(*options, "4")
+    expected = [rows_of(next(whole)) for _ in range(9)]
+    got, state = [], None
+    for dp_degree, local in ((2, 2), (4, 1), (1, 2)):
+        loaders = [make(*options, str(local), dp_rank=rank, dp_degree=dp_degree) for rank in range(dp_degree)]
+        for loader in loaders:
+            if state is not None:
+                loader.load_state_dict(state)
+        for _ in range(3):
+            steps = [next(loader) for loader in loaders]
+            turns = range(len(steps[0]))
+            got.append([row for turn in turns for step in steps for row in rows_of(step[turn : turn + 1])])
+        state = loaders[-1].state_dict()
+    assert got == expected
+
+
+def test_a_state_of_other_data_is_refused(make: Callable) -> None:
+    state = make().state_dict()
+    for options, name in (
+        (("--debug.seed", "1"), "seed was 0 and is 1"),
+        (("--training.seq_len", "8"), "seq_len was 16 and is 8"),
+        (("--validation.enable", "False"), "held_out_every was 100 and is 0"),
+    ):
+        with pytest.raises(CheckpointError, match=name):
+            make(*options).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="fingerprint was 'x' and is"):
+        make().load_state_dict({**state, "fingerprint": "x"})
+    with pytest.raises(CheckpointError, match="kind was 'stream' and is 'tokens'"):
+        make().load_state_dict({**state, "kind": "stream"})
+    with pytest.raises(CheckpointError, match="seed was None and is 0"):
+        make().load_state_dict({})
+
+
+def test_validation_is_every_hundredth_document_and_never_trained_on(
+    corpus_file: Path, tokenizer: Tokenizer, make: Callable, tmp_path: Path
+) -> None:
+    training = make()
+    tokens = order_of(training).tokens
+    held = {0, 100, 200}
+    assert set(order_of(training).documents.tolist()) == set(range(230)) - held
+    config = make_config(corpus_file)
+    validation = make_loader(config, tokenizer, tmp_path, build=data.build_validation_loader)
+    assert set(order_of(validation).documents.tolist()) == held
+    first = [rows_of(next(validation)) for _ in range(9)]
+    validation.reset()
+    assert [rows_of(next(validation)) for _ in range(9)] == first
+    assert validation.epoch > 0  # three documents: it has come round
+    chosen = order_of(validation)
+    assert ours(chosen, 0, 2) == first[0]
+    assert plain_samples(tokens, sorted(held), SEQ_LEN, 0, 0)[:2] == first[0]
+    validation.close()
+
+
+def test_validation_on_its_own_path_or_none(corpus_file: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"text": "words of validation " * 30}) + "\n")
+    config = make_config(corpus_file, "--validation.dataset_path", str(other))
+    loader = make_loader(config, tokenizer, tmp_path)
+    assert loader.documents == 230
+    validation = make_loader(config, tokenizer, tmp_path, build=data.build_validation_loader)
+    assert "words of validation" in tokenizer.decode(next(validation)[0].tokens[0].tolist())
+    validation.close()
+    config = make_config(corpus_file, "--validation.enable", "False")
+    assert make_loader(config, tokenizer, tmp_path, build=data.build_validation_loader) is None
+    assert make_loader(config, tokenizer, tmp_path).documents == 230
+
+
+def test_the_default_run_reads_the_standard_library(tmp_path: Path) -> None:
+    config = configuration.parse([])
+    tokenizer = data.build_tokenizer(config, tmp_path, 4096, is_main=True, barrier=lambda: None)
+    again = data.build_tokenizer(config, tmp_path, 4096, is_main=False, barrier=lambda: None)
+    assert tokenizer.fingerprint == again.fingerprint and tokenizer.vocab_size == 4096
+    arguments: dict[str, Any] = {
+        "vocab_size": 4096,
+        "dp_degree": 1,
+        "device": CPU,
+        "run_dir": tmp_path,
+        "barrier": lambda: None,
+    }
+    loader = data.build_loader(config, tokenizer, dp_rank=0, is_main=True, **arguments)
+    assert loader.tokens_per_epoch and loader.tokens_per_epoch > 1_000_000
+    assert "stdlib: " in loader.describe()
+    folders = sorted((tmp_path / "data").glob("*/index.json"))
+    written = folders[0].stat().st_mtime_ns
+    started = time.perf_counter()
+    data.build_loader(config, tokenizer, dp_rank=0, is_main=True, **arguments)
+    assert time.perf_counter() - started < 2 and len(folders) == 1
+    assert folders[0].stat().st_mtime_ns == written  # it was not prepared twice
+    text = tokenizer.decode(next(loader)[0].tokens[0].tolist())
+    loader.close()
+    assert any(word in text for word in ("def ", "self", "import", "return", "None", "#", "="))
+
+
+def test_changed_and_damaged_data_is_prepared_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(50)))
+    config = make_config(path)
+    before = make_loader(config, tokenizer, tmp_path)
+    (shard,) = (tmp_path / "data").glob("*/tokens-00000.bin")
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(bytes(content))
+    after = make_loader(config, tokenizer, tmp_path)
+    assert after.state_dict() == before.state_dict()
+    assert shard.read_bytes() != bytes(content)
+    with path.open("a") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+    with pytest.raises(CheckpointError, match="fingerprint was"):
+        make_loader(config, tokenizer, tmp_path).load_state_dict(before.state_dict())
+
+
+def test_prepared_shards_are_used_as_they_are(shards: PreparedTokens, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    config = make_config(shards.folder)
+    own = data.build_tokenizer(config, tmp_path, 400, is_main=True, barrier=lambda: None)
+    assert own.fingerprint == tokenizer.fingerprint
+    loader = make_loader(config, own, tmp_path)
+    assert loader.documents == 118
+    assert rows_of(next(loader)) == plain_samples(shards, [n for n in range(120) if n % 100], SEQ_LEN, 0, 0)[:2]
+    loader.close()
+    assert not list((tmp_path / "data").glob("*/tokens-*"))
+
+
+def test_shards_that_do_not_fit_are_refused(shards: PreparedTokens, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    other = tmp_path / "other.model"
+    train_sentencepiece([Path(data.__file__).read_text()], 390, other, seed=0)
+    config = make_config(shards.folder)
+    with pytest.raises(DataError, match="made with another tokenizer"):
+        make_loader(config, load_tokenizer(other), tmp_path)
+    with pytest.raises(DataError, match="400 ids and the model's vocabulary 399"):
+        data.build_loader(
+            config,
+            tokenizer,
+            vocab_size=399,
+            dp_rank=0,
+            dp_degree=1,
+            device=CPU,
+            run_dir=tmp_path,
+            is_main=True,
+            barrier=lambda: None,
+        )
+
+
+@pytest.mark.parametrize("name", ["tokens-00001.bin", "offsets.bin", "tokenizer.model"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damaged_shards_are_named(name: str, damage: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "prepared"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titan_fast.prepared.SHARD_TOKENS", 300)
+        prepare([Document(t, "rows", 1) for t in texts(40)], tokenizer, folder, source={}, ledger=RowLedger())
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 16
+        path.write_bytes(bytes(content[:-1] if damage == "truncate" else content))
+    with pytest.raises(DataError, match=r"has changed|bytes, not|is missing") as caught:
+        make_loader(make_config(folder), tokenizer, tmp_path)
+    assert name in str(caught.value)
+
+
+def test_nothing_half_written_is_left(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def interrupted() -> Iterator[Document]:
+        yield Document("text", "rows", 1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(interrupted(), tokenizer, tmp_path / "prepared", source={"name": "x"}, ledger=RowLedger())
+    with pytest.raises(DataError, match="has no document"):
+        prepare([], tokenizer, tmp_path / "prepared", source={"name": "x"}, ledger=RowLedger())
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("keep")
+    with pytest.raises(DataError, match="is not empty"):
+        prepare([Document("x", "y", 1)], tokenizer, tmp_path / "mine", source={"name": "x"}, ledger=RowLedger())
+    assert (tmp_path / "mine" / "file").read_text() == "keep"
+
+
+def test_too_little_data_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+
+    def refuse(rows: list[str], message: str, *options: str, dp_degree: int = 1, build: Any = None) -> None:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+        with pytest.raises(DataError, match=message):
+            make_loader(make_config(path, *options), tokenizer, tmp_path, dp_degree=dp_degree, build=build)
+
+    refuse([], "has no document")
+    refuse([" "] * 3, r"most rows cannot be used: 3 of 3 .* 3 empty")
+    refuse(["word " * 500] * 4, "3 documents to train on are fewer than the 4", dp_degree=4)
+    refuse(
+        ["word " * 8] * 5,
+        r"tokens to train on make \d sequences of 16, fewer than the 20",
+        *("--training.local_batch_size", "20"),
+    )
+    refuse(["alone " * 500], "0 documents to train on are fewer than the 1")
+    refuse(["a"] + ["word " * 500] * 4, "1 validation documents have 3 tokens", build=data.build_validation_loader)
+    with pytest.raises(DataError, match="no such file"):
+        make_loader(make_config(tmp_path / "nowhere"), tokenizer, tmp_path)
+
+
+def test_an_error_of_the_main_rank_is_every_ranks(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    config = make_config(tmp_path / "nowhere")
+    for rank in (0, 1):
+        with pytest.raises(DataError, match="no such file or folder"):
+            make_loader(config, tokenizer, tmp_path, dp_rank=rank, dp_degree=2)
+
+
+def test_only_the_main_rank_prepares_and_the_others_wait(
+    corpus_file: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    barrier = threading.Barrier(2)
+    loaders: dict[int, Loader] = {}
+
+    def wait() -> None:
+        barrier.wait(20)
+
+    def build(rank: int) -> None:
+        if rank == 0:
+            time.sleep(0.2)  # the other must not look before the barrier
+        loaders[rank] = data.build_loader(
+            make_config(corpus_file),
+            tokenizer,
+            vocab_size=400,
+            dp_rank=rank,
+            dp_degree=2,
+            device=CPU,
+            run_dir=tmp_path,
+            is_main=rank == 0,
+            barrier=wait,
+        )
+
+    threads = [threading.Thread(target=build, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loaders[0].state_dict() == loaders[1].state_dict()
+    assert len(list((tmp_path / "data").glob("*/index.json"))) == 1
+
+
+def reading_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "titan_fast data"]
+
+
+def test_the_thread_ends_with_the_loader(make: Callable) -> None:
+    before = len(reading_threads())
+    loader = make()
+    next(loader)
+    assert len(reading_threads()) == before + 1
+    loader.close()
+    loader.close()
+    assert len(reading_threads()) == before
+    after = rows_of(next(loader))  # used again, it goes on
+    assert loader.position()["first_sample"] == 2 and after
+    loader.close()
+
+
+def test_a_forgotten_loader_ends_its_thread(corpus_file: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    before = len(reading_threads())
+    loader = make_loader(make_config(corpus_file), tokenizer, tmp_path)
+    next(loader)
+    del loader
+    assert len(reading_threads()) == before
+
+
+def test_an_error_in_the_thread_surfaces_at_next_again_and_again(make: Callable) -> None:
+    loader = make()
+    order = order_of(loader)
+    next(loader)
+    loader.close()
+    order.tokens._shards[0] = np.full_like(order.tokens._shards[0], 4000)
+    for _ in range(2):
+        with pytest.raises(DataError, match="token id 4000 is beyond the model's vocabulary of 400"):
+            for _ in range(5):
+                next(loader)
+
+
+def test_waiting_is_counted(make: Callable) -> None:
+    loader = make()
+    inner = loader._source.next_step
+    loader._source.next_step = lambda stopping: (time.sleep(0.05), inner(stopping))[1]
+    for _ in range(4):
+        next(loader)
+    assert 0.15 < loader.wait_seconds < 2
+
+
+# Streams: the same class that reads from the hub, over a local streamed data set.
+
+
+@pytest.fixture(scope="module")
+def stream_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("stream")
+    for shard, rows in enumerate(np.array_split(np.array(texts(150), dtype=object), 6)):
+        (folder / f"{shard}.jsonl").write_text("".join(json.dumps({"text": row, "n": 1}) + "\n" for row in rows))
+    return sorted(map(str, folder.glob("*.jsonl")))
+
+
+def open_files(files: list[str]) -> datasets.IterableDataset:
+    stream = datasets.load_dataset("json", data_files=files, split="train", streaming=True)
+    assert isinstance(stream, datasets.IterableDataset)
+    return stream
+
+
+@pytest.fixture
+def stream(stream_files: list[str], tokenizer: Tokenizer) -> Callable[..., Loader]:
+    def build(rank: int = 0, degree: int = 1, dataset: Any = None, passes: int = 2, column: str = "text") -> Loader:
+        dataset = dataset or open_files(stream_files).shuffle(seed=3, buffer_size=1)
+        source = StreamSource(dataset, "test", column, tokenizer, Share(rank, degree, 2, passes), SEQ_LEN, seed=3)
+        return Loader(source, CPU)
+
+    return build
+
+
+def stream_documents(files: list[str], rank: int, degree: int, epochs: int) -> list[str]:
+    """What a rank reads, by `datasets` alone."""
+    part = split_dataset_by_node(open_files(files).shuffle(seed=3, buffer_size=1), rank, degree)
+    read = []
+    for epoch in range(epochs):
+        part.set_epoch(epoch)
+        read += [row["text"] for row in part]
+    return read
+
+
+@pytest.mark.parametrize(("rank", "degree"), [(0, 1), (1, 2), (3, 4)])
+def test_a_stream_is_packed_without_loss_over_epochs(
+    rank: int, degree: int, stream: Callable, stream_files: list[str], tokenizer: Tokenizer
+) -> None:
+    documents = stream_documents(stream_files, rank, degree, epochs=3)
+    joined = [id for text in documents for id in (tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id)]
+    expected = [tuple(joined[at : at + SEQ_LEN + 1]) for at in range(0, len(joined) - SEQ_LEN, SEQ_LEN)]
+    loader = stream(rank, degree)
+    got = [row for _ in range(len(expected) // 4) for row in rows_of(next(loader))]
+    loader.close()
+    assert got == expected[: len(got)]
+    assert loader.epoch >= 2
+
+
+def test_stream_ranks_share_the_documents_out(stream_files: list[str]) -> None:
+    for degree in (1, 2, 3, 4):
+        read = [text for rank in range(degree) for text in stream_documents(stream_files, rank, degree, epochs=1)]
+        assert Counter(read) == Counter(texts(150))
+
+
+def test_a_stream_resumed_twice_equals_the_uninterrupted_one(stream: Callable) -> None:
+    whole = stream(1, 2)
+    steps = [rows_of(next(whole)) for _ in range(120)]
+    assert whole.epoch >= 1  # over an epoch's end
+    whole.close()
+    for stops in ((0, 1, 120), (5, 6, 120), (20, 60, 120), (50, 51, 52, 100, 120)):
+        got: list = []
+        state = None
+        for stop in stops:
+            loader = stream(1, 2)
+            if state is not None:
+                loader.load_state_dict(json.loads(json.dumps(state)))
+            got += [rows_of(next(loader)) for _ in range(stop - len(got))]
+            state = loader.state_dict()
+            assert state["next_sample"] == 8 * len(got)
+            loader.close()
+        assert got == steps
+
+
+def test_a_stream_at_the_end_of_its_epoch(stream: Callable, stream_files: list[str]) -> None:
+    """The state exactly after the last document of an epoch was read goes on with the next epoch's first."""
+    whole = stream(passes=1)
+    steps, states = [], []
+    for _ in range(200):
+        steps.append(rows_of(next(whole)))
+        states.append(whole.state_dict())
+    whole.close()
+    for at in [n for n in range(199) if states[n]["epoch"] != states[n + 1]["epoch"]]:
+        loader = stream(passes=1)
+        loader.load_state_dict(states[at])
+        assert [rows_of(next(loader)) for _ in range(3)] == steps[at + 1 : at + 4]
+        loader.close()
+
+
+def test_a_stream_state_of_another_rank_or_degree_is_refused(stream: Callable) -> None:
+    state = stream(0, 2).state_dict()
+    with pytest.raises(CheckpointError, match="rank was 0 and is 1"):
+        stream(1, 2).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="dp_degree was 2 and is 1"):
+        stream(0, 1).load_state_dict(state)
+
+
+class Flaky:
+    """Rows from a generator that loses its connection now and then."""
+
+    def __init__(self, failures: set[int]) -> None:
+        self.failures, self.given = failures, 0
+
+    def rows(self, shards: list[int]) -> Iterator[dict[str, str]]:
+        for shard in shards:
+            for n in range(40):
+                self.given += 1
+                if self.given in self.failures:
+                    raise ConnectionError("the line is dead")
+                yield {"text": f"shard{shard} row{n}"}
+
+    def dataset(self) -> Any:
+        features = datasets.Features({"text": datasets.Value("string")})
+        examples = datasets.iterable_dataset.ExamplesIterable(
+            lambda shards: enumerate(self.rows(shards)), {"shards": list(range(3))}
+        )
+        return datasets.IterableDataset(examples, info=datasets.DatasetInfo(features=features))
+
+
+def test_a_lost_connection_is_made_again_without_loss(stream: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "RETRY_SECONDS", (0, 0))
+    expected = stream(dataset=Flaky(set()).dataset())
+    flaky = Flaky({30, 31, 90, 135})
+    loader = stream(dataset=flaky.dataset())
+    assert [rows_of(next(loader)) for _ in range(30)] == [rows_of(next(expected)) for _ in range(30)]
+    assert flaky.given > 135
+    loader.close()
+    expected.close()
+
+
+def test_a_connection_that_stays_lost_is_an_error_with_its_place(
+    stream: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "RETRY_SECONDS", (0, 0))
+    loader = stream(dataset=Flaky(set(range(50, 10_000))).dataset())
+    with pytest.raises(DataError, match=r"the stream broke: the line is dead \[test:\d+, epoch 0"):
+        for _ in range(100):
+            next(loader)
+    assert not loader._reader.get.__self__._queue.qsize()  # type: ignore[union-attr]
+    loader.close()
+
+
+def test_closing_does_not_wait_for_a_retry(stream: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "RETRY_SECONDS", (60,))
+    loader = stream(dataset=Flaky({60}).dataset())
+    next(loader)
+    time.sleep(0.3)
+    started = time.monotonic()
+    loader.close()
+    assert time.monotonic() - started < 2
+
+
+def test_a_stream_without_the_column_or_without_rows_is_refused_at_once(stream: Callable) -> None:
+    with pytest.raises(DataError, match="no row has the text column 'body'; the columns are n, text"):
+        stream(column="body")
+    with pytest.raises(DataError, match="no row for data-parallel rank 2 of 3"):
+        stream(2, 3, dataset=datasets.Dataset.from_dict({"text": ["a", "b"]}).to_iterable_dataset())
+
+
+def test_bad_rows_of_a_stream(stream: Callable) -> None:
+    rows = {"text": ["good one here", None, "", "good two here", " "] * 30}
+    good = datasets.Dataset.from_dict({"text": ["good one here", "good two here"] * 30}).to_iterable_dataset()
+    with pytest.raises(DataError, match="most rows cannot be used: 90 of 150 rows passed over: 30 null"):
+        loader = stream(dataset=datasets.Dataset.from_dict(rows).to_iterable_dataset())
+        for _ in range(100):
+            next(loader)
+    rows["text"] += ["good one here", "good two here"] * 60
+    loader, expected = stream(dataset=datasets.Dataset.from_dict(rows).to_iterable_dataset()), stream(dataset=good)
+    assert [rows_of(next(loader)) for _ in range(5)] == [rows_of(next(expected)) for _ in range(5)]
+    assert loader.state_dict()["left_over"]
+    loader.close()
+    expected.close()
+
+
+def test_a_hub_that_cannot_be_reached_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach 'allenai/c4' on the Hub (LocalEntryNotFoundError)")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    config = configuration.parse(["--training.dataset", "c4"])
+    with pytest.raises(DataError, match="the hub cannot be reached for the data set 'allenai/c4'"):
+        data.build_tokenizer(config, tmp_path, 400, is_main=True, barrier=lambda: None)
+
+
+def test_hub_names_and_no_validation_for_streams(tokenizer: Tokenizer, stream_files: list[str], tmp_path: Path) -> None:
+    asked = []
+    config = configuration.parse(["--training.dataset", "c4", "--training.seq_len", "16"])
+    with pytest.MonkeyPatch.context() as patch:
+        stream = open_files(stream_files)
+        patch.setattr(datasets, "load_dataset", lambda *a, **o: (asked.append((a, o)), stream)[1])
+        loader = make_loader(config, tokenizer, tmp_path)
+        assert make_loader(config, tokenizer, tmp_path, build=data.build_validation_loader) is None
+        folder = tmp_path / "prepared"
+        given = dataclasses.replace(config, model=dataclasses.replace(config.model, tokenizer_path=str(tokenizer.path)))
+        data_command.prepare_folder(given, folder, max_documents=20)
+    assert asked[0] == (("allenai/c4", "en"), {"split": "train", "streaming": True})
+    assert next(loader)[0].tokens.shape == (8, 16)
+    loader.close()
+    assert PreparedTokens(folder, verify=True).documents == 20 and is_prepared(folder)
+
+
+def test_show_prints_the_documents_of_a_step(
+    corpus_file: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tomli_w
+
+    config = make_config(corpus_file, "--training.global_batch_size", "4")
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(configuration.to_dict(config)))
+    loader = make_loader(config, tokenizer, tmp_path)
+    step = list(itertools.islice(loader, 3))[2]
+    loader.close()
+    lines = list(data_command.step_documents(tmp_path, 3, None, 10_000))
+    assert lines[0] == "step 3: samples 8 to 11, epoch 0"
+    printed = [line for line in lines[1:] if line.startswith("  ")]
+    words = [ast.literal_eval(line.split(": ", 1)[1]) for line in printed]
+    tokens = [token for batch in step for row in batch.tokens.tolist() for token in row]
+    assert tokenizer.decode(tokens).replace(" ", "") == "".join(words).replace(" ", "")
+    first = printed[0].strip()
+    line = int(first.split("rows.jsonl:")[1].split()[0])
+    assert words[0] in json.loads(corpus_file.read_text().splitlines()[line - 1])["text"]
+
+
+def test_an_unclosed_loader_does_not_hold_up_the_interpreter(
+    corpus_file: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import sys, pathlib, torch
+from titan_fast import config, data
+settings = config.parse(["--training.seq_len", "16", "--training.dataset_path", {str(corpus_file)!r}])
+tokenizer = data.load_tokenizer({str(tokenizer.path)!r})
+loader = data.build_loader(settings, tokenizer, vocab_size=400, dp_rank=0, dp_degree=1, device=torch.device("cpu"),
+    run_dir=pathlib.Path({str(tmp_path)!r}), is_main=True, barrier=lambda: None)
+next(loader)
+sys.exit(7)
+"""
+    )
+    root = str(Path(data.__file__).parents[1])
+    ended = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": root}
+    )
+    assert ended.returncode == 7 and not ended.stderr, ended.stderr
