@@ -93,6 +93,7 @@ def load_model(path: Path, device: torch.device) -> tuple[Llama, Tokenizer, Conf
     with torch.device("meta"):
         model = Llama(model_shape(config.model))
     model.to_empty(device=device)
+    model.tie()
     model.init_buffers()
     load_tensors(tensors_of(model), path)
     if device.type == "cuda":

@@ -186,15 +186,16 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(Block(shape, ops) for _ in range(shape.n_layers))
         self.norm = Norm(shape.dim, shape.norm_eps, ops)
         self.head = Head(shape, loss)
-        if shape.tied:
-            self.tie()
+        self.tie()
         self.register_buffer("cos", torch.empty(self.max_seq_len, shape.head_dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(self.max_seq_len, shape.head_dim // 2), persistent=False)
         self.init_buffers()
 
     def tie(self) -> None:
-        """Makes the head's matrix the embedding's."""
-        self.head.weight = cast(nn.Parameter, self.embedding.weight)
+        """Makes the embedding's parameter the head's where the shape says so. `Module.to_empty` on a meta model makes
+        two of it, as does whatever gives a module new parameters."""
+        if self.shape.tied:
+            self.head.weight = cast(nn.Parameter, self.embedding.weight)
 
     def init_buffers(self) -> None:
         """Fills the rotary tables, which memory given to a meta model leaves undefined."""

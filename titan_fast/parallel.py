@@ -129,8 +129,7 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, asynchronous: bool) ->
     parallelize_module(model, mesh, {name: style() for name, style in MODEL_PLAN.items()})
     for block in model.blocks:
         parallelize_module(block, mesh, {name: style() for name, style in BLOCK_PLAN.items()})
-    if model.shape.tied:
-        model.head.weight = model.embedding.weight
+    model.tie()
     if asynchronous:
         torch._inductor.config._micro_pipeline_tp = True
         torch.distributed._symmetric_memory.enable_symm_mem_for_group(mesh.get_group().group_name)

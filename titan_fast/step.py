@@ -45,6 +45,7 @@ def build_model(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegree
     model = meta_model(config, shape, ops)
     parallelize(model, build_mesh(degrees, device), precision(config.training, device), config)
     model.to_empty(device="cpu" if config.training.enable_cpu_offload else device)
+    model.tie()
     init_weights(model, config.debug.seed)
     model.cos, model.sin = model.cos.to(device), model.sin.to(device)  # offloading is for parameters only
     return model
