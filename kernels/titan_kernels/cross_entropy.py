@@ -62,17 +62,17 @@ def _stats_launch(vocab: int, dtype: torch.dtype) -> Launch:
 
 @cache
 def _forward_launch(vocab: int, dtype: torch.dtype, ignore_index: int, z_loss: float, gradient: bool) -> Launch:
-    names = "LOGITS LABELS LOSS LOGSUMEXP SCALE logits_stride"
+    names = "LOGITS LABELS LOSS MAXIMUM LOG_SUM SCALE logits_stride"
     name = "cross_entropy_with_grad" if gradient else "cross_entropy_forward"
     constexprs = {"IGNORE_INDEX": ignore_index, "Z_LOSS": z_loss, "GRADIENT": gradient}
     return _make(name, _forward_kernel, names, vocab, dtype, **constexprs)
 
 
 @cache
-def _grad_launch(vocab: int, dtype: torch.dtype, ignore_index: int, z_loss: float, per_row: bool) -> Launch:
-    names = "LOGITS DLOGITS LABELS LOGSUMEXP SCALE logits_stride dlogits_stride vocab_offset"
-    name = "cross_entropy_backward" if per_row else "cross_entropy_grad"
-    constexprs = {"IGNORE_INDEX": ignore_index, "Z_LOSS": z_loss, "PER_ROW": per_row}
+def _grad_launch(vocab: int, dtype: torch.dtype, ignore_index: int, z_loss: float, autograd: bool) -> Launch:
+    names = "LOGITS DLOGITS LABELS MAXIMUM LOG_SUM SCALE logits_stride dlogits_stride vocab_offset"
+    name = "cross_entropy_backward" if autograd else "cross_entropy_grad"
+    constexprs = {"IGNORE_INDEX": ignore_index, "Z_LOSS": z_loss, "AUTOGRAD": autograd}
     return _make(name, _grad_kernel, names, vocab, dtype, **constexprs)
 
 
@@ -80,7 +80,7 @@ def launches(vocab: int, dtype: torch.dtype, ignore_index: int = -100, z_loss: f
     """Every launch of the cross entropies over this vocabulary (or this shard of one)."""
     return [
         *(_forward_launch(vocab, dtype, ignore_index, z_loss, gradient) for gradient in (False, True)),
-        *(_grad_launch(vocab, dtype, ignore_index, z_loss, per_row) for per_row in (False, True)),
+        *(_grad_launch(vocab, dtype, ignore_index, z_loss, autograd) for autograd in (False, True)),
         _stats_launch(vocab, dtype),
     ]
 
@@ -105,17 +105,18 @@ def _row_stats(logits, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gradient(x, columns, target, logsumexp, scale, Z_LOSS: tl.constexpr):
-    """d(scale * loss)/dx; `target` is the label's column, or one outside the row."""
-    softmax = tl.exp(x - logsumexp)
+def _gradient(x, columns, target, maximum, log_sum, scale, Z_LOSS: tl.constexpr):
+    """d(scale * loss)/dx; `target` is the label's column, or one outside the row. The maximum is subtracted first:
+    added to it, log_sum would lose its last bits."""
+    softmax = tl.exp((x - maximum) - log_sum)
     if Z_LOSS != 0.0:
-        softmax *= 1 + 2 * Z_LOSS * logsumexp
+        softmax *= 1 + 2 * Z_LOSS * (maximum + log_sum)
     return scale * (softmax - (columns == target).to(tl.float32))
 
 
 @triton.jit
 def _forward_kernel(
-    LOGITS, LABELS, LOSS, LOGSUMEXP, SCALE, logits_stride,
+    LOGITS, LABELS, LOSS, MAXIMUM, LOG_SUM, SCALE, logits_stride,
     VOCAB: tl.constexpr, IGNORE_INDEX: tl.constexpr, Z_LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per row, over the whole vocabulary. With GRADIENT the logits become the gradient of SCALE * loss."""
@@ -125,29 +126,32 @@ def _forward_kernel(
     columns = tl.arange(0, BLOCK)
     if label == IGNORE_INDEX:
         tl.store(LOSS + row, 0.0)
-        tl.store(LOGSUMEXP + row, 0.0)
+        tl.store(MAXIMUM + row, 0.0)
+        tl.store(LOG_SUM + row, 0.0)
         if GRADIENT:
             for start in range(0, VOCAB, BLOCK):
                 zeros = tl.zeros((BLOCK,), LOGITS.dtype.element_ty)
                 tl.store(logits + start + columns, zeros, mask=start + columns < VOCAB)
     else:
         maximum, sum_exp = _row_stats(logits, VOCAB, BLOCK)  # pyright: ignore
-        logsumexp = maximum + tl.log(sum_exp)
+        log_sum = tl.log(sum_exp)
+        logsumexp = maximum + log_sum
         known = (label >= 0) & (label < VOCAB)
         # A label that is no column has no loss: NaN, where torch would stop.
         target = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
-        loss = logsumexp - target
+        loss = (maximum - target) + log_sum
         if Z_LOSS != 0.0:
             loss += Z_LOSS * logsumexp * logsumexp
         tl.store(LOSS + row, loss)
-        tl.store(LOGSUMEXP + row, logsumexp)
+        tl.store(MAXIMUM + row, maximum)
+        tl.store(LOG_SUM + row, log_sum)
         if GRADIENT:
             tl.debug_barrier()  # the target is read before any thread overwrites it
             scale = tl.load(SCALE)
             for start in range(0, VOCAB, BLOCK):
                 inside = start + columns < VOCAB
                 x = tl.load(logits + start + columns, mask=inside, other=0.0).to(tl.float32)
-                dx = _gradient(x, start + columns, label, logsumexp, scale, Z_LOSS)
+                dx = _gradient(x, start + columns, label, maximum, log_sum, scale, Z_LOSS)
                 tl.store(logits + start + columns, dx.to(LOGITS.dtype.element_ty), mask=inside)
 
 
@@ -168,10 +172,11 @@ def _stats_kernel(
 
 @triton.jit(do_not_specialize=["vocab_offset"])
 def _grad_kernel(
-    LOGITS, DLOGITS, LABELS, LOGSUMEXP, SCALE, logits_stride, dlogits_stride, vocab_offset,
-    VOCAB: tl.constexpr, IGNORE_INDEX: tl.constexpr, Z_LOSS: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
+    LOGITS, DLOGITS, LABELS, MAXIMUM, LOG_SUM, SCALE, logits_stride, dlogits_stride, vocab_offset,
+    VOCAB: tl.constexpr, IGNORE_INDEX: tl.constexpr, Z_LOSS: tl.constexpr, AUTOGRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK columns of a row. DLOGITS may be LOGITS. SCALE is one number, or one per row."""
+    """One program per BLOCK columns of a row. DLOGITS may be LOGITS. With AUTOGRAD every row has its own SCALE, and its
+    logsumexp in two terms; else SCALE is one number and LOG_SUM the whole logsumexp."""
     n_blocks = tl.cdiv(VOCAB, BLOCK)
     row = (tl.program_id(0) // n_blocks).to(tl.int64)
     columns = (tl.program_id(0) % n_blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -179,9 +184,10 @@ def _grad_kernel(
     label = tl.load(LABELS + row)
     valid = label != IGNORE_INDEX
     x = tl.load(LOGITS + row * logits_stride + columns, mask=inside & valid, other=0.0).to(tl.float32)
-    logsumexp = tl.load(LOGSUMEXP + row)
-    scale = tl.load(SCALE + row if PER_ROW else SCALE)
-    dx = tl.where(valid, _gradient(x, columns, label - vocab_offset, logsumexp, scale, Z_LOSS), 0.0)
+    log_sum = tl.load(LOG_SUM + row)
+    maximum = tl.load(MAXIMUM + row) if AUTOGRAD else 0.0
+    scale = tl.load(SCALE + row if AUTOGRAD else SCALE)
+    dx = tl.where(valid, _gradient(x, columns, label - vocab_offset, maximum, log_sum, scale, Z_LOSS), 0.0)
     tl.store(DLOGITS + row * dlogits_stride + columns, dx.to(DLOGITS.dtype.element_ty), mask=inside)
 
 
@@ -197,25 +203,27 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor]:
-    """(loss, logsumexp), each [N] float32."""
-    loss, logsumexp = _vector(logits), _vector(logits)
-    if loss.numel():
-        logits = _rows(logits)
-        launch = _forward_launch(logits.shape[1], logits.dtype, ignore_index, z_loss, False)
-        launch((logits.shape[0],), logits, labels.contiguous(), loss, logsumexp, loss, logits.stride(0))
-    return loss, logsumexp
+def _forward(
+    logits: Tensor, labels: Tensor, scale: Tensor | None, ignore_index: int, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, max, log of the sum of exp(x - max)), each [N] float32; with a scale the logits become the gradient."""
+    loss, maximum, log_sum = _vector(logits), _vector(logits), _vector(logits)
+    if n_rows := loss.numel():
+        _forward_launch(logits.shape[1], logits.dtype, ignore_index, z_loss, scale is not None)(
+            (n_rows,), logits, labels.contiguous(), loss, maximum, log_sum, loss if scale is None else scale,
+            logits.stride(0),
+        )  # fmt: skip
+    return loss, maximum, log_sum
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(_rows(logits), labels, None, ignore_index, z_loss)
 
 
 def _cross_entropy_with_grad_(
     logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int, z_loss: float
 ) -> Tensor:
-    loss = _vector(logits)
-    if loss.numel():
-        launch = _forward_launch(logits.shape[1], logits.dtype, ignore_index, z_loss, True)
-        logsumexp = torch.empty_like(loss)
-        launch((logits.shape[0],), logits, labels.contiguous(), loss, logsumexp, scale, logits.stride(0))
-    return loss
+    return _forward(logits, labels, scale, ignore_index, z_loss)[0]
 
 
 def _cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_offset: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,24 +240,25 @@ def _cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_offset: int) -> t
 
 
 def _gradient_into(
-    dlogits: Tensor, logits: Tensor, labels: Tensor, logsumexp: Tensor, scale: Tensor,
+    dlogits: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor | None, log_sum: Tensor, scale: Tensor,
     vocab_offset: int, ignore_index: int, z_loss: float,
 ) -> None:  # fmt: skip
+    """With a maximum per row, scale is per row too, and log_sum is relative to the maximum."""
     n_rows, vocab = logits.shape
     if n_rows:
-        launch = _grad_launch(vocab, logits.dtype, ignore_index, z_loss, scale.dim() == 1)
-        launch(
+        log_sum = log_sum.contiguous()
+        _grad_launch(vocab, logits.dtype, ignore_index, z_loss, maximum is not None)(
             (n_rows * blocks(vocab, _block(vocab)[0]),),
-            logits, dlogits, labels.contiguous(), logsumexp.contiguous(), scale.contiguous(),
+            logits, dlogits, labels.contiguous(), log_sum if maximum is None else maximum, log_sum, scale.contiguous(),
             logits.stride(0), dlogits.stride(0), vocab_offset,
         )  # fmt: skip
 
 
 def _cross_entropy_backward(
-    dloss: Tensor, logits: Tensor, labels: Tensor, logsumexp: Tensor, ignore_index: int, z_loss: float
+    dloss: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor, log_sum: Tensor, ignore_index: int, z_loss: float
 ) -> Tensor:
     dlogits = empty_rows(logits)
-    _gradient_into(dlogits, _rows(logits), labels, logsumexp, dloss, 0, ignore_index, z_loss)
+    _gradient_into(dlogits, _rows(logits), labels, maximum, log_sum, dloss, 0, ignore_index, z_loss)
     return dlogits
 
 
@@ -262,7 +271,7 @@ def _cross_entropy_grad_(
     ignore_index: int,
     z_loss: float,
 ) -> None:
-    _gradient_into(logits, logits, labels, logsumexp, scale, vocab_offset, ignore_index, z_loss)
+    _gradient_into(logits, logits, labels, None, logsumexp, scale, vocab_offset, ignore_index, z_loss)
 
 
 # ---- operators
@@ -281,12 +290,14 @@ def _fake_vector(logits: Tensor) -> Tensor:
 
 
 @cross_entropy_op.register_fake
-def _(logits: Tensor, labels: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor]:
-    return _fake_vector(logits), _fake_vector(logits)
+def _(logits: Tensor, labels: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_vector(logits), _fake_vector(logits), _fake_vector(logits)
 
 
 @backward_op.register_fake
-def _(dloss: Tensor, logits: Tensor, labels: Tensor, logsumexp: Tensor, ignore_index: int, z_loss: float) -> Tensor:
+def _(
+    dloss: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor, log_sum: Tensor, ignore_index: int, z_loss: float
+) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -316,13 +327,14 @@ def _(
 _run_backward = unrecorded_dispatch(_cross_entropy_backward, backward_op)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, labels, ctx.ignore_index, ctx.z_loss = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(logits, labels, output[1])
+    _, maximum, log_sum = output
+    ctx.mark_non_differentiable(maximum, log_sum)
+    ctx.save_for_backward(logits, labels, maximum, log_sum)
 
 
-def _differentiate(ctx: Any, dloss: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
+def _differentiate(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
     return _run_backward(dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.z_loss), None, None, None
 
 
@@ -341,8 +353,8 @@ register_flop_formula(
 )(no_matrix_product)
 
 # Over the rows. The two that mutate are for a chunk of logits that its owner made, which is a plain tensor.
-register_placements(_ops.cross_entropy.default, [((0, 0), (0, 0, None, None))])
-register_placements(_ops.cross_entropy_backward.default, [((0,), (0, 0, 0, 0, None, None))])
+register_placements(_ops.cross_entropy.default, [((0, 0, 0), (0, 0, None, None))])
+register_placements(_ops.cross_entropy_backward.default, [((0,), (0, 0, 0, 0, 0, None, None))])
 register_placements(_ops.cross_entropy_stats.default, [((0, 0, 0), (0, 0, None))])
 
 

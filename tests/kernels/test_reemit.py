@@ -1,0 +1,181 @@
+"""norm_linear and swiglu_linear: the same numbers as their parts, and nothing saved that can be written again."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from titan_kernels import add_rms_norm, norm_linear, reference, rms_norm, swiglu, swiglu_linear
+
+from tests.kernels.tolerance import Result, compare, evaluate
+
+EPS = 1e-5
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def through_products(dtype: torch.dtype, terms: float, count: int) -> dict[str, Result]:
+    """Each result is a matrix product, or computed from one that was rounded to `dtype`: sums of signed terms."""
+    result = Result(torch.tensor(terms), rows=8, through=dtype)
+    return {f"{kind}{i}": result for kind in ("out", "grad") for i in range(count)}
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("n_matrices", [1, 2])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_norm_linear(dtype: torch.dtype, n_matrices: int, with_residual: bool, device: torch.device) -> None:
+    x, residual, dresidual = (torch.randn(2, 5, 64, dtype=dtype, device=device) for _ in range(3))
+    weight = torch.randn(64, dtype=dtype, device=device)
+    matrices = [torch.randn(out, 64, dtype=dtype, device=device) / 8 for out in (24, 40)[:n_matrices]]
+    gradients = [torch.randn(2, 5, len(matrix), dtype=dtype, device=device) for matrix in matrices]
+    if with_residual:
+        compare(
+            lambda x, residual, weight, *matrices: norm_linear(x, residual, weight, EPS, matrices),
+            lambda x, residual, weight, *matrices: reference.norm_linear(x, residual, weight, EPS, matrices),
+            (x, residual, weight, *matrices),
+            (*gradients, dresidual),
+            through_products(dtype, 1.0, 5),
+        )
+    else:
+        compare(
+            lambda x, weight, *matrices: norm_linear(x, None, weight, EPS, matrices),
+            lambda x, weight, *matrices: reference.norm_linear(x, None, weight, EPS, matrices),
+            (x, weight, *matrices),
+            (*gradients, dresidual),
+            through_products(dtype, 1.0, 4),
+        )
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_swiglu_linear(dtype: torch.dtype, device: torch.device) -> None:
+    gate, up = (torch.randn(2, 5, 64, dtype=dtype, device=device) for _ in range(2))
+    matrix = torch.randn(24, 64, dtype=dtype, device=device) / 8
+    dout = torch.randn(2, 5, 24, dtype=dtype, device=device)
+    compare(swiglu_linear, reference.swiglu_linear, (gate, up, matrix), (dout,), through_products(dtype, 1.0, 3))
+
+
+def test_equal_bits_as_the_parts(device: torch.device) -> None:
+    """The kernels write again what they wrote: with one matrix nothing differs from the operators one by one."""
+    x, residual, dresidual = (torch.randn(2, 5, 64, dtype=BF16, device=device) for _ in range(3))
+    weight, matrix = torch.randn(64, dtype=BF16, device=device), torch.randn(24, 64, dtype=BF16, device=device)
+    dout = torch.randn(2, 5, 24, dtype=BF16, device=device)
+
+    def parts(x: Tensor, residual: Tensor, weight: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        y, new_residual = add_rms_norm(x, residual, weight, EPS)
+        return F.linear(y, matrix), new_residual
+
+    inputs = (x, residual, weight, matrix)
+    ours = evaluate(lambda x, r, w, m: norm_linear(x, r, w, EPS, (m,)), inputs, (dout, dresidual))
+    theirs = evaluate(parts, inputs, (dout, dresidual))
+    for mine, other in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
+        assert torch.equal(mine, other)
+    ours = evaluate(swiglu_linear, (x, residual, matrix), (dout,))
+    theirs = evaluate(lambda g, u, m: F.linear(swiglu(g, u), m), (x, residual, matrix), (dout,))
+    for mine, other in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
+        assert torch.equal(mine, other)
+
+
+def saved_bytes(function: object, *inputs: Tensor) -> int:
+    """Bytes of the distinct tensors that autograd keeps for the backward pass, the inputs among them left out."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = function(*inputs)  # type: ignore[operator]
+    assert outputs is not None
+    for x in inputs:
+        kept.pop(x.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+def test_what_is_saved(device: torch.device) -> None:
+    rows, width = 6, 64
+    x, residual, up = (torch.randn(rows, width, device=device, requires_grad=True) for _ in range(3))
+    weight = torch.randn(width, device=device, requires_grad=True)
+    a, b = (torch.randn(8, width, device=device, requires_grad=True) for _ in range(2))
+    tensor, scale = rows * width * 4, rows * 4
+    assert saved_bytes(lambda *t: norm_linear(t[0], None, t[1], EPS, t[2:]), x, weight, a, b) == scale
+    # The sum is new, and the residual stream keeps it anyway.
+    assert (
+        saved_bytes(lambda *t: norm_linear(t[0], t[1], t[2], EPS, t[3:]), x, residual, weight, a, b) == tensor + scale
+    )
+    assert saved_bytes(lambda x, w, a: F.linear(rms_norm(x, w, EPS), a), x, weight, a) == tensor + scale
+    assert saved_bytes(swiglu_linear, x, up, a) == 0
+    assert saved_bytes(lambda g, u, a: F.linear(swiglu(g, u), a), x, up, a) == tensor
+
+
+def test_frozen_matrices(device: torch.device) -> None:
+    x, up = (torch.randn(6, 64, device=device, requires_grad=True) for _ in range(2))
+    weight = torch.randn(64, device=device, requires_grad=True)
+    a, b = torch.randn(8, 64, device=device), torch.randn(9, 64, device=device)
+    for frozen in ((True, True), (True, False)):
+        matrices = tuple(m.requires_grad_(not f) for m, f in zip((a.clone(), b.clone()), frozen, strict=True))
+        wanted = [x, weight, *(m for m in matrices if m.requires_grad)]
+        found, expected = (
+            torch.autograd.grad([t.square().sum() for t in f(x, None, weight, EPS, matrices)], wanted)
+            for f in (norm_linear, reference.norm_linear)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+    found, expected = (
+        torch.autograd.grad(f(x, up, a).square().sum(), (x, up)) for f in (swiglu_linear, reference.swiglu_linear)
+    )
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_one_output_alone(device: torch.device) -> None:
+    x, residual = (torch.randn(6, 64, device=device, requires_grad=True) for _ in range(2))
+    weight, a = torch.ones(64, device=device, requires_grad=True), torch.randn(8, 64, device=device, requires_grad=True)
+    for i in (0, 1, 2):
+        found, expected = (
+            torch.autograd.grad(
+                f(x, residual, weight, EPS, (a, 2 * a.detach()))[i].square().sum(),
+                (x, residual, weight, a),
+                allow_unused=True,
+            )
+            for f in (norm_linear, reference.norm_linear)
+        )
+        for mine, other in zip(found, expected, strict=True):
+            assert (mine is None) == (other is None)
+            if other is not None:
+                torch.testing.assert_close(mine, other, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
+def test_zero_rows(shape: tuple[int, ...], device: torch.device) -> None:
+    x, weight, matrix = (
+        torch.randn(shape, device=device),
+        torch.ones(64, device=device),
+        torch.ones(8, 64, device=device),
+    )
+    out = torch.zeros(*shape[:-1], 8, device=device)
+    outputs, gradients = evaluate(lambda x, r, w, m: norm_linear(x, r, w, EPS, (m,)), (x, x, weight, matrix), (out, x))
+    assert [tuple(tensor.shape) for tensor in outputs] == [tuple(out.shape), shape]
+    assert not gradients[3].any()
+    outputs, gradients = evaluate(swiglu_linear, (x, x, matrix), (out,))
+    assert outputs[0].shape == out.shape
+    assert not gradients[2].any()
+
+
+def test_bad_input(device: torch.device) -> None:
+    x, weight = torch.ones(2, 8, device=device), torch.ones(8, device=device)
+    with pytest.raises(ValueError, match="at least one"):
+        norm_linear(x, None, weight, EPS, ())
+    with pytest.raises(ValueError, match=r"matrix of shape \[3, 7\] does not multiply rows of \[2, 8\]"):
+        norm_linear(x, None, weight, EPS, (torch.ones(3, 7, device=device),))
+    with pytest.raises(ValueError, match=r"is torch\.bfloat16, x is torch\.float32"):
+        norm_linear(x, None, weight, EPS, (torch.ones(3, 8, dtype=BF16, device=device),))
+    with pytest.raises(ValueError, match=r"norm_linear: weight has shape \[7\]"):
+        norm_linear(x, None, weight[:7], EPS, (torch.ones(3, 8, device=device),))
+    with pytest.raises(ValueError, match=r"swiglu_linear: gate has shape \[2, 8\], up has \[2, 7\]"):
+        swiglu_linear(x, x[:, :7], torch.ones(3, 8, device=device))
+    with pytest.raises(ValueError, match=r"matrix of shape \[8\] does not multiply"):
+        swiglu_linear(x, x, weight)

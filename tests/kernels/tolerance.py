@@ -1,0 +1,120 @@
+"""How wrong a kernel may be: the error rule of every numerics test, in one place.
+
+Truth is the reference in float64. The yardstick is the reference in the dtype under test: in each row (the last
+dimension) the kernel's largest error may be twice the yardstick's plus one unit in the last place (the rule of
+flash-attention's tests), and the relative root-mean-square error over the whole tensor stays below a limit that the
+dtype sets. Sums over rows may be wrong by sqrt(rows) times as much.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RELATIVE_RMS = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-6}
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What is allowed on one device, in one dtype."""
+
+    ulps: float
+    relative_rms: float
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, device: torch.device) -> "Allowance":
+        if dtype == torch.bfloat16 and device.type == "cpu":
+            # Triton's interpreter cuts float32 off to bfloat16 instead of rounding: twice the error, at each store.
+            return cls(ulps=2, relative_rms=2 * RELATIVE_RMS[dtype])
+        return cls(ulps=1, relative_rms=RELATIVE_RMS[dtype])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known of one output or gradient beyond its dtype."""
+
+    terms: Tensor | None = None
+    """Magnitudes, broadcastable to the result, of the terms that it is a sum of, where they may cancel: the unit in
+    the last place is theirs."""
+    rows: int = 1
+    """How many rows it is a sum over."""
+    through: torch.dtype | None = None
+    """A narrower dtype than its own, in which something that it is computed from was stored on the way."""
+
+
+def assert_accurate(name: str, ours: Tensor, yardstick: Tensor, truth: Tensor, result: Result | None = None) -> None:
+    """Hold `ours` against `truth` by the rule above."""
+    result = result or Result()
+    assert ours.shape == truth.shape, f"{name}: shape {list(ours.shape)}, not {list(truth.shape)}"
+    assert ours.dtype == yardstick.dtype, f"{name}: {ours.dtype}, not {yardstick.dtype}"
+    assert torch.isfinite(ours).all(), f"{name}: not finite"
+    if not truth.numel():
+        return
+    dtype = result.through or ours.dtype
+    allowance, info = Allowance.of(dtype, ours.device), torch.finfo(dtype)
+    truth = truth.double()
+    error, yardstick_error = (ours.double() - truth).abs(), (yardstick.double() - truth).abs()
+    size = truth.abs()
+    if result.terms is not None:
+        size = torch.maximum(size, result.terms.double().abs())
+    unit = _row_max(size).clamp(min=info.smallest_normal) * info.eps * result.rows**0.5
+    largest, allowed = _row_max(error), 2 * _row_max(yardstick_error) + allowance.ulps * unit
+    worst = (largest - allowed).argmax()
+    assert (largest <= allowed).all(), (
+        f"{name}: error {largest.flatten()[worst]:.3e} in row {worst}, allowed {allowed.flatten()[worst]:.3e}"
+    )
+    scale = size.square().mean().sqrt()
+    if scale > info.smallest_normal:
+        relative, limit = error.square().mean().sqrt() / scale, allowance.relative_rms * result.rows**0.5
+        assert relative <= limit, f"{name}: relative RMS error {relative:.3e}, allowed {limit:.1e}"
+
+
+def _row_max(x: Tensor) -> Tensor:
+    return x.amax(-1) if x.dim() else x
+
+
+def leaf(x: Any) -> Any:
+    """A floating-point tensor as a leaf that wants a gradient, with its strides; anything else as it is."""
+    return x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def double(x: Any) -> Any:
+    """A floating-point tensor in float64; anything else as it is."""
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def evaluate(
+    function: Callable[..., Any], inputs: Sequence[Any], gradients: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Any]]:
+    """(outputs, gradients of the floating-point inputs, None where there is none) of `function`, given the gradients of
+    its outputs."""
+    leaves = [leaf(x) for x in inputs]
+    outputs = function(*leaves)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    found = torch.autograd.grad(outputs, wanted, list(gradients), allow_unused=True)
+    return [output.detach() for output in outputs], list(found)
+
+
+def compare(
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Sequence[Any],
+    gradients: Sequence[Tensor],
+    results: dict[str, Result] | None = None,
+) -> None:
+    """`function` against `reference` on the same inputs, forward and backward, each result by `assert_accurate`.
+
+    Results are named out0, out1, ... and grad0, grad1, ... (of the floating-point inputs).
+    """
+    ours = evaluate(function, inputs, gradients)
+    yardstick = evaluate(reference, inputs, gradients)
+    truth = evaluate(reference, [double(x) for x in inputs], [double(gradient) for gradient in gradients])
+    for kind, *lists in zip(("out", "grad"), ours, yardstick, truth, strict=True):
+        for i, (mine, other, exact) in enumerate(zip(*lists, strict=True)):
+            name = f"{kind}{i}"
+            assert (mine is None) == (exact is None), f"{name}: {mine} and {exact}"
+            if exact is not None:
+                assert_accurate(name, mine, other, exact, (results or {}).get(name))
