@@ -27,7 +27,7 @@ from titan_fast.config import (
     to_dict,
 )
 from titan_fast.errors import ConfigError
-from titan_fast.flavors import FLAVORS, ModelShape
+from titan_fast.flavors import FLAVORS
 
 
 def refusal(*argv: str) -> str:
