@@ -1,4 +1,4 @@
-"""Checkpoints by torch.distributed.checkpoint: everything that a run needs to go on as if it had not stopped.
+"""What a checkpoint holds, and how tensors come out of it. Saving and choosing is in checkpointer.py.
 
 A checkpoint is the folder `step-N`:
     *.distcp, .metadata     weights and moments, each rank's shards (any other mesh can load them)
@@ -6,28 +6,33 @@ A checkpoint is the folder `step-N`:
     state.json              step, tokens, data position, versions
     config.toml             the resolved config
     tokenizer/              a copy of the tokenizer's file, so that the folder alone can speak
-It is written under a temporary name and renamed when it is whole.
+    MANIFEST.json           size and sha256 of every file; what does not match it is not loaded (manifest.py)
 """
 
 import json
-import re
+import pickle
 import shutil
-from dataclasses import asdict, dataclass, field
+import tomllib
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import tomli_w
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from titan_fast.config import Config, to_dict
 from titan_fast.distributed import World
 from titan_fast.errors import CheckpointError
+from titan_fast.manifest import checkpoints
+from titan_fast.safe_unpickle import SafeReader, load_metadata
 
-_NAME = re.compile(r"step-(\d+)")
+__all__ = [
+    "Progress", "check_tensors", "checkpoints", "copy_tokenizer", "gather_data_state", "load_tensors", "own_data_state",
+    "read_config", "read_state", "tensors_of", "tokenizer_of",
+]  # fmt: skip
 
 
 @dataclass
@@ -38,18 +43,7 @@ class Progress:
     tokens_seen: int = 0
     elapsed_seconds: float = 0.0
     data: dict[str, Any] = field(default_factory=dict)
-    """The loader's state: one for all ranks, or with "ranks" one for each."""
-
-
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """The finished checkpoints in `folder` by step, in order. A name that is not exactly `step-N` is not ours."""
-    found = {}
-    if folder.is_dir():
-        for path in folder.iterdir():
-            match = _NAME.fullmatch(path.name)
-            if match and path.is_dir() and not path.is_symlink():
-                found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    """The loader's state: one for all ranks, or with "ranks" one for each data-parallel rank."""
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
@@ -69,71 +63,90 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
     return tensors
 
 
-class Checkpointer:
-    """Saves and loads the checkpoints of one run."""
+def load_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Fills `tensors` in place from the checkpoint at `path`, resharding where the meshes differ. CheckpointError where
+    names, shapes or dtypes differ, or the folder holds what no checkpoint of ours does."""
+    check_tensors(tensors, path)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant, in a single process
+            dcp.load(tensors, storage_reader=SafeReader(path), no_dist=not dist.is_initialized())
+    except (dcp.api.CheckpointException, RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"the checkpoint cannot be loaded: {cause(error)}", "move it away to go on from an older one", str(path)
+        ) from error
 
-    def __init__(self, config: Config, run_dir: Path, world: World, tokenizer_path: Path) -> None:
-        self.config, self.settings, self.world = config, config.checkpoint, world
-        self.folder, self.tokenizer_path = run_dir / config.checkpoint.folder, tokenizer_path
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-        """Writes `step-N` from all ranks together and deletes what is older than `keep_latest_k`."""
-        final = self.folder / f"step-{progress.step}"
-        temporary = self.folder / f".tmp-{final.name}"
-        if self.world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self.world.barrier()
-        dcp.save(tensors_of(model, optimizer), checkpoint_id=temporary)
-        safetensors.torch.save_file(_rng_state(self.world.device), temporary / f"rng-{self.world.rank}.safetensors")
-        if self.world.is_main:
-            state = {**asdict(progress), "world_size": self.world.size, "torch": torch.__version__}
-            (temporary / "state.json").write_text(json.dumps(state, indent=1))
-            (temporary / "config.toml").write_text(tomli_w.dumps(to_dict(self.config)))
-            copy_tokenizer(self.tokenizer_path, temporary / "tokenizer")
-        self.world.barrier()
-        if self.world.is_main:
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            self._prune()
-        self.world.barrier()
-        return final
+def check_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """CheckpointError unless the checkpoint has exactly these names (of the kinds asked for: "model", "optimizer"),
+    shapes and dtypes: DCP alone would leave extra names unread and cast dtypes, both in silence."""
+    try:
+        saved = load_metadata((path / ".metadata").read_bytes()).state_dict_metadata
+    except (OSError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"the checkpoint's .metadata is not to be trusted: {error}",
+            "move the folder away, and ask where it comes from",
+            str(path),
+        ) from error
+    kinds = {name.partition(".")[0] for name in tensors}
+    differing = [f"{name} is missing" for name in tensors if name not in saved]
+    differing += [
+        f"{name} is in the checkpoint and not in the run"
+        for name in saved
+        if name.partition(".")[0] in kinds and name not in tensors
+    ]
+    for name, tensor in tensors.items():
+        entry = saved.get(name)
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        if entry.size != tensor.shape:
+            differing.append(f"{name} is {list(entry.size)} there and {list(tensor.shape)} here")
+        elif entry.properties.dtype != tensor.dtype:
+            differing.append(f"{name} is {entry.properties.dtype} there and {tensor.dtype} here")
+    if differing:
+        more = f"; and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise CheckpointError(
+            f"the checkpoint is of another model: {'; '.join(differing[:4])}{more}",
+            "use the config it was saved with",
+            str(path),
+        )
 
-    def _prune(self) -> None:
-        keep = self.settings.keep_latest_k
-        for path in list(checkpoints(self.folder).values())[:-keep] if keep else []:
-            shutil.rmtree(path)
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
-        """Puts the newest checkpoint (or `load_step`'s) into the model and optimizer; None when there is none."""
-        found = checkpoints(self.folder)
-        wanted = self.settings.load_step
-        if wanted == -1 and not found:
-            return None
-        step = max(found) if wanted == -1 else wanted
-        if step not in found:
-            raise CheckpointError(
-                f"there is no checkpoint of step {step}; there are {list(found) or 'none'}",
-                "change checkpoint.load_step",
-                where=str(self.folder),
-            )
-        path = found[step]
-        load_tensors(tensors_of(model, optimizer), path)
-        state = json.loads((path / "state.json").read_text())
-        rng = path / f"rng-{self.world.rank}.safetensors"
-        if state["world_size"] == self.world.size and rng.exists():
-            _set_rng_state(safetensors.torch.load_file(rng), self.world.device)
-        return Progress(state["step"], state["tokens_seen"], state["elapsed_seconds"], state["data"])
+def cause(error: BaseException) -> str:
+    """One line of what went wrong, and on which rank where DCP wraps it."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        rank, (inner, _) = min(error.failures.items())
+        return f"rank {rank}: {cause(inner)}"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The checkpoint's state.json."""
+    try:
+        state = json.loads((path / "state.json").read_bytes())
+        for key in ("step", "tokens_seen", "elapsed_seconds", "data", "world_size"):
+            state[key]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"its state.json cannot be read: {cause(error)}", "take another", str(path)) from error
+    return state
+
+
+def read_config(path: Path) -> dict[str, dict[str, Any]]:
+    """The tables of the checkpoint's config.toml."""
+    try:
+        return tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"its config.toml cannot be read: {cause(error)}", "take another", str(path)) from error
 
 
 def copy_tokenizer(path: Path, folder: Path) -> None:
     """Copies a tokenizer's file into `folder`, with the config that a Hugging Face tokenizer has beside it."""
     folder.mkdir()
-    shutil.copy2(path, folder / path.name)
+    shutil.copyfile(path, folder / path.name)
     beside = path.with_name("tokenizer_config.json")
     if path.suffix == ".json" and beside.exists():
-        shutil.copy2(beside, folder / beside.name)
+        shutil.copyfile(beside, folder / beside.name)
 
 
 def tokenizer_of(path: Path) -> Path:
@@ -144,46 +157,32 @@ def tokenizer_of(path: Path) -> Path:
     return files[0]
 
 
-def load_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Fills `tensors` in place from the checkpoint at `path`, resharding where the meshes differ."""
-    try:
-        dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
-    except (dcp.api.CheckpointException, RuntimeError, ValueError, OSError) as error:
-        sentence = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"the checkpoint cannot be loaded: {sentence}", "move it away to go on from an older one", where=str(path)
-        ) from error
-
-
 def gather_data_state(state: dict[str, Any], world: World) -> dict[str, Any]:
-    """The loader's state as it is saved: as it is where it is the same on every rank, else every rank's."""
-    if "rank" not in state:
+    """The loader's state as it is saved: as it is where it is the same on every rank, else that of every data-parallel
+    rank, in order."""
+    if "rank" not in state or world.size == 1:
         return state
     ranks: list[Any] = [None] * world.size
     dist.all_gather_object(ranks, state)
-    return {"ranks": ranks}
+    by_rank = {item["rank"]: item for item in ranks}
+    return {"ranks": [by_rank[rank] for rank in sorted(by_rank)]}
 
 
-def own_data_state(state: dict[str, Any], world: World) -> dict[str, Any]:
-    """The inverse of `gather_data_state` on this rank."""
-    if "ranks" not in state:
+def own_data_state(state: dict[str, Any], dp_rank: int, dp_degree: int) -> dict[str, Any]:
+    """The inverse of `gather_data_state` on one data-parallel rank; CheckpointError where there are not as many."""
+    ranks = state.get("ranks", [state] if "rank" in state else None)
+    if ranks is None:
         return state
-    if len(state["ranks"]) != world.size:
+    if len(ranks) != dp_degree:
         raise CheckpointError(
-            f"the checkpoint holds the stream position of {len(state['ranks'])} ranks and this run has {world.size}",
-            "use as many processes as before; a stream cannot be divided again without losing or repeating text",
+            f"the checkpoint holds the stream position of {len(ranks)} data-parallel ranks, this run has {dp_degree}",
+            "use as many as before, or begin the stream again with --checkpoint.data_state reset: it cannot be divided "
+            "anew without losing or repeating text",
         )
-    return state["ranks"][world.rank]
+    return ranks[dp_rank]
 
 
-def _rng_state(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+if __name__ == "__main__":
+    from titan_fast.checkpoint_command import main
 
-
-def _set_rng_state(states: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+    main()

@@ -231,8 +231,8 @@ class Checkpoint:
     max_failed_saves: int = 3
     """With continue: more failed saves in a row end the run."""
     data_state: Literal["exact", "reset"] = "exact"
-    """What to do where the saved data position cannot be continued (other data, tokenizer, seed or sequence length, or a
-    stream on another number of ranks). exact: refuse; reset: begin the data again."""
+    """What to do where the saved data position cannot be continued (other data, tokenizer, seed or sequence length, or
+    a stream on another number of ranks). exact: refuse; reset: begin the data again."""
 
 
 @dataclass(frozen=True)

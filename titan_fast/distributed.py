@@ -36,6 +36,11 @@ def world_size() -> int:
     return _integer("WORLD_SIZE", 1)
 
 
+def restart_count() -> int:
+    """How often torchrun has restarted these processes."""
+    return _integer("TORCHELASTIC_RESTART_COUNT", 0)
+
+
 def _integer(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
@@ -86,9 +91,9 @@ def _store(size: int, timeout: timedelta) -> dist.Store:
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     # torchrun keeps one store over restarts, and gloo would meet the dead attempt's addresses in it.
-    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"attempt_{restart_count()}", store)
 
 
-def set_timeout(seconds: int) -> None:
+def set_timeout(seconds: float) -> None:
     """How long a collective may take from now on."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from titan_fast import config as settings
 from titan_fast import distributed, parallel
-from titan_fast.checkpoint import Checkpointer, Progress, gather_data_state, own_data_state
+from titan_fast.checkpoint import Progress, gather_data_state, own_data_state
+from titan_fast.checkpointer import Checkpointer
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape
 from titan_fast.data import build_loader, build_tokenizer, build_validation_loader
 from titan_fast.distributed import World
@@ -105,7 +106,9 @@ class Run:
         found = self.checkpointer.load(self.model, self.optimizer) if self.config.checkpoint.enable else None
         if found is None:
             return Progress()
-        self.loader.load_state_dict(own_data_state(found.data, self.world))
+        self.loader.load_state_dict(
+            own_data_state(found.data, self.world.rank // self.degrees.tensor, self.degrees.data)
+        )
         return found
 
     def train(self) -> None:
@@ -122,6 +125,7 @@ class Run:
                 self.progress,
             )
         )
+        self._say_notes()
         if self.first_step > self.config.training.steps:
             self.metrics.say(f"step {self.progress.step} was the last one already: raise training.steps to go on")
         gc.disable()
@@ -233,11 +237,15 @@ class Run:
         with self.metrics.pause():
             self.progress.data = gather_data_state(self.loader.state_dict(), self.world)
             self.progress.elapsed_seconds = self.metrics.elapsed_seconds
-            path = self.checkpointer.save(self.model, self.optimizer, self.progress)
-        self.metrics.say(f"saved {path}")
+            self.checkpointer.save(self.model, self.optimizer, self.progress)
+        self._say_notes()
+
+    def _say_notes(self) -> None:
+        for note in self.checkpointer.notes():
+            self.metrics.say(note)
 
     def _after_first_step(self, started: float) -> None:
-        distributed.set_timeout(self.config.comm.train_timeout_seconds)
+        distributed.set_timeout(self.config.comm.timeout_seconds)
         if self.config.compile.enable:
             if self.world.device.type == "cuda":
                 torch.cuda.synchronize()

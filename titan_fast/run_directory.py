@@ -3,11 +3,13 @@
 import os
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
 from titan_fast.config import Config, to_dict
 from titan_fast.errors import ConfigError
+from titan_fast.redaction import redacted
 
 CONFIG_NAME = "config.toml"
 
@@ -17,6 +19,8 @@ _FIXED_KEYS = {
     "training": ("dataset", "dataset_path", "dataset_config", "dataset_split", "text_column", "seq_len"),
     "debug": ("seed",),
 }
+# These may with checkpoint.data_state "reset". What the data at a path is, its fingerprint says when it is opened.
+_DATA_KEYS = {"model": ("tokenizer_path",), **_FIXED_KEYS}
 
 
 def open_run_directory(config: Config) -> Path:
@@ -32,11 +36,12 @@ def open_run_directory(config: Config) -> Path:
         raise ConfigError(
             f"job.dump_folder cannot be written: {error.strerror}", "choose another folder", where=str(folder)
         ) from error
-    differing = _differences(folder / CONFIG_NAME, to_dict(config))
+    differing = _differences(folder / CONFIG_NAME, config)
     if differing:
         raise ConfigError(
             f"job.dump_folder holds a run of another config: {'; '.join(differing)}",
-            "choose another --job.dump_folder, or go back to these values",
+            "choose another --job.dump_folder, or go back to these values; --checkpoint.data_state reset accepts what "
+            "concerns the data and begins it again",
             where=str(folder),
         )
     return folder
@@ -45,21 +50,28 @@ def open_run_directory(config: Config) -> Path:
 def write_config(config: Config, folder: Path) -> None:
     """Writes the resolved config beside everything else."""
     temporary = folder / f".{CONFIG_NAME}.tmp"
-    temporary.write_text(tomli_w.dumps(to_dict(config)))
+    temporary.write_text(tomli_w.dumps(redacted(to_dict(config))))
     temporary.replace(folder / CONFIG_NAME)
 
 
-def _differences(path: Path, now: dict[str, dict]) -> list[str]:
+def _differences(path: Path, config: Config) -> list[str]:
     if not path.exists():
         return []
     try:
-        before = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        before = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"the run's saved config is damaged: {error}", "choose another folder", str(path)) from error
+    return differences(before, redacted(to_dict(config)), reset_data=config.checkpoint.data_state == "reset")
+
+
+def differences(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], reset_data: bool) -> list[str]:
+    """ "table.key was X and is Y" for what a run may not change between two configs, as tables; with `reset_data`,
+    without what concerns the data alone."""
     fixed = {table: tuple(before.get(table, {}) | now[table]) for table in _FIXED_TABLES} | _FIXED_KEYS
+    free = _DATA_KEYS if reset_data else {}
     return [
         f"{table}.{key} was {before.get(table, {}).get(key)!r} and is {now[table].get(key)!r}"
         for table, keys in fixed.items()
         for key in keys
-        if before.get(table, {}).get(key) != now[table].get(key)
+        if before.get(table, {}).get(key) != now[table].get(key) and key not in free.get(table, ())
     ]

@@ -1,0 +1,134 @@
+"""`python -m titan_fast.checkpoint list|verify|prune|export DIR`: the checkpoints of a run, without the run."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from titan_fast import manifest
+from titan_fast.checkpoint import load_tensors, read_config, read_state
+from titan_fast.errors import CheckpointError, ConfigError, command
+from titan_fast.safe_unpickle import load_metadata
+
+
+def folders(path: Path) -> dict[int, Path]:
+    """The checkpoints at `path`: a run directory, its checkpoint folder, or a `step-N` itself. CheckpointError where
+    there is none."""
+    single = manifest.checkpoints(path.absolute().parent)
+    for step, folder in single.items():
+        if folder.name == path.absolute().name:
+            return {step: folder}
+    for parent in (path, path / "checkpoint"):
+        if found := manifest.checkpoints(parent):
+            return found
+    raise CheckpointError("no checkpoint here", "give a run directory or its checkpoint folder", str(path))
+
+
+def list_lines(path: Path) -> list[str]:
+    """A line per checkpoint: step, size, what state.json says, and the first thing wrong by name and size."""
+    lines = []
+    for step, folder in folders(path).items():
+        problem = manifest.problem(folder, contents=False)
+        if problem:
+            lines.append(f"step {step:>8}  damaged: {problem}")
+            continue
+        size = sum(digest.size for digest in manifest.read(folder).values())
+        state = read_state(folder)
+        lines.append(
+            f"step {step:>8}  {size / 2**20:10.1f} MiB  {state['tokens_seen']:>15,} tokens  "
+            f"{state['world_size']} processes  torch {state.get('torch')}"
+        )
+    return lines
+
+
+def verify(path: Path) -> tuple[list[str], bool]:
+    """A line per checkpoint, every byte read; and whether all are whole."""
+    lines, whole = [], True
+    for step, folder in folders(path).items():
+        problem = manifest.problem(folder)
+        lines.append(f"step {step:>8}  {'whole' if problem is None else f'DAMAGED: {problem}'}")
+        whole &= problem is None
+    return lines, whole
+
+
+def export(path: Path, out: Path) -> list[str]:
+    """Writes the newest whole checkpoint's weights (not the moments) into one safetensors file, names as in the model.
+    The Hugging Face layout is `python -m titan_fast.hf export`."""
+    for folder in reversed(folders(path).values()):
+        problem = manifest.problem(folder)
+        if problem is None:
+            break
+        sys.stderr.write(f"{folder.name} is passed over: {problem}\n")
+    else:
+        raise CheckpointError("no checkpoint here is whole", "restore one from a copy", str(path))
+    if out.exists():
+        raise ConfigError("the file to write exists", "name another with --out", str(out))
+    entries = load_metadata((folder / ".metadata").read_bytes()).state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    load_tensors(tensors, folder)
+    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        safetensors.torch.save_file(weights, temporary, {"step": str(read_state(folder)["step"])})
+        manifest.sync_file(temporary)
+        temporary.replace(out)
+        manifest.sync_folder(out.absolute().parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write: {error.strerror or error}", "name another --out", str(out)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    flavor = read_config(folder).get("model", {}).get("flavor")
+    return [f"{out}: {len(weights)} tensors of {flavor}, {folder.name}"]
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="titan_fast.checkpoint", description=__doc__)
+    commands = parser.add_subparsers(dest="action", required=True)
+    for name, words in (
+        ("list", "a line per checkpoint"),
+        ("verify", "read every byte; exit status 4 where one is damaged"),
+        ("prune", "delete all but the newest whole ones, and what a kill left half done; no run may be using them"),
+        ("export", "the weights as one safetensors file"),
+    ):
+        sub = commands.add_parser(name, help=words)
+        sub.add_argument("dir", type=Path, help="a run directory, its checkpoint folder, or a step-N folder")
+        if name == "prune":
+            sub.add_argument("--keep", type=int, default=3, help="how many to keep")
+        if name == "export":
+            sub.add_argument("--out", type=Path, required=True, help="the file to write")
+    options = parser.parse_args()
+    lines, whole = [], True
+    if options.action == "list":
+        lines = list_lines(options.dir)
+    elif options.action == "verify":
+        lines, whole = verify(options.dir)
+    elif options.action == "export":
+        lines = export(options.dir, options.out)
+    else:
+        lines = prune(options.dir, options.keep)
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    if not whole:
+        raise CheckpointError("a checkpoint is damaged", "restore it from a copy or move it away", str(options.dir))
+
+
+def prune(path: Path, keep: int) -> list[str]:
+    """Deletes all but the `keep` newest whole checkpoints; damaged ones among the kept stay."""
+    if keep < 1:
+        raise ConfigError(f"--keep is {keep}", "keep at least 1")
+    parent = next(iter(folders(path).values())).parent
+    if parent == path.absolute().parent:
+        raise ConfigError("prune takes the folder that holds the checkpoints, not one of them", "name that", str(path))
+    lines = manifest.clean(parent)
+    return lines + [f"deleted step {step}" for step in manifest.prune(parent, keep)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""Saving and choosing the checkpoints of a run, all ranks together.
+
+Nothing appears under its final name before it is whole and on the disk, and nothing is loaded that does not match its
+manifest. Each stage ends with an exchange: where one rank failed, every rank raises the same error.
+"""
+
+import errno
+import hashlib
+import json
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import tomli_w
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
+
+from titan_fast import distributed, manifest
+from titan_fast.checkpoint import Progress, cause, copy_tokenizer, load_tensors, read_config, read_state, tensors_of
+from titan_fast.config import Config, to_dict
+from titan_fast.distributed import World
+from titan_fast.errors import CheckpointError, ConfigError
+from titan_fast.redaction import redacted
+from titan_fast.run_directory import differences
+
+SAVE_TIMEOUT = timedelta(minutes=30)
+"""How long one rank may wait for another's part of a save."""
+_SPARE_BYTES = 2**20  # beyond the tensors: the metadata, states, tokenizer
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+T = TypeVar("T")
+
+
+def check(config: Config, device: torch.device) -> None:
+    """ConfigError where `[checkpoint]` asks for what the device cannot do."""
+    if config.checkpoint.async_mode == "async_with_pinned_mem" and device.type != "cuda":
+        raise ConfigError(
+            "checkpoint.async_mode 'async_with_pinned_mem' needs CUDA, and there is none", "take 'async' or 'disabled'"
+        )
+
+
+class Checkpointer:
+    """Saves and loads the checkpoints of one run. Every method is called by every rank at the same step, but for those
+    that say otherwise."""
+
+    def __init__(self, config: Config, run_dir: Path, world: World, tokenizer_path: Path) -> None:
+        self.config, self.settings, self.world = config, config.checkpoint, world
+        self.folder, self.tokenizer_path = run_dir / config.checkpoint.folder, tokenizer_path
+        # Its own group: a save in the background must not meet the step's collectives.
+        group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup)
+        self.group = group
+        self.saved_step = -1
+        """Of the last save that was begun."""
+        self.loaded_from: Path | None = None
+        self.stall_seconds = 0.0
+        """How long the last `save` kept its caller."""
+        self._pending: Future[Path] | None = None
+        self._failures = 0  # in a row
+        self._notes: deque[str] = deque()
+        self._thread: ThreadPoolExecutor | None = None
+        self._stager: DefaultStager | None = None
+        if self.settings.async_mode != "disabled":
+            pinned = self.settings.async_mode == "async_with_pinned_mem"
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="titan_fast checkpoint")
+            self._stager = DefaultStager(StagingOptions(pinned, False, False, use_non_blocking_copy=pinned))
+
+    def notes(self) -> list[str]:
+        """What has happened since the last call, in words. Any rank, any time."""
+        return [self._notes.popleft() for _ in range(len(self._notes))]
+
+    # Saving
+
+    def save(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, must_succeed: bool = False
+    ) -> None:
+        """Writes `step-N`, or with an async mode copies what is to be written and lets a thread do it. A failure is
+        raised or noted as `on_save_error` says; with `must_succeed`, raised, and the thread is waited for."""
+        started = time.perf_counter()
+        self.settle()
+        tensors, files = tensors_of(model, optimizer), self._small_files(progress)
+        self.saved_step = progress.step
+        if self._thread is not None and self._stager is not None:
+            staged = self._stager.stage(tensors)
+            assert isinstance(staged, dict)
+            self._pending = self._thread.submit(self._write, staged, files, progress.step)
+            self._notes.append(f"step {progress.step}: the checkpoint is being written in the background")
+        else:
+            self._finish(lambda: self._write(tensors, files, progress.step), must_succeed)
+        if must_succeed:
+            self.settle(must_succeed)
+        self.stall_seconds = time.perf_counter() - started
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a save in the background has failed here and is not settled. Ranks may learn of it at different
+        steps: agree before acting. Any rank, any time."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def settle(self, must_succeed: bool = False) -> None:
+        """Waits for the save in the background and raises or notes its failure."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._finish(pending.result, must_succeed)
+
+    def close(self) -> None:
+        """Waits for the thread without asking what became of its save. Any rank, any time."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+
+    def _finish(self, write: Callable[[], Path], must_succeed: bool) -> None:
+        try:
+            write()
+            self._failures = 0
+        except CheckpointError as error:
+            self._failures += 1
+            tolerated = self.settings.on_save_error == "continue" and self._failures <= self.settings.max_failed_saves
+            if must_succeed or not tolerated:
+                raise
+            self._notes.append(
+                f"titan_fast: {error} (failed save {self._failures} in a row; the run goes on up to "
+                f"{self.settings.max_failed_saves})"
+            )
+
+    def _small_files(self, progress: Progress) -> dict[str, bytes]:
+        """This rank's files that are no tensors of the model, as they are at this moment."""
+        files = {f"rng-{self.world.rank}.safetensors": safetensors.torch.save(_rng_state(self.world.device))}
+        if self.world.is_main:
+            state = {**asdict(progress), "world_size": self.world.size, "torch": torch.__version__}
+            files["state.json"] = json.dumps(state, indent=1).encode()
+            files["config.toml"] = tomli_w.dumps(redacted(to_dict(self.config))).encode()
+        return files
+
+    def _write(self, tensors: dict[str, Tensor], files: dict[str, bytes], step: int) -> Path:
+        """The commit protocol. Runs on the main thread or on the saving one."""
+        started = time.perf_counter()
+        final = manifest.folder_of(self.folder, step)
+        temporary = manifest.writing(final)
+        own = sum(_local(tensor).nbytes for tensor in tensors.values()) + sum(map(len, files.values()))
+        need = sum(self._together(lambda: own)) + _SPARE_BYTES
+        try:
+            self._together(lambda: self._begin(temporary, need))
+            self._write_tensors(tensors, temporary)
+            found = self._together(lambda: self._write_files(files, temporary))
+            known = {name: digest for digests in found for name, digest in digests.items()}
+            self._together(lambda: self._publish(temporary, final, known, step, started))
+        except (OSError, CheckpointError) as error:
+            raise self._translated(error, need) from error
+        return final
+
+    def _begin(self, temporary: Path, need: int) -> None:
+        if not self.world.is_main:
+            return
+        if not self.folder.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the run directory is gone", str(self.folder.parent))
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        free = shutil.disk_usage(temporary).free
+        if free < need:
+            raise OSError(errno.ENOSPC, "No space left on device", str(temporary))
+
+    def _write_tensors(self, tensors: dict[str, Tensor], temporary: Path) -> None:
+        writer = FileSystemWriter(temporary, sync_files=True, overwrite=False)
+        try:
+            dcp.save(tensors, storage_writer=writer, process_group=self.group)
+        except (dcp.api.CheckpointException, RuntimeError, OSError) as error:
+            raise CheckpointError(cause(error), "", str(temporary)) from error
+
+    def _write_files(self, files: dict[str, bytes], temporary: Path) -> dict[str, manifest.Digest]:
+        for name, content in files.items():
+            manifest.write_file(temporary / name, content)
+        own = [path.name for path in temporary.glob(f"__{self.world.rank}_*")]
+        return manifest.digests(temporary, [*own, *files])
+
+    def _publish(
+        self, temporary: Path, final: Path, known: dict[str, manifest.Digest], step: int, started: float
+    ) -> None:
+        if not self.world.is_main:
+            return
+        copy_tokenizer(self.tokenizer_path, temporary / "tokenizer")
+        manifest.publish(temporary, final, known, step=step, world_size=self.world.size)
+        manifest.prune(self.folder, self.settings.keep_latest_k, always=step)
+        self._notes.append(f"saved {final} in {time.perf_counter() - started:.1f} s")
+
+    def _translated(self, error: OSError | CheckpointError, need: int) -> CheckpointError:
+        """The error with need, have and path, which a full disk's own message lacks."""
+        what = error.what if isinstance(error, CheckpointError) else cause(error)
+        try:
+            have = f"{shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free:,}"
+        except OSError:
+            have = "no"
+        newest = [s for s, p in manifest.checkpoints(self.folder).items() if manifest.problem(p, False) is None][-1:]
+        kept = f"the newest whole checkpoint is of step {newest[0]}" if newest else "there is no checkpoint yet"
+        return CheckpointError(
+            f"the checkpoint could not be written: {what}: needs {need:,} bytes, has {have} bytes free",
+            f"make room or choose another --job.dump_folder; {kept}",
+            str(self.folder),
+        )
+
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        """What `action` returns on every rank, in order; where it raised an OSError on one, CheckpointError on all."""
+        outcome: tuple[Any, str]
+        try:
+            outcome = action(), ""
+        except (OSError, CheckpointError) as error:
+            words = f"disk full ({cause(error)})" if getattr(error, "errno", None) in _NO_ROOM else cause(error)
+            outcome = None, f"rank {self.world.rank}: {words}"
+        outcomes: list[Any] = [None] * self.world.size
+        try:
+            dist.all_gather_object(outcomes, outcome, group=self.group)
+        except RuntimeError as error:
+            raise CheckpointError(f"another rank is gone ({cause(error)})", "", str(self.folder)) from error
+        if failed := next((words for _, words in outcomes if words), ""):
+            raise CheckpointError(failed, "", str(self.folder))
+        return [result for result, _ in outcomes]
+
+    # Loading
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
+        """Puts the newest checkpoint that verifies (or `load_step`'s) into the model and optimizer; None when there is
+        no checkpoint at all."""
+        path = self._choose()
+        if path is None:
+            return None
+        state = read_state(path)
+        self._compare(read_config(path), path)
+        load_tensors(tensors_of(model, optimizer), path)
+        rng = path / f"rng-{self.world.rank}.safetensors"
+        if state["world_size"] == self.world.size and rng.exists():
+            _set_rng_state(safetensors.torch.load_file(rng), self.world.device)
+        self.saved_step, self.loaded_from = state["step"], path
+        return Progress(state["step"], state["tokens_seen"], state["elapsed_seconds"], state["data"])
+
+    def _compare(self, before: dict[str, dict[str, Any]], path: Path) -> None:
+        """CheckpointError where the run's mathematics is no longer the checkpoint's; other changes are noted."""
+        now = redacted(to_dict(self.config))
+        if refused := differences(before, now, reset_data=self.settings.data_state == "reset"):
+            raise CheckpointError(
+                f"the checkpoint is of another run: {'; '.join(refused)}",
+                "go back to these values or choose another --job.dump_folder; --checkpoint.data_state reset accepts "
+                "what concerns the data and begins it again",
+                str(path),
+            )
+        changed = [
+            f"{table}.{key} {before[table].get(key)} -> {now[table].get(key)}"
+            for table in ("training", "optimizer", "lr_scheduler", "loss")
+            for key in now[table]
+            if table in before and before[table].get(key) != now[table].get(key)
+        ]
+        if changed:
+            self._notes.append(f"changed since step {manifest_step(path)}: {', '.join(changed)}")
+
+    def _choose(self) -> Path | None:
+        """The checkpoint that every rank will load: the main rank names candidates, all check them."""
+        wanted = self.settings.load_step if distributed.restart_count() == 0 else -1
+        candidates: list[int] = []
+        if self.world.is_main:
+            if self.folder.is_dir():
+                self._notes.extend(f"{self.folder}: {line}" for line in manifest.clean(self.folder))
+            found = list(manifest.checkpoints(self.folder))
+            candidates = found[::-1] if wanted == -1 else [step for step in found if step == wanted]
+            if wanted != -1 and not candidates:
+                candidates = [-1, *found]
+        candidates = self._from_main(candidates)
+        if candidates[:1] == [-1]:
+            raise CheckpointError(
+                f"there is no checkpoint of step {wanted}; there are {candidates[1:] or 'none'}",
+                "change checkpoint.load_step",
+                str(self.folder),
+            )
+        passed_over = []
+        for step in candidates:
+            path = manifest.folder_of(self.folder, step)
+            reason = self._problem(path)
+            if reason is None:
+                if wanted != -1 and self.world.is_main:
+                    self._set_aside_after(step)
+                return path
+            passed_over.append(f"step-{step} is not loaded ({reason})")
+            if self.settings.strict or wanted != -1:
+                break
+            self._notes.append(passed_over[-1])
+        if passed_over:
+            raise CheckpointError(
+                "; ".join(passed_over),
+                "restore it from a copy, or move it away to go on from an older one or from the start",
+                str(self.folder),
+            )
+        return None
+
+    def _problem(self, path: Path) -> str | None:
+        """What is wrong with the checkpoint, the same answer on every rank; each hashes its part of the files."""
+        seen = self._from_main(_fingerprint(path))
+        own = _fingerprint(path)
+        reason = manifest.problem(path, part=(self.world.rank, self.world.size))
+        answers = self._together(lambda: (own == seen, reason))
+        blind = [rank for rank, (same, _) in enumerate(answers) if not same]
+        if blind:
+            raise CheckpointError(
+                f"rank {blind[0]} does not see the manifest of {path.name} that rank 0 sees",
+                "all ranks need one shared folder, and a network file system may need a moment",
+                str(path),
+            )
+        return next((reason for _, reason in answers if reason), None)
+
+    def _set_aside_after(self, step: int) -> None:
+        """Takes later steps out of the way of a run that goes back, without deleting them."""
+        for later, path in manifest.checkpoints(self.folder).items():
+            if later > step:
+                target = path.with_name(f"superseded-{int(time.time())}-{path.name}")
+                path.rename(target)
+                self._notes.append(f"{path.name} is now {target.name}: the run goes back to step {step}")
+
+    def _from_main(self, value: T) -> T:
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+
+def manifest_step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _fingerprint(path: Path) -> str:
+    try:
+        return hashlib.sha256((path / manifest.NAME).read_bytes()).hexdigest()
+    except OSError:
+        return "no manifest"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _rng_state(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_rng_state(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

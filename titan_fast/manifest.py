@@ -1,0 +1,213 @@
+"""Folders that are whole or not there: written under another name, made durable, listed with sizes and sha256, renamed.
+
+A folder `step-N` with a MANIFEST.json was once complete on the disk. `problem` says what has happened to it since.
+The digests find accidents; whoever can write the folder can write the manifest too.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+NAME = "MANIFEST.json"
+FORMAT = 1
+_STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+_LEFTOVER = re.compile(r"\.(writing|deleting|replaced)-(step-(?:0|[1-9][0-9]{0,17}))")
+
+
+class Digest(NamedTuple):
+    """Of one file."""
+
+    size: int
+    sha256: str
+
+
+def folder_of(parent: Path, step: int) -> Path:
+    """The place of step `step`'s checkpoint."""
+    return parent / f"step-{step}"
+
+
+def writing(final: Path) -> Path:
+    """Where `final` is written before it is published."""
+    return final.with_name(f".writing-{final.name}")
+
+
+def checkpoints(parent: Path) -> dict[int, Path]:
+    """The folders in `parent` that are named exactly `step-N`, by step in order; links and other names are not ours."""
+    found = {}
+    if parent.is_dir():
+        for path in parent.iterdir():
+            match = _STEP.fullmatch(path.name)
+            if match and path.is_dir() and not path.is_symlink():
+                found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Waits until the file's content is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until the folder's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a new file and waits until it is on the disk."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _files(folder: Path) -> list[str]:
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    return sorted(name for name in names if name != NAME)
+
+
+def digests(folder: Path, names: Iterable[str] | None = None) -> dict[str, Digest]:
+    """Size and sha256 of the files (all, or those named) below `folder`, each made durable first."""
+
+    def digest(name: str) -> tuple[str, Digest]:
+        sync_file(folder / name)
+        return name, Digest((folder / name).stat().st_size, sha256(folder / name))
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases Python's lock
+        return dict(pool.map(digest, _files(folder) if names is None else names))
+
+
+def publish(temporary: Path, final: Path, known: dict[str, Digest] | None = None, **about: Any) -> None:
+    """Makes `temporary` durable and renames it to `final`, whose place an older folder may hold until then.
+
+    `known`: digests that other processes have made already of files that they made durable; the rest is done here.
+    `about`: JSON values to keep in the manifest. OSError where the disk refuses.
+    """
+    files = dict(known or {})
+    files |= digests(temporary, [name for name in _files(temporary) if name not in files])
+    entries = {name: [digest.size, digest.sha256] for name, digest in sorted(files.items())}
+    (temporary / NAME).unlink(missing_ok=True)
+    write_file(temporary / NAME, json.dumps({"format": FORMAT, **about, "files": entries}, indent=1).encode())
+    for path in temporary.rglob("*"):
+        if path.is_dir() and not path.is_symlink():
+            sync_folder(path)
+    sync_folder(temporary)
+    replaced = final.with_name(f".replaced-{final.name}")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    temporary.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read(folder: Path) -> dict[str, Digest]:
+    """The files that the manifest lists. ValueError, in words, where there is no manifest or it is none of ours."""
+    try:
+        manifest = json.loads((folder / NAME).read_bytes())
+        assert manifest["format"] == FORMAT
+        files = {str(name): Digest(int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
+    except FileNotFoundError:
+        raise ValueError(f"{NAME} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{NAME} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        raise ValueError(f"{NAME} is damaged") from error
+    for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{NAME} names a file outside the folder: {name!r}")
+    return files
+
+
+def problem(folder: Path, contents: bool = True, part: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a published folder, None when nothing is: a file missing, of another size or (with
+    `contents`) another sha256, a link, or a file that was not there. `part` (i, n) hashes only every n-th file from
+    the i-th on, so that n processes can share the work; all compare the sizes."""
+    try:
+        files = read(folder)
+        extra = set(_files(folder)) - files.keys()
+    except (ValueError, OSError) as error:
+        return str(error)
+    if extra:
+        return f"{min(extra)}: not in {NAME}"
+    for name, digest in files.items():
+        try:
+            status = (folder / name).lstat()
+        except OSError as error:
+            return f"{name}: missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
+        if not stat.S_ISREG(status.st_mode):
+            return f"{name}: not a regular file"
+        if status.st_size != digest.size:
+            return f"{name}: {status.st_size} bytes, not {digest.size}"
+    return _changed(folder, dict(sorted(files.items())[part[0] :: part[1]])) if contents else None
+
+
+def _changed(folder: Path, files: dict[str, Digest]) -> str | None:
+    def changed(name: str) -> str | None:
+        try:
+            return None if sha256(folder / name) == files[name].sha256 else f"{name}: sha256 mismatch"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return next(filter(None, pool.map(changed, files)), None)
+
+
+def prune(parent: Path, keep: int, always: int | None = None) -> list[int]:
+    """Deletes the folders of steps before the `keep` newest whole ones, and says which; 0 keeps all. Whole is judged by
+    manifest and sizes. What is not whole counts for nothing, and what has no manifest is left alone."""
+    found = checkpoints(parent)
+    whole = [step for step, path in found.items() if problem(path, contents=False) is None]
+    if not keep or len(whole) <= keep:
+        return []
+    oldest_kept = whole[-keep]
+    gone = [step for step, path in found.items() if step < oldest_kept and step != always and (path / NAME).exists()]
+    for step in gone:
+        delete(found[step])
+    return gone
+
+
+def delete(folder: Path) -> None:
+    """Takes a published folder away: first its name, at once, then its files."""
+    doomed = folder.with_name(f".deleting-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    sync_folder(folder.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clean(parent: Path) -> list[str]:
+    """Ends what a killed process had begun: puts back a folder that was being replaced and has no successor, deletes
+    what was being written or deleted. Says what it did. Only for the one process that owns `parent`."""
+    done = []
+    for path in sorted(parent.iterdir()) if parent.is_dir() else []:
+        match = _LEFTOVER.fullmatch(path.name)
+        if not match or path.is_symlink() or not path.is_dir():
+            continue
+        final = path.with_name(match[2])
+        if match[1] == "replaced" and not final.exists() and problem(path, contents=False) is None:
+            path.rename(final)
+            done.append(f"put back {final.name}, whose replacement was never finished")
+            continue
+        shutil.rmtree(path, ignore_errors=True)
+        words = "was never finished" if match[1] == "writing" else "was on its way out"
+        done.append(f"deleted {path.name}, which {words}")
+    if done:
+        sync_folder(parent)
+    return done
