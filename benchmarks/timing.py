@@ -1,0 +1,127 @@
+"""Seconds on the device, measured so that they are neither the host's nor the cache's.
+
+On CUDA: launches are queued behind a delay, so that the GPU never waits for Python, and events stand around each call.
+The level-2 cache is overwritten before each call whose working set it could hold. The order of what is compared
+rotates, so that clocks and heat are shared. Elsewhere (a rehearsal without a GPU) the host's clock.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+# The clock that torch.cuda._sleep counts; an upper bound makes the delay too long, never too short.
+_CYCLES_PER_SECOND = 2.1e9
+
+
+@dataclass(frozen=True)
+class Run:
+    """Something to time. `reset`, not timed, puts back what `call` overwrites."""
+
+    call: Callable[[], object]
+    reset: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds of each call. `queued`: whether the GPU was kept from running dry, so that these are its times alone."""
+
+    seconds: tuple[float, ...]
+    queued: bool
+
+    def quantile(self, q: float) -> float:
+        ordered = sorted(self.seconds)
+        return ordered[min(len(ordered) - 1, math.floor(q * len(ordered)))]
+
+    @property
+    def median(self) -> float:
+        return self.quantile(0.5)
+
+
+def measure(
+    runs: dict[str, Run], device: torch.device, working_set: int, passes: int = 5, calls: int = 10
+) -> dict[str, Samples]:
+    """passes x calls samples of each run, after one warm-up pass. working_set: bytes that one call touches."""
+    timer = _cuda_pass if device.type == "cuda" else _host_pass
+    flush = _cache_flush(device, working_set)
+    names = list(runs)
+    for name in names:
+        timer(runs[name], min(2, calls), flush)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    queued = dict.fromkeys(names, True)
+    for turn in range(passes):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            taken, was_queued = timer(runs[name], calls, flush)
+            seconds[name] += taken
+            queued[name] &= was_queued
+    return {name: Samples(tuple(seconds[name]), queued[name]) for name in names}
+
+
+def _host_pass(run: Run, calls: int, flush: Callable[[], object]) -> tuple[list[float], bool]:
+    seconds = []
+    for _ in range(calls):
+        if run.reset is not None:
+            run.reset()
+        start = time.perf_counter()
+        run.call()
+        seconds.append(time.perf_counter() - start)
+    return seconds, False
+
+
+def _cuda_pass(run: Run, calls: int, flush: Callable[[], object]) -> tuple[list[float], bool]:
+    """One queue of calls. If the device caught up with the host it was too short: again, behind a longer delay."""
+    delay = 2e-3
+    for _ in range(4):
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+        free = torch.cuda.Event()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        torch.cuda._sleep(int(delay * _CYCLES_PER_SECOND))
+        free.record()
+        for before, after in events:
+            if run.reset is not None:
+                run.reset()
+            flush()
+            before.record()
+            run.call()
+            after.record()
+        host_seconds = time.perf_counter() - start
+        queued = not free.query()  # the delay was still running when the last call was queued
+        torch.cuda.synchronize()
+        if queued:
+            break
+        delay = 2 * host_seconds
+    return [before.elapsed_time(after) * 1e-3 for before, after in events], queued
+
+
+def _cache_flush(device: torch.device, working_set: int) -> Callable[[], object]:
+    """Overwrites twice the level-2 cache, where the working set is less than four times it; else does nothing."""
+    if device.type != "cuda":
+        return lambda: None
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    if working_set > 4 * cache:
+        return lambda: None
+    return torch.empty(2 * cache, dtype=torch.int8, device=device).zero_
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written together, of a copy between two buffers far larger than any cache."""
+    size = 2**30 if device.type == "cuda" else 2**22
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    samples = measure({"copy": Run(lambda: target.copy_(source))}, device, 2 * size)
+    return 2 * size / samples["copy"].median
+
+
+def host_seconds(call: Callable[[], object], device: torch.device, calls: int) -> list[float]:
+    """Host time of each of `calls` asynchronous calls: what Python and the dispatcher cost, not the kernel."""
+    seconds = []
+    for index in range(calls):
+        if device.type == "cuda" and index % 100 == 0:
+            torch.cuda.synchronize()  # a full launch queue would make the host wait
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return seconds
