@@ -1,0 +1,173 @@
+"""Training steps on a CPU: this project against a plain loop over Hugging Face's LlamaForCausalLM, eager and compiled.
+
+    python -m benchmarks.bench_cpu [--rounds 7] [--steps 4] [--out benchmarks/results/cpu_train.json]
+
+One process, the same shape, batch, data, optimizer and clipping. A round times every contender in turn, so that a slow
+moment of the machine meets all of them; the figure is the median over rounds.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from titan_fast.config import Optimizer
+from titan_fast.flavors import FLAVORS
+from titan_fast.hf import hf_config, to_hf
+from titan_fast.loss import LinearCrossEntropy
+from titan_fast.model import Llama, init_weights
+from titan_fast.ops import REFERENCE
+from titan_fast.optim import build_optimizer, clip_grad_norm_, step_unless
+
+SHAPE = FLAVORS["debug"]
+BATCH, SEQ_LEN, CHUNK, MAX_NORM = 8, 256, 2048, 1.0
+Step = Callable[[Tensor, Tensor], float]
+
+
+def our_model() -> Llama:
+    model = Llama(SHAPE, REFERENCE, LinearCrossEntropy(REFERENCE, CHUNK), max_seq_len=SEQ_LEN)
+    init_weights(model, 0)
+    return model
+
+
+def our_step(compiled: bool) -> Step:
+    model = our_model()
+    if compiled:
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+    optimizer = build_optimizer(model, Optimizer())
+    scale, good = torch.tensor(1.0 / (BATCH * SEQ_LEN)), torch.tensor(0.0)
+
+    def step(tokens: Tensor, labels: Tensor) -> float:
+        loss = model(tokens, labels, scale)
+        loss.backward()
+        clip_grad_norm_(model.parameters(), MAX_NORM, loss.detach())
+        step_unless(optimizer, good)
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def hugging_face_step(compiled: bool) -> Step:
+    model = LlamaForCausalLM(LlamaConfig(**hf_config(SHAPE), attn_implementation="sdpa", use_cache=False))
+    model.load_state_dict(dict(to_hf(dict(our_model().named_parameters()), SHAPE)))
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile()
+    settings = Optimizer()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+    def step(tokens: Tensor, labels: Tensor) -> float:
+        logits = model(input_ids=tokens).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+CONTENDERS: dict[str, Callable[[], Step]] = {
+    "titan_fast eager": lambda: our_step(compiled=False),
+    "titan_fast compiled": lambda: our_step(compiled=True),
+    "Hugging Face eager": lambda: hugging_face_step(compiled=False),
+    "Hugging Face compiled layers": lambda: hugging_face_step(compiled=True),
+}
+
+
+def measure(rounds: int, steps: int) -> dict[str, dict[str, float]]:
+    """tokens/s of each contender: median, 10th and 90th percentile over rounds, and its losses over the first steps."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randint(SHAPE.vocab_size, (steps, BATCH, SEQ_LEN + 1), generator=generator)
+    contenders = {name: build() for name, build in CONTENDERS.items()}
+    first_losses = {name: [step(row[:, :-1], row[:, 1:]) for row in data] for name, step in contenders.items()}
+    _check_same_task(first_losses)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        order = list(contenders)
+        for name in order[number % len(order) :] + order[: number % len(order)]:
+            started = time.perf_counter()
+            for row in data:
+                contenders[name](row[:, :-1], row[:, 1:])
+            seconds[name].append(time.perf_counter() - started)
+    tokens = steps * BATCH * SEQ_LEN
+    return {name: _spread([tokens / value for value in values]) for name, values in seconds.items()}
+
+
+def _check_same_task(losses: dict[str, list[float]]) -> None:
+    """All start from the same weights and see the same data, so they must agree, or the comparison means nothing."""
+    expected = losses["Hugging Face eager"]
+    for name, values in losses.items():
+        if any(abs(a - b) > 2e-3 * b for a, b in zip(values, expected, strict=True)):
+            sys.exit(f"bench_cpu: the losses of {name}, {values}, are not those of Hugging Face, {expected}")
+
+
+def _spread(rates: list[float]) -> dict[str, float]:
+    deciles = statistics.quantiles(rates, n=10, method="inclusive") if len(rates) > 1 else [rates[0]] * 9
+    return {"median": statistics.median(rates), "p10": deciles[0], "p90": deciles[-1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=4, help="per round and contender")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rates = measure(arguments.rounds, arguments.steps)
+    result = {
+        "what": "training tokens/s on a CPU, one process",
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": arguments.threads},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "shape": {"flavor": "debug", "batch": BATCH, "seq_len": SEQ_LEN},
+        "rounds": arguments.rounds,
+        "steps_per_round": arguments.steps,
+        "tokens_per_second": rates,
+        "ratios": {
+            "eager against eager": rates["titan_fast eager"]["median"] / rates["Hugging Face eager"]["median"],
+            "compiled against compiled": rates["titan_fast compiled"]["median"]
+            / rates["Hugging Face compiled layers"]["median"],
+            "compiled against eager": rates["titan_fast compiled"]["median"] / rates["Hugging Face eager"]["median"],
+        },
+    }
+    text = json.dumps(result, indent=1) + "\n"
+    sys.stdout.write(text)
+    if arguments.out:
+        arguments.out.write_text(text)
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

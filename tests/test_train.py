@@ -1,0 +1,183 @@
+"""The command itself: a small run from text to sample, and every wrong input's sentence and exit status."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from titan_fast import loop
+from titan_fast.config import parse
+from titan_fast.errors import NumericsError
+from titan_fast.generate import load_model
+from titan_fast.train import main
+
+TINY = [
+    "--model.dim=32", "--model.n_layers=1", "--model.n_heads=2", "--model.n_kv_heads=1", "--model.ffn_dim=48",
+    "--model.vocab_size=300", "--training.seq_len=32", "--training.local_batch_size=2", "--training.steps=6",
+    "--validation.freq=3", "--validation.steps=2", "--metrics.log_freq=1", "--metrics.sample_tokens=8",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 small documents in files of their own."""
+    folder = tmp_path_factory.mktemp("text")
+    words = random.Random(0).choices(["alpha", "beta", "gamma", "delta", "def", "return", "of", "the"], k=8000)
+    for i in range(120):
+        (folder / f"{i:03}.txt").write_text(" ".join(words[i * 60 : i * 60 + 60]))
+    return folder
+
+
+def arguments(text: Path, run_dir: Path, *more: str) -> list[str]:
+    return [*TINY, f"--training.dataset_path={text}", f"--job.dump_folder={run_dir}", *more]
+
+
+def run(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["titan_fast.train", *argv])
+    main()
+
+
+def records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_in_its_directory(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = tmp_path / "run"
+    run(arguments(text, run_dir), monkeypatch)
+    steps = [record for record in records(run_dir) if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert set(steps[0]) >= {
+        "step", "loss", "grad_norm", "lr", "tokens_per_second", "mfu", "memory_gib", "data_wait_fraction",
+        "tokens_seen", "elapsed_seconds",
+    }  # fmt: skip
+    assert steps[-1]["tokens_seen"] == 6 * 2 * 32
+    assert abs(steps[0]["loss"] - math.log(300)) < 1
+    assert [record["step"] for record in records(run_dir) if "validation_loss" in record] == [3, 6]
+    for name in ("config.toml", "train.log", "loss_curve.png", "checkpoint/step-6/state.json", "tb"):
+        assert (run_dir / name).exists(), name
+
+    model, tokenizer, config = load_model(run_dir, torch.device("cpu"))
+    assert config.model.dim == 32 and tokenizer.vocab_size == 300
+    tokens = torch.tensor([tokenizer.encode("alpha beta")])
+    assert torch.isfinite(model(tokens)).all()
+
+
+def test_accumulated_passes_give_the_loss_of_one(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = []
+    for size in (4, 2, 1):
+        run_dir = tmp_path / str(size)
+        batch = [f"--training.local_batch_size={size}", "--training.global_batch_size=4"]
+        run(arguments(text, run_dir, *batch, "--validation.enable=False"), monkeypatch)
+        losses.append([record["loss"] for record in records(run_dir) if "loss" in record])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_a_finished_run_started_again_changes_nothing(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(arguments(text, tmp_path), monkeypatch)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    run(arguments(text, tmp_path), monkeypatch)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert "raise training.steps to go on" in capfd.readouterr().out
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of step 4 is made NaN; the weights must stay those of step 3."""
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+    true_forward_backward = loop.forward_backward
+    calls = 0
+
+    def sabotaged(model: torch.nn.Module, *rest: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        kept[calls] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        kept[0] = dict(model.named_parameters())
+        loss = true_forward_backward(model, *rest)  # type: ignore[arg-type]
+        if calls == 4:
+            next(iter(model.parameters())).grad[0] = math.nan  # type: ignore[index]
+        return loss
+
+    monkeypatch.setattr(loop, "forward_backward", sabotaged)
+    with pytest.raises(NumericsError, match=r"step 4.*not finite"):
+        loop.train(parse(arguments(text, tmp_path)))
+    assert calls == 4
+    assert all(torch.equal(kept[4][name], value) for name, value in kept[0].items())
+
+
+WRONG: dict[str, tuple[int, str, list[str]]] = {
+    "unknown key": (2, "unknown key 'training.seq_lem'; did you mean training.seq_len?", ["--training.seq_lem=4"]),
+    "wrong type": (2, "--training.steps", ["--training.steps=many"]),
+    "missing config": (2, "No such file", ["--config=nowhere.toml"]),
+    "beyond the model's context": (2, "training.seq_len 4096 is beyond the 2048", ["--training.seq_len=4096"]),
+    "global batch": (2, "global_batch_size 7 is not divisible by local_batch_size 2 x data-parallel degree 1 = 2",
+                     ["--training.global_batch_size=7"]),
+    "steps": (2, "training.steps is 0", ["--training.steps=0"]),
+    "mesh": (2, "data_parallel_shard_degree 3 x tensor_parallel_degree 1 = 3",
+             ["--parallelism.data_parallel_shard_degree=3"]),
+    "kernel without a GPU": (2, "kernels.rope", ["--kernels.rope=triton"]),
+    "missing data": (3, "nowhere", ["--training.dataset_path=nowhere"]),
+    "missing tokenizer": (3, "nowhere.model", ["--model.tokenizer_path=nowhere.model"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_gets_one_line_and_its_status(
+    name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, sentence, extra = WRONG[name]
+    if name == "kernel without a GPU":
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        run(arguments(text, tmp_path / "run", *extra), monkeypatch)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == status
+    assert lines[0].startswith("titan_fast: ") and sentence in lines[0] and ";" in lines[0]
+
+
+def test_a_tokenizer_of_an_unknown_kind_is_refused(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strange = tmp_path / "tokenizer.model"
+    strange.write_bytes(b"\x00\x01 what is this")
+    with pytest.raises(SystemExit) as stopped:
+        run(arguments(text, tmp_path / "run", f"--model.tokenizer_path={strange}"), monkeypatch)
+    assert stopped.value.code == 3 and str(strange) in capsys.readouterr().err
+
+
+def test_a_dump_folder_that_is_a_file_is_refused(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        run(arguments(text, tmp_path / "file" / "run"), monkeypatch)
+    assert stopped.value.code == 2 and "job.dump_folder cannot be written" in capsys.readouterr().err
+
+
+def test_the_folder_of_another_run_is_left_alone(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(arguments(text, tmp_path), monkeypatch)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        run(arguments(text, tmp_path, "--model.ffn_dim=64"), monkeypatch)
+    assert stopped.value.code == 2
+    assert "model.ffn_dim was 48 and is 64" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_help_is_a_manual_and_quick_to_come() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "titan_fast.train", "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "--training.seq_len INT" in done.stdout and "Tokens per sequence" in done.stdout
