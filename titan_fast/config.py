@@ -219,6 +219,9 @@ class Checkpoint:
     """Minutes between saves by rank 0's clock, besides `interval`. 0: not by time."""
     keep_latest_k: int = 3
     """Checkpoints older than so many whole ones are deleted. 0 keeps all."""
+    initial_load_path: str | None = None
+    """Weights to begin with, while the run has no checkpoint of its own: a folder of Hugging Face Llama safetensors, or
+    a checkpoint folder. The optimizer begins anew at step 0."""
     load_step: int = -1
     """Go on from this step's checkpoint; later ones are renamed, not deleted. -1: the newest that is whole."""
     strict: bool = False

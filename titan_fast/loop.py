@@ -130,7 +130,13 @@ class Run:
             self.metrics.say(f"step {self.progress.step} was the last one already: raise training.steps to go on")
         gc.disable()
         try:
-            with Profiler(self.config.profiling, self.run_dir, self.world.rank) as profiler:
+            with Profiler(
+                self.config.profiling,
+                self.run_dir,
+                self.world.rank,
+                start_step=self.progress.step,
+                pause=self.metrics.pause,
+            ) as profiler:
                 for step in range(self.first_step, self.config.training.steps + 1):
                     self._one_step(step)
                     profiler.step()
