@@ -21,7 +21,10 @@ LEAVES: dict[str, set[str]] = {
     "model": {"flavors", "ops"},
     "loss": {"ops"},
     "optim": {"config", "errors"},
-    "hf": {"flavors", "config", "errors", "model", "checkpoint", "tokenizer", "manifest", "parallel"},
+    "hf": {"flavors", "errors", "model", "hf_convert"},
+    "hf_files": {"errors", "flavors", "hf"},
+    "meta_files": {"errors", "flavors", "hf", "hf_files"},
+    "hf_tokenizer": {"tokenizer"},
     "activation_checkpoint": {"config", "errors", "model"},
     "parallel": {"activation_checkpoint", "config", "errors", "flavors", "loss", "model"},
 }

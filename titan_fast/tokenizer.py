@@ -228,7 +228,7 @@ class TiktokenTokenizer:
     def __init__(self, path: Path, content: bytes) -> None:
         self.path = path
         self.fingerprint = hashlib.sha256(content).hexdigest()
-        ranks = _read_ranks(content, path)
+        ranks = read_ranks(content, path)
         special = llama3_special_tokens(len(ranks))
         self._encoding = tiktoken.Encoding(
             path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=special
@@ -272,7 +272,8 @@ class TiktokenTokenizer:
         return self._encoding.decode([int(id) for id in ids])
 
 
-def _read_ranks(content: bytes, path: Path) -> dict[bytes, int]:
+def read_ranks(content: bytes, path: Path) -> dict[bytes, int]:
+    """The tokens of a rank file and their ranks, 0 and up without a gap; DataError where it is none."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():

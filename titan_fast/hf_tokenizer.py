@@ -1,0 +1,109 @@
+"""A tokenizer's file as the files that transformers loads a tokenizer from."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from titan_fast.tokenizer import LLAMA3_SPLIT, Tokenizer, llama3_special_tokens, read_ranks
+
+CONFIG = "tokenizer_config.json"
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> str:
+    """Writes the files and says in words what they are. Its ids are the tokenizer's own; only a text that spells out
+    sentencepiece's space symbol differs, which transformers reads as a space."""
+    common = {"model_max_length": max_seq_len, "clean_up_tokenization_spaces": False}
+    if tokenizer.kind == "sentencepiece":
+        return _write_sentencepiece(tokenizer.path, folder, common)
+    if tokenizer.kind == "tiktoken":
+        return _write_ranks(tokenizer.path, folder, common)
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
+    beside = tokenizer.path.with_name(CONFIG)
+    if beside.is_file():
+        shutil.copyfile(beside, folder / CONFIG)
+    else:
+        loaded = tokenizers.Tokenizer.from_file(str(tokenizer.path))
+        names = {"eos_token": loaded.id_to_token(tokenizer.eos_id)}
+        if tokenizer.bos_id is not None:
+            names["bos_token"] = loaded.id_to_token(tokenizer.bos_id)
+        _write_config(folder, common | names | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    return "tokenizer: tokenizer.json, copied"
+
+
+def _write_config(folder: Path, content: Mapping[str, Any]) -> None:
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_sentencepiece(path: Path, folder: Path, common: dict[str, Any]) -> str:
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.Load(str(path))
+    shutil.copyfile(path, folder / "tokenizer.model")
+    names = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+    # Whether the model puts a space before the text is in the file; transformers wants to be told.
+    adds_space = processor.id_to_piece(processor.encode("a")[:1])[0].startswith("\u2581")
+    _write_config(
+        folder,
+        common
+        | {key: processor.id_to_piece(id) for key, id in names.items() if id >= 0}
+        | {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": adds_space}
+        | {"add_bos_token": True, "add_eos_token": False, "sp_model_kwargs": {}},
+    )
+    return "tokenizer: the sentencepiece model, copied, for transformers' LlamaTokenizer"
+
+
+def _write_ranks(path: Path, folder: Path, common: dict[str, Any]) -> str:
+    """A tokenizer.json of a Llama 3 rank file: the ranks as byte-level BPE, the same split, the same special tokens."""
+    ranks = read_ranks(path.read_bytes(), path)
+    letters = _letters()
+
+    def spelled(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    ordered = sorted(ranks, key=lambda token: ranks[token])
+    merges = [pair for token in ordered if (pair := _last_merge(token, ranks)) is not None]
+    vocabulary = {spelled(token): rank for token, rank in ranks.items()}
+    spelled_merges = [(spelled(left), spelled(right)) for left, right in merges]
+    # A part of the text that is a token is taken as such, as tiktoken does, whether or not merges lead to it.
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=spelled_merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = llama3_special_tokens(len(ranks))
+    tokenizer.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in special])
+    bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, special[bos])]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_config(folder, common | {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos})
+    return "tokenizer: a tokenizer.json made from the rank file"
+
+
+def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two tokens that `token` is merged from; None for a single byte, or where merging does not lead to it."""
+    parts = [token[at : at + 1] for at in range(len(token))]
+    while len(parts) > 2:
+        pairs = [(ranks.get(left + right, len(ranks)), at) for at, (left, right) in enumerate(pairwise(parts))]
+        rank, at = min(pairs)
+        if rank >= ranks[token]:
+            return None
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return (parts[0], parts[1]) if len(parts) == 2 else None
+
+
+def _letters() -> list[str]:
+    """GPT-2's printable letter for each byte: itself where it is printable in Latin-1, else the next from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

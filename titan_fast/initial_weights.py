@@ -1,0 +1,215 @@
+"""Weights for a model from what lies on disk: a checkpoint of ours, a Hugging Face folder, or Meta's files.
+
+Each process reads its own part of each tensor, one tensor after another; there is no communication but about errors.
+"""
+
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from titan_fast import manifest
+from titan_fast.checkpoint import cause, check_tensors, read_config
+from titan_fast.config import from_dict, model_shape
+from titan_fast.errors import CheckpointError
+from titan_fast.flavors import ModelShape
+from titan_fast.hf import Weights, Window, hf_names, our_sizes, read_parameter
+from titan_fast.hf_files import CONFIG, HuggingFaceFolder
+from titan_fast.meta_files import PARAMS, MetaFolder
+from titan_fast.model import Llama
+from titan_fast.safe_unpickle import SafeReader
+
+# With another of these the same weights are another function. The rest of a shape decides the sizes, or is max_seq_len.
+_SAME_SIZES = ("rope_theta", "rope_scaling", "norm_eps")
+
+
+def foreign_weights(path: Path) -> Weights | None:
+    """The weights in a folder of Hugging Face's or of Meta's; None when it is neither."""
+    if (path / CONFIG).is_file():
+        return HuggingFaceFolder(path)
+    return MetaFolder(path) if (path / PARAMS).is_file() else None
+
+
+def checkpoint_folder(path: Path, part: tuple[int, int] = (0, 1)) -> Path:
+    """The checkpoint at `path`: itself a step-N folder, or the newest in a run directory or in its checkpoint folder.
+    CheckpointError where there is none, or it is not what its manifest says. `part` (i, n): this process is the i-th of
+    n that share the hashing."""
+    candidates = [path] if (path / "state.json").is_file() else []
+    for folder in (path, path / "checkpoint"):
+        candidates = candidates or list(manifest.checkpoints(folder).values())
+    if not candidates:
+        raise CheckpointError("no checkpoint here", "give a run directory or one of its step-N folders", str(path))
+    newest = candidates[-1]
+    if reason := manifest.problem(newest, part=part):
+        raise CheckpointError(
+            f"the checkpoint is not loaded ({reason})", "restore it from a copy or name an older one", str(newest)
+        )
+    return newest
+
+
+class CheckpointWeights(Mapping[str, Tensor]):
+    """The weights of a checkpoint of ours, by our names in the model's order; each is read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """CheckpointError where it cannot be read, or its tensors are not those of its own config."""
+        self.path = path
+        self.shape = model_shape(from_dict(read_config(path)).model)
+        self._reader = _CachedReader(path)
+        try:
+            saved = self._reader.read_metadata().state_dict_metadata
+        except (OSError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"its .metadata is not to be trusted: {error}", "ask where it comes from", str(path)
+            ) from error
+        self.dtypes: dict[str, torch.dtype] = {}
+        for name in self:
+            entry = saved.get(f"model.{name}")
+            if isinstance(entry, TensorStorageMetadata):
+                self.dtypes[name] = entry.properties.dtype
+        expected = {
+            f"model.{name}": torch.empty(size, dtype=self.dtypes.get(name), device="meta")
+            for name, size in our_sizes(self.shape).items()
+        }
+        check_tensors(expected, path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(our_sizes(self.shape))
+
+    def __len__(self) -> int:
+        return len(our_sizes(self.shape))
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = torch.empty(our_sizes(self.shape)[name], dtype=self.dtypes[name])
+        self.fill({name: tensor})
+        return tensor
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Reads into `tensors`, whole or sharded, by our names. Values become the tensor's dtype."""
+        wanted = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(wanted, storage_reader=self._reader, no_dist=True)
+        except (dcp.api.CheckpointException, RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"cannot be loaded: {cause(error)}", "take another", str(self.path)) from error
+
+
+class _CachedReader(SafeReader):
+    """Reads .metadata once, however many tensors are then asked for one by one."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
+
+
+@torch.no_grad()
+def load_initial_weights(model: Llama, path: Path, shape: ModelShape, allow_changes: bool = False) -> str:
+    """Fills the model, sharded or whole, and says in words what with. Every rank calls it.
+
+    CheckpointError on every rank where the weights are damaged, incomplete, of other sizes, of a dtype with values that
+    the model's cannot hold, or made for another rotary embedding or norm epsilon (which `allow_changes` accepts).
+    """
+    weights: Weights | CheckpointWeights | None = None
+    error: CheckpointError | None = None
+    try:
+        weights = _open(path)
+        changes = _compare(weights, model, shape, allow_changes)
+    except CheckpointError as caught:
+        error, changes = caught, []
+    _raise_together(error)
+    assert weights is not None
+    if isinstance(weights, CheckpointWeights):
+        weights.fill({_name(name): parameter for name, parameter in model.named_parameters()})
+        dtypes = set(weights.dtypes.values())
+    else:
+        dtypes = _fill(model, weights)
+    words = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return f"weights from {weights.path}, {words}" + (f"; other than there: {', '.join(changes)}" if changes else "")
+
+
+def _open(path: Path) -> Weights | CheckpointWeights:
+    if not path.is_dir():
+        raise CheckpointError("there is no such folder", "change checkpoint.initial_load_path", str(path))
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    try:
+        found = foreign_weights(path)
+    except ValueError as error:  # a config that is no shape of ours
+        raise CheckpointError(str(error), "change checkpoint.initial_load_path", str(path)) from error
+    return found or CheckpointWeights(checkpoint_folder(path, part=(rank, size)))
+
+
+def _compare(weights: Weights | CheckpointWeights, model: Llama, shape: ModelShape, allow_changes: bool) -> list[str]:
+    """The differences that are accepted, in words; CheckpointError for those that are not."""
+    there, here = vars(weights.shape), vars(shape)
+    differing = [name for name in there if there[name] != here[name] and name != "max_seq_len"]
+    words = {name: f"{name} is {there[name]} there and {here[name]} here" for name in differing}
+    sizes = [name for name in differing if name not in _SAME_SIZES]
+    if sizes or (differing and not allow_changes):
+        accept = "" if sizes else ", or accept it by --checkpoint.initial_load_changes True"
+        raise CheckpointError(
+            f"the weights are of another model: {'; '.join(words.values())}",
+            f"change [model]{accept}",
+            str(weights.path),
+        )
+    for name, parameter in model.named_parameters():
+        dtype = _dtype(weights, _name(name))
+        if torch.promote_types(dtype, parameter.dtype) != parameter.dtype:
+            raise CheckpointError(
+                f"{_name(name)} is {dtype} there and {parameter.dtype} here, which cannot hold every value",
+                "convert the weights first",
+                str(weights.path),
+            )
+    return list(words.values())
+
+
+def _dtype(weights: Weights | CheckpointWeights, name: str) -> torch.dtype:
+    if isinstance(weights, CheckpointWeights):
+        return weights.dtypes[name]
+    return weights.dtype(hf_names(name)[0])
+
+
+def _fill(model: Llama, weights: Weights) -> set[torch.dtype]:
+    dtypes = set()
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if local.numel():  # an uneven sharding may leave a rank nothing
+            part = read_parameter(weights, _name(name), window_of(parameter))
+            local.copy_(part)
+            dtypes.add(part.dtype)
+    return dtypes
+
+
+def window_of(parameter: Tensor) -> Window:
+    """The part of the whole tensor that this rank holds."""
+    if not isinstance(parameter, DTensor):
+        return tuple(slice(0, length) for length in parameter.shape)
+    lengths, starts = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
+
+
+def _name(name: str) -> str:
+    """A parameter's name without what wraps a module."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def _raise_together(error: CheckpointError | None) -> None:
+    """Raises the first error that any rank has, on every rank, so that none waits for one that has stopped."""
+    errors = [error]
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    if first := next((each for each in errors if each is not None), None):
+        raise first
