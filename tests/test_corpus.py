@@ -186,7 +186,7 @@ def test_a_text_file_alone_is_cut_at_line_ends(tmp_path: Path) -> None:
 
 
 def test_text_without_line_ends_is_cut_between_characters(tmp_path: Path) -> None:
-    text = "\u00e9\u20ac\U0001f389a" * 30_000
+    text = "ab" + "\u00e9\u20ac\U0001f389a" * 30_000  # so that 3,000 bytes end inside a character
     (tmp_path / "line.txt").write_text(text, encoding="utf-8")
     texts, ledger = read(tmp_path / "line.txt")
     assert "".join(texts) == text and len(texts) > 50

@@ -1,0 +1,195 @@
+"""Tokens per second of tokenizing and packing, by tokenizer, and of delivery from prepared shards.
+
+    python -m benchmarks.bench_data [--rounds 5] [--out benchmarks/results/data.json]
+
+The text is this machine's Python standard library. The three tokenizers are made on the fly: a sentencepiece BPE of
+4,096 pieces, and one byte-level BPE of 16,384, as a tiktoken rank file and as an HF tokenizer.json. Each round meets
+every contender in turn; the figure is the median over rounds. Delivery is what the training loop calls: `next(loader)`
+with the reading thread, int64 batches, and the exact state taken at every step.
+"""
+
+import argparse
+import base64
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from benchmarks.conftest import commit
+from titan_fast import config as configuration
+from titan_fast.corpus import Document, RowLedger, stdlib_corpus
+from titan_fast.data import build_loader
+from titan_fast.prepared import prepare
+from titan_fast.tokenizer import (
+    LLAMA3_SPLIT,
+    Tokenizer,
+    available_processors,
+    load_tokenizer,
+    train_sentencepiece,
+)
+
+PIECES, BYTE_LEVEL_PIECES = 4096, 16_384
+DELIVERIES = {  # name: (seq_len, local batch, whether documents are cut to about 1,600 characters, as web text is)
+    "256 x 8": (256, 8, False),
+    "2048 x 8": (2048, 8, False),
+    "8192 x 2": (8192, 2, False),
+    "8192 x 2, short documents": (8192, 2, True),
+}
+LIBRARIES = ("torch", "numpy", "sentencepiece", "tiktoken", "tokenizers")
+SHORT_DOCUMENT = 1600
+DELIVERED_TOKENS = 8_000_000  # per round: two passes over the corpus, with the reshuffling at the epoch's end
+
+
+def byte_level_bpe(texts: Iterator[str]) -> tokenizers.Tokenizer:
+    """Llama 3's scheme with fewer merges."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=BYTE_LEVEL_PIECES, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def rank_lines(tokenizer: tokenizers.Tokenizer) -> Iterator[bytes]:
+    """The same pieces as tiktoken writes them; byte-level BPE spells each byte as one printable character."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    to_byte = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    for piece, rank in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        yield base64.b64encode(bytes(to_byte[character] for character in piece)) + b" %d\n" % rank
+
+
+def make_tokenizers(folder: Path, documents: list[Document]) -> dict[str, Tokenizer]:
+    train_sentencepiece((document.text for document in documents), PIECES, folder / "sentencepiece.model", seed=0)
+    reference = byte_level_bpe(document.text for document in documents)
+    (folder / "tiktoken.model").write_bytes(b"".join(rank_lines(reference)))
+    reference.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>"])
+    reference.save(str(folder / "tokenizer.json"))
+    return {
+        "sentencepiece": load_tokenizer(folder / "sentencepiece.model"),
+        "tiktoken": load_tokenizer(folder / "tiktoken.model"),
+        "tokenizers": load_tokenizer(folder / "tokenizer.json"),
+    }
+
+
+def cut_short(documents: list[Document]) -> list[Document]:
+    return [
+        Document(text, document.file, document.line)
+        for document in documents
+        for start in range(0, len(document.text), SHORT_DOCUMENT)
+        if (text := document.text[start : start + SHORT_DOCUMENT])
+    ]
+
+
+def tokenize_once(documents: list[Document], tokenizer: Tokenizer, folder: Path) -> tuple[float, dict[str, Any]]:
+    """(seconds, index) of documents in memory made into shards on disk."""
+    started = time.perf_counter()
+    index = prepare(documents, tokenizer, folder, source={"name": "stdlib"}, ledger=RowLedger())
+    return time.perf_counter() - started, index
+
+
+def deliver_once(folder: Path, tokenizer: Tokenizer, seq_len: int, batch: int, run_dir: Path) -> float:
+    """Tokens per second from the shards into batches, the first step left out (it starts the thread)."""
+    words = ["--training.seq_len", str(seq_len), "--training.local_batch_size", str(batch)]
+    settings = configuration.parse([*words, "--training.dataset_path", str(folder), "--model.flavor", "llama3_8b"])
+    loader = build_loader(
+        settings,
+        tokenizer,
+        vocab_size=tokenizer.vocab_size,
+        dp_rank=0,
+        dp_degree=1,
+        device=torch.device("cpu"),
+        run_dir=run_dir,
+        is_main=True,
+        barrier=lambda: None,
+    )
+    next(loader)
+    steps = DELIVERED_TOKENS // (seq_len * batch)
+    started = time.perf_counter()
+    for _ in range(steps):
+        next(loader)
+        loader.state_dict()
+    seconds = time.perf_counter() - started
+    loader.close()
+    return steps * seq_len * batch / seconds
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    documents = list(stdlib_corpus().documents(RowLedger()))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        contenders = make_tokenizers(folder, documents)
+        short = folder / "short"
+        tokenize_once(cut_short(documents), contenders["sentencepiece"], short)
+        tokenizing: dict[str, list[float]] = {key: [] for key in contenders}
+        delivering: dict[str, list[float]] = {key: [] for key in DELIVERIES}
+        indexes = {}
+        for turn in range(rounds):
+            for key, tokenizer in contenders.items():
+                seconds, indexes[key] = tokenize_once(documents, tokenizer, folder / f"{key}-{turn}")
+                tokenizing[key].append(indexes[key]["tokens"] / seconds)
+            for key, (seq_len, batch, is_short) in DELIVERIES.items():
+                shards = short if is_short else folder / f"sentencepiece-{turn}"
+                rate = deliver_once(shards, contenders["sentencepiece"], seq_len, batch, folder / "run")
+                delivering[key].append(rate)
+    size = sum(len(document.text.encode()) for document in documents)
+    return {
+        "text": {"documents": len(documents), "bytes": size},
+        "tokens": {key: index["tokens"] for key, index in indexes.items()},
+        "tokenize_and_pack_tokens_per_second": {key: _spread(rates) for key, rates in tokenizing.items()},
+        "delivery_tokens_per_second": {key: _spread(rates) for key, rates in delivering.items()},
+    }
+
+
+def _spread(rates: list[float]) -> dict[str, float]:
+    deciles = statistics.quantiles(rates, n=10, method="inclusive") if len(rates) > 1 else [rates[0]] * 9
+    return {"median": statistics.median(rates), "p10": deciles[0], "p90": deciles[-1]}
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    load = os.getloadavg()[0]
+    result = {
+        "what": "tokens/s of tokenizing + packing into shards, and of delivery from shards",
+        "machine": {"processor": _processor(), "processors": available_processors(), "load_before": load},
+        "commit": commit(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "rounds": arguments.rounds,
+        **measure(arguments.rounds),
+    }
+    text = json.dumps(result, indent=1) + "\n"
+    sys.stdout.write(text)
+    if arguments.out:
+        arguments.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
