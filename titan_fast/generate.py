@@ -1,7 +1,6 @@
 """Text from a model: `python -m titan_fast.generate --checkpoint DIR --prompt "def "`."""
 
 import sys
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from titan_fast.checkpoint import checkpoints, load_tensors, tensors_of, tokenizer_of
-from titan_fast.config import Config, from_dict, model_shape
-from titan_fast.errors import CheckpointError, ConfigError, command
+from titan_fast.checkpoint import read_config, tokenizer_of
+from titan_fast.config import Config, from_dict
+from titan_fast.errors import ConfigError, command
+from titan_fast.initial_weights import CheckpointWeights, checkpoint_folder
 from titan_fast.model import KVCache, Llama
 from titan_fast.tokenizer import Tokenizer, load_tokenizer
 
@@ -85,30 +85,17 @@ def generate_text(
 def load_model(path: Path, device: torch.device) -> tuple[Llama, Tokenizer, Config]:
     """The model of a checkpoint folder (`step-N`), or of the newest one in a run directory or its checkpoint folder, on
     one device; with its tokenizer and the config that it was trained by."""
-    path = _checkpoint_folder(path)
-    try:
-        config = from_dict(tomllib.loads((path / "config.toml").read_text()))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise CheckpointError(f"its config.toml cannot be read: {error}", "give a step-N folder", str(path)) from error
+    weights = CheckpointWeights(checkpoint_folder(path))
     with torch.device("meta"):
-        model = Llama(model_shape(config.model))
+        model = Llama(weights.shape)
     model.to_empty(device=device)
     model.tie()
     model.init_buffers()
-    load_tensors(tensors_of(model), path)
+    weights.fill(dict(model.named_parameters()))
     if device.type == "cuda":
         model.to(torch.bfloat16)
         model.init_buffers()
-    return model.eval(), load_tokenizer(tokenizer_of(path)), config
-
-
-def _checkpoint_folder(path: Path) -> Path:
-    if (path / "config.toml").exists() and (path / "state.json").exists():
-        return path
-    for folder in (path, path / "checkpoint"):
-        if found := checkpoints(folder):
-            return list(found.values())[-1]
-    raise CheckpointError("no checkpoint here", "give a run directory or one of its step-N folders", where=str(path))
+    return model.eval(), load_tokenizer(tokenizer_of(weights.path)), from_dict(read_config(weights.path))
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Reads into `tensors`, whole or sharded, by our names. Values become the tensor's dtype."""
-        wanted = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        wanted = {f"model.{name}": tensor.detach() for name, tensor in tensors.items()}
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
