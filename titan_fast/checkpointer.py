@@ -31,7 +31,7 @@ from titan_fast import distributed, manifest
 from titan_fast.checkpoint import Progress, cause, copy_tokenizer, load_tensors, read_config, read_state, tensors_of
 from titan_fast.config import Config, to_dict
 from titan_fast.distributed import World
-from titan_fast.errors import CheckpointError, ConfigError
+from titan_fast.errors import CheckpointError, ConfigError, NumericsError
 from titan_fast.redaction import redacted
 from titan_fast.run_directory import differences
 
@@ -55,9 +55,18 @@ class Checkpointer:
     """Saves and loads the checkpoints of one run. Every method is called by every rank at the same step, but for those
     that say otherwise."""
 
-    def __init__(self, config: Config, run_dir: Path, world: World, tokenizer_path: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        world: World,
+        tokenizer_path: Path,
+        check_lock: Callable[[], None] = lambda: None,
+    ) -> None:
+        """check_lock: raises, on the main rank and before anything is written, where the folder is another run's."""
         self.config, self.settings, self.world = config, config.checkpoint, world
         self.folder, self.tokenizer_path = run_dir / config.checkpoint.folder, tokenizer_path
+        self.check_lock = check_lock
         # Its own group: a save in the background must not meet the step's collectives.
         group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup)
@@ -66,7 +75,8 @@ class Checkpointer:
         """Of the last save that was begun."""
         self.loaded_from: Path | None = None
         self.stall_seconds = 0.0
-        """How long the last `save` kept its caller."""
+        """How long saves have kept their caller, since the last `take_stall_seconds`."""
+        self._last_save = time.monotonic()
         self._pending: Future[Path] | None = None
         self._failures = 0  # in a row
         self._notes: deque[str] = deque()
@@ -76,6 +86,15 @@ class Checkpointer:
             pinned = self.settings.async_mode == "async_with_pinned_mem"
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="titan_fast checkpoint")
             self._stager = DefaultStager(StagingOptions(pinned, False, False, use_non_blocking_copy=pinned))
+
+    def note(self, text: str) -> None:
+        """Adds to what `notes` will give."""
+        self._notes.append(text)
+
+    def take_stall_seconds(self) -> float:
+        """How long saves have kept their caller since the last call."""
+        seconds, self.stall_seconds = self.stall_seconds, 0.0
+        return seconds
 
     def notes(self) -> list[str]:
         """What has happened since the last call, in words. Any rank, any time."""
@@ -88,9 +107,11 @@ class Checkpointer:
     ) -> None:
         """Writes `step-N`, or with an async mode copies what is to be written and lets a thread do it. A failure is
         raised or noted as `on_save_error` says; with `must_succeed`, raised, and the thread is waited for."""
-        started = time.perf_counter()
+        started = time.monotonic()
         self.settle()
+        self._last_save = started
         tensors, files = tensors_of(model, optimizer), self._small_files(progress)
+        self._refuse_non_finite(tensors, progress.step)
         self.saved_step = progress.step
         if self._thread is not None and self._stager is not None:
             staged = self._stager.stage(tensors)
@@ -101,7 +122,13 @@ class Checkpointer:
             self._finish(lambda: self._write(tensors, files, progress.step), must_succeed)
         if must_succeed:
             self.settle(must_succeed)
-        self.stall_seconds = time.perf_counter() - started
+        self.stall_seconds += time.monotonic() - started
+
+    @property
+    def is_time(self) -> bool:
+        """Whether `interval_minutes` have gone by since the last save. Rank 0's answer counts."""
+        minutes = self.settings.interval_minutes
+        return self.world.is_main and minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
 
     @property
     def has_failed(self) -> bool:
@@ -134,6 +161,18 @@ class Checkpointer:
                 f"{self.settings.max_failed_saves})"
             )
 
+    def _refuse_non_finite(self, tensors: dict[str, Tensor], step: int) -> None:
+        """A checkpoint with a NaN or an infinity would be the one that everything goes on from."""
+        names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm([_local(tensors[n]) for n in names])])
+        bad = [name for name, ok in zip(names, torch.isfinite(norms).tolist(), strict=True) if not ok]
+        if found := [name for rank in self._together(lambda: bad) for name in rank]:
+            raise NumericsError(
+                f"{found[0]} is not finite after step {step}, and no checkpoint of it is written",
+                "go on from the newest one with a lower optimizer.lr",
+                where=f"{len(set(found))} tensors of step {step}",
+            )
+
     def _small_files(self, progress: Progress) -> dict[str, bytes]:
         """This rank's files that are no tensors of the model, as they are at this moment."""
         files = {f"rng-{self.world.rank}.safetensors": safetensors.torch.save(_rng_state(self.world.device))}
@@ -163,6 +202,7 @@ class Checkpointer:
     def _begin(self, temporary: Path, need: int) -> None:
         if not self.world.is_main:
             return
+        self.check_lock()
         if not self.folder.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "the run directory is gone", str(self.folder.parent))
         shutil.rmtree(temporary, ignore_errors=True)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -21,6 +21,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    store: dist.Store = field(default_factory=dist.HashStore, compare=False)
+    """What the ranks met at."""
 
     @property
     def is_main(self) -> bool:
@@ -34,6 +36,11 @@ class World:
 def world_size() -> int:
     """The number of processes that torchrun started; 1 without it."""
     return _integer("WORLD_SIZE", 1)
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0, before there is a process group."""
+    return _integer("RANK", 0) == 0
 
 
 def restart_count() -> int:
@@ -71,8 +78,9 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=comm.init_timeout_seconds)
     try:
+        store = _store(size, timeout)
         dist.init_process_group(
-            backend, store=_store(size, timeout), rank=rank, world_size=size, timeout=timeout,
+            backend, store=store, rank=rank, world_size=size, timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
@@ -81,7 +89,7 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
             f"rank {rank} of {size} could not join the others: {sentence}", "look at the first rank that failed"
         ) from error
     try:
-        yield World(rank, size, local_rank, device)
+        yield World(rank, size, local_rank, device, store)
     finally:
         dist.destroy_process_group()
 

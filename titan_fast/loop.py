@@ -4,29 +4,37 @@ import gc
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from titan_fast import checkpointer, distributed, out_of_memory, parallel, rehearsal
 from titan_fast import config as settings
-from titan_fast import distributed, parallel
+from titan_fast.agreement import Agreed, Agreement
+from titan_fast.canary import check_compiled_gradients
 from titan_fast.checkpoint import Progress, gather_data_state, own_data_state
 from titan_fast.checkpointer import Checkpointer
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape
 from titan_fast.data import build_loader, build_tokenizer, build_validation_loader
 from titan_fast.distributed import World
-from titan_fast.errors import NumericsError
+from titan_fast.errors import CheckpointError
 from titan_fast.generate import Sampling, generate_text
+from titan_fast.guard import StepGuard
+from titan_fast.initial_weights import load_initial_weights
 from titan_fast.metrics import MetricsLogger
 from titan_fast.ops import Ops, build_ops
 from titan_fast.optim import build_optimizer, clip_grad_norm_, learning_rate, step_unless
-from titan_fast.parallel import graphs_compiled
+from titan_fast.parallel import graphs_compiled, precision
 from titan_fast.profiling import Profiler, check_profiling
 from titan_fast.run_directory import open_run_directory, write_config
+from titan_fast.run_lock import RunLock
+from titan_fast.signals import StopRequest, resume_command
 from titan_fast.startup import startup_lines
 from titan_fast.step import build_model, forward_backward, one_over_valid_tokens, summed_loss, workload
+from titan_fast.watchdog import Watchdog
 
 
 def train(config: Config) -> None:
@@ -38,12 +46,18 @@ def train(config: Config) -> None:
     shape = model_shape(config.model)
     parallel.check(config, shape, degrees, device)
     ops = build_ops(config.kernels, device, workload(config, shape, degrees))
+    checkpointer.check(config, device)
     run_dir = open_run_directory(config)
-    with distributed.start(config.comm, device) as world:
+    lock = RunLock(run_dir) if distributed.is_main_process() else None
+    with (
+        lock or nullcontext(),
+        distributed.start(config.comm, device) as world,
+        out_of_memory.explained(config, shape, degrees, device),
+    ):
         if world.is_main:
             write_config(config, run_dir)
         set_determinism(config.debug)
-        Run(config, degrees, world, run_dir, ops).train()
+        Run(config, degrees, world, run_dir, ops, lock).train()
 
 
 def set_determinism(debug: settings.Debug) -> None:
@@ -58,15 +72,25 @@ def set_determinism(debug: settings.Debug) -> None:
 class Run:
     """One run: what it is built of, and the loop over its steps."""
 
-    def __init__(self, config: Config, degrees: MeshDegrees, world: World, run_dir: Path, ops: Ops) -> None:
+    def __init__(
+        self, config: Config, degrees: MeshDegrees, world: World, run_dir: Path, ops: Ops, lock: RunLock | None
+    ) -> None:
         self.config, self.degrees, self.world, self.run_dir, self.ops = config, degrees, world, run_dir, ops
         self.shape = model_shape(config.model)
+        device = world.device
+        if config.compile.enable and config.compile.canary:
+            dtype, batch = precision(config.training, device).param, config.training.local_batch_size
+            check_compiled_gradients(self.shape, ops, config.compile, dtype, device, batch, config.training.seq_len)
+        self.model = build_model(config, self.shape, ops, degrees, device)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        if rehearsal.is_wanted(config, device):
+            rehearsal.rehearse(self.model, self.optimizer, config, degrees, device)
         self.tokenizer = build_tokenizer(config, run_dir, self.shape.vocab_size, world.is_main, world.barrier)
         self.loader = self._data(build_loader)
         self.validation_loader = self._data(build_validation_loader) if config.validation.enable else None
-        self.model = build_model(config, self.shape, ops, degrees, world.device)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.checkpointer = Checkpointer(config, run_dir, world, self.tokenizer.path)
+        self.checkpointer = Checkpointer(
+            config, run_dir, world, self.tokenizer.path, lock.check if lock else lambda: None
+        )
         self.progress = self._resume()
         self.first_step = self.progress.step + 1
         self.metrics = MetricsLogger(
@@ -74,16 +98,17 @@ class Run:
             run_dir=run_dir,
             is_main=world.is_main,
             shape=self.shape,
-            device=world.device,
+            device=device,
             n_devices=world.size,
             tokens_per_step=self.sequences_per_step() * config.training.seq_len,
             start_step=self.progress.step,
             tokens_seen=self.progress.tokens_seen,
             elapsed_before=self.progress.elapsed_seconds,
         )
-        # The first step whose gradient was not finite, 0 for none; from it on, no step changes anything.
-        self.first_bad_step = torch.zeros((), device=world.device)
-        self.unchecked: dict[int, dict[str, Any]] = {}  # step -> data position, until the host has looked at the step
+        self.guard = StepGuard(config.training, device, run_dir, world.is_main)
+        self.stop, self.agreement = StopRequest(), Agreement(device)
+        self.watchdog = Watchdog(world, config.comm.timeout_seconds, self.metrics.say)
+        self.save_is_owed = False  # one was due after a step that was not applied
 
     def sequences_per_step(self) -> int:
         training = self.config.training
@@ -105,11 +130,23 @@ class Run:
     def _resume(self) -> Progress:
         found = self.checkpointer.load(self.model, self.optimizer) if self.config.checkpoint.enable else None
         if found is None:
+            self._load_initial_weights()
             return Progress()
-        self.loader.load_state_dict(
-            own_data_state(found.data, self.world.rank // self.degrees.tensor, self.degrees.data)
-        )
+        try:
+            dp_rank = self.world.rank // self.degrees.tensor
+            self.loader.load_state_dict(own_data_state(found.data, dp_rank, self.degrees.data))
+        except CheckpointError as error:
+            if self.config.checkpoint.data_state == "exact":
+                raise
+            self.checkpointer.note(f"the data begins again, by checkpoint.data_state: {error.what}")
         return found
+
+    def _load_initial_weights(self) -> None:
+        checkpoint = self.config.checkpoint
+        if checkpoint.initial_load_path is not None:
+            path = Path(checkpoint.initial_load_path)
+            said = load_initial_weights(self.model, path, self.shape, checkpoint.initial_load_changes)
+            self.checkpointer.note(said)
 
     def train(self) -> None:
         """From the step after the last saved one to the last of all."""
@@ -129,85 +166,108 @@ class Run:
         if self.first_step > self.config.training.steps:
             self.metrics.say(f"step {self.progress.step} was the last one already: raise training.steps to go on")
         gc.disable()
+        stopped = False
         try:
-            with Profiler(
-                self.config.profiling,
-                self.run_dir,
-                self.world.rank,
-                start_step=self.progress.step,
-                pause=self.metrics.pause,
-            ) as profiler:
+            with (
+                self.stop,
+                self.watchdog,
+                Profiler(
+                    self.config.profiling,
+                    self.run_dir,
+                    self.world.rank,
+                    start_step=self.progress.step,
+                    pause=self.metrics.pause,
+                ) as profiler,
+            ):
                 for step in range(self.first_step, self.config.training.steps + 1):
-                    self._one_step(step)
+                    stopped = self._one_step(step)
                     profiler.step()
-            self.sample(self.progress.step)
+                    if stopped:
+                        break
+                else:
+                    self.sample(self.progress.step)
         finally:
             gc.enable()
             self.loader.close()
             self.metrics.finish()
+        if stopped:
+            self.metrics.say(
+                f"stopped by {self.stop.received or 'a signal to another rank'}; to go on: {resume_command()}"
+            )
 
-    def _one_step(self, step: int) -> None:
-        """A step, and what is due after it."""
+    def _one_step(self, step: int) -> bool:
+        """A step, and what is due after it. True where the ranks have agreed to stop, and have saved."""
         config, started = self.config, time.perf_counter()
         last = step == config.training.steps
 
         def due(every: int) -> bool:
             return last or (every > 0 and step % every == 0)
 
-        loss, norm, rate = self.step(step)
+        loss, norm, rate, agreed = self.step(step)
         if step == self.first_step:
             self._after_first_step(started)
+        must_save = last or agreed.stop
+        saves = config.checkpoint.enable and (
+            must_save or agreed.save or self.save_is_owed or due(config.checkpoint.interval)
+        )
+        logs = due(config.metrics.log_freq) or step == self.first_step
         # Looking at the outcome waits for a GPU, so there it is done where the host waits anyway.
-        looks = due(config.metrics.log_freq) or due(config.checkpoint.interval) or step == self.first_step
-        if looks or self.world.device.type == "cpu":
-            self._check_finite()
-        if due(config.metrics.log_freq) or step == self.first_step:
+        if saves or logs or self.world.device.type == "cpu":
+            for line in self.guard.look():
+                self.metrics.say(line)
+        if logs:
             self.metrics.log(
                 step,
-                loss=summed_loss(loss, self.degrees).item(),
+                loss=loss.item(),
                 grad_norm=norm.item(),
                 lr=rate,
                 tokens_seen=self.progress.tokens_seen,
                 data_wait_seconds=self.loader.wait_seconds,
+                extra=self._extra_metrics(),
             )
-        if self.validation_loader is not None and due(config.validation.freq):
+        if self.validation_loader is not None and due(config.validation.freq) and not agreed.stop:
             self.validate(step)
-        if not last and due(config.metrics.sample_freq):
+        if not last and due(config.metrics.sample_freq) and not agreed.stop:
             self.sample(step)
-        if config.checkpoint.enable and due(config.checkpoint.interval):
-            self.save()
+        if agreed.save_failed:
+            self.checkpointer.settle()
+        self.save_is_owed = saves and self.guard.last_was_bad and not must_save
+        if saves and not self.save_is_owed:
+            self.save(must_save)
+        self._say_notes()
         if step % config.training.gc_freq == 0:
             gc.collect(1)
+        return agreed.stop
 
-    def step(self, step: int) -> tuple[Tensor, Tensor, float]:
-        """One optimizer step: this rank's part of the loss, the gradient's norm (both on the device), and the
-        learning rate."""
+    def step(self, step: int) -> tuple[Tensor, Tensor, float, Agreed]:
+        """One optimizer step: the global batch's loss and the gradient's norm (both on the device), the learning rate,
+        and what the ranks have agreed on."""
+        at, checkpoints = self.watchdog.at, self.checkpointer
+        limit = self.config.comm.init_timeout_seconds if step == self.first_step else None
+        at(step, "data", limit)
         batches = next(self.loader)
-        self.unchecked[step] = self.loader.position()
+        at(step, "forward and backward", limit)
         total = forward_backward(self.model, batches, one_over_valid_tokens(batches, self.degrees))
-        norm = clip_grad_norm_(self.model.parameters(), self.config.training.max_norm, total)
-        bad = ~torch.isfinite(norm) & (self.first_bad_step == 0)
-        self.first_bad_step = torch.where(bad, float(step), self.first_bad_step)
+        at(step, "gradient norm", limit)
+        shared = self.agreement.ask(total, self.stop.received is not None, checkpoints.is_time, checkpoints.has_failed)
+        norm = clip_grad_norm_(self.model.parameters(), self.config.training.max_norm, total, shared)
+        agreed = self.agreement.answer(shared)
+        at(step, "optimizer", limit)
+        loss = shared[0] / self.degrees.tensor
+        skips = self.guard.judge(step, self.loader.position(), loss, norm)
         rate = learning_rate(step, self.config.lr_scheduler, self.config.optimizer.lr, self.config.training.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        step_unless(self.optimizer, (self.first_bad_step != 0).float())
+        step_unless(self.optimizer, skips)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step = step
         self.progress.tokens_seen += self.sequences_per_step() * self.config.training.seq_len
-        return total, norm, rate
+        return loss, norm, rate, agreed
 
-    def _check_finite(self) -> None:
-        """Stops the run where a gradient was not finite; the weights are still those of the step before it."""
-        step = int(self.first_bad_step.item())
-        if step:
-            raise NumericsError(
-                f"the loss or the gradient of step {step} is not finite, and was not applied",
-                f"the newest checkpoint in {self.checkpointer.folder} is sound; look at the data there, lower "
-                "optimizer.lr or clip harder",
-                where=f"step {step}, data {self.unchecked[step]}",
-            )
-        self.unchecked.clear()
+    def _extra_metrics(self) -> dict[str, float]:
+        """Numbers that only some log lines have."""
+        extra = {"checkpoint_stall_seconds": self.checkpointer.take_stall_seconds(), "skipped_steps": self.guard.skipped}
+        return {name: value for name, value in extra.items() if value}
 
     @torch.no_grad()
     def validate(self, step: int) -> None:
@@ -217,6 +277,7 @@ class Run:
             self.validation_loader.reset()
             total = torch.zeros((), device=self.world.device)
             for _ in range(self.config.validation.steps):
+                self.watchdog.at(step, "validation", self.config.comm.init_timeout_seconds)
                 batches = next(self.validation_loader)
                 scale = one_over_valid_tokens(batches, self.degrees)
                 for batch in batches:
@@ -232,26 +293,30 @@ class Run:
         if self.degrees.tensor > 1:  # which cuts sequences, and a sequence of one token cannot be cut
             self.metrics.say("no sample: text is generated without tensor parallelism, by titan_fast.generate")
             return
+        self.watchdog.at(step, "sample", self.config.comm.init_timeout_seconds)
         with self.metrics.pause(), torch.compiler.set_stance("force_eager"):
             text = generate_text(
                 self.model, self.tokenizer, prompt, length, Sampling(seed=self.config.debug.seed), self.world.device
             )
         self.metrics.sample(step, text)
 
-    def save(self) -> None:
+    def save(self, must_succeed: bool) -> None:
         """A checkpoint of this moment."""
+        if self.checkpointer.saved_step == self.progress.step:
+            return
+        self.watchdog.at(self.progress.step, "checkpoint", checkpointer.SAVE_TIMEOUT.total_seconds())
         with self.metrics.pause():
             self.progress.data = gather_data_state(self.loader.state_dict(), self.world)
             self.progress.elapsed_seconds = self.metrics.elapsed_seconds
-            self.checkpointer.save(self.model, self.optimizer, self.progress)
-        self._say_notes()
+            self.checkpointer.save(self.model, self.optimizer, self.progress, must_succeed)
 
     def _say_notes(self) -> None:
         for note in self.checkpointer.notes():
             self.metrics.say(note)
 
     def _after_first_step(self, started: float) -> None:
-        distributed.set_timeout(self.config.comm.timeout_seconds)
+        # Longer than the watchdog's, which says more.
+        distributed.set_timeout(self.config.comm.timeout_seconds + 30)
         if self.config.compile.enable:
             if self.world.device.type == "cuda":
                 torch.cuda.synchronize()

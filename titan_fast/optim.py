@@ -52,13 +52,16 @@ def learning_rate(step: int, settings: config.LrScheduler, peak: float, training
     return peak * (settings.min_lr_factor + (1.0 - settings.min_lr_factor) * left)
 
 
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, loss: Tensor) -> Tensor:
+def clip_grad_norm_(
+    parameters: Iterable[Tensor], max_norm: float, loss: Tensor, summed: Tensor | None = None
+) -> Tensor:
     """Scales the gradients so that their global L2 norm is at most `max_norm` (0: only measures) and returns the norm
     before that, 0-dim float32, the same on every rank.
 
     Works where parameters are sharded over different meshes, as FSDP with tensor parallelism has them: a gradient held
     by several ranks counts in part on each, and one reduction over the world adds up all. `loss` is this rank's; where
-    it is not finite, the norm becomes NaN on every rank.
+    it is not finite, the norm becomes NaN on every rank. `summed`, 1-dim float32, rides along in the reduction and is
+    replaced by its sum over the ranks.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
@@ -66,7 +69,11 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, loss: Tensor)
     shares = torch.tensor([1.0 / _copies(g) for g in gradients], device=norms.device)
     total = (norms.square() * shares).sum() + loss.float() * 0.0
     if dist.is_initialized():
-        dist.all_reduce(total)
+        shared = total[None] if summed is None else torch.cat([total[None], summed])
+        dist.all_reduce(shared)
+        total = shared[0]
+        if summed is not None:
+            summed.copy_(shared[1:])
     norm = total.sqrt()
     if max_norm:
         torch._foreach_mul_(local, torch.clamp(max_norm / (norm + 1e-6), max=1.0))

@@ -1,0 +1,56 @@
+"""What ranks must decide alike, summed in the reduction that the gradient's norm needs anyway."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Agreed(NamedTuple):
+    """The same on every rank at the same step."""
+
+    stop: bool
+    """A rank was told to stop."""
+    save: bool
+    """Rank 0's clock says that a checkpoint is due."""
+    save_failed: bool
+    """A rank knows that a save in the background has failed."""
+
+
+class Agreement:
+    """Asks before the reduction, answers after it.
+
+    On CUDA the answer is that of the step before: it has been copied to pinned host memory while this step was being
+    queued, so reading it waits for no more than the beginning of the device's current work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._constants = torch.tensor([0.0, 1.0], device=device)  # on the device already: asking copies nothing
+        self._on_device = device.type == "cuda"
+        self._copies: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def ask(self, loss: Tensor, stop: bool, save: bool, save_failed: bool) -> Tensor:
+        """[4] float32 to be summed over the ranks: this rank's part of the loss, then its wishes."""
+        return torch.stack([loss, *(self._constants[int(flag)] for flag in (stop, save, save_failed))])
+
+    def answer(self, summed: Tensor) -> Agreed:
+        """`summed` is what `ask` gave, after the reduction."""
+        if not self._on_device:
+            return _agreed(summed)
+        host, event = self._copies.pop() if len(self._copies) == 2 else (_pinned(), torch.cuda.Event())
+        host.copy_(summed, non_blocking=True)
+        event.record()
+        self._copies.insert(0, (host, event))
+        if len(self._copies) < 2:
+            return Agreed(False, False, False)
+        host, event = self._copies[1]
+        event.synchronize()
+        return _agreed(host)
+
+
+def _pinned() -> Tensor:
+    return torch.empty(4, pin_memory=True)
+
+
+def _agreed(summed: Tensor) -> Agreed:
+    return Agreed(*(value > 0 for value in summed[1:].tolist()))

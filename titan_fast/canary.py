@@ -1,0 +1,82 @@
+"""Before a compiled run: do compiled gradients agree with plain PyTorch's? Compilers have had silent errors there."""
+
+import dataclasses
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor, nn
+
+from titan_fast.config import Compile
+from titan_fast.errors import NumericsError
+from titan_fast.flavors import ModelShape
+from titan_fast.model import Block, init_values, rope_tables
+from titan_fast.ops import REFERENCE, Ops
+
+FLOAT32_BOUND = 1e-4
+"""Largest relative error (Frobenius) of a float32 gradient; a right one is about 1e-6."""
+SLACK = 3.0
+"""In a lower precision: how many times eager's own error against float32 the compiled error may be."""
+
+
+def check_compiled_gradients(
+    shape: ModelShape, ops: Ops, settings: Compile, dtype: torch.dtype, device: torch.device, batch: int, seq_len: int
+) -> float:
+    """Compares one compiled block, built on `ops`, with the same block in eager PyTorch and float32: the gradient of
+    every parameter and of the input, on random values at the run's own sizes. Returns the largest relative error.
+
+    NumericsError names the parameter. Every rank checks its own device.
+    """
+    generator = torch.Generator(device=device).manual_seed(0)
+    x = torch.randn(batch, seq_len, shape.dim, generator=generator, device=device)
+    dy = torch.randn(batch, seq_len, shape.dim, generator=generator, device=device)
+    rope = rope_tables(shape, seq_len, device)
+    exact = _gradients(_block(shape, REFERENCE, torch.float32, device), x, dy, rope)
+    compiled = _block(shape, ops, dtype, device)
+    compiled.compile(backend=settings.backend, fullgraph=True)
+    found = _gradients(compiled, x.to(dtype), dy.to(dtype), rope)
+    bounds = dict.fromkeys(exact, FLOAT32_BOUND)
+    if dtype != torch.float32:
+        eager = _gradients(_block(shape, REFERENCE, dtype, device), x.to(dtype), dy.to(dtype), rope)
+        least = torch.finfo(dtype).eps
+        bounds = {name: SLACK * max(_error(eager[name], exact[name]), least) for name in exact}
+    errors = {name: _error(found[name], exact[name]) for name in exact}
+    wrong = [name for name in errors if not errors[name] <= bounds[name]]  # a NaN is no less than anything
+    if wrong:
+        name = max(wrong, key=lambda name: errors[name] / bounds[name])
+        raise NumericsError(
+            f"the compiled gradient of {name} in a block is off by {errors[name]:.2e} (relative; at most "
+            f"{bounds[name]:.2e} would be rounding), with torch {torch.__version__}, triton {_triton_version()}, "
+            f"backend {settings.backend!r}",
+            "do not train on it: set compile.enable or the kernels to eager and reference, or change torch's version; "
+            "--compile.canary False turns this check off",
+            where=f"{len(wrong)} of {len(errors)} gradients wrong on {device}",
+        )
+    return max(errors.values())
+
+
+def _triton_version() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _block(shape: ModelShape, ops: Ops, dtype: torch.dtype, device: torch.device) -> Block:
+    with torch.device("meta"):
+        block = Block(shape, dataclasses.replace(ops, carry_residual=False))
+    block.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.copy_(init_values(f"blocks.0.{name}", parameter.shape, shape, 0, device))
+    return block.to(dtype)
+
+
+def _gradients(block: nn.Module, x: Tensor, dy: Tensor, rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    block(x, None, rope)[0].backward(dy)
+    gradients = {name: parameter.grad for name, parameter in block.named_parameters()} | {"its input": x.grad}
+    return {name: gradient.float() for name, gradient in gradients.items() if gradient is not None}
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return ((found - exact).norm() / exact.norm().clamp(min=1e-30)).item()

@@ -1,0 +1,108 @@
+"""Steps that must not count: a loss or gradient that is not finite is never applied; a loss spike is written down."""
+
+import json
+import math
+from collections import deque
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from titan_fast.config import Training
+from titan_fast.errors import NumericsError
+
+WINDOW, LEAST, DEVIATIONS = 128, 32, 6.0
+"""A spike is this many standard deviations above the mean of the last WINDOW losses, of which there must be LEAST."""
+FILE_NAME = "bad_steps.jsonl"
+
+
+class _Step(NamedTuple):
+    step: int
+    position: dict[str, Any]
+    loss: Tensor
+    norm: Tensor
+
+
+class StepGuard:
+    """Decides on the device, with the norm that all ranks share; the host looks when it waits anyway."""
+
+    def __init__(self, training: Training, device: torch.device, run_dir: Path, is_main: bool) -> None:
+        self.limit = 0 if training.on_nonfinite == "stop" else training.max_skipped_steps
+        self.path = run_dir / FILE_NAME
+        self.run_dir, self.is_main = run_dir, is_main
+        self.skipped = 0
+        """Steps of this process that were not applied, as far as the host has looked."""
+        self.last_was_bad = False
+        """Whether the last step that the host has looked at was not applied."""
+        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._stopped_at = torch.zeros((), dtype=torch.int64, device=device)  # 0: not stopped
+        self._unseen: list[_Step] = []
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+
+    def judge(self, step: int, position: dict[str, Any], loss: Tensor, norm: Tensor) -> Tensor:
+        """0-dim float32 on the device, not 0 where the step must not be applied: its norm is not finite, or the run is
+        past saving. `loss` is the global batch's, `norm` the gradient's, both 0-dim and the same on every rank."""
+        bad = ~torch.isfinite(norm)
+        self._in_a_row = torch.where(bad, self._in_a_row + 1, 0)
+        stops = (self._in_a_row > self.limit) & (self._stopped_at == 0)
+        self._stopped_at = torch.where(stops, step, self._stopped_at)
+        self._unseen.append(_Step(step, position, loss, norm))
+        return (bad | (self._stopped_at != 0)).float()
+
+    def look(self) -> list[str]:
+        """What there is to say of the steps since the last look; NumericsError where the run must stop. Waits for the
+        device."""
+        steps, self._unseen = self._unseen, []
+        if not steps:
+            return []
+        losses = torch.stack([item.loss for item in steps]).tolist()
+        norms = torch.stack([item.norm for item in steps]).tolist()
+        stopped_at = int(self._stopped_at)
+        lines = []
+        for item, loss, norm in zip(steps, losses, norms, strict=True):
+            self.last_was_bad = not math.isfinite(norm)
+            if self.last_was_bad:
+                self.skipped += 1
+                self._record(item, "not finite", loss, norm)
+                if item.step == stopped_at:
+                    raise self._stop(item, loss, norm)
+                lines.append(
+                    f"step {item.step}: loss {loss}, grad norm {norm}: not applied, {self.skipped} so far; "
+                    f"{self._where(item)}"
+                )
+            elif (usual := self._spike(loss)) is not None:
+                self._record(item, "loss spike", loss, norm, usual_loss=usual)
+                lines.append(f"step {item.step}: loss {loss:.4f} after {usual:.4f} on average; {self._where(item)}")
+            else:
+                self._losses.append(loss)
+        return lines
+
+    def _spike(self, loss: float) -> float | None:
+        """The usual loss, if this one is a spike above it."""
+        if len(self._losses) < LEAST or not math.isfinite(loss):
+            return None
+        mean = fmean(self._losses)
+        return mean if loss > mean + DEVIATIONS * max(pstdev(self._losses), 1e-4 * abs(mean)) else None
+
+    def _stop(self, item: _Step, loss: float, norm: float) -> NumericsError:
+        in_a_row = f", the last of {self.limit + 1} in a row" if self.limit else ""
+        return NumericsError(
+            f"the loss ({loss}) or the gradient (norm {norm}) of step {item.step} is not finite{in_a_row}, and was not "
+            "applied",
+            "the newest checkpoint is sound; look at the data there, lower optimizer.lr or clip harder",
+            where=f"step {item.step}, {self._where(item)}",
+        )
+
+    def _where(self, item: _Step) -> str:
+        position = ", ".join(f"{key} {value}" for key, value in item.position.items())
+        return f"data: {position} (python -m titan_fast.data show {self.run_dir} --step {item.step})"
+
+    def _record(self, item: _Step, what: str, loss: float, norm: float, **more: float) -> None:
+        if not self.is_main:
+            return
+        numbers = {"loss": loss, "grad_norm": norm, **more}
+        strict = {key: value if math.isfinite(value) else str(value) for key, value in numbers.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": item.step, "what": what, **strict, "data": item.position}) + "\n")

@@ -1,0 +1,30 @@
+"""A step on random tokens before any data is read: what does not fit shows now, not after hours of preparing data."""
+
+import torch
+
+from titan_fast.checkpoint import tensors_of
+from titan_fast.config import Config, MeshDegrees, grad_accum_steps
+from titan_fast.loader import Batch
+from titan_fast.model import Llama
+from titan_fast.step import forward_backward
+
+
+def is_wanted(config: Config, device: torch.device) -> bool:
+    """What `training.dry_step` means on this device."""
+    wish = config.training.dry_step
+    return wish == "always" or (wish == "auto" and device.type == "cuda")
+
+
+def rehearse(
+    model: Llama, optimizer: torch.optim.Optimizer, config: Config, degrees: MeshDegrees, device: torch.device
+) -> None:
+    """Forward and backward of full batches, twice where gradients accumulate, and the optimizer's memory. The loss is
+    scaled by 0 and no step is taken, so the model is as it was."""
+    training = config.training
+    generator = torch.Generator(device=device).manual_seed(0)
+    size = (training.local_batch_size, training.seq_len)
+    tokens = torch.randint(0, model.shape.vocab_size, size, generator=generator, device=device)
+    passes = min(2, grad_accum_steps(training, degrees.data))
+    forward_backward(model, [Batch(tokens, tokens)] * passes, torch.zeros((), device=device))
+    tensors_of(model, optimizer)
+    optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,156 @@
+"""One run at a time in a run directory: a lock that a dead run cannot leave behind.
+
+`run.lock` names the process that holds it. On the same machine a dead holder is seen at once, by its process id and
+start time. From another machine (or container) it is judged by its pulse: the file's time, which the holder renews and
+which is compared with the file server's own clock, never with this machine's.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from titan_fast.errors import CheckpointError, ConfigError
+
+NAME = "run.lock"
+PULSE_SECONDS = 10.0
+SILENT_SECONDS = 60.0
+"""A holder elsewhere whose pulse is older than this is taken for dead."""
+
+
+class RunLock:
+    """Held from `with` to its end; ConfigError where another live run holds the folder."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / NAME
+        self._me = _identity()
+        self._first_seen = 0.0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "RunLock":
+        give_up = time.monotonic() + SILENT_SECONDS + PULSE_SECONDS
+        while (holder := self._try()) is not None:
+            if time.monotonic() > give_up or not holder.get("may_be_dead"):
+                raise ConfigError(
+                    f"another run is using job.dump_folder: process {holder.get('pid')} on {holder.get('host')} since "
+                    f"{holder.get('since')}",
+                    "stop it or choose another folder",
+                    where=str(self.path),
+                )
+            time.sleep(1.0)
+        self._thread = threading.Thread(target=self._pulse, name="titan_fast lock", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if _read(self.path).get("token") == self._me["token"]:
+            self.path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """CheckpointError where another run has taken the folder, this one having been silent too long."""
+        holder = _read(self.path)
+        if holder.get("token") != self._me["token"] and self.path.parent.is_dir():
+            raise CheckpointError(
+                f"the run directory is now held by process {holder.get('pid')} on {holder.get('host')}",
+                "one run at a time can write there",
+                where=str(self.path),
+            )
+
+    def _try(self) -> dict[str, Any] | None:
+        """None once the lock is ours, else who holds it; "may_be_dead" where only time can tell."""
+        with (self.path.with_name(f".{NAME}.guard")).open("a") as guard:
+            # For two starts at one moment. On a file system without locks the later one wins, and `check` tells.
+            with suppress(OSError):
+                fcntl.flock(guard, fcntl.LOCK_EX)
+            holder = _read(self.path)
+            if holder and (doubt := self._doubt(holder)) is not None:
+                return holder | {"may_be_dead": doubt}
+            temporary = self.path.with_name(f".{NAME}.{self._me['token']}")
+            temporary.write_text(json.dumps(self._me))
+            temporary.replace(self.path)
+            return None
+
+    def _doubt(self, holder: dict[str, Any]) -> bool | None:
+        """None where the holder is dead, False where it lives, True where its pulse may yet turn out to have ended."""
+        if all(holder.get(key) == self._me[key] for key in ("machine", "namespace")):
+            alive = _start_time(int(holder.get("pid", 0))) == holder.get("started")
+            return False if alive else None
+        now = self.path.with_name(f".{NAME}.{self._me['token']}")
+        now.touch()
+        age = now.stat().st_mtime - self.path.stat().st_mtime
+        now.unlink()
+        if age > SILENT_SECONDS:
+            return None
+        seen = self.path.stat().st_mtime
+        self._first_seen = self._first_seen or seen
+        return seen == self._first_seen
+
+    def _pulse(self) -> None:
+        while not self._stop.wait(PULSE_SECONDS):
+            try:
+                if _read(self.path).get("token") == self._me["token"]:
+                    os.utime(self.path)
+            except OSError:
+                continue  # a file server that is away for a while
+
+
+def _identity() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _start_time(os.getpid()),
+        "machine": _text("/proc/sys/kernel/random/boot_id") or socket.gethostname(),
+        "namespace": _link("/proc/self/ns/pid"),
+        "token": secrets.token_hex(8),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _start_time(process: int) -> str | None:
+    """The kernel's start time of a process, None where there is none: ids are used again, start times are not. A
+    zombie counts as dead."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None if Path("/proc/self").exists() else _alive_without_proc(process)
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _alive_without_proc(process: int) -> str | None:
+    try:
+        os.kill(process, 0)
+    except OSError:
+        return None
+    return "alive"
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _link(path: str) -> str:
+    try:
+        return str(Path(path).readlink())
+    except OSError:
+        return ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        holder = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}

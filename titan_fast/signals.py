@@ -1,0 +1,58 @@
+"""Being told to stop: SIGTERM, SIGINT and SIGUSR1 ask the run to finish its step, save and exit."""
+
+import os
+import shlex
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from titan_fast.redaction import redact
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Remembers the first signal while it is entered. Later ones change nothing: torchrun sends on what the terminal
+    has sent already, so that one Ctrl-C arrives twice. SIGQUIT and SIGKILL still end the process at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        """The signal's name."""
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number).name
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def resume_command() -> str:
+    """The command that started this run, without what would take it back to an earlier step; that of torchrun where
+    torchrun started it. Secrets in it are masked."""
+    words = _command_line(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid())
+    kept, skip = [], False
+    for word in words:
+        name = word.partition("=")[0].replace("-", "_")
+        if name.endswith("__checkpoint.load_step"):
+            skip = "=" not in word
+        elif not skip:
+            kept.append(redact(word))
+        else:
+            skip = False
+    return shlex.join(kept)
+
+
+def _command_line(process: int) -> list[str]:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+    except OSError:  # no /proc, as on macOS
+        import sys
+
+        return [sys.executable, "-m", "titan_fast.train", *sys.argv[1:]]

@@ -1,0 +1,236 @@
+"""A thread that knows where the step is: it names the rank that hangs, and the one that holds the others up.
+
+The loop marks each phase. A rank whose phase takes too long writes its stack to the store, reads what the others wrote,
+and the rank with the fewest marks, or without a sign of life, is the one that all wait for. Marks are in the program's
+order, the same on every rank, so they compare ranks without clocks.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+
+from titan_fast.distributed import World
+from titan_fast.errors import CommunicationError
+
+TICK_SECONDS = 0.1
+STRAGGLER_RATIO = 2.0
+STRAGGLER_SECONDS = 5.0
+"""How long a window must be before ranks are compared in it."""
+_WAITING = ("distributed_c10d.py", "_functional_collectives.py", "_fsdp_collectives.py", "_fsdp_param_group.py")
+_REPEAT_SECONDS = 60.0
+
+
+@dataclass
+class Report:
+    """What a rank tells the others of itself."""
+
+    rank: int
+    marks: int
+    step: int
+    phase: str
+    age: float
+    """Seconds in this phase."""
+    busy: float
+    """Seconds so far in which the main thread was not waiting for other ranks."""
+    alive: int
+    """Grows with every report."""
+    stack: str = ""
+
+
+class Watchdog:
+    """Watches while it is entered; `at` marks."""
+
+    def __init__(
+        self,
+        world: World,
+        limit: float,
+        say: Callable[[str], None],
+        leave: Callable[[int], None] = os._exit,
+    ) -> None:
+        """limit: seconds a phase may take unless `at` says otherwise. say: for the straggler line. leave: ends the
+        process, whose main thread cannot be reached."""
+        self.world, self.limit, self.say, self.leave = world, limit, say, leave
+        # A connection of its own: the main thread may be waiting on the other one.
+        self._store = _connection(world.store) if world.size > 1 else world.store
+        self._main = threading.main_thread().ident
+        self._own = Report(world.rank, 0, 0, "set-up", 0.0, 0.0, 0)
+        self._since, self._allowed = time.monotonic(), limit
+        self._closed = threading.Event()
+        self._window: dict[int, tuple[float, int]] = {}
+        self._window_began = self._last_line = float("-inf")
+        self._thread = threading.Thread(target=self._run, name="titan_fast watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._since = time.monotonic()
+        self._thread.start()
+        return self
+
+    def at(self, step: int, phase: str, limit: float | None = None) -> None:
+        """The main thread begins `phase` of `step`, which may take `limit` seconds."""
+        self._since, self._allowed = time.monotonic(), limit or self.limit
+        self._own.step, self._own.phase = step, phase
+        self._own.marks += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.set()
+        self._thread.join(5.0)
+
+    def _run(self) -> None:
+        beat = max(0.5, min(5.0, self.limit / 20))
+        next_beat = last = time.monotonic()
+        while not self._closed.wait(TICK_SECONDS):
+            now = time.monotonic()
+            frame = sys._current_frames().get(self._main or 0)
+            if not _waits_for_others(frame):
+                self._own.busy += now - last
+            last = now
+            try:
+                # 0.7: the verdict, with the stacks of all, is to be there within the limit.
+                if now - self._since > 0.7 * self._allowed:
+                    self._judge(frame, beat)
+                    return
+                if now >= next_beat:
+                    next_beat = now + beat
+                    self._publish("beat")
+                    self._compare(now)
+            except (RuntimeError, ValueError):  # the store is gone: so is the run, and others will say so
+                if self._closed.wait(1.0):
+                    return
+
+    def _publish(self, kind: str, stack: str = "") -> None:
+        self._own.alive += 1
+        self._own.age = time.monotonic() - self._since
+        if self.world.size > 1:
+            self._store.set(f"watchdog/{kind}/{self.world.rank}", json.dumps(asdict(self._own) | {"stack": stack}))
+
+    def _reports(self, kind: str) -> dict[int, Report]:
+        found = {}
+        for rank in range(self.world.size):
+            key = f"watchdog/{kind}/{rank}"
+            if self._store.check([key]):
+                found[rank] = Report(**json.loads(self._store.get(key)))
+        return found
+
+    # A hang
+
+    def _judge(self, frame: FrameType | None, beat: float) -> None:
+        """Collects the others' reports, says who hangs and ends the process. Only the lowest rank that still answers
+        speaks, but for the stacks."""
+        stack = "".join(traceback.format_stack(frame)) if frame else "no Python stack"
+        mine = self._own.marks
+        self._publish("hang", stack)
+        reports = {self.world.rank: replace(self._own, stack=stack)}
+        if self.world.size > 1:
+            before = self._reports("beat")
+            time.sleep(min(0.15 * self._allowed, 2 * beat + 1.0))
+            after, hung = self._reports("beat"), self._reports("hang")
+            if self._own.marks != mine and self.world.rank in hung:
+                return  # it went on after all; the next phase has its own time, but this thread's is over
+            for rank in range(self.world.size):
+                if rank in hung:
+                    reports[rank] = hung[rank]
+                elif rank in after and after[rank].alive == before.get(rank, after[rank]).alive:
+                    reports[rank] = after[rank]
+                    reports[rank].stack = "no sign of life: the process is gone, stopped, or blocks Python's lock"
+                elif rank in after:
+                    reports[rank] = after[rank]
+        speaker = min(rank for rank, report in reports.items() if not report.stack.startswith("no sign"))
+        if self.world.rank == speaker:
+            sys.stdout.flush()
+            sys.stderr.write(f"titan_fast: {verdict(reports, self._allowed)}\n{_stacks(reports)}")
+            sys.stderr.flush()
+        else:
+            time.sleep(1.0)  # the speaker first: torchrun ends all when one has left
+        self.leave(CommunicationError.exit_status)
+
+    # A straggler
+
+    def _compare(self, now: float) -> None:
+        if self.world.rank or self.world.size == 1:
+            return
+        reports = self._reports("beat")
+        if len(reports) < self.world.size or now - self._window_began < STRAGGLER_SECONDS:
+            return
+        busy = {rank: report.busy - self._window.get(rank, (0.0, 0))[0] for rank, report in reports.items()}
+        steps = min(report.step - self._window.get(rank, (0.0, 0))[1] for rank, report in reports.items())
+        whole = bool(self._window)
+        self._window = {rank: (report.busy, report.step) for rank, report in reports.items()}
+        self._window_began = now
+        if whole and steps >= 3 and (line := straggler(busy, steps)) and now - self._last_line > _REPEAT_SECONDS:
+            self._last_line = now
+            self.say(line)
+
+
+def straggler(busy: dict[int, float], steps: int) -> str | None:
+    """The line about the rank that works STRAGGLER_RATIO times as long as the median of the others, if one does."""
+    slow = max(busy, key=lambda rank: busy[rank])
+    others = median(seconds for rank, seconds in busy.items() if rank != slow)
+    ratio = busy[slow] / max(others, 1e-3)
+    if ratio < STRAGGLER_RATIO or busy[slow] - others < 0.02 * steps:
+        return None
+    return (
+        f"straggler: rank {slow} works {busy[slow] / steps:.3f} s a step, the others {others / steps:.3f} s and wait: "
+        f"{ratio:.1f} times as long over {steps} steps"
+    )
+
+
+def verdict(reports: dict[int, Report], limit: float) -> str:
+    """The sentence that names who hangs."""
+    silent = [rank for rank, report in reports.items() if report.stack.startswith("no sign")]
+    fewest = min(report.marks for report in reports.values())
+    behind = silent or [rank for rank, report in reports.items() if report.marks == fewest]
+    where = reports[behind[0]]
+    place = f"step {where.step}, phase '{where.phase}'"
+    waiting = {rank: report for rank, report in reports.items() if rank not in behind}
+    if len(behind) == len(reports) and len(reports) > 1:
+        error = CommunicationError(
+            f"all {len(reports)} ranks hang in the same place, so none can be named",
+            "compare the stacks below: a collective that they do not all call alike, or the network",
+            where=place,
+        )
+    else:
+        waits = f"; the others wait in phase '{next(iter(waiting.values())).phase}'" if waiting else ""
+        error = CommunicationError(
+            f"rank {', '.join(map(str, behind))} hangs: {where.age:.0f} s in one phase of at most {limit:.0f} s{waits}",
+            "see its stack below; raise comm.timeout_seconds if it is only slow",
+            where=f"rank {behind[0]}, {place}",
+        )
+    return str(error)
+
+
+def _stacks(reports: dict[int, Report]) -> str:
+    fewest = min(reports.values(), key=lambda report: (not report.stack.startswith("no sign"), report.marks))
+    shown = [fewest, *[report for report in reports.values() if report is not fewest][:1]]
+    return "".join(
+        f"rank {report.rank}, step {report.step}, phase '{report.phase}':\n{report.stack or 'no stack'}\n"
+        for report in shown
+    )
+
+
+def _connection(store: dist.Store) -> dist.Store:
+    clone = getattr(store, "clone", None)  # a TCPStore and what stands on one has it; torch's stubs do not know
+    assert clone is not None, f"ranks met at a {type(store).__name__}, which has no second connection"
+    return clone()
+
+
+def _waits_for_others(frame: FrameType | None) -> bool:
+    """Whether the innermost Python functions are torch's collectives."""
+    depth = 0
+    while frame is not None and depth < 3:
+        if frame.f_code.co_filename.endswith(_WAITING):
+            return True
+        frame, depth = frame.f_back, depth + 1
+    return False
+
+
+__all__: list[Any] = ["Report", "Watchdog", "straggler", "verdict"]
