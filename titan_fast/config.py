@@ -223,7 +223,8 @@ class Checkpoint:
     """Weights to begin with, while the run has no checkpoint of its own: a folder of Hugging Face Llama safetensors,
     one of Meta's files, a checkpoint folder, or a run directory. The optimizer begins anew at step 0."""
     initial_load_changes: bool = False
-    """Accept that rope_theta, rope_scaling or norm_eps are not those of the initial weights, as for a longer context."""
+    """Accept that rope_theta, rope_scaling or norm_eps differ from those of the initial weights, as for a longer
+    context."""
     load_step: int = -1
     """Go on from this step's checkpoint; later ones are renamed, not deleted. -1: the newest that is whole."""
     strict: bool = False
