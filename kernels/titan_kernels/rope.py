@@ -126,8 +126,8 @@ def _sizes(qkv: Tensor, cos: Tensor, group: int) -> tuple[int, int, int, int]:
     """(batch, seq_len, n_kv_heads, head_dim). The width is checked here too, because here it is that of a shard."""
     batch, seq_len, width = qkv.shape
     head_dim = 2 * cos.shape[1]
-    n_kv_heads, rest = divmod(width, (group + 2) * head_dim)
-    if rest:
+    n_kv_heads = width // ((group + 2) * head_dim)  # no divmod: sizes may be symbolic
+    if width % ((group + 2) * head_dim):
         raise ValueError(
             f"rope: qkv of shape {shape(qkv)} does not divide into groups of {group + 2} heads of {head_dim}"
         )
@@ -263,8 +263,8 @@ def _check(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int)
     if qkv.dim() != 3:
         raise ValueError(f"rope: qkv has shape {shape(qkv)}, needs [batch, sequence, width]")
     n_packed = n_heads + 2 * n_kv_heads
-    head_dim, rest = divmod(qkv.shape[2], n_packed)
-    if rest:
+    head_dim = qkv.shape[2] // n_packed
+    if qkv.shape[2] % n_packed:
         raise ValueError(f"rope: qkv of shape {shape(qkv)} is not {n_heads} + 2 * {n_kv_heads} heads wide")
     if head_dim % 2 or not head_dim:
         raise ValueError(f"rope: qkv of shape {shape(qkv)} has {n_packed} heads of dimension {head_dim}: not even")

@@ -1,0 +1,264 @@
+"""The operators towards the rest of torch: opcheck, gradcheck, the compiler, checkpoint policies, FLOPs, launches."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import titan_kernels
+from titan_kernels.cross_entropy import launches as cross_entropy_launches
+from titan_kernels.launch import Launch
+from titan_kernels.rms_norm import launches as rms_norm_launches
+from titan_kernels.rope import launches as rope_launches
+from titan_kernels.swiglu import launches as swiglu_launches
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.kernels.operators import OPERATORS, Operator
+
+ROOT = Path(__file__).parents[2]
+OPS = torch.ops.titan_kernels
+each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+def leaves(operator: Operator, rows: int, device: torch.device) -> list[Tensor]:
+    return [x.to(device).requires_grad_() for x in operator.inputs(rows)]
+
+
+def total(outputs: Any) -> Tensor:
+    """A scalar whose gradient differs from element to element."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return torch.stack([(output.sin() * output).sum() for output in outputs]).sum()
+
+
+def raw_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every registered operator, those that differentiate with leaves that want a gradient."""
+    x, s, gate = (torch.randn(3, 2, 32, device=device) for _ in range(3))
+    weight, scale = torch.randn(32, device=device), torch.rand(3, 2, device=device)
+    grad = [t.clone().requires_grad_() for t in (x, s, weight)]
+    qkv = torch.randn(3, 5, 64, device=device, requires_grad=True)
+    cos, sin = torch.randn(5, 4, device=device), torch.randn(5, 4, device=device)
+    dq, dk, dv = (torch.randn(3, heads, 5, 8, device=device) for heads in (4, 2, 2))
+    logits, labels = torch.randn(4, 48, device=device), torch.tensor([0, 3, -100, 47], device=device)
+    row, one = torch.rand(4, device=device), torch.tensor(0.5, device=device)
+    return {
+        "rms_norm": (grad[0], grad[2], 1e-5),
+        "add_rms_norm": (*grad, 1e-5),
+        "rms_norm_backward": (x, None, s, weight, scale),
+        "rms_norm_backward_emit": (x, gate, s, weight, scale),
+        "swiglu": (grad[0], grad[1]),
+        "swiglu_backward": (x, s, gate),
+        "swiglu_backward_emit": (x, s, gate),
+        "rope": (qkv, cos, sin, 2),
+        "rope_backward": (dq, dk.transpose(1, 2).contiguous().transpose(1, 2), dv, cos, sin),
+        "cross_entropy": (logits.clone().requires_grad_(), labels, -100, 1e-2),
+        "cross_entropy_backward": (row, logits, labels, row, row, -100, 1e-2),
+        "cross_entropy_with_grad_": (logits, labels, one, -100, 1e-2),
+        "cross_entropy_stats": (logits, labels, 7),
+        "cross_entropy_grad_": (logits, labels, 7, row, one, -100, 1e-2),
+    }
+
+
+def test_every_registered_operator_is_checked(device: torch.device) -> None:
+    registered = {name for name in dir(OPS) if isinstance(getattr(OPS, name), torch._ops.OpOverloadPacket)}
+    assert registered <= set(raw_calls(device))
+
+
+@pytest.mark.parametrize("name", sorted(raw_calls(torch.device("cpu"))))
+def test_opcheck(name: str, device: torch.device) -> None:
+    torch.library.opcheck(getattr(OPS, name).default, raw_calls(device)[name])
+
+
+@each_operator
+# The kernels take no float64, which gradcheck would rather have; steps and tolerances are those of float32.
+@pytest.mark.filterwarnings("ignore:Input #")
+def test_gradcheck(operator: Operator, device: torch.device) -> None:
+    inputs = [x.detach().requires_grad_() for x in leaves(operator, 1, device)]
+    assert torch.autograd.gradcheck(operator.ours, inputs, eps=1e-2, atol=1e-2, rtol=1e-2, fast_mode=True)
+
+
+@each_operator
+def test_no_second_derivative(operator: Operator, device: torch.device) -> None:
+    inputs = leaves(operator, 2, device)
+    (first,) = torch.autograd.grad(total(operator.ours(*inputs)), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"autograd|backward"):
+        first.sum().backward()
+
+
+@each_operator
+def test_compiled_without_graph_breaks(operator: Operator, device: torch.device) -> None:
+    inputs = leaves(operator, 3, device)
+    compiled = torch.compile(operator.ours, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(total(compiled(*inputs)), inputs)
+    expected = torch.autograd.grad(total(operator.ours(*inputs)), inputs)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor(device: torch.device) -> None:
+    """The operators one after another, as in a decoder block, through the whole compiler."""
+
+    def block(x: Tensor, residual: Tensor, weight: Tensor, a: Tensor, b: Tensor, down: Tensor) -> tuple[Tensor, ...]:
+        y, residual = titan_kernels.add_rms_norm(x, residual, weight, 1e-5)
+        cos = torch.linspace(0, 1, y.shape[1] * 4, device=y.device).view(-1, 4)
+        q, k, v = titan_kernels.rope(torch.tanh(y) * 2, cos, 1 - cos, 2, 1)
+        attention = (q + k + v).transpose(1, 2).flatten(2)
+        gate, up, residual = titan_kernels.norm_linear(attention, residual[..., :16], weight[:16], 1e-5, (a, b))
+        return titan_kernels.swiglu_linear(gate, up, down), residual
+
+    shapes = [(2, 3, 32), (2, 3, 32), (32,), (24, 16), (24, 16), (16, 24)]
+    inputs = [(torch.randn(shape, device=device) / 4).requires_grad_() for shape in shapes]
+    outputs = torch.compile(block, fullgraph=True)(*inputs)
+    expected_outputs = block(*inputs)
+    torch.testing.assert_close(outputs, expected_outputs)
+    found, expected = (torch.autograd.grad(total(o), inputs) for o in (outputs, expected_outputs))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@each_operator
+def test_new_row_counts_do_not_recompile(operator: Operator, device: torch.device) -> None:
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(operator.ours, fullgraph=True, backend=graphs)
+    for rows in (4, 6, 9, 16):
+        inputs = leaves(operator, rows, device)
+        torch.autograd.grad(total(compiled(*inputs)), inputs)
+    assert graphs.frame_count <= 2  # once for 4 rows, once for any number
+
+
+class Recorder:
+    """Stands in for `Launch._run`: runs, and writes down what ran."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[Launch, tuple[Any, ...]]] = []
+        run = Launch._run
+
+        def record(launch: Launch, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+            self.calls.append((launch, arguments))
+            run(launch, grid, arguments)
+
+        monkeypatch.setattr(Launch, "_run", record)
+
+    def counts(self) -> Counter[str]:
+        return Counter(launch.name for launch, _ in self.calls)
+
+
+def triton_type(argument: Any) -> str:
+    if isinstance(argument, Tensor):
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+        return "*" + names[argument.dtype]
+    return "i32" if -(2**31) <= argument < 2**31 else "i64"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_runs_is_what_launches_lists(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what is compiled ahead of time is what a training run launches."""
+    recorder = Recorder(monkeypatch)
+    for operator in OPERATORS:
+        inputs = [x.detach().to(dtype).requires_grad_() for x in leaves(operator, 16, device)]
+        torch.autograd.grad(total(operator.ours(*inputs)), inputs)
+    x, weight, matrix = (torch.randn(shape, dtype=dtype, device=device) for shape in ((16, 32), (32,), (8, 32)))
+    total(titan_kernels.norm_linear(x.requires_grad_(), None, weight, 1e-5, (matrix.requires_grad_(),))).backward()
+    logits, labels, one = torch.randn(4, 48, dtype=dtype, device=device), torch.arange(4, device=device), torch.ones(())
+    titan_kernels.cross_entropy_with_grad_(logits, labels, one.to(device), ignore_index=2, z_loss=1e-2)
+    _, logsumexp, _ = titan_kernels.cross_entropy_stats(logits, labels, 16)
+    titan_kernels.cross_entropy_grad_(logits, labels, 16, logsumexp, one.to(device), ignore_index=2, z_loss=1e-2)
+    listed = [
+        *rms_norm_launches(32, dtype),
+        *rope_launches(4, 2, 8, dtype),
+        *swiglu_launches(dtype),
+        *cross_entropy_launches(48, dtype, ignore_index=2, z_loss=1e-2),
+    ]
+    assert set(recorder.counts()) == {launch.name for launch in listed}
+    for launch, arguments in recorder.calls:
+        assert launch in listed
+        parameters = [name for name in launch.kernel.arg_names if name not in launch.constexprs]
+        assert list(launch.signature) == parameters
+        assert [triton_type(argument) for argument in arguments] == list(launch.signature.values()), launch.name
+        for name, argument in zip(launch.signature, arguments, strict=True):
+            value = argument.data_ptr() if isinstance(argument, Tensor) else argument
+            assert name not in launch.aligned or value % 16 == 0, f"{launch.name}: {name} = {value}"
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("save", [False, True], ids=["recompute", "save"])
+def test_checkpoint_policies_name_the_operators(
+    save: bool, compiled: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(monkeypatch)
+    named = {OPS.rms_norm.default, OPS.swiglu.default} if save else set()
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in named else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def block(x: Tensor, weight: Tensor) -> Tensor:
+        y = titan_kernels.rms_norm(x, weight, 1e-5)
+        return titan_kernels.swiglu(y.sin(), y.cos()).sin()
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        contexts = partial(create_selective_checkpoint_contexts, policy)
+        out = checkpoint(block, x, weight, use_reentrant=False, context_fn=contexts)
+        assert isinstance(out, Tensor)
+        return out
+
+    x, weight = (torch.randn(shape, device=device, requires_grad=True) for shape in ((3, 32), (32,)))
+    function = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
+    found = torch.autograd.grad(function(x, weight).sum(), (x, weight))
+    counts = recorder.counts()
+    assert counts["rms_norm_forward"] == counts["swiglu_forward"] == (1 if save else 2)
+    expected = torch.autograd.grad(block(x, weight).sum(), (x, weight))
+    torch.testing.assert_close(found, expected)
+
+
+@each_operator
+def test_as_many_flops_as_the_reference(operator: Operator, device: torch.device) -> None:
+    counts = []
+    for function in (operator.ours, operator.reference):
+        inputs = leaves(operator, 3, device)
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(total(function(*inputs)), inputs)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+    assert (counts[0] > 0) == operator.name.endswith("_linear")
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "kernels")
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_cpu_tensors_without_the_interpreter_are_refused() -> None:
+    result = python(
+        "import torch, titan_kernels\n"
+        "try: titan_kernels.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-5)\n"
+        "except ValueError as error: print(error)"
+    )
+    assert "needs CUDA tensors, got shape [2, 8] on cpu" in result.stdout, result.stderr
+
+
+def test_reference_works_without_triton() -> None:
+    result = python(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, titan_kernels\n"
+        "from titan_kernels import reference\n"
+        "print(reference.rms_norm(torch.ones(1, 2), torch.ones(2), 0.0).tolist(), hasattr(titan_kernels, 'swiglu'))"
+    )
+    assert result.stdout.strip() == "[[1.0, 1.0]] False", result.stderr
