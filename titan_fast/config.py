@@ -21,6 +21,7 @@ from titan_fast.errors import ConfigError
 from titan_fast.flavors import FLAVORS, ModelShape, RopeScaling
 
 KernelChoice = Literal["auto", "triton", "reference"]
+CompileComponent = Literal["blocks", "norm", "loss", "optimizer", "model"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,9 @@ class Loss:
     """Tokens per chunk of the head and cross entropy, so that the full logits never exist. 0: no chunks."""
     z_loss: float = 0.0
     """Weight of logsumexp^2, which keeps the logits near zero (PaLM)."""
+    implementation: Literal["chunked", "torch"] = "chunked"
+    """chunked: our own, with the gradient in place of the logits. torch: torch.nn.functional.linear_cross_entropy where
+    this torch has it, by its own chunks; without z_loss or tensor parallelism."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,10 @@ class Parallelism:
     """Let the compiler overlap tensor-parallel communication with matrix products. Needs CUDA and compile."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Whether gathered parameters are freed after a block's forward. default: all blocks but the last."""
+    single_device: Literal["fsdp", "masters", "bfloat16"] = "fsdp"
+    """What a single device that computes in bfloat16 keeps. fsdp: float32 weights, cast by FSDP2 in every step.
+    masters: bfloat16 weights, and float32 ones that the optimizer updates and rounds into them; the same arithmetic
+    with fewer copies. bfloat16: bfloat16 weights and moments only, which loses small updates."""
 
 
 @dataclass(frozen=True)
@@ -181,9 +189,20 @@ class ActivationCheckpoint:
 @dataclass(frozen=True)
 class Compile:
     enable: bool = False
-    """Compile each block with torch.compile(fullgraph=True)."""
+    """Compile what `components` names with torch.compile(fullgraph=True)."""
+    components: tuple[CompileComponent, ...] = ("blocks",)
+    """blocks: each decoder block. norm: the last norm. loss: cross entropy on a chunk of logits, where it is the
+    reference's. optimizer: clipping and AdamW, one pass over each tensor. model: the whole model with its loss as one
+    graph instead of blocks, norm and loss; without FSDP2."""
     backend: str = "inductor"
     """torch.compile's backend."""
+    coordinate_descent: bool = False
+    """Let Inductor tune the block sizes of its kernels one by one."""
+    max_autotune: bool = False
+    """Let Inductor time several kernels for each matrix product and take the fastest. The first step takes minutes."""
+    cache_folder: str | None = None
+    """Where compiled code is kept for the next run, which may be on another machine of the same kind. None: torch's
+    own place, which is temporary."""
     canary: bool = True
     """Before the run, compare the gradients of one compiled block with those of plain eager PyTorch, and stop where
     they differ."""
@@ -201,8 +220,9 @@ class Kernels:
     """Cross entropy and its gradient on a chunk of logits."""
     reemit: KernelChoice = "auto"
     """Norm + projection and SwiGLU + projection as units that save less and write it again in the backward pass."""
-    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
-    """Backend of scaled_dot_product_attention. auto: cuDNN first on Hopper and newer, flash first elsewhere."""
+    attention: Literal["auto", "cudnn", "flash", "fa3", "fa4", "efficient", "math"] = "auto"
+    """Backend of scaled_dot_product_attention. auto: cuDNN first on Hopper and newer, flash first elsewhere. fa3, fa4:
+    FlashAttention 3 or 4 through torch, where its package is installed."""
     carry_residual: bool = False
     """Pass (branch, residual) from block to block, so that a block's last add fuses with the next one's first norm."""
 
