@@ -1,7 +1,6 @@
 """Memory against recomputation: what each block keeps for its backward pass and what it computes again."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -64,13 +63,17 @@ def all_but_pointwise() -> Policy:
 def checkpoint_block(block: Block, make_policy: Callable[[], Policy] | None = None) -> None:
     """Makes the block's forward a checkpoint, in place and without a wrapper that would change parameter names: what
     the policy keeps is kept, the rest is computed again in the backward pass; without a policy, all of it."""
-    context_fn = {} if make_policy is None else {
-        "context_fn": lambda: create_selective_checkpoint_contexts(make_policy())
-    }  # fmt: skip
-    # There is no dropout, so no random state to put back.
-    block.forward = partial(  # type: ignore[method-assign]
-        checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **context_fn
-    )
+    context_fn: dict[str, Any] = {}
+    if make_policy is not None:
+        context_fn = {"context_fn": lambda: create_selective_checkpoint_contexts(make_policy())}
+    inner = block.forward
+
+    # A function of this module and not a partial of torch's: the compiler starts at a frame that is not torch's own.
+    def forward(*args: Any) -> Any:
+        # There is no dropout, so no random state to put back.
+        return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **context_fn)
+
+    block.forward = forward  # type: ignore[method-assign]
 
 
 def check(settings: config.ActivationCheckpoint, compiles: bool) -> None:
