@@ -17,6 +17,7 @@ import torch
 from titan_fast import flops, run_history
 from titan_fast.config import Config, to_dict
 from titan_fast.flavors import ModelShape
+from titan_fast.redaction import redact, redacted
 from titan_fast.run_history import Record
 from titan_fast.training_clock import TrainingClock
 
@@ -149,6 +150,7 @@ class MetricsLogger:
         """A line, or several, to the console, and to train.log with the time."""
         if not self.is_main:
             return
+        text = redact(text)
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -276,7 +278,7 @@ class MetricsLogger:
                 # purge_step hides what an interrupted run wrote beyond the step that this one starts from.
                 folder = self.run_dir / self.config.metrics.save_tb_folder
                 self._writer = SummaryWriter(str(folder), purge_step=self.start_step + 1, flush_secs=30)
-                self._writer.add_text("config", _code(tomli_w.dumps(to_dict(self.config))), self.start_step)
+                self._writer.add_text("config", _code(tomli_w.dumps(redacted(to_dict(self.config)))), self.start_step)
         return self._writer
 
     @contextmanager

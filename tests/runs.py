@@ -1,0 +1,133 @@
+"""Tiny training runs by the real entry, in this process or under torchrun, and what they leave on the disk."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from titan_fast import run_history
+from titan_fast.checkpoint import load_tensors
+from titan_fast.config import parse
+from titan_fast.data_command import prepare_folder
+from titan_fast.safe_unpickle import load_metadata
+
+ROOT = Path(__file__).parents[1]
+FAULTS = ROOT / "tests" / "faults.py"
+
+TINY = {
+    "model.dim": 32,
+    "model.n_layers": 1,
+    "model.n_heads": 4,
+    "model.n_kv_heads": 2,
+    "model.ffn_dim": 64,
+    "model.vocab_size": 331,  # a prime: no degree divides it
+    "training.seq_len": 32,
+    "training.local_batch_size": 2,
+    "training.steps": 10,
+    "checkpoint.interval": 5,
+    "metrics.sample_prompt": "",
+    "metrics.enable_tensorboard": False,
+    "metrics.log_freq": 1,
+    "validation.enable": False,
+}
+
+
+def write_documents(path: Path, count: int = 1500) -> Path:
+    """JSON lines; each document begins with its own number."""
+    words, chance = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"], random.Random(0)
+    with path.open("w") as file:
+        for number in range(count):
+            text = f"<{number}> " + " ".join(chance.choice(words) for _ in range(12))
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def prepare(folder: Path) -> Path:
+    """Token shards of those documents, with the tokenizer that all runs use."""
+    documents = write_documents(folder / "documents.jsonl")
+    config = parse(["--training.dataset_path", str(documents), "--model.vocab_size", "320"])
+    prepare_folder(config, folder / "tokens", None)
+    return folder / "tokens"
+
+
+def arguments(data: Path, folder: Path, **changes: Any) -> list[str]:
+    """The command line of a tiny run; `changes` are keys with __ for the dot."""
+    options = TINY | {"training.dataset_path": data, "job.dump_folder": folder}
+    options |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+def run(data: Path, folder: Path, **changes: Any) -> None:
+    """A run of one process, in this one."""
+    from titan_fast import loop
+
+    loop.train(parse(arguments(data, folder, **changes)))
+
+
+def environment(**more: str) -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **more}
+
+
+def torchrun(processes: int, *words: str, **options: Any) -> "subprocess.Popen[str]":
+    """Starts torchrun on `words`, in a process group of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=environment(**options.pop("env", {})), **options,
+    )  # fmt: skip
+
+
+def finish(process: "subprocess.Popen[str]", limit_seconds: float = 90) -> str:
+    """Its output; past the limit its whole process group is killed and the test fails."""
+    import signal
+
+    try:
+        output, _ = process.communicate(timeout=limit_seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"not done after {limit_seconds} s:\n{output[-4000:]}") from None
+    return output
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Step -> loss, as logged."""
+    return {record["step"]: record["loss"] for record in run_history.losses(run_history.read(folder / "metrics.jsonl"))}
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    return folder / "checkpoint" / f"step-{step}"
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """Everything in a checkpoint, whole."""
+    entries = load_metadata((path / ".metadata").read_bytes()).state_dict_metadata
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load_tensors(found, path)
+    return found
+
+
+def assert_same_tensors(a: Path, b: Path, tolerance: float = 0.0) -> None:
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(
+            tensor, second[name], rtol=tolerance, atol=tolerance, msg=f"{name} differs by more than {tolerance}"
+        )
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    return tomllib.loads((folder / "config.toml").read_text())

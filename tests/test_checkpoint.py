@@ -1,0 +1,424 @@
+"""Checkpoints that a disk, a kill or another person has damaged, and what the loader makes of them."""
+
+import errno
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import safetensors.torch
+import torch
+
+from titan_fast import checkpoint_command, checkpointer, loop, manifest, safe_unpickle
+from titan_fast.checkpoint import check_tensors
+from titan_fast.errors import CheckpointError, NumericsError, TitanFastError
+from titan_fast.redaction import redact
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.prepare(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 10 steps with checkpoints of 5 and 10."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    runs.run(data, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """To be damaged."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def shard(folder: Path, step: int) -> Path:
+    return next(runs.checkpoint(folder, step).glob("*.distcp"))
+
+
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray(shard(folder, 10).read_bytes())
+    content[len(content) // 2] ^= 1
+    shard(folder, 10).write_bytes(content)
+
+
+def truncate(folder: Path) -> None:
+    shard(folder, 10).write_bytes(shard(folder, 10).read_bytes()[:-1])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "one bit flipped": (flip_a_bit, r"__0_0.distcp: sha256 mismatch"),
+    "a byte cut off": (truncate, r"__0_0.distcp: \d+ bytes, not \d+"),
+    "a shard deleted": (lambda folder: shard(folder, 10).unlink(), r"__0_0.distcp: missing"),
+    "the manifest deleted": (
+        lambda folder: (runs.checkpoint(folder, 10) / manifest.NAME).unlink(),
+        r"MANIFEST.json is missing",
+    ),
+    "the manifest torn": (
+        lambda folder: (runs.checkpoint(folder, 10) / manifest.NAME).write_text('{"format": 1, "fi'),
+        r"MANIFEST.json is damaged",
+    ),
+    "a file added": (lambda folder: (runs.checkpoint(folder, 10) / "x.py").touch(), r"x.py: not in MANIFEST.json"),
+    "state.json edited": (
+        lambda folder: (runs.checkpoint(folder, 10) / "state.json").write_text("{}"),
+        r"state.json: 2 bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named_and_the_checkpoint_before_is_used(
+    name: str, data: Path, finished: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, reason = DAMAGE[name]
+    damage(copy)
+    before = runs.losses(copy)
+    runs.run(data, copy)
+    said = capsys.readouterr().out
+    assert re.search(rf"step-10 is not loaded \({reason}", said), said
+    assert "goes on" in said and "after step 5," in said
+    assert runs.losses(copy) == before, "steps 6 to 10 must come out as they did"
+    runs.assert_same_tensors(runs.checkpoint(copy, 10), runs.checkpoint(finished, 10))
+
+
+@pytest.mark.parametrize("name", ["one bit flipped", "a shard deleted"])
+def test_strict_stops_at_damage(name: str, data: Path, copy: Path) -> None:
+    DAMAGE[name][0](copy)
+    with pytest.raises(CheckpointError, match="step-10 is not loaded") as caught:
+        runs.run(data, copy, checkpoint__strict=True)
+    assert caught.value.exit_status == 4
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_in_silence(data: Path, copy: Path) -> None:
+    for step in (5, 10):
+        shard(copy, step).unlink()
+    with pytest.raises(CheckpointError, match=r"step-10 is not loaded .*; step-5 is not loaded"):
+        runs.run(data, copy)
+
+
+def test_an_asked_for_step_is_not_replaced_by_another(data: Path, copy: Path) -> None:
+    flip_a_bit(copy)
+    with pytest.raises(CheckpointError, match=r"step-10 is not loaded .*sha256 mismatch"):
+        runs.run(data, copy, checkpoint__load_step=10)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 7; there are \[5, 10\]"):
+        runs.run(data, copy, checkpoint__load_step=7)
+
+
+def test_going_back_sets_later_checkpoints_aside(data: Path, copy: Path) -> None:
+    runs.run(data, copy, checkpoint__load_step=5, training__steps=6)
+    names = sorted(path.name for path in (copy / "checkpoint").iterdir())
+    assert names[0] == "step-5" and names[1] == "step-6" and names[2].endswith("-step-10"), names
+    assert manifest.problem(copy / "checkpoint" / names[2]) is None
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.sentinel}",)
+
+
+@pytest.mark.parametrize("place", ["alone", "nested"])
+def test_a_malicious_checkpoint_runs_nothing(place: str, data: Path, copy: Path, tmp_path: Path) -> None:
+    sentinel, folder = tmp_path / "ran", runs.checkpoint(copy, 10)
+    payload: Any = Evil(sentinel) if place == "alone" else {"a": [1, {"b": Evil(sentinel)}]}
+    pickle.loads(pickle.dumps(payload))  # the bait works
+    assert sentinel.exists()
+    sentinel.unlink()
+    (folder / ".metadata").write_bytes(pickle.dumps(payload))
+    (folder / manifest.NAME).unlink()
+    final = folder.rename(folder.with_name("step-11"))
+    manifest.publish(final, folder)  # whoever can write the pickle can write the manifest
+    with pytest.raises(CheckpointError, match=r"refused global posix.system"):
+        runs.run(data, copy)
+    assert not sentinel.exists()
+
+
+def test_a_pickle_inside_a_shard_runs_nothing(data: Path, copy: Path, tmp_path: Path) -> None:
+    """Tensors are stored as torch.save makes them, one after another; put a pickle where one was."""
+    folder, sentinel = runs.checkpoint(copy, 10), tmp_path / "ran"
+    metadata = safe_unpickle.load_metadata((folder / ".metadata").read_bytes())
+    torch.save(Evil(sentinel), tmp_path / "evil.pt")
+    payload = (tmp_path / "evil.pt").read_bytes()
+    for info in (metadata.storage_data or {}).values():
+        info.offset, info.length = 0, len(payload)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    shard(copy, 10).write_bytes(payload)
+    (folder / manifest.NAME).unlink()
+    manifest.publish(folder.rename(folder.with_name("step-11")), folder)
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        runs.run(data, copy)
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize("name", ["os.system", "builtins.eval", "torch.load", "torch.serialization.load", "torch.hub"])
+def test_the_allow_list_has_no_such_name(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    content = b"c" + f"{module}\n{attribute}\n".encode() + b"."
+    with pytest.raises(pickle.UnpicklingError, match=f"refused global {name}"):
+        safe_unpickle.load_metadata(content)
+
+
+def test_extra_missing_and_recast_tensors_are_refused(copy: Path) -> None:
+    folder = runs.checkpoint(copy, 10)
+    right = runs.tensors(folder)
+    check_tensors(right, folder)
+    name = "model.norm.weight"
+    with pytest.raises(CheckpointError, match=f"{name} is in the checkpoint and not in the run"):
+        check_tensors({key: value for key, value in right.items() if key != name}, folder)
+    with pytest.raises(CheckpointError, match=r"model.extra is missing"):
+        check_tensors({**right, "model.extra": torch.zeros(1)}, folder)
+    with pytest.raises(CheckpointError, match=f"{name} is torch.float32 there and torch.bfloat16 here"):
+        check_tensors({**right, name: right[name].bfloat16()}, folder)
+    with pytest.raises(CheckpointError, match=rf"{name} is \[32\] there and \[33\] here"):
+        check_tensors({**right, name: torch.zeros(33)}, folder)
+
+
+def test_names_that_are_not_ours_are_neither_loaded_nor_deleted(data: Path, finished: Path, copy: Path) -> None:
+    folder = copy / "checkpoint"
+    foreign = ["backup-step-100", "step-99x", "step-007", "step-1.5", "Step-8", "superseded-1-step-9"]
+    for name in foreign:
+        shutil.copytree(runs.checkpoint(finished, 10), folder / name)
+    (folder / "step-70").symlink_to(runs.checkpoint(finished, 10))
+    (folder / "step-3").mkdir()  # ours by name, but nothing that we have written
+    (folder / "step-3" / "notes.txt").write_text("precious")
+    runs.run(data, copy, checkpoint__keep_latest_k=1, training__steps=13, checkpoint__interval=1)
+    left = {path.name for path in folder.iterdir()}
+    assert left == {*foreign, "step-70", "step-3", "step-13"}
+    assert (folder / "step-3" / "notes.txt").read_text() == "precious"
+    assert manifest.problem(runs.checkpoint(finished, 10)) is None, "the link's target"
+
+
+def test_retention_counts_only_whole_checkpoints(tmp_path: Path, data: Path, finished: Path) -> None:
+    for step in range(1, 7):
+        shutil.copytree(runs.checkpoint(finished, 10), tmp_path / f"step-{step}")
+    for step in (5, 6):
+        (tmp_path / f"step-{step}" / "state.json").unlink()
+    assert manifest.prune(tmp_path, 2) == [1, 2]
+    assert list(manifest.checkpoints(tmp_path)) == [3, 4, 5, 6]
+    assert manifest.prune(tmp_path, 0) == []
+
+
+def test_what_a_kill_left_half_done_is_cleaned(tmp_path: Path, finished: Path) -> None:
+    whole = runs.checkpoint(finished, 10)
+    for name in (".writing-step-4", ".deleting-step-1", ".replaced-step-10", ".replaced-step-5", "step-5", ".mine"):
+        shutil.copytree(whole, tmp_path / name)
+    (tmp_path / ".writing-step-4" / manifest.NAME).unlink()
+    said = manifest.clean(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-10", "step-5", ".mine"}
+    assert manifest.problem(tmp_path / "step-10") is None
+    assert len(said) == 4 and "put back step-10" in said[1], said
+
+
+def test_a_repeated_step_replaces_the_old_folder_whole(tmp_path: Path) -> None:
+    for content in (b"first", b"second"):
+        (tmp_path / ".writing-step-1").mkdir()
+        (tmp_path / ".writing-step-1" / "a").write_bytes(content)
+        manifest.publish(tmp_path / ".writing-step-1", tmp_path / "step-1", step=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    assert (tmp_path / "step-1" / "a").read_bytes() == b"second"
+    assert manifest.problem(tmp_path / "step-1") is None
+
+
+def test_parameters_that_are_not_finite_are_never_published(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_step = loop.Run.step
+
+    def step(self: loop.Run, number: int) -> Any:
+        outcome = true_step(self, number)
+        if number == 7:
+            with torch.no_grad():
+                self.model.norm.weight[3] = float("nan")
+        return outcome
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    with pytest.raises(NumericsError, match=r"model.norm.weight is not finite after step 7"):
+        runs.run(data, tmp_path / "run", checkpoint__interval=7)
+    assert not list((tmp_path / "run" / "checkpoint").glob("step-*"))
+
+
+def test_a_full_disk_is_foreseen(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    runs.run(data, tmp_path / "run", training__steps=5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 4096, 4096))
+    with pytest.raises(CheckpointError, match=r"disk full.*needs [\d,]+ bytes, has 4,096 bytes free") as caught:
+        runs.run(data, tmp_path / "run")
+    assert str(tmp_path / "run" / "checkpoint") in str(caught.value)
+    assert "newest whole checkpoint is of step 5" in str(caught.value)
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["step-5"] or (
+        manifest.problem(runs.checkpoint(tmp_path / "run", 5)) is None
+    )
+
+
+def failing_save(monkeypatch: pytest.MonkeyPatch, failures: int) -> list[int]:
+    """The first `failures` publications after the first one raise ENOSPC; returns the calls' list."""
+    true_publish, calls = manifest.publish, []
+
+    def publish(*args: Any, **kwargs: Any) -> None:
+        calls.append(kwargs["step"])
+        if 1 < len(calls) <= 1 + failures:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        true_publish(*args, **kwargs)
+
+    monkeypatch.setattr(manifest, "publish", publish)
+    return calls
+
+
+def test_failed_saves_are_tolerated_as_told(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"checkpoint__interval": 2, "checkpoint__on_save_error": "continue", "checkpoint__max_failed_saves": 2}
+    failing_save(monkeypatch, 2)
+    runs.run(data, tmp_path / "a", **more)
+    assert list(manifest.checkpoints(tmp_path / "a" / "checkpoint")) == [2, 8, 10]
+    assert "disk full" in capsys.readouterr().out
+    monkeypatch.undo()
+    failing_save(monkeypatch, 3)
+    with pytest.raises(CheckpointError, match="disk full"):
+        runs.run(data, tmp_path / "b", **more)
+    assert list(manifest.checkpoints(tmp_path / "b" / "checkpoint")) == [2]
+    monkeypatch.undo()
+    failing_save(monkeypatch, 1)
+    with pytest.raises(CheckpointError, match="disk full"):
+        runs.run(data, tmp_path / "c", checkpoint__interval=2)
+
+
+def test_an_async_save_holds_the_values_of_its_step(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_write = checkpointer.Checkpointer._write_tensors
+
+    def slow(self: Any, *args: Any) -> None:
+        time.sleep(0.5)  # the run is steps ahead by now
+        true_write(self, *args)
+
+    monkeypatch.setattr(checkpointer.Checkpointer, "_write_tensors", slow)
+    runs.run(data, tmp_path / "run", checkpoint__async_mode="async")
+    for step in (5, 10):
+        runs.assert_same_tensors(runs.checkpoint(tmp_path / "run", step), runs.checkpoint(finished, step))
+    stalls = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < next(record for record in stalls if record["step"] == 6)["checkpoint_stall_seconds"] < 0.4
+
+
+def test_a_failed_async_save_surfaces_at_the_next_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_save(monkeypatch, 1)
+    true_step, ran = loop.Run.step, []
+
+    def step(self: loop.Run, number: int) -> Any:
+        if (pending := self.checkpointer._pending) is not None:
+            pending.exception()  # until it has ended
+        ran.append(number)
+        return true_step(self, number)
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    with pytest.raises(CheckpointError, match="disk full") as caught:
+        runs.run(data, tmp_path / "run", checkpoint__async_mode="async", checkpoint__interval=3)
+    assert ran[-1] == 7, "step 6 was saved, and the failure is seen in the step after it"
+    assert caught.value.exit_status == 4
+
+
+def test_pinned_memory_needs_cuda(data: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    with pytest.raises(TitanFastError, match="async_with_pinned_mem' needs CUDA"):
+        runs.run(data, tmp_path / "run", checkpoint__async_mode="async_with_pinned_mem")
+
+
+def test_saving_by_the_clock(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(checkpointer.time, "monotonic", lambda: now[0])
+    true_step = loop.Run.step
+
+    def step(self: loop.Run, number: int) -> Any:
+        now[0] += 40.0
+        return true_step(self, number)
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    runs.run(
+        data, tmp_path / "run", checkpoint__interval=0, checkpoint__interval_minutes=2, checkpoint__keep_latest_k=0
+    )
+    assert list(manifest.checkpoints(tmp_path / "run" / "checkpoint")) == [3, 6, 9, 10]
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of `python -m titan_fast.checkpoint`."""
+    status = 0
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["titan_fast.checkpoint", *words])
+            checkpoint_command.main()
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    return status, *capsys.readouterr()
+
+
+def test_the_command_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = command(capsys, "list", str(copy))
+    assert status == 0 and out.count("640 tokens") == 1 and "step       10" in out
+    assert command(capsys, "export", str(copy), "--out", str(tmp_path / "w.safetensors"))[0] == 0
+    weights, saved = safetensors.torch.load_file(tmp_path / "w.safetensors"), runs.tensors(runs.checkpoint(copy, 10))
+    assert {f"model.{name}" for name in weights} == {name for name in saved if name.startswith("model.")}
+    assert all(torch.equal(tensor, saved[f"model.{name}"]) for name, tensor in weights.items())
+    flip_a_bit(copy)
+    status, out, err = command(capsys, "verify", str(copy))
+    assert status == 4 and "DAMAGED: __0_0.distcp: sha256 mismatch" in out
+    assert "titan_fast: a checkpoint is damaged" in err
+    assert command(capsys, "prune", str(copy), "--keep", "1")[1] == "deleted step 5\n"
+    assert command(capsys, "list", str(tmp_path / "nothing"))[0] == 4
+    help_ = subprocess.run(
+        [sys.executable, "-m", "titan_fast.checkpoint", "--help"],
+        capture_output=True, text=True, timeout=100, env=runs.environment(),
+    )  # fmt: skip
+    assert help_.returncode == 0 and "verify" in help_.stdout
+
+
+SECRETS = [
+    ("s3://key:pass@bucket/path", "s3://<redacted>@bucket/path"),
+    ("https://x.org/d?token=abc123&a=1", "https://x.org/d?token=<redacted>&a=1"),
+    ("--hf_token=abc", "--hf_token=<redacted>"),
+    ("hf_" + "a1B2" * 8, "<redacted>"),
+    ("password: hunter2 next", "password: <redacted> next"),
+    ("AKIA" + "ABCD1234EFGH5678", "<redacted>"),
+]
+NOT_SECRETS = ["data/tokens-00000.bin", "a run of 5 tokens", "https://x.org/tokenizer.json", "gs://bucket/a@b", "x=1"]
+
+
+@pytest.mark.parametrize(("text", "shown"), SECRETS)
+def test_secrets_are_masked(text: str, shown: str) -> None:
+    assert redact(text) == shown
+
+
+@pytest.mark.parametrize("text", NOT_SECRETS)
+def test_what_is_no_secret_is_not_masked(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_no_secret_reaches_what_a_run_leaves(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    secret = "hunter2hunter2"
+    description = f"from s3://me:{secret}@bucket/x?api_key={secret}"
+    runs.run(data, tmp_path / "run", job__description=description, training__steps=2, metrics__enable_tensorboard=True)
+    runs.run(data, tmp_path / "run", job__description=description, training__steps=3)  # a masked config resumes
+    left = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any("tfevents" in path.name for path in left)
+    assert [path for path in left if secret.encode() in path.read_bytes()] == []
+    assert secret not in "".join(capsys.readouterr())
