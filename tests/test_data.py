@@ -119,12 +119,18 @@ def rows_of(batches: list) -> list[tuple[int, ...]]:
 
 
 def plain_samples(shards: PreparedTokens, documents: list[int], seq_len: int, seed: int, epoch: int) -> list:
-    """The definition of an epoch: the permuted documents joined, cut every seq_len tokens."""
+    """The definition of an epoch: the permuted documents joined, cut every seq_len tokens, and of these windows every
+    k-th, where k is the first number from 0.618034 of their count on that reaches all of them."""
     keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(len(documents)).tolist()
     joined: list[int] = []
     for _, document in sorted(zip(keys, documents, strict=True)):
         joined += shards.document(document).tolist()
-    return [tuple(joined[at : at + seq_len + 1]) for at in range(0, len(joined) - seq_len, seq_len)]
+    windows = [tuple(joined[at : at + seq_len + 1]) for at in range(0, len(joined) - seq_len, seq_len)]
+    for step in itertools.count(round(0.618034 * len(windows))):
+        visited = [(i * step) % len(windows) for i in range(len(windows))]
+        if len(set(visited)) == len(windows):
+            return [windows[i] for i in visited]
+    raise AssertionError("no step reaches every window")
 
 
 def ours(order: SampleOrder, first: int, count: int) -> list[tuple[int, ...]]:
@@ -156,7 +162,11 @@ def test_samples_equal_a_plain_implementation(seq_len: int, shards: PreparedToke
 def test_an_epoch_loses_and_repeats_nothing_but_the_remainder(shards: PreparedTokens) -> None:
     order = SampleOrder(shards, np.arange(120), SEQ_LEN, seed=1)
     for epoch in range(2):
-        rows = ours(order, epoch * order.samples_per_epoch, order.samples_per_epoch)
+        first = epoch * order.samples_per_epoch
+        windows = [order._place(first + i)[1] for i in range(order.samples_per_epoch)]
+        assert sorted(windows) == list(range(order.samples_per_epoch))
+        read = dict(zip(windows, ours(order, first, order.samples_per_epoch), strict=True))
+        rows = [read[window] for window in range(order.samples_per_epoch)]
         joined = [token for row in rows for token in row[:-1]] + [rows[-1][-1]]
         documents = order._epoch(epoch)[0]
         everything = np.concatenate([shards.document(number) for number in documents]).tolist()

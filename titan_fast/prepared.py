@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -268,6 +269,8 @@ class SampleOrder:
 
     In each epoch the documents are permuted, joined, and cut into windows that start `seq_len` apart: each token but
     the first is a label once. What is left at the end, less than a sequence, is dropped. Epoch g // samples_per_epoch.
+    The windows are taken in strides over the whole epoch, since neighbours often come from one long document, and a
+    batch of them says less than one of strangers.
     """
 
     def __init__(self, tokens: PreparedTokens, documents: np.ndarray, seq_len: int, seed: int) -> None:
@@ -276,6 +279,7 @@ class SampleOrder:
         self.tokens_per_epoch = int(self._lengths.sum())
         self.samples_per_epoch = max(0, self.tokens_per_epoch - 1) // seq_len
         self.dropped_tokens = self.tokens_per_epoch - min(self.tokens_per_epoch, self.samples_per_epoch * seq_len + 1)
+        self._stride = _coprime_near(0.618034 * self.samples_per_epoch, self.samples_per_epoch)
         self._epoch = lru_cache(maxsize=2)(self._permute)  # two: a step may lie across an epoch's end
 
     def _permute(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -287,42 +291,46 @@ class SampleOrder:
 
     def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, labels) of samples `first` to `first + count`, int64 [count, seq_len] each."""
-        parts = [self._read_in_epoch(epoch, index, size) for epoch, index, size in self._by_epoch(first, count)]
-        if len(parts) == 1:
-            return parts[0]
-        tokens, labels = zip(*parts, strict=True)
-        return np.concatenate(tokens), np.concatenate(labels)
+        rows = np.empty((count, self.seq_len + 1), np.int64)
+        for i in range(count):
+            epoch, window = self._place(first + i)
+            self._fill(rows[i], epoch, window * self.seq_len)
+        return rows[:, :-1], rows[:, 1:]
 
-    def _by_epoch(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
-        while count:
-            epoch, index = divmod(first, self.samples_per_epoch)
-            size = min(count, self.samples_per_epoch - index)
-            yield epoch, index, size
-            first, count = first + size, count - size
+    def _place(self, sample: int) -> tuple[int, int]:
+        """(epoch, window in it) of a sample."""
+        epoch, index = divmod(sample, self.samples_per_epoch)
+        return epoch, index * self._stride % self.samples_per_epoch
 
-    def _read_in_epoch(self, epoch: int, index: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def _fill(self, row: np.ndarray, epoch: int, start: int) -> None:
+        """Copies the tokens from `start` of the epoch on into `row`."""
         documents, bounds = self._epoch(epoch)
-        start, length = index * self.seq_len, count * self.seq_len + 1
         place = int(np.searchsorted(bounds, start, side="right")) - 1
-        last = int(np.searchsorted(bounds, start + length, side="left"))
-        run = np.empty(length, np.int64)
+        last = int(np.searchsorted(bounds, start + len(row), side="left"))
         filled, skip = 0, start - int(bounds[place])
         for document in self.tokens.read_documents(documents[place:last]):
-            taken = document[skip : skip + length - filled]
-            run[filled : filled + len(taken)] = taken
+            taken = document[skip : skip + len(row) - filled]
+            row[filled : filled + len(taken)] = taken
             filled, skip = filled + len(taken), 0
-        assert filled == length
-        # Windows that start seq_len apart and overlap by the one token between: both are views of the run.
-        return run[:-1].reshape(count, self.seq_len), run[1:].reshape(count, self.seq_len)
+        assert filled == len(row)
 
     def pieces(self, sample: int) -> Iterator[tuple[int, int, int]]:
         """(document, first token in it, number of tokens) of what a sample's tokens are made of."""
-        epoch, index = divmod(sample, self.samples_per_epoch)
+        epoch, window = self._place(sample)
         documents, bounds = self._epoch(epoch)
-        start, end = index * self.seq_len, (index + 1) * self.seq_len
+        start, end = window * self.seq_len, (window + 1) * self.seq_len
         first = int(np.searchsorted(bounds, start, side="right")) - 1
         for place in itertools.count(first):
             if bounds[place] >= end:
                 return
             begin, stop = max(start, int(bounds[place])), min(end, int(bounds[place + 1]))
             yield int(documents[place]), begin - int(bounds[place]), stop - begin
+
+
+def _coprime_near(value: float, modulus: int) -> int:
+    """The first whole number from `value` on that has no factor in common with `modulus`, so that its multiples visit
+    every residue."""
+    number = max(1, round(value))
+    while math.gcd(number, modulus) > 1:
+        number += 1
+    return number
