@@ -3,7 +3,7 @@
 A list of JSON objects: {"what": ..., "rank": 1, "step": 5, "attempt": 0, ...}; "attempt" is torchrun's restart count,
 null for any. What: kill, signal (name), sleep (seconds), slow (seconds, from that step on), nan, raise_out_of_memory,
 kill_in (a function "module:name" and "call", which call of it), file_limit (bytes), remove (path), ledger (path: each
-step's tokens are appended to it, by rank).
+step's tokens are appended to it, by rank), dump (path: what the run resumed from, whole, before its first step).
 """
 
 import importlib
@@ -18,9 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from torch.distributed.tensor import DTensor
 
 from titan_fast import loop
+from titan_fast.checkpoint import tensors_of
 from titan_fast.train import main
 
 
@@ -29,7 +32,7 @@ def happen(fault: dict[str, Any], step: int) -> None:
     what = fault["what"]
     if what == "slow" and step >= fault["step"]:
         time.sleep(fault["seconds"])
-    if step != fault["step"]:
+    if step != fault.get("step"):
         return
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -45,6 +48,15 @@ def happen(fault: dict[str, Any], step: int) -> None:
         shutil.rmtree(fault["path"])
     elif what == "raise_out_of_memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def dump(run: loop.Run, path: str) -> None:
+    whole = {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+        for name, tensor in tensors_of(run.model, run.optimizer).items()
+    }
+    if run.world.is_main:
+        safetensors.torch.save_file(whole, path)
 
 
 def stuck(seconds: float) -> None:
@@ -78,6 +90,8 @@ def install(fault: dict[str, Any]) -> None:
     true_step = loop.Run.step
 
     def step(self: Any, number: int) -> Any:
+        if fault["what"] == "dump" and number == self.first_step:
+            dump(self, fault["path"])
         happen(fault, number)
         return true_step(self, number)
 

@@ -1,0 +1,244 @@
+"""A run that was interrupted is the run that was not: bit for bit on the same layout, to rounding on another."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import safetensors.torch
+import torch
+
+from titan_fast import loop, manifest
+from titan_fast.errors import CheckpointError, ConfigError, TitanFastError
+from titan_fast.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.timeout(240)
+
+STEPS = 12
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.prepare(tmp_path_factory.mktemp("data"))
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    true_step = loop.Run.step
+
+    def stepping(self: loop.Run, number: int) -> Any:
+        if number == step:
+            raise Interrupted
+        return true_step(self, number)
+
+    monkeypatch.setattr(loop.Run, "step", stepping)
+
+
+def assert_same_run(a: Path, b: Path, step: int, processes: int = 1) -> None:
+    """The same losses, tensors, random states, data position and counters, bit for bit."""
+    assert runs.losses(a) == runs.losses(b)
+    first, second = runs.checkpoint(a, step), runs.checkpoint(b, step)
+    runs.assert_same_tensors(first, second)
+    for rank in range(processes):
+        name = f"rng-{rank}.safetensors"
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    states = [json.loads((folder / "state.json").read_text()) for folder in (first, second)]
+    one, other = ({**state, "elapsed_seconds": 0} for state in states)
+    assert one == other
+
+
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_one_process_goes_on_bit_for_bit(
+    compiles: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"lr_scheduler__warmup_steps": 7, "training__global_batch_size": 4, "checkpoint__interval": 3}
+    more |= {"compile__enable": compiles, "training__steps": STEPS}
+    runs.run(data, tmp_path / "whole", **more)
+    for step in (5, 8):  # interrupted twice; each time steps are done again
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            interrupt_at(patch, step)
+            runs.run(data, tmp_path / "parts", **more)
+    runs.run(data, tmp_path / "parts", **more)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", STEPS)
+
+
+def test_the_random_state_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the model draws numbers; a draw after a resume would be the one that it would have been."""
+    drawn: dict[str, dict[int, float]] = {"whole": {}, "parts": {}}
+    true_step = loop.Run.step
+
+    def stepping(self: loop.Run, number: int) -> Any:
+        drawn[self.run_dir.name][number] = torch.rand(()).item()
+        return true_step(self, number)
+
+    monkeypatch.setattr(loop.Run, "step", stepping)
+    runs.run(data, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_at(patch, 8)
+        runs.run(data, tmp_path / "parts")
+    runs.run(data, tmp_path / "parts")
+    assert drawn["parts"] == drawn["whole"] and len(set(drawn["whole"].values())) == 10
+
+
+def ledger(path: Path, processes: int, tokenizer: Any) -> dict[int, str]:
+    """Step -> the text of its global batch, in order; the last time a step was run counts."""
+    steps: dict[int, dict[int, list[list[list[int]]]]] = {}
+    for rank in range(processes):
+        for line in Path(f"{path}-{rank}").read_text().splitlines():
+            record = json.loads(line)
+            steps.setdefault(record["step"], {})[rank] = record["tokens"]
+    texts = {}
+    for step, by_rank in sorted(steps.items()):
+        passes = range(len(by_rank[0]))
+        rows = [row for index in passes for rank in sorted(by_rank) for row in by_rank[rank][index]]
+        texts[step] = tokenizer.decode([token for row in rows for token in row])
+    return texts
+
+
+def torchrun(
+    processes: int, data: Path, folder: Path, faults: list[dict[str, Any]], flags: tuple[str, ...] = (), **changes: Any
+) -> tuple[int, str]:
+    """(exit status, output) of a run under torchrun with faults."""
+    process = runs.torchrun(
+        processes, *flags, str(runs.FAULTS), *runs.arguments(data, folder, **changes),
+        env={"FAULTS": json.dumps(faults)},
+    )  # fmt: skip
+    output = runs.finish(process, 150)
+    return process.returncode, output
+
+
+def test_two_processes_restarted_twice_lose_and_repeat_nothing(data: Path, tmp_path: Path) -> None:
+    """torchrun starts the group again after a kill, twice; a ledger of all tokens and the result are compared with an
+    uninterrupted run's."""
+    more: dict[str, Any] = {"training__steps": STEPS, "checkpoint__interval": 3}
+    status, output = torchrun(
+        2, data, tmp_path / "whole", [{"what": "ledger", "path": str(tmp_path / "whole-ledger"), "rank": None}], **more
+    )
+    assert status == 0, output
+    faults = [
+        {"what": "ledger", "path": str(tmp_path / "parts-ledger"), "attempt": None},
+        {"what": "kill", "rank": 1, "step": 5, "attempt": 0},
+        {"what": "kill", "rank": 0, "step": 11, "attempt": 1},
+    ]
+    status, output = torchrun(2, data, tmp_path / "parts", faults, ("--max-restarts=2",), **more)
+    assert status == 0, output
+    assert "after step 3," in output and "after step 9," in output
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", STEPS, processes=2)
+    tokenizer = load_tokenizer(data)
+    whole, parts = (ledger(tmp_path / f"{name}-ledger", 2, tokenizer) for name in ("whole", "parts"))
+    assert whole == parts and list(whole) == list(range(1, STEPS + 1))
+    numbers = re.findall(r"<(\d+)>", "".join(whole.values()))
+    assert len(numbers) > 50 and len(set(numbers)) == len(numbers), "within an epoch each document comes once"
+
+
+LAYOUTS = [
+    (4, {"parallelism__data_parallel_shard_degree": 4}),
+    (4, {"parallelism__data_parallel_shard_degree": 2, "parallelism__tensor_parallel_degree": 2}),
+    (1, {}),
+    (4, {"parallelism__data_parallel_shard_degree": 2, "parallelism__data_parallel_replicate_degree": 2}),
+]
+
+
+def test_another_layout_goes_on_to_rounding(data: Path, tmp_path: Path) -> None:
+    """FSDP 4, then FSDP 2 x TP 2, one process, HSDP 2 x 2, with a vocabulary that no degree divides."""
+    more: dict[str, Any] = {"training__global_batch_size": 8, "checkpoint__interval": 2, "lr_scheduler__total_steps": 8}
+    more |= {"lr_scheduler__warmup_steps": 2, "optimizer__lr": 1e-3, "checkpoint__keep_latest_k": 0}
+    runs.run(data, tmp_path / "one", **more, training__steps=8)
+    for turn, (processes, layout) in enumerate(LAYOUTS):
+        faults = [{"what": "dump", "path": str(tmp_path / f"resumed-{turn}"), "rank": None}]
+        status, output = torchrun(
+            processes, data, tmp_path / "many", faults, **more, **layout, training__steps=2 * turn + 2
+        )
+        assert status == 0, output
+        if turn:
+            saved = runs.tensors(runs.checkpoint(tmp_path / "many", 2 * turn))
+            resumed = safetensors.torch.load_file(tmp_path / f"resumed-{turn}")
+            assert saved.keys() == resumed.keys()
+            assert all(torch.equal(saved[name], resumed[name]) for name in saved), "weights and moments, bit for bit"
+    one, many = runs.losses(tmp_path / "one"), runs.losses(tmp_path / "many")
+    assert list(one) == list(many) == list(range(1, 9))
+    for step, loss in one.items():
+        assert math.isclose(many[step], loss, rel_tol=1e-6), (step, loss, many[step])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model__ffn_dim": 96}, "model.ffn_dim was 64 and is 96"),
+        ({"model__vocab_size": 400}, "model.vocab_size was 331 and is 400"),
+        ({"training__seq_len": 16}, "training.seq_len was 32 and is 16"),
+        ({"debug__seed": 1}, "debug.seed was 0 and is 1"),
+        ({"training__text_column": "words"}, "training.text_column was 'text' and is 'words'"),
+    ],
+)
+def test_other_mathematics_is_refused_with_the_fields(
+    change: dict[str, Any], words: str, data: Path, tmp_path: Path
+) -> None:
+    runs.run(data, tmp_path / "run", training__steps=2)
+    with pytest.raises(ConfigError, match=words):
+        runs.run(data, tmp_path / "run", **{"training__steps": 3, **change})
+    (tmp_path / "run" / "config.toml").unlink()  # the checkpoint itself knows too
+    with pytest.raises(CheckpointError, match=words) as caught:
+        runs.run(data, tmp_path / "run", **{"training__steps": 3, **change})
+    assert "--checkpoint.data_state reset" in str(caught.value)
+
+
+def test_other_data_is_refused_or_begun_again(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    text = runs.write_documents(other / "documents.jsonl", count=700)
+    more: dict[str, Any] = {"model__tokenizer_path": str(data)}
+    runs.run(text, tmp_path / "run", **more, training__steps=4)
+    text.write_text(text.read_text() + json.dumps({"text": "one more"}) + "\n")  # the same path, other content
+    with pytest.raises(TitanFastError, match="fingerprint was"):
+        runs.run(text, tmp_path / "run", **more, training__steps=6)
+    capsys.readouterr()
+    runs.run(text, tmp_path / "run", **more, training__steps=6, checkpoint__data_state="reset")
+    assert "the data begins again" in capsys.readouterr().out
+    runs.run(text, tmp_path / "run", **more, training__steps=8, checkpoint__data_state="reset")
+    said = capsys.readouterr().out
+    assert "begins again" not in said, "what can be continued is continued"
+    state = json.loads((runs.checkpoint(tmp_path / "run", 8) / "state.json").read_text())
+    assert state["data"]["next_sample"] == 4 * 2, "steps 5 to 8 of 2 sequences each"
+
+
+def test_another_seed_is_accepted_when_told(data: Path, tmp_path: Path) -> None:
+    runs.run(data, tmp_path / "run", training__steps=3)
+    before = runs.tensors(runs.checkpoint(tmp_path / "run", 3))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    runs.run(data, tmp_path / "run", training__steps=4, debug__seed=1, checkpoint__data_state="reset")
+    runs.run(data, tmp_path / "copy", training__steps=4)
+    changed, same = (runs.losses(tmp_path / name)[4] for name in ("run", "copy"))
+    assert changed != same
+    assert manifest.problem(runs.checkpoint(tmp_path / "run", 3)) is None and len(before) > 20
+
+
+def test_an_epoch_may_end_at_a_save(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step of an epoch is saved; what follows is the next epoch's first, as without the interruption."""
+    text = runs.write_documents(tmp_path / "few.jsonl", count=48)
+    more: dict[str, Any] = {"model__tokenizer_path": str(data), "checkpoint__interval": 1, "training__steps": 24}
+    seen: dict[str, dict[int, Any]] = {"whole": {}, "parts": {}}
+    true_step = loop.Run.step
+
+    def stepping(self: loop.Run, number: int) -> Any:
+        outcome = true_step(self, number)
+        seen[self.run_dir.name][number] = self.loader.position()
+        return outcome
+
+    monkeypatch.setattr(loop.Run, "step", stepping)
+    runs.run(text, tmp_path / "whole", **more)
+    ends = [step for step in range(1, 24) if seen["whole"][step]["epoch"] != seen["whole"][step + 1]["epoch"]]
+    assert ends, "24 steps are more than an epoch"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_at(patch, ends[0] + 1)
+        runs.run(text, tmp_path / "parts", **more)
+    runs.run(text, tmp_path / "parts", **more)
+    assert seen["parts"] == seen["whole"]
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 24)
