@@ -8,7 +8,9 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -68,10 +70,12 @@ def unpack_qkv(qkv: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor]:
     return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
 
 
-def our_sizes(shape: ModelShape) -> dict[str, torch.Size]:
+@lru_cache(maxsize=16)
+def our_sizes(shape: ModelShape) -> Mapping[str, torch.Size]:
     """Every parameter of ours and its size, in the model's order."""
     with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in Llama(shape, max_seq_len=1).named_parameters()}
+        model = Llama(shape, max_seq_len=1)
+    return MappingProxyType({name: parameter.shape for name, parameter in model.named_parameters()})
 
 
 def hf_names(name: str) -> tuple[str, ...]:
@@ -129,9 +133,9 @@ def read_parameter(weights: Weights, name: str, window: Window | None = None) ->
     return packed[rows.start - first * packed_rows : rows.stop - first * packed_rows]
 
 
-def hf_config(shape: ModelShape) -> dict[str, object]:
+def hf_config(shape: ModelShape) -> dict[str, Any]:
     """The config.json of this shape, in the layout that transformers 4 writes and 5 reads too."""
-    config: dict[str, object] = {
+    config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": shape.dim,

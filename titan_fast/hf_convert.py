@@ -189,11 +189,11 @@ def _write_configs(weights: CheckpointWeights, dtypes: set[torch.dtype], folder:
         spoken = write_tokenizer(tokenizer, folder, weights.shape.max_seq_len)
     else:
         spoken = "no tokenizer: the checkpoint has none"
+    config |= {key: generation[key] for key in ("bos_token_id", "eos_token_id") if key in generation}
+    if generation:
+        _write_json(folder / GENERATION, generation)
     for name, file in kept.items():
         shutil.copyfile(file, folder / name)
-    if generation:
-        config |= {key: generation[key] for key in ("bos_token_id", "eos_token_id") if key in generation}
-        _write_json(folder / GENERATION, generation)
     if len(dtypes) == 1:  # transformers 5 reads the old name too
         config["torch_dtype"] = str(next(iter(dtypes))).removeprefix("torch.")
     _write_json(folder / CONFIG, config)

@@ -171,18 +171,19 @@ def _shape(params: dict[str, Any], sizes: dict[str, torch.Size], tied: bool, pat
         raise ConfigError(f"a key is missing or no number: {error}", "mend it", where) from error
     rows = sizes["tok_embeddings.weight"][0]
     if vocab_size not in (-1, rows):
-        raise ConfigError(f"vocab_size is {vocab_size}, and the embedding has {rows} rows", "mend it", where)
+        what = f"vocab_size is {vocab_size}, and the embedding has {rows} rows"
+        raise ConfigError(what, "see whether all consolidated files are there", where)
     ffn_dim = sizes["layers.0.feed_forward.w1.weight"][0]
     scaling, max_seq_len = None, 4096 if theta == 10_000.0 else 8192
     if params.get("use_scaled_rope"):
-        scaling, max_seq_len = _released_scaling((dim, n_layers, n_heads, n_kv_heads, ffn_dim), where)
+        scaling, max_seq_len = released_scaling((dim, n_layers, n_heads, n_kv_heads, ffn_dim), where)
     shape = ModelShape(dim, n_layers, n_heads, n_kv_heads, ffn_dim, rows, max_seq_len, theta, scaling, eps, tied)
     if problems := shape.problems():
         raise ConfigError("; ".join(problems), "it describes no Llama", where)
     return shape
 
 
-def _released_scaling(sizes: tuple[int, ...], where: str) -> tuple[RopeScaling, int]:
+def released_scaling(sizes: tuple[int, ...], where: str) -> tuple[RopeScaling, int]:
     for known in FLAVORS.values():
         if known.rope_scaling and sizes == (known.dim, known.n_layers, known.n_heads, known.n_kv_heads, known.ffn_dim):
             return known.rope_scaling, known.max_seq_len
