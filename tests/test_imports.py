@@ -20,13 +20,15 @@ LEAVES: dict[str, set[str]] = {
     "ops": {"errors", "config", "flavors"},
     "model": {"flavors", "ops"},
     "loss": {"ops"},
-    "optim": {"config", "errors"},
+    "masters": {"config"},
+    "optim": {"config", "errors", "masters"},
+    "compilation": {"config", "errors", "loss", "model", "ops"},
     "hf": {"flavors", "errors", "model", "hf_convert"},
     "hf_files": {"errors", "flavors", "hf"},
     "meta_files": {"errors", "flavors", "hf", "hf_files"},
     "hf_tokenizer": {"tokenizer"},
     "activation_checkpoint": {"config", "errors", "model"},
-    "parallel": {"activation_checkpoint", "config", "errors", "flavors", "loss", "model"},
+    "parallel": {"activation_checkpoint", "compilation", "config", "errors", "flavors", "loss", "masters", "model"},
 }
 
 

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from titan_fast.distributed import World
 from titan_fast.errors import CheckpointError
 from titan_fast.manifest import checkpoints
+from titan_fast.masters import master_of
 from titan_fast.safe_unpickle import SafeReader, load_metadata
 
 __all__ = [
@@ -47,18 +48,20 @@ class Progress:
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
-    """Every weight as "model.NAME", and every moment as "optimizer.NAME.MOMENT"; moments that do not exist yet are
-    made, zero, so that a checkpoint can be loaded into them."""
+    """Every weight (its float32 master, where it has one) as "model.NAME", and every moment as
+    "optimizer.NAME.MOMENT"; moments that do not exist yet are made, zero, so that a checkpoint can be loaded into
+    them."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        tensors[f"model.{name}"] = parameter.detach()
+        weight = master_of(parameter)
+        tensors[f"model.{name}"] = weight
         if optimizer is None:
             continue
         state = optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device if optimizer.defaults["fused"] else "cpu")
-            state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
         tensors |= {f"optimizer.{name}.{moment}": value for moment, value in state.items()}
     return tensors
 

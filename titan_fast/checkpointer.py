@@ -32,6 +32,7 @@ from titan_fast.checkpoint import Progress, cause, copy_tokenizer, load_tensors,
 from titan_fast.config import Config, to_dict
 from titan_fast.distributed import World
 from titan_fast.errors import CheckpointError, ConfigError, NumericsError
+from titan_fast.masters import round_masters
 from titan_fast.redaction import redacted
 from titan_fast.run_directory import differences
 
@@ -277,6 +278,7 @@ class Checkpointer:
         state = read_state(path)
         self._compare(read_config(path), path)
         load_tensors(tensors_of(model, optimizer), path)
+        round_masters(model)
         rng = path / f"rng-{self.world.rank}.safetensors"
         if state["world_size"] == self.world.size and rng.exists():
             _set_rng_state(safetensors.torch.load_file(rng), self.world.device)

@@ -17,6 +17,7 @@ from titan_fast.agreement import Agreed, Agreement
 from titan_fast.canary import check_compiled_gradients
 from titan_fast.checkpoint import Progress, gather_data_state, own_data_state
 from titan_fast.checkpointer import Checkpointer
+from titan_fast.compilation import optimizer_compiler
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape
 from titan_fast.data import build_loader, build_tokenizer, build_validation_loader
 from titan_fast.distributed import World
@@ -24,9 +25,10 @@ from titan_fast.errors import CheckpointError
 from titan_fast.generate import Sampling, generate_text
 from titan_fast.guard import StepGuard
 from titan_fast.initial_weights import load_initial_weights
+from titan_fast.masters import masters_as_weights
 from titan_fast.metrics import MetricsLogger
 from titan_fast.ops import Ops, build_ops
-from titan_fast.optim import build_optimizer, clip_grad_norm_, learning_rate, step_unless
+from titan_fast.optim import build_optimizer, clip_gradients, learning_rate, step_unless
 from titan_fast.parallel import graphs_compiled, precision
 from titan_fast.profiling import Profiler, check_profiling
 from titan_fast.run_directory import open_run_directory, write_config
@@ -82,7 +84,7 @@ class Run:
             dtype, batch = precision(config.training, device).param, config.training.local_batch_size
             check_compiled_gradients(self.shape, ops, config.compile, dtype, device, batch, config.training.seq_len)
         self.model = build_model(config, self.shape, ops, degrees, device)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizer = build_optimizer(self.model, config.optimizer, optimizer_compiler(config.compile))
         if rehearsal.is_wanted(config, device):
             rehearsal.rehearse(self.model, self.optimizer, config, degrees, device)
         self.tokenizer = build_tokenizer(config, run_dir, self.shape.vocab_size, world.is_main, world.barrier)
@@ -145,7 +147,8 @@ class Run:
         checkpoint = self.config.checkpoint
         if checkpoint.initial_load_path is not None:
             path = Path(checkpoint.initial_load_path)
-            said = load_initial_weights(self.model, path, self.shape, checkpoint.initial_load_changes)
+            with masters_as_weights(self.model):
+                said = load_initial_weights(self.model, path, self.shape, checkpoint.initial_load_changes)
             self.checkpointer.note(said)
 
     def train(self) -> None:
@@ -250,7 +253,7 @@ class Run:
         total = forward_backward(self.model, batches, one_over_valid_tokens(batches, self.degrees))
         at(step, "gradient norm", limit)
         shared = self.agreement.ask(total, self.stop.received is not None, checkpoints.is_time, checkpoints.has_failed)
-        norm = clip_grad_norm_(self.model.parameters(), self.config.training.max_norm, total, shared)
+        norm = clip_gradients(self.optimizer, self.config.training.max_norm, total, shared)
         agreed = self.agreement.answer(shared)
         at(step, "optimizer", limit)
         loss = shared[0] / self.degrees.tensor
@@ -266,7 +269,8 @@ class Run:
 
     def _extra_metrics(self) -> dict[str, float]:
         """Numbers that only some log lines have."""
-        extra = {"checkpoint_stall_seconds": self.checkpointer.take_stall_seconds(), "skipped_steps": self.guard.skipped}
+        stall = self.checkpointer.take_stall_seconds()
+        extra = {"checkpoint_stall_seconds": stall, "skipped_steps": self.guard.skipped}
         return {name: value for name, value in extra.items() if value}
 
     @torch.no_grad()

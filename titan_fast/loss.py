@@ -62,6 +62,20 @@ class LinearCrossEntropy:
         return peak + torch.log(total), target
 
 
+def has_torch_loss() -> bool:
+    """Whether this torch has a linear cross entropy of its own (2.13 has, 2.11 has not)."""
+    return hasattr(F, "linear_cross_entropy")
+
+
+def torch_linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    """What `LinearCrossEntropy` computes, by torch.nn.functional.linear_cross_entropy."""
+    if isinstance(weight, DTensor):
+        weight = weight.to_local()
+    fused = F.linear_cross_entropy  # type: ignore[attr-defined]
+    loss = fused(x.flatten(0, -2), weight, labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
+    return loss.float() * scale
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, loss: LinearCrossEntropy) -> Tensor:

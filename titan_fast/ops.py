@@ -1,6 +1,7 @@
 """The one door to kernels: for each operator the reference or Triton, chosen once, when the model is built."""
 
 import dataclasses
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +22,12 @@ from titan_fast.flavors import ModelShape
 _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
+    "fa3": SDPBackend.FLASH_ATTENTION,
+    "fa4": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+_FLASH_VERSIONS = {"fa3": "FA3", "fa4": "FA4"}
 
 
 @dataclass(frozen=True)
@@ -93,14 +97,28 @@ def attention_with(backends: list[SDPBackend]) -> Callable[[Tensor, Tensor, Tens
     return attention
 
 
+def _activate_flash(version: str) -> None:
+    """Makes torch's flash backend FlashAttention 3 or 4, for the whole process. ConfigError where it is not there."""
+    try:
+        activate = importlib.import_module("torch.nn.attention").activate_flash_attention_impl
+        activate(_FLASH_VERSIONS[version])
+    except (AttributeError, ImportError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"kernels.attention {version!r} cannot be had: {str(error).splitlines()[0]}",
+            "install its package, or take auto",
+        ) from error
+
+
 def _choose_attention(setting: str, device: torch.device) -> tuple[list[SDPBackend], str, str]:
     """(backends in order, choice, reason)."""
     if setting != "auto":
-        if setting in ("cudnn", "efficient") and device.type != "cuda":
+        if setting in ("cudnn", "efficient", *_FLASH_VERSIONS) and device.type != "cuda":
             raise ConfigError(
                 f"kernels.attention {setting!r} exists on CUDA only and this device is {device.type}",
                 "take auto, flash or math",
             )
+        if setting in _FLASH_VERSIONS:
+            _activate_flash(setting)
         return [_BACKENDS[setting]], setting, "as configured"
     if device.type != "cuda":
         return [_BACKENDS["flash"], _BACKENDS["math"]], "flash", "torch's fused CPU attention"

@@ -1,7 +1,8 @@
 """AdamW, its parameter groups, the learning rate of each step, and gradient clipping over any mesh."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,10 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from titan_fast import config
+from titan_fast.masters import OnePassAdamW, gradient_of
 
 
-def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim.AdamW:
-    """AdamW over the model's parameters; norms and the embedding form a group of their own where they do not decay."""
+def build_optimizer(
+    model: nn.Module, settings: config.Optimizer, compiled: Callable[[Any], Any] | None = None
+) -> torch.optim.AdamW:
+    """AdamW over the model's parameters; norms and the embedding form a group of their own where they do not decay.
+    compiled: what compiles the update to one pass over each tensor (`parallel.optimizer_compiler`); None for none."""
     decays, spared = [], []
     for name, parameter in model.named_parameters():
         spare = "norm.weight" in name or name.endswith("embedding.weight")
@@ -20,14 +25,11 @@ def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim
     groups = [{"params": decays, "weight_decay": settings.weight_decay}]
     if spared:
         groups.append({"params": spared, "weight_decay": 0.0})
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=settings.implementation == "fused",
-        foreach=settings.implementation == "foreach",
-    )
+    numbers = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
+    if compiled is not None or any(hasattr(p, "master") for p in decays):
+        return OnePassAdamW(groups, compiled, **numbers)
+    fused, foreach = settings.implementation == "fused", settings.implementation == "foreach"
+    return torch.optim.AdamW(groups, fused=fused, foreach=foreach, **numbers)
 
 
 def learning_rate(step: int, settings: config.LrScheduler, peak: float, training_steps: int) -> float:
@@ -52,32 +54,62 @@ def learning_rate(step: int, settings: config.LrScheduler, peak: float, training
     return peak * (settings.min_lr_factor + (1.0 - settings.min_lr_factor) * left)
 
 
+def clip_gradients(
+    optimizer: torch.optim.Optimizer, max_norm: float, loss: Tensor, summed: Tensor | None = None
+) -> Tensor:
+    """`clip_grad_norm_` of what `optimizer` updates. One that can multiply gradients as it reads them is told to, which
+    spares a pass over all of them."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    if not isinstance(optimizer, OnePassAdamW):
+        return clip_grad_norm_(parameters, max_norm, loss, summed)
+    norm = global_norm([g for g in map(gradient_of, parameters) if g is not None], loss, summed)
+    optimizer.factor = _clip_factor(norm, max_norm) if max_norm else None
+    return norm
+
+
 def clip_grad_norm_(
     parameters: Iterable[Tensor], max_norm: float, loss: Tensor, summed: Tensor | None = None
 ) -> Tensor:
     """Scales the gradients so that their global L2 norm is at most `max_norm` (0: only measures) and returns the norm
-    before that, 0-dim float32, the same on every rank.
+    before that, as `global_norm` does."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = global_norm(gradients, loss, summed)
+    if max_norm:
+        torch._foreach_mul_(_local(gradients), _clip_factor(norm, max_norm))
+    return norm
+
+
+def _clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
+def global_norm(gradients: list[Tensor], loss: Tensor, summed: Tensor | None = None) -> Tensor:
+    """The L2 norm of all gradients over all ranks, 0-dim float32, the same on every rank. The host does not wait.
 
     Works where parameters are sharded over different meshes, as FSDP with tensor parallelism has them: a gradient held
     by several ranks counts in part on each, and one reduction over the world adds up all. `loss` is this rank's; where
     it is not finite, the norm becomes NaN on every rank. `summed`, 1-dim float32, rides along in the reduction and is
     replaced by its sum over the ranks.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(local)])
-    shares = torch.tensor([1.0 / _copies(g) for g in gradients], device=norms.device)
-    total = (norms.square() * shares).sum() + loss.float() * 0.0
+    by_copies: dict[int, list[Tensor]] = {}
+    for gradient in gradients:
+        by_copies.setdefault(_copies(gradient), []).append(gradient)
+    total = loss.float() * 0.0
+    # A number per group and not a tensor of numbers, which would be a copy to the device that the host waits for.
+    for copies, group in by_copies.items():
+        norms = torch.stack(torch._foreach_norm(_local(group), 2, torch.float32))
+        total = total + norms.square().sum() / copies
     if dist.is_initialized():
         shared = total[None] if summed is None else torch.cat([total[None], summed])
         dist.all_reduce(shared)
         total = shared[0]
         if summed is not None:
             summed.copy_(shared[1:])
-    norm = total.sqrt()
-    if max_norm:
-        torch._foreach_mul_(local, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
-    return norm
+    return total.sqrt()
+
+
+def _local(gradients: list[Tensor]) -> list[Tensor]:
+    return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
 
 
 def _copies(gradient: Tensor) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -21,12 +22,13 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.utils._pytree import tree_map_only
 
-from titan_fast import activation_checkpoint, config
+from titan_fast import activation_checkpoint, compilation, config
 from titan_fast.config import Config, MeshDegrees
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
-from titan_fast.loss import LinearCrossEntropy
+from titan_fast.loss import LinearCrossEntropy, has_torch_loss
 from titan_fast.model import Head, Llama, Norm
 
 
@@ -70,7 +72,12 @@ def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: tor
             f"training.seq_len {seq_len} is not divisible by tensor_parallel_degree {tensor}, which cuts sequences too",
             "change one of them",
         )
-    activation_checkpoint.check(settings.activation_checkpoint, settings.compile.enable)
+    activation_checkpoint.check(settings.activation_checkpoint, settings.compile.enable, shape.n_layers)
+    check_single_device(settings, degrees, precision(settings.training, device))
+    world = degrees.data * tensor
+    compilation.check(settings.compile, uses_fsdp(settings, world, precision(settings.training, device)))
+    if settings.loss.implementation == "torch":
+        check_torch_loss(settings.loss, tensor)
     if settings.parallelism.enable_async_tensor_parallel:
         lacks = [
             what
@@ -93,11 +100,45 @@ def parallelize(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Con
         apply_tensor_parallel(model, mesh["tensor"], settings.parallelism.enable_async_tensor_parallel)
     activation_checkpoint.apply(model, settings.activation_checkpoint)
     if settings.compile.enable:
-        compile_blocks(model, settings.compile)
-    # A single float32 device needs nothing of FSDP; one that computes in bfloat16 has its float32 masters from it.
-    if mesh.size() > 1 or dtypes.param != torch.float32 or settings.training.enable_cpu_offload:
+        compilation.compile_model(model, settings.compile)
+    if uses_fsdp(settings, mesh.size(), dtypes):
         apply_fsdp(model, mesh, dtypes, settings)
     return model
+
+
+def uses_fsdp(settings: Config, world_size: int, dtypes: Precision) -> bool:
+    """A single float32 device needs nothing of FSDP; one that computes in bfloat16 has its float32 masters from it,
+    unless `single_device` says otherwise."""
+    if world_size > 1 or settings.training.enable_cpu_offload:
+        return True
+    return dtypes.param != torch.float32 and settings.parallelism.single_device == "fsdp"
+
+
+def check_single_device(settings: Config, degrees: MeshDegrees, dtypes: Precision) -> None:
+    """ConfigError where `single_device` asks for what is not a single bfloat16 device."""
+    choice, devices = settings.parallelism.single_device, degrees.data * degrees.tensor
+    if choice == "fsdp":
+        return
+    where, hint = f"parallelism.single_device {choice}", "take fsdp"
+    if devices > 1:
+        raise ConfigError(f"{choice} is for one device, and there are {devices}", hint, where)
+    if dtypes.param == torch.float32:
+        raise ConfigError(f"{choice} keeps bfloat16 weights, and this run computes in float32", hint, where)
+    if settings.training.enable_cpu_offload:
+        raise ConfigError(f"{choice} keeps weights on the device, and enable_cpu_offload in host memory", hint, where)
+
+
+def check_torch_loss(loss: config.Loss, tensor_degree: int) -> None:
+    """ConfigError where torch's own linear_cross_entropy cannot do what is asked."""
+    if not has_torch_loss():
+        problem = f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy"
+    elif loss.z_loss:
+        problem = f"torch's linear_cross_entropy has no z_loss, and it is {loss.z_loss}"
+    elif tensor_degree > 1:
+        problem = f"torch's linear_cross_entropy needs the whole vocabulary; tensor_parallel_degree is {tensor_degree}"
+    else:
+        return
+    raise ConfigError(problem, "take chunked", "loss.implementation torch")
 
 
 # Tensor parallel with sequence parallel: between the marked modules each rank holds seq_len / degree positions, inside
@@ -130,9 +171,27 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, asynchronous: bool) ->
     for block in model.blocks:
         parallelize_module(block, mesh, {name: style() for name, style in BLOCK_PLAN.items()})
     model.tie()
+    for module in (model.embedding, model.blocks[-1]):
+        module.register_forward_hook(_arrived)
     if asynchronous:
         torch._inductor.config._micro_pipeline_tp = True
         torch.distributed._symmetric_memory.enable_symm_mem_for_group(mesh.get_group().group_name)
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: AsyncCollectiveTensor) -> Tensor:
+        return x.wait()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
+def _arrived(module: nn.Module, arguments: Any, output: Any) -> Any:
+    """A forward hook for what may stand before a compiled module: torch.compile (2.13) loses the gradient of an input
+    whose collective is still under way. The next operator would have waited for it anyway."""
+    return tree_map_only(AsyncCollectiveTensor, _Wait.apply, output)
 
 
 class SequenceShardNorm(ParallelStyle):
@@ -191,12 +250,6 @@ class VocabularyParallelHead(ParallelStyle):
         return gather._apply(module, device_mesh)
 
 
-def compile_blocks(model: Llama, settings: config.Compile) -> None:
-    """Compiles each block in place; blocks of one shape share one graph."""
-    for block in model.blocks:
-        block.compile(backend=settings.backend, fullgraph=True)
-
-
 def graphs_compiled() -> int:
     """How many graphs torch.compile has made so far."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -211,10 +264,11 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Conf
     reshard = settings.parallelism.fsdp_reshard_after_forward
     if reshard == "default" and mesh["shard"].size() == 1:
         reshard = "never"  # nothing to gather again, only the cast would be repeated in the backward pass
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     common: dict[str, Any] = {
         "mesh": mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"],
         "mp_policy": MixedPrecisionPolicy(dtypes.param, dtypes.reduce, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy() if settings.training.enable_cpu_offload else OffloadPolicy(),
+        "offload_policy": offload if settings.training.enable_cpu_offload else OffloadPolicy(),
     }
     for i, block in enumerate(model.blocks):
         # The last block's backward comes right after its forward: freed, it would be gathered again at once.

@@ -39,7 +39,12 @@ def startup_lines(
             f"{training.local_batch_size} sequences x {training.seq_len} tokens x {degrees.data} data-parallel "
             f"x {accumulation} accumulated = {tokens:,}",
         ),
-        ("compile", f"per block, {compiles.backend}" if compiles.enable else "off: [compile] enable is False"),
+        (
+            "compile",
+            f"{', '.join(compiles.components)} by {compiles.backend}"
+            if compiles.enable
+            else "off: [compile] enable is False",
+        ),
     ]
     lines += [(operator, f"{choice}: {reason}") for operator, choice, reason in ops.reasons]
     lines.append(("run directory", str(Path(config.job.dump_folder))))

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_fast.config import Config, MeshDegrees
+from titan_fast.config import Config, MeshDegrees, grad_accum_steps
 from titan_fast.flavors import ModelShape
-from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy
+from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy, torch_linear_cross_entropy
+from titan_fast.masters import keep_masters
 from titan_fast.model import Llama, init_weights
 from titan_fast.ops import Ops, Workload
 from titan_fast.parallel import build_mesh, finish_gradients, parallelize, precision, replicate_only_after_last
@@ -33,7 +34,9 @@ def workload(config: Config, shape: ModelShape, degrees: MeshDegrees) -> Workloa
 
 def meta_model(config: Config, shape: ModelShape, ops: Ops) -> Llama:
     """The whole model, without memory."""
-    loss = LinearCrossEntropy(ops, config.loss.chunk_size, config.loss.z_loss)
+    loss = torch_linear_cross_entropy
+    if config.loss.implementation == "chunked":
+        loss = LinearCrossEntropy(ops, config.loss.chunk_size, config.loss.z_loss)
     # Sampled text may be longer than a training sequence; a prompt has at most one token a byte.
     sample = len(config.metrics.sample_prompt.encode()) + 1 + config.metrics.sample_tokens
     with torch.device("meta"):
@@ -43,11 +46,17 @@ def meta_model(config: Config, shape: ModelShape, ops: Ops) -> Llama:
 def build_model(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegrees, device: torch.device) -> Llama:
     """The model, parallel and initialised; no process ever holds more of it than its own part."""
     model = meta_model(config, shape, ops)
-    parallelize(model, build_mesh(degrees, device), precision(config.training, device), config)
+    dtypes = precision(config.training, device)
+    parallelize(model, build_mesh(degrees, device), dtypes, config)
     model.to_empty(device="cpu" if config.training.enable_cpu_offload else device)
     model.tie()
     init_weights(model, config.debug.seed)
     model.cos, model.sin = model.cos.to(device), model.sin.to(device)  # offloading is for parameters only
+    if config.parallelism.single_device == "masters":
+        keep_masters(model, accumulates=grad_accum_steps(config.training, degrees.data) > 1)
+    elif config.parallelism.single_device == "bfloat16":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
     return model
 
 

@@ -1,0 +1,128 @@
+"""torch.compile: what is compiled, with which of Inductor's settings, and where its code is kept."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_fast import config
+from titan_fast.errors import ConfigError
+from titan_fast.loss import LinearCrossEntropy
+from titan_fast.model import Llama
+from titan_fast.ops import REFERENCE, Ops
+
+
+def check(settings: config.Compile, uses_fsdp: bool) -> None:
+    """ConfigError for settings that contradict each other, or would do nothing."""
+    if not settings.enable:
+        return
+    tuned = [name for name in ("coordinate_descent", "max_autotune") if getattr(settings, name)]
+    if tuned and settings.backend != "inductor":
+        raise ConfigError(
+            f"compile.{tuned[0]} is a setting of Inductor, and compile.backend is {settings.backend!r}", "change one"
+        )
+    if "model" not in settings.components:
+        return
+    if others := sorted({"blocks", "norm", "loss"} & set(settings.components)):
+        raise ConfigError(
+            f"compile.components has model, which contains {' and '.join(others)}", "name one or the other"
+        )
+    if uses_fsdp:
+        raise ConfigError(
+            "compile.components has model, and FSDP2 gathers weights between blocks, within what would be one graph",
+            "take blocks, or on a single device parallelism.single_device masters",
+        )
+
+
+def compiler(settings: config.Compile) -> Callable[[Any], Any]:
+    """torch.compile as `[compile]` wants it: one graph, static shapes."""
+    return lambda function: torch.compile(function, **arguments(settings))
+
+
+def arguments(settings: config.Compile) -> dict[str, Any]:
+    """The keyword arguments of torch.compile and Module.compile."""
+    chosen: dict[str, Any] = {"backend": settings.backend, "fullgraph": True}
+    options = {}
+    if settings.coordinate_descent:
+        options["coordinate_descent_tuning"] = True
+    if settings.max_autotune:
+        options["max_autotune"] = True
+    return chosen | ({"options": options} if options else {})
+
+
+def optimizer_compiler(settings: config.Compile) -> Callable[[Any], Any] | None:
+    """What compiles the optimizer's update, None where it is not to be."""
+    if not (settings.enable and "optimizer" in settings.components):
+        return None
+    return lambda function: torch.compile(function, dynamic=False, **arguments(settings))
+
+
+def compile_model(model: Llama, settings: config.Compile) -> None:
+    """Compiles in place what `[compile] components` names of the model."""
+    if settings.cache_folder is not None:
+        keep_code_in(Path(settings.cache_folder))
+    if "model" in settings.components:
+        model.compile(**arguments(settings))
+    if "blocks" in settings.components:
+        for block in model.blocks:  # of one shape, and so of one graph
+            block.compile(**arguments(settings))
+    if "norm" in settings.components:
+        model.norm.compile(**arguments(settings))
+    if "loss" in settings.components and isinstance(model.head.loss, LinearCrossEntropy):
+        ops = compiled_cross_entropy(model.head.loss.ops, compiler(settings))
+        model.head.loss = dataclasses.replace(model.head.loss, ops=ops)
+
+
+def keep_code_in(folder: Path) -> None:
+    """Lets Inductor and Triton read and write compiled code here: both look at the environment for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve() / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(folder.resolve() / "triton")
+
+
+def compiled_cross_entropy(ops: Ops, compile_function: Callable[[Any], Any]) -> Ops:
+    """`ops` with the reference's cross entropy compiled; kernels that are not the reference's stay as they are."""
+    changes = {}
+    if ops.cross_entropy_with_grad_ is REFERENCE.cross_entropy_with_grad_:
+        changes["cross_entropy_with_grad_"] = compile_function(cross_entropy_with_grad_)
+    if ops.cross_entropy_stats is REFERENCE.cross_entropy_stats:
+        changes["cross_entropy_stats"] = compile_function(REFERENCE.cross_entropy_stats)
+    if ops.cross_entropy_grad_ is REFERENCE.cross_entropy_grad_:
+        changes["cross_entropy_grad_"] = compile_function(cross_entropy_grad_)
+    return dataclasses.replace(ops, **changes)
+
+
+def cross_entropy_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_offset: int,
+    logsumexp: Tensor,
+    scale: Tensor,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+) -> None:
+    """titan_kernels.reference.cross_entropy_grad_ without its scatter, which a compiler cannot fuse: it would write the
+    gradient in float32 and read it again. Compiled, this reads the logits and writes the gradient, once each."""
+    columns = torch.arange(logits.shape[-1], device=logits.device) + vocab_offset
+    weight = torch.where(labels != ignore_index, scale, 0.0).to(logsumexp.dtype)[:, None]
+    probability = torch.exp(logits.to(logsumexp.dtype) - logsumexp[:, None])
+    gradient = probability * (1.0 + 2.0 * z_loss * logsumexp)[:, None]
+    logits.copy_((gradient - (columns == labels[:, None]).to(gradient.dtype)) * weight)
+
+
+def cross_entropy_with_grad_(
+    logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
+    """titan_kernels.reference.cross_entropy_with_grad_ in a form that a compiler can fuse: one pass over the logits for
+    the statistics, one for the gradient."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logsumexp = torch.logsumexp(wide, -1)
+    hit = torch.arange(logits.shape[-1], device=logits.device) == labels[:, None]
+    target = torch.where(hit, wide, 0.0).sum(-1)
+    loss = torch.where(labels != ignore_index, logsumexp - target + z_loss * logsumexp**2, 0.0)
+    cross_entropy_grad_(logits, labels, 0, logsumexp, scale, ignore_index, z_loss)
+    return loss
