@@ -1,0 +1,137 @@
+"""One step of a config as rank 0 of any world, on fake tensors: nothing is computed, everything is counted."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from titan_fast.compiled_graph import Counter
+from titan_fast.config import Config, MeshDegrees
+from titan_fast.flavors import ModelShape
+from titan_fast.model import Llama
+from titan_fast.ops import Ops
+from titan_fast.optim import build_optimizer, clip_grad_norm_
+from titan_fast.parallel import build_mesh, parallelize, precision
+from titan_fast.step import forward_backward, meta_model, one_over_valid_tokens
+from titan_fast.step_record import Segment, StepRecorder, mark_units, recording
+
+_CPU = torch.device("cpu")
+
+
+@contextmanager
+def fake_world(size: int) -> Iterator[None]:
+    """This process as rank 0 of `size` that never answer; collectives take no time and change nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class FakeBatch:
+    tokens: Tensor
+    labels: Tensor
+
+
+def units_of(model: Llama) -> dict[str, nn.Module]:
+    """The parts of the model that a step goes through in order, by the name they have in reports."""
+    blocks = {f"block {i}": block for i, block in enumerate(model.blocks)}
+    return {"embedding": model.embedding, **blocks, "norm": model.norm, "head": model.head}
+
+
+_COUNTER = Counter()
+
+
+def count_step(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegrees, passes: int) -> list[Segment]:
+    """The segments of a step with `passes` forward and backward passes, in the steady state: optimizer state exists.
+
+    Needs a process group of `degrees`' size. Everything is as on a GPU but for the device's name.
+    """
+    recorder = _COUNTER.recorder = StepRecorder()
+    if config.compile.enable:
+        config = _compiled_by(_COUNTER, config)
+    dtypes = precision(config.training, _CPU)
+    model = meta_model(config, shape, ops)
+    parallelize(model, build_mesh(degrees, _CPU), dtypes, config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device=_CPU)
+        if shape.tied:
+            model.tie()
+        model.init_buffers()
+        mark_units(model, units_of(model), recorder)
+        optimizer = build_optimizer(model, config.optimizer)
+        batches = [_fake_batch(config, shape) for _ in range(passes)]
+        if config.compile.enable:  # compiling leaves traces of its own, so it is over before anything is counted
+            recorder.paused = True
+            forward_backward(model, batches[:1], torch.ones(()))
+            recorder.paused = False
+            recorder.segments.clear()
+            recorder.memory.__init__()
+        _make_state(model, optimizer)
+        _see_what_stays(recorder, model, optimizer, batches)
+        with recording(recorder):
+            _step(recorder, model, optimizer, batches, config, degrees)
+        return recorder.finish()
+
+
+def _compiled_by(backend: Any, config: Config) -> Config:
+    """`config` with another compiler, which has none of Inductor's settings."""
+    compiles: Any = config.compile
+    known = {key.name for key in dataclasses.fields(compiles)}
+    changes = {"backend": backend, "coordinate_descent": False, "max_autotune": False, "cache_folder": None}
+    changes = {name: value for name, value in changes.items() if name in known}
+    return dataclasses.replace(config, compile=dataclasses.replace(compiles, **changes))
+
+
+def _fake_batch(config: Config, shape: ModelShape) -> FakeBatch:
+    size = (config.training.local_batch_size, config.training.seq_len)
+    return FakeBatch(torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64))
+
+
+def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _local(tensors: Any) -> list[Tensor]:
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors if isinstance(t, Tensor)]
+
+
+def _see_what_stays(recorder: StepRecorder, model: nn.Module, optimizer: Any, batches: list[FakeBatch]) -> None:
+    with torch.no_grad():
+        recorder.memory.see(_local(model.parameters()), "parameters")
+        state = [value for entry in optimizer.state.values() for value in entry.values()]
+        recorder.memory.see(_local(state), "optimizer state")
+        recorder.memory.see(list(model.buffers()), "inputs and tables")
+        recorder.memory.see([dataclasses.astuple(batch) for batch in batches], "inputs and tables")
+
+
+def _step(
+    recorder: StepRecorder,
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    batches: list[FakeBatch],
+    config: Config,
+    degrees: MeshDegrees,
+) -> None:
+    recorder.mark("forward", "inputs")
+    scale = one_over_valid_tokens(batches, degrees)
+    loss = forward_backward(model, batches, scale)
+    with torch.no_grad():
+        recorder.memory.see(_local(p.grad for p in model.parameters()), "gradients", override=True)
+    recorder.mark("clip", "all parameters")
+    clip_grad_norm_(model.parameters(), config.training.max_norm, loss)
+    recorder.mark("optimizer", "all parameters")
+    optimizer.step()
+    recorder.mark("end", "")
+    optimizer.zero_grad(set_to_none=True)

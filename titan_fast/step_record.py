@@ -1,0 +1,301 @@
+"""What one step does: every operator with its sizes, in order, and the memory it leaves, by unit of the model.
+
+The step is the real one (titan_fast.step on a parallelized model); this only watches. Under fake tensors it costs a
+few milliseconds per layer, whatever the sizes.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from titan_fast.memory_count import MemoryCounter, Peak
+
+Kind = Literal["gemm", "attention", "memory", "gather", "reduce", "copy_out", "blocking", "tensor", "wait"]
+"""gemm, attention: bound by arithmetic; memory: by bandwidth. gather, reduce: FSDP's collectives, which run beside the
+computation; copy_out: the computation takes what a gather brought; blocking: a collective that is waited for at once;
+tensor, wait: a collective of tensor parallelism and where its result is needed."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks of a collective: `size` of them, `stride` apart."""
+
+    size: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A kernel, or several of a kind (`kernels`)."""
+
+    kind: Kind
+    name: str
+    nbytes: float = 0.0
+    """Read plus written; of a collective, the whole (gathered or unreduced) buffer."""
+    flops: float = 0.0
+    shape: tuple[int, int, int] = (0, 0, 0)
+    """Of a matrix product: rows, columns, inner size."""
+    element_size: int = 2
+    backward: bool = False
+    """Of attention."""
+    group: Group = Group(1, 1)
+    recomputed: bool = False
+    compiled: bool = False
+    kernels: float = 1.0
+
+
+@dataclass
+class Segment:
+    """What happens between two marks: one unit of the model in one phase of one pass."""
+
+    phase: str
+    unit: str
+    batch: int
+    first_event: int
+    operations: list[Operation] = field(default_factory=list)
+    peak: Peak = field(default_factory=lambda: Peak(0.0, {}))
+
+
+_ATEN = torch.ops.aten
+_GEMMS = {_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.addmm_}
+_ATTENTION = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: False,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: True,
+}
+_NO_WORK = {
+    _ATEN.empty,
+    _ATEN.empty_like,
+    _ATEN.empty_strided,
+    _ATEN.new_empty,
+    _ATEN.new_empty_strided,
+    _ATEN.lift_fresh,
+}
+
+
+def operation_of(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Operation | None:
+    """The Operation that a call of an ATen (or other) operator amounts to; None for views and bare allocations."""
+    packet, namespace = func.overloadpacket, func.namespace
+    if packet in _GEMMS:
+        return _gemm(packet, args)
+    if packet in _ATTENTION:
+        return _attention(func.__name__, args, _ATTENTION[packet])
+    if namespace in ("c10d", "_c10d_functional", "_dtensor"):
+        return _collective(func, args, out)
+    if packet in _NO_WORK or namespace in ("prim", "profiler") or func.is_view:
+        return None
+    nbytes = moved_bytes(func, args, kwargs, out)
+    if not nbytes:
+        return None
+    kind: Kind = "copy_out" if str(func) == "fsdp.split_with_sizes_copy.default" else "memory"
+    return Operation(kind, str(packet).removeprefix("aten."), nbytes)
+
+
+def _gemm(packet: Any, args: tuple) -> Operation:
+    left, right = [a for a in args if isinstance(a, Tensor)][-2:]
+    rows, columns, inner = left.shape[-2], right.shape[-1], left.shape[-1]
+    batch = left.shape[0] if left.dim() == 3 else 1
+    shape, size = (rows * batch, columns, inner), left.element_size()
+    nbytes = size * batch * (rows * inner + inner * columns + rows * columns)
+    return Operation("gemm", packet.__name__, nbytes, 2.0 * batch * rows * columns * inner, shape, size)
+
+
+def _attention(name: str, args: tuple, backward: bool) -> Operation:
+    """Causal attention does half of the products; its backward pass two and a half times the forward's."""
+    q, k = args[1:3] if backward else args[:2]
+    flops = 2.0 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3] * (2.5 if backward else 1.0)
+    return Operation("attention", name, flops=flops, element_size=q.element_size(), backward=backward)
+
+
+def attention_workspace(args: tuple) -> int:
+    """Bytes that FlashAttention-2's backward takes and gives back: dq summed in float32, and with grouped queries dk
+    and dv of every query head (flash_api.cpp, mha_bwd). The CPU operator that stands for it has none."""
+    q, k = args[1:3]
+    expanded = 2 * q.numel() * q.element_size() if q.shape[1] != k.shape[1] else 0
+    return 4 * q.numel() + expanded
+
+
+def _group(name_or_group: Any) -> Group:
+    if isinstance(name_or_group, str):
+        group = dist.distributed_c10d._resolve_process_group(name_or_group)  # type: ignore[arg-type]
+    else:
+        group = dist.ProcessGroup.unbox(name_or_group)
+    ranks = dist.get_process_group_ranks(group)
+    return Group(len(ranks), ranks[1] - ranks[0] if len(ranks) > 1 else 1)
+
+
+def _collective(func: Any, args: tuple, out: Any) -> Operation | None:
+    name = func.overloadpacket.__name__
+    if name == "wait_tensor":
+        return Operation("wait", name)
+    groups = [a for a in args if isinstance(a, (str, torch.ScriptObject))]
+    groups = [a for a in groups if not isinstance(a, str) or a not in ("sum", "max", "avg")]
+    if not groups:
+        return None
+    group = next((found for found in map(_try_group, groups) if found is not None), None)
+    if group is None or group.size == 1:
+        return None
+    largest = max((t.numel() * t.element_size() for t in tree_iter((args, out)) if isinstance(t, Tensor)), default=0)
+    kinds: dict[str, Kind] = {"_allgather_base_": "gather", "_reduce_scatter_base_": "reduce", "allreduce_": "blocking"}
+    return Operation(kinds.get(name, "tensor"), name, float(largest), group=group)
+
+
+def _try_group(candidate: Any) -> Group | None:
+    try:
+        return _group(candidate)
+    except (RuntimeError, TypeError, ValueError, KeyError):
+        return None  # a ScriptObject of another kind, as a reduction
+
+
+def accessed(tensor: Tensor) -> int:
+    """Bytes of memory behind a tensor, once each: an expanded one is small."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def moved_bytes(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> float:
+    """Bytes that an operator reads and writes: arguments once, what it changes or returns once more."""
+    read, written, known = 0, 0, set()
+    for argument, value in zip(func._schema.arguments, _in_order(func, args, kwargs), strict=False):
+        for tensor in tree_iter(value):
+            if isinstance(tensor, Tensor):
+                changed = argument.alias_info is not None and argument.alias_info.is_write
+                written += accessed(tensor) if changed else 0
+                only_written = changed and argument.is_out
+                read += 0 if only_written else accessed(tensor)
+                known.add(tensor.untyped_storage()._cdata)
+    for tensor in tree_iter(out):
+        if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
+            written += accessed(tensor)
+    if written == 0:
+        return 0.0  # a view
+    if func.overloadpacket is _ATEN.embedding:
+        read = written  # the rows that are looked up, not the table
+    return float(read + written)
+
+
+def _in_order(func: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[Any]:
+    for position, argument in enumerate(func._schema.arguments):
+        yield args[position] if position < len(args) else kwargs.get(argument.name)
+
+
+class StepRecorder(TorchDispatchMode):
+    """Enter it around a step; mark where units and phases begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = MemoryCounter()
+        self.segments: list[Segment] = []
+        self.batch = 0
+        self.paused = False
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Without this, Dynamo would leave every frame under the mode uncompiled."""
+        return True
+
+    def mark(self, phase: str, unit: str) -> None:
+        """What follows belongs to `unit` in `phase`."""
+        if phase == "backward" and self.memory.phase == "forward":
+            self.memory.keep()
+        self.memory.phase, self.memory.unit = phase, unit
+        self.segments.append(Segment(phase, unit, self.batch, len(self.memory.events)))
+
+    def add(self, operation: Operation) -> None:
+        if self.segments:
+            self.segments[-1].operations.append(operation)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # seen again as what it does to local tensors
+        out = func(*args, **kwargs)
+        if not self.paused and func.namespace != "prim":
+            self._record(func, args, kwargs, out)
+        return out
+
+    def _record(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        memory = self.memory
+        memory.see((args, kwargs))
+        memory.see(out)
+        if func.namespace in ("fsdp", "c10d"):
+            self._label_fsdp(str(func), args, kwargs, out)
+        elif func.namespace == "_c10d_functional":
+            memory.see((args, out), "collective buffers")
+        if _ATTENTION.get(func.overloadpacket):
+            memory.pulse(attention_workspace(args))
+        operation = operation_of(func, args, kwargs, out)
+        if operation is not None:
+            backward = self.segments and self.segments[-1].phase == "backward"
+            self.add(replace(operation, recomputed=bool(backward and torch.is_grad_enabled())))
+
+    def _label_fsdp(self, name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        if name == "fsdp.split_with_sizes_copy.default":
+            self.memory.see(kwargs["out"], "unsharded parameters")
+        elif name == "fsdp.chunk_cat.default":
+            self.memory.see(args[0], "gradients")
+        self.memory.see((args, kwargs, out), "collective buffers")
+
+    def finish(self) -> list[Segment]:
+        """The segments, each with its fullest moment."""
+        ends = [segment.first_event for segment in self.segments[1:]] + [len(self.memory.events)]
+        for segment, end in zip(self.segments, ends, strict=True):
+            segment.peak = self.memory.peak(segment.first_event, end)
+        return self.segments
+
+
+class _Mark(torch.autograd.Function):
+    """The identity; its backward pass says that the backward pass of a unit begins."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, recorder: StepRecorder, unit: str) -> Tensor:
+        ctx.recorder, ctx.unit = recorder, unit
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        segments = ctx.recorder.segments
+        if not (segments[-1].phase == "backward" and segments[-1].unit == ctx.unit):
+            ctx.recorder.mark("backward", ctx.unit)
+        return gradients[0], None, None
+
+
+def mark_units(model: nn.Module, units: dict[str, nn.Module], recorder: StepRecorder) -> None:
+    """Makes every call of a unit mark its forward and, later, its backward pass. Outside of all hooks, FSDP's too, so
+    that what they do counts as the unit's; and outside of what is compiled."""
+    for name, unit in units.items():
+        unit.__class__ = _marking(type(unit))
+        unit.mark_as = recorder, name  # type: ignore[assignment]
+
+
+@functools.cache
+def _marking(kind: type[nn.Module]) -> type[nn.Module]:
+    """One class for all units of a kind, or each would be compiled by itself."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        recorder, name = self.mark_as
+        recorder.mark("forward", name)
+        return _marked(kind.__call__(self, *args, **kwargs), recorder, name)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _marked(out: Any, recorder: StepRecorder, unit: str) -> Any:
+    if isinstance(out, tuple):
+        return tuple(_marked(item, recorder, unit) for item in out)
+    if isinstance(out, Tensor) and out.requires_grad:
+        return _Mark.apply(out, recorder, unit)
+    return out
+
+
+@contextmanager
+def recording(recorder: StepRecorder) -> Iterator[None]:
+    with recorder.memory.watching_resizes(), recorder:
+        yield
