@@ -1,6 +1,6 @@
 """Memory against recomputation: what each block keeps for its backward pass and what it computes again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,52 +12,64 @@ from titan_fast.model import Block, Llama
 
 _aten = torch.ops.aten
 
-MATRIX_PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default})
-ATTENTION = frozenset(
+_PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default})
+_PRODUCTS_OF_A_BLOCK = 5
+"""qkv, attention output, gate, up, down. The result of the last one goes into the block's output alone: nothing in the
+block's backward pass reads it, so to keep it would be waste, and torch stops a recomputation before it."""
+_ATTENTION = frozenset(
     {
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
         _aten._scaled_dot_product_fused_attention_overrideable.default,
+        _aten.bmm.default,  # attention by its formula, where no fused one takes the inputs
     }
 )
-# Communication of tensor parallelism: to repeat it costs more than to keep its result.
-COLLECTIVES = frozenset(
+# What tensor parallelism sends between ranks and is small: to repeat it costs more than to keep its result. The
+# gathered sequence is not small, and is gathered again.
+_COLLECTIVES = frozenset(
     {
         torch.ops._c10d_functional.reduce_scatter_tensor.default,
         torch.ops._c10d_functional.all_reduce.default,
     }
 )
-"""Norms, rotary embedding and SwiGLU, ours or torch's, are in no list: they are cheap to repeat."""
+# Norms, rotary embedding and SwiGLU, torch's or titan_kernels', are in no list: every policy repeats them.
 
 Policy = Callable[..., CheckpointPolicy]
 
 
-def every_second_matrix_product() -> Policy:
-    """Keeps attention outputs and every second matrix product: `selective` with "op"."""
-    seen = {False: 0, True: 0}  # forward, recomputation: both count alike, or they would keep different products
+def _keeping(products: Iterable[int]) -> Policy:
+    """Keeps attention outputs and the products with these numbers, counted from 1 in the order of the block.
+
+    A forward pass and its recomputation are counted apart, both from 1, so that both mean the same products."""
+    kept, seen = frozenset(products), {False: 0, True: 0}
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in MATRIX_PRODUCTS:
+        if op in _PRODUCTS:
             seen[context.is_recompute] += 1
-            keep = seen[context.is_recompute] % 2 == 1
+            keep = seen[context.is_recompute] in kept
         else:
-            keep = op in ATTENTION or op in COLLECTIVES
+            last = seen[context.is_recompute] >= _PRODUCTS_OF_A_BLOCK
+            keep = op in _ATTENTION or (op in _COLLECTIVES and not last)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy
 
 
+def every_second_product() -> Policy:
+    """`selective` with "op": attention output, qkv and gate are kept; the attention's projection and up run again."""
+    return _keeping(range(1, _PRODUCTS_OF_A_BLOCK, 2))
+
+
 def all_but_pointwise() -> Policy:
-    """Keeps every matrix product and attention output: norms, rotary embedding and SiLU x mul run again, no matrix
-    product does."""
-    kept = MATRIX_PRODUCTS | ATTENTION | COLLECTIVES
+    """`pointwise`: norms, rotary embedding and SiLU x mul run again, no matrix product does."""
+    return _keeping(range(1, _PRODUCTS_OF_A_BLOCK))
 
-    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return policy
+def attention_alone() -> Policy:
+    """`full` where attention must not run again."""
+    return _keeping(())
 
 
 def checkpoint_block(block: Block, make_policy: Callable[[], Policy] | None = None) -> None:
@@ -76,26 +88,34 @@ def checkpoint_block(block: Block, make_policy: Callable[[], Policy] | None = No
     block.forward = forward  # type: ignore[method-assign]
 
 
-def check(settings: config.ActivationCheckpoint, compiles: bool) -> None:
-    """ConfigError where the mode cannot work."""
+def check(settings: config.ActivationCheckpoint, compiles: bool, n_layers: int) -> None:
+    """ConfigError where the mode cannot work, or would do nothing."""
     if settings.mode == "memory_budget" and not compiles:
         raise ConfigError(
             "activation_checkpoint.mode 'memory_budget' is the compiler's choice, and compile.enable is False",
             "enable compile, or take pointwise, selective or full",
         )
+    option = settings.selective_ac_option
+    if settings.mode == "selective" and option != "op" and int(option) > n_layers:
+        raise ConfigError(
+            f"activation_checkpoint.selective_ac_option {option} is more than the model's {n_layers} blocks, so that "
+            "none would be checkpointed",
+            "lower it, or take mode none",
+        )
 
 
-def apply(model: Llama, settings: config.ActivationCheckpoint) -> None:
-    """Applies `[activation_checkpoint]` to every block."""
-    if settings.mode == "memory_budget":
-        torch._functorch.config.activation_memory_budget = settings.memory_budget
-        return
+def apply(model: Llama, settings: config.ActivationCheckpoint, keeps_attention: bool = False) -> None:
+    """Applies `[activation_checkpoint]` to every block. keeps_attention: whole blocks, too, keep attention's output."""
+    import torch._functorch.config as functorch
+
+    functorch.activation_memory_budget = settings.memory_budget if settings.mode == "memory_budget" else 1.0
+    whole = attention_alone if keeps_attention else None
     for i, block in enumerate(model.blocks):
         if settings.mode == "full":
-            checkpoint_block(block)
+            checkpoint_block(block, whole)
         elif settings.mode == "pointwise":
             checkpoint_block(block, all_but_pointwise)
         elif settings.mode == "selective" and settings.selective_ac_option == "op":
-            checkpoint_block(block, every_second_matrix_product)
+            checkpoint_block(block, every_second_product)
         elif settings.mode == "selective" and (i + 1) % int(settings.selective_ac_option) == 0:
-            checkpoint_block(block)
+            checkpoint_block(block, whole)

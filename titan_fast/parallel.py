@@ -98,7 +98,10 @@ def parallelize(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Con
     """Makes a meta-device model this rank's part of it, in place. Give it memory and values after this."""
     if mesh["tensor"].size() > 1:
         apply_tensor_parallel(model, mesh["tensor"], settings.parallelism.enable_async_tensor_parallel)
-    activation_checkpoint.apply(model, settings.activation_checkpoint)
+    # To run attention again, torch.compile would keep the CPU's random state for it, and 2.13 mixes that up with the
+    # DeviceMesh that it keeps for DTensor gradients. CUDA's random state is kept another way.
+    keeps_attention = settings.compile.enable and mesh["tensor"].size() > 1 and mesh.device_type == "cpu"
+    activation_checkpoint.apply(model, settings.activation_checkpoint, keeps_attention)
     if settings.compile.enable:
         compilation.compile_model(model, settings.compile)
     if uses_fsdp(settings, mesh.size(), dtypes):

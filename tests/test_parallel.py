@@ -1,0 +1,357 @@
+"""Every layout of processes trains the same model: loss, gradient norm and weights against one process."""
+
+import dataclasses
+import math
+import warnings
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from shapes import LLAMA3
+from small_runs import Trace, build, config_of, own_batches, train
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from worlds import Task, World, results, run_world
+
+from titan_fast import parallel, step
+from titan_fast.config import mesh_degrees
+from titan_fast.errors import ConfigError
+from titan_fast.flavors import ModelShape
+from titan_fast.model import Llama
+from titan_fast.optim import clip_grad_norm_
+
+# 131 rows of embedding and head divide by no degree; TIED's head is its embedding.
+ODD = dataclasses.replace(LLAMA3, vocab_size=131)
+TIED = dataclasses.replace(ODD, tied=True)
+SHAPES = {"llama3": LLAMA3, "odd vocabulary": ODD, "tied": TIED}
+
+
+def mesh(replicate: int, shard: int, tensor: int) -> dict[str, Any]:
+    return {
+        "parallelism.data_parallel_replicate_degree": replicate,
+        "parallelism.data_parallel_shard_degree": shard,
+        "parallelism.tensor_parallel_degree": tensor,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A way of training that must agree with one process, within `bound` relative at every step."""
+
+    name: str
+    world: int
+    bound: float
+    options: dict[str, Any]
+    shape: str = "llama3"
+    passes: int = 1
+    steps: int = 20
+
+    @property
+    def task(self) -> Task:
+        return Task(self.name, train, (SHAPES[self.shape], self.options, self.passes, self.steps))
+
+
+TRITON = {f"kernels.{operator}": "triton" for operator in ("rms_norm", "rope", "swiglu", "cross_entropy")}
+INDUCTOR = {"compile.enable": True}
+# What torch.compile does but generating code, which is the same for every layout and slow.
+TRACED = {"compile.enable": True, "compile.backend": "aot_eager"}
+RESHARD = "parallelism.fsdp_reshard_after_forward"
+
+REFERENCES = [Layout(shape, 1, 0.0, mesh(1, 1, 1), shape) for shape in SHAPES]
+LAYOUTS = [
+    Layout("2 passes", 1, 1e-6, mesh(1, 1, 1), passes=2),
+    Layout("4 passes", 1, 1e-6, mesh(1, 1, 1), passes=4),
+    Layout("compiled", 1, 1e-5, mesh(1, 1, 1) | INDUCTOR),
+    Layout("triton", 1, 1e-5, mesh(1, 1, 1) | TRITON, steps=2),  # the interpreter takes seconds a step
+    Layout("FSDP 2", 2, 1e-6, mesh(1, 2, 1)),
+    Layout("FSDP 2, tied", 2, 1e-6, mesh(1, 2, 1), "tied"),
+    Layout("FSDP 2, 4 passes", 2, 1e-6, mesh(1, 2, 1), passes=4),
+    Layout("FSDP 2, always reshard", 2, 1e-6, mesh(1, 2, 1) | {RESHARD: "always"}),
+    Layout("FSDP 2, never reshard", 2, 1e-6, mesh(1, 2, 1) | {RESHARD: "never"}),
+    Layout("FSDP 2, offload", 2, 1e-6, mesh(1, 2, 1) | {"training.enable_cpu_offload": True}),
+    Layout("TP 2", 2, 1e-5, mesh(1, 1, 2)),
+    Layout("TP 2, odd vocabulary", 2, 1e-5, mesh(1, 1, 2), "odd vocabulary"),
+    Layout("TP 2, carried residual", 2, 1e-5, mesh(1, 1, 2) | {"kernels.carry_residual": True}),
+    Layout("TP 2, traced, pointwise", 2, 1e-5, mesh(1, 1, 2) | TRACED | {"activation_checkpoint.mode": "pointwise"}),
+    Layout("TP 2, triton", 2, 1e-5, mesh(1, 1, 2) | TRITON, steps=2),
+    Layout("FSDP 4", 4, 1e-6, mesh(1, 4, 1)),
+    Layout("FSDP 4, odd vocabulary", 4, 1e-6, mesh(1, 4, 1), "odd vocabulary"),
+    Layout("FSDP 2 x TP 2", 4, 1e-5, mesh(1, 2, 2)),
+    Layout("FSDP 2 x TP 2, tied", 4, 1e-5, mesh(1, 2, 2), "tied"),
+    Layout("HSDP 2 x 2", 4, 1e-5, mesh(2, 2, 1)),
+    Layout("HSDP 2 x 2, 2 passes", 4, 1e-5, mesh(2, 2, 1), passes=2),
+    Layout("HSDP 2 x 1 x TP 2", 4, 1e-5, mesh(2, 1, 2)),
+]
+
+
+# Probes: what a layout does inside, and what it does when something is broken on purpose.
+
+
+def one_gradient(world: World, model: Llama, options: dict[str, Any]) -> Tensor:
+    """The gradient's norm after one forward and backward pass; gradients stay in the parameters."""
+    degrees = mesh_degrees(config_of(options).parallelism, world.size)
+    config = config_of(options, degrees.data)
+    batches = own_batches(config, world, 0, model.shape.vocab_size)
+    loss = step.forward_backward(model, batches, step.one_over_valid_tokens(batches, degrees))
+    return clip_grad_norm_(model.parameters(), 0.0, loss)
+
+
+def local(tensor: Tensor | None) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else torch.as_tensor(tensor)
+
+
+def broken_norm(world: World, options: dict[str, Any], breakage: str) -> float:
+    """The gradient norm of the first step with a part of the machinery taken out."""
+    model = build(config_of(options), LLAMA3, world)
+    if breakage == "divide factor":
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(2.0)
+    whole, step.finish_gradients = step.finish_gradients, step.finish_gradients
+    if breakage == "norm gradients":
+        step.finish_gradients = lambda model: None
+    try:
+        return one_gradient(world, model, options).item()
+    finally:
+        step.finish_gradients = whole
+
+
+class Collectives(TorchDispatchMode):
+    """Notes the collectives, with the dtype of what is sent, and whatever else is noted by hand, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function)
+        if name.startswith("c10d."):
+            tensors = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)]
+            self.log.append((name.split(".")[1].strip("_"), tensors[-1].dtype))
+        return function(*args, **(kwargs or {}))
+
+
+def gathers_and_blocks(world: World) -> list[Any]:
+    """One step's all-gathers and the starts of blocks, forward and backward, in the order they happen."""
+    options = mesh(1, 2, 1) | {RESHARD: "always"}
+    model = build(config_of(options), dataclasses.replace(LLAMA3, n_layers=4), world)
+    one_gradient(world, model, options)  # FSDP sets itself up in the first step
+    with Collectives() as seen:
+        for i, block in enumerate(model.blocks):
+            block.attention.register_forward_pre_hook(lambda *_, i=i: seen.log.append(f"forward {i}"))
+            block.feed_forward.register_full_backward_hook(lambda *_, i=i: seen.log.append(f"backward {i}"))
+        one_gradient(world, model, options)
+    return [x if isinstance(x, str) else x[0] for x in seen.log if isinstance(x, str) or "allgather" in x[0]]
+
+
+def reduced_dtypes(world: World, reduce: str) -> tuple[set[torch.dtype], set[torch.dtype], set[torch.dtype]]:
+    """(dtypes sent by gradient reduction, dtypes of gathered parameters, dtypes of the gradients left)."""
+    options = mesh(1, 2, 1) | {
+        "training.mixed_precision_param": "bfloat16", "training.mixed_precision_reduce": reduce
+    }  # fmt: skip
+    model = build(config_of(options), LLAMA3, world)
+    with Collectives() as seen:
+        one_gradient(world, model, options)
+    sent = {name: {dtype for n, dtype in seen.log if n.startswith(name)} for name in ("reduce_scatter", "allgather")}
+    return sent["reduce_scatter"], sent["allgather"], {p.grad.dtype for p in model.parameters() if p.grad is not None}
+
+
+def bfloat16_norm_gradients(world: World) -> tuple[bool, bool]:
+    """(each norm's gradient is exactly the float32 sum of the ranks' own, some of those sums need more than bfloat16)
+    under tensor parallelism in bfloat16."""
+    options = mesh(1, 1, 2) | {"training.mixed_precision_param": "bfloat16"}
+    model = build(config_of(options), LLAMA3, world)
+    own: list[Tensor] = []
+
+    def finish(model: Llama) -> None:
+        own.extend(local(n.weight.grad).clone() for n in model.modules() if isinstance(n, parallel.Norm))
+        parallel.finish_gradients(model)
+
+    step.finish_gradients = finish
+    try:
+        one_gradient(world, model, options)
+    finally:
+        step.finish_gradients = parallel.finish_gradients
+    found = [local(n.weight.grad) for n in model.modules() if isinstance(n, parallel.Norm)]
+    exact, wide = True, False
+    for mine, total in zip(own, found, strict=True):
+        parts = [torch.empty_like(mine) for _ in range(world.size)]
+        dist.all_gather(parts, mine)
+        exact &= total.dtype == torch.float32 and torch.equal(total, sum(parts, torch.zeros_like(mine)))
+        wide |= not torch.equal(total, total.bfloat16().float())
+    return exact, wide
+
+
+def warnings_of_a_step(world: World) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        options = mesh(1, 2, 2)
+        one_gradient(world, build(config_of(options), LLAMA3, world), options)
+    return [str(w.message) for w in seen]
+
+
+class LiveBytes(TorchDispatchMode):
+    """The largest sum of memory that tensors made under it held at any one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.live:
+                    self.live[storage._cdata] = storage.nbytes()
+                    self.peak = max(self.peak, sum(self.live.values()))
+                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        return result
+
+
+def peak_of_building(world: World, options: dict[str, Any]) -> tuple[int, int, int]:
+    """(most bytes held while the model is built, bytes of the whole model, bytes of its largest parameter)."""
+    shape = dataclasses.replace(LLAMA3, n_layers=12)
+    with LiveBytes() as memory:
+        model = build(config_of(options), shape, world)
+    sizes = [4 * math.prod(p.shape) for p in model.parameters()]
+    return memory.peak, sum(sizes), max(sizes)
+
+
+PROBES: dict[int, list[Task]] = {
+    1: [Task("building, 1", peak_of_building, (mesh(1, 1, 1),))],
+    2: [
+        Task("whole", broken_norm, (mesh(1, 2, 1), "nothing")),
+        Task("wrong divide factor", broken_norm, (mesh(1, 2, 1), "divide factor")),
+        Task("missing all-reduce", broken_norm, (mesh(1, 1, 2), "norm gradients")),
+        Task("order", gathers_and_blocks),
+        Task("float32 reduction", reduced_dtypes, ("float32",)),
+        Task("bfloat16 reduction", reduced_dtypes, ("bfloat16",)),
+        Task("norms in bfloat16", bfloat16_norm_gradients),
+    ],
+    4: [
+        Task("building", peak_of_building, (mesh(1, 4, 1),)),
+        Task("warnings", warnings_of_a_step),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """Everything that needs processes, in one world of each size."""
+    found: dict[str, list[Any]] = {}
+    for size in (1, 2, 4):
+        tasks = [layout.task for layout in REFERENCES + LAYOUTS if layout.world == size] + PROBES[size]
+        found |= run_world(size, tasks, tmp_path_factory.mktemp(f"world{size}"))
+    return found
+
+
+def worst(found: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected[: len(found)], strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_layout_agrees_with_one_process(runs: dict[str, list[Any]], layout: Layout) -> None:
+    expected: Trace = results(runs, layout.shape)[0]
+    found: list[Trace] = results(runs, layout.name)
+    assert all(other.norms == found[0].norms and other.losses == found[0].losses for other in found)
+    assert worst(found[0].losses, expected.losses) <= layout.bound
+    assert worst(found[0].norms, expected.norms) <= layout.bound
+    assert found[0].first.keys() == expected.first.keys()
+    for name, value in expected.first.items():
+        assert torch.equal(found[0].first[name], value), f"{name} starts elsewhere"
+    assert len(found[0].losses) == layout.steps
+    for name, value in expected.clipped.items() if layout.steps == len(expected.losses) else ():
+        # 20 steps on: bounds are for sums over a tensor, single elements near zero may differ by more.
+        assert (found[0].clipped[name] - value).norm() <= 20 * layout.bound * value.norm(), name
+        assert (found[0].last[name] - expected.last[name]).norm() <= 20 * layout.bound * expected.last[name].norm(), (
+            name
+        )
+
+
+def test_a_broken_layout_is_seen(runs: dict[str, list[Any]]) -> None:
+    """The matrix above would notice: a gradient divided by too much, and norms whose gradients are not summed."""
+    expected: float = results(runs, "llama3")[0].norms[0]
+    assert results(runs, "whole")[0] == pytest.approx(expected, rel=1e-6)
+    assert results(runs, "wrong divide factor")[0] == pytest.approx(expected / 2, rel=1e-5)
+    assert abs(results(runs, "missing all-reduce")[0] / expected - 1) > 1e-4
+
+
+def test_units_are_gathered_one_ahead(runs: dict[str, list[Any]]) -> None:
+    log = results(runs, "order")[0]
+    gathers = {entry: log[: i + 1].count("allgather_base") for i, entry in enumerate(log) if entry != "allgather_base"}
+    # Forward: the embedding's, this block's and the next unit's parameters are under way when block i begins to attend.
+    assert [gathers[f"forward {i}"] for i in range(4)] == [3, 4, 5, 6], log
+    # Backward, from the head down: block i's own and block i - 1's have been asked for when block i begins.
+    assert [gathers[f"backward {i}"] for i in (3, 2, 1, 0)] == [9, 10, 11, 12], log
+
+
+@pytest.mark.parametrize("reduce", ["float32", "bfloat16"])
+def test_bfloat16_parameters_are_reduced_as_asked(runs: dict[str, list[Any]], reduce: str) -> None:
+    reduced, gathered, gradients = results(runs, f"{reduce} reduction")[0]
+    assert reduced == {getattr(torch, reduce)}
+    assert gathered == {torch.bfloat16}
+    assert gradients == {torch.float32}
+
+
+def test_norm_gradients_are_summed_in_float32(runs: dict[str, list[Any]]) -> None:
+    for exact, wide in results(runs, "norms in bfloat16"):
+        assert exact and wide
+
+
+def test_no_rank_holds_the_whole_model(runs: dict[str, list[Any]]) -> None:
+    for peak, whole, largest in results(runs, "building"):
+        # Its shard, and one whole parameter at a time in two copies (before and after it is cut).
+        assert peak <= whole / 4 + 3 * largest + 2**14 < whole / 2
+    peak, whole, _ = results(runs, "building, 1")[0]
+    assert peak >= whole  # the measure sees a model that is held whole
+
+
+def test_fsdp_does_not_litter_the_log(runs: dict[str, list[Any]]) -> None:
+    for messages in results(runs, "warnings"):
+        assert not [m for m in messages if "FSDP" in m], messages
+
+
+# Bad input.
+
+
+def refusal(options: dict[str, Any], world_size: int, shape: ModelShape = LLAMA3) -> str:
+    config = config_of(options)
+    with pytest.raises(ConfigError) as caught:
+        degrees = mesh_degrees(config.parallelism, world_size)
+        parallel.check(config, shape, degrees, torch.device("cpu"))
+    return str(caught.value)
+
+
+def test_a_world_that_the_mesh_cannot_fill() -> None:
+    sentence = refusal(mesh(2, 3, 2), 8)
+    assert "2 x" in sentence and "3 x" in sentence and "= 12" in sentence and "8 processes" in sentence
+    assert "3 processes" in refusal(mesh(1, -1, 2), 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor", "numbers"),
+    [
+        ({}, 3, "n_heads 8 is not divisible by tensor_parallel_degree 3"),
+        ({}, 4, "n_kv_heads 2 is not divisible by tensor_parallel_degree 4"),
+        ({"ffn_dim": 97}, 2, "ffn_dim 97 is not divisible by tensor_parallel_degree 2"),
+    ],
+)
+def test_a_degree_that_does_not_divide(changes: dict[str, int], tensor: int, numbers: str) -> None:
+    assert numbers in refusal(mesh(1, 1, tensor), tensor, dataclasses.replace(LLAMA3, **changes))
+
+
+def test_a_sequence_that_does_not_divide() -> None:
+    sentence = refusal(mesh(1, 1, 2) | {"training.seq_len": 15}, 2)
+    assert "training.seq_len 15 is not divisible by tensor_parallel_degree 2" in sentence
+
+
+def test_asynchronous_tensor_parallelism_where_it_cannot_work() -> None:
+    option = {"parallelism.enable_async_tensor_parallel": True}
+    assert "a tensor_parallel_degree above 1 and compile.enable and CUDA" in refusal(mesh(1, 1, 1) | option, 1)
+    assert "without CUDA" in refusal(mesh(1, 1, 2) | option | {"compile.enable": True}, 2)
