@@ -60,6 +60,11 @@ def _forward_launch(width: int, dtype: torch.dtype, weight_dtype: torch.dtype, e
     )
 
 
+def _backward_warps(block: int) -> int:
+    """8 elements per thread in narrow rows, where 16 spill on sm_100; 16 in rows of 4096 columns and more."""
+    return min(max(block // 512, min(block // 256, 8), 1), 16)
+
+
 @cache
 def _backward_launch(width: int, dtype: torch.dtype, weight_dtype: torch.dtype, add: bool, emit: bool) -> Launch:
     """`add`: the residual's gradient is added; `emit`: the normalised output is written again."""
@@ -79,7 +84,7 @@ def _backward_launch(width: int, dtype: torch.dtype, weight_dtype: torch.dtype, 
         },
         constexprs={"WIDTH": width, "ADD": add, "EMIT": emit, "BLOCK": block}
         | ({"STAGES": 2} if whole else {"ROWS": _WIDE_ROWS}),
-        num_warps=min(max(block // 512, 1), 16) if whole else 16,
+        num_warps=_backward_warps(block) if whole else 16,
         aligned=_aligned(width, "DY S WEIGHT SCALE DRESIDUAL DS Y PARTIALS", "dy_stride s_stride dresidual_stride"),
     )
 
