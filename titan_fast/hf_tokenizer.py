@@ -9,11 +9,18 @@ from typing import Any
 
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from titan_fast.tokenizer import LLAMA3_SPLIT, Tokenizer, llama3_special_tokens, read_ranks
 
 CONFIG = "tokenizer_config.json"
+
+_SPACE = "\u2581"  # sentencepiece's symbol for a space
+_PROBES = (
+    "The quick brown fox's 12345 jumps,\n\tover   the lazy dog.\r\n", " begins and ends ", "  ", "a",
+    "na\u00efve \ufb01 e\u0301 \u00bd \u2122 \u3000 \u00a0 \u65e5\u672c\u8a9e \U0001f389",
+    "def f(x):\n    return {x: [x] * 10}\n",
+)  # fmt: skip
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> str:
@@ -21,7 +28,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> str
     sentencepiece's space symbol differs, which transformers reads as a space."""
     common = {"model_max_length": max_seq_len, "clean_up_tokenization_spaces": False}
     if tokenizer.kind == "sentencepiece":
-        return _write_sentencepiece(tokenizer.path, folder, common)
+        return _write_sentencepiece(tokenizer, folder, common)
     if tokenizer.kind == "tiktoken":
         return _write_ranks(tokenizer.path, folder, common)
     shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
@@ -41,21 +48,66 @@ def _write_config(folder: Path, content: Mapping[str, Any]) -> None:
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_sentencepiece(path: Path, folder: Path, common: dict[str, Any]) -> str:
+def _write_sentencepiece(tokenizer: Tokenizer, folder: Path, common: dict[str, Any]) -> str:
+    """The file itself, and a tokenizer.json of it where that comes to the same ids: it does for byte-pair models that
+    do not normalise, as Llama 2's and those trained here. (transformers' own reading of the file loses a space at the
+    beginning of a text.)"""
     processor = sentencepiece.SentencePieceProcessor()
-    processor.Load(str(path))
-    shutil.copyfile(path, folder / "tokenizer.model")
-    names = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
-    # Whether the model puts a space before the text is in the file; transformers wants to be told.
-    adds_space = processor.id_to_piece(processor.encode("a")[:1])[0].startswith("\u2581")
-    _write_config(
-        folder,
-        common
-        | {key: processor.id_to_piece(id) for key, id in names.items() if id >= 0}
-        | {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": adds_space}
-        | {"add_bos_token": True, "add_eos_token": False, "sp_model_kwargs": {}},
+    processor.Load(str(tokenizer.path))
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+    common = common | {key: processor.id_to_piece(id) for key, id in ids.items() if id >= 0}
+    made = _from_sentencepiece(processor)
+    if all(made.encode(text, add_special_tokens=False).ids == tokenizer.encode(text) for text in _PROBES):
+        made.save(str(folder / "tokenizer.json"))
+        _write_config(folder, common | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        return "tokenizer: the sentencepiece model, copied, and a tokenizer.json made from it"
+    _write_config(folder, common | {"tokenizer_class": "LlamaTokenizer", "legacy": False})
+    return (
+        "tokenizer: the sentencepiece model, copied; it is no byte-pair model without normalisation, so transformers "
+        "may give other ids than were trained on"
     )
-    return "tokenizer: the sentencepiece model, copied, for transformers' LlamaTokenizer"
+
+
+def _from_sentencepiece(processor: sentencepiece.SentencePieceProcessor) -> tokenizers.Tokenizer:
+    """Byte-pair pieces and scores as vocabulary and merges: of all neighbours, sentencepiece joins those whose piece
+    has the highest score, the leftmost first."""
+    pieces = [processor.id_to_piece(id) for id in range(processor.vocab_size())]
+    controls = [piece for id, piece in enumerate(pieces) if processor.is_control(id) or processor.is_unknown(id)]
+    marked = {id for id in range(len(pieces)) if processor.is_byte(id) or processor.is_unused(id)}
+    joined = {piece: id for id, piece in enumerate(pieces) if id not in marked and piece not in controls}
+    merges = [
+        (-processor.get_score(id), id, joined[piece[:cut]], joined[piece[cut:]])
+        for piece, id in joined.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in joined and piece[cut:] in joined
+    ]
+    made = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={piece: id for id, piece in enumerate(pieces)},
+            merges=[(pieces[left], pieces[right]) for *_, left, right in sorted(merges)],
+            unk_token=processor.id_to_piece(processor.unk_id()),
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    steps: list[Any] = [normalizers.Replace(" ", _SPACE)]
+    undo: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if processor.id_to_piece(processor.encode("a")[:1])[0].startswith(_SPACE):
+        steps.insert(0, normalizers.Prepend(_SPACE))
+        undo.append(decoders.Strip(" ", 1, 0))
+    made.normalizer = normalizers.Sequence(steps)
+    made.decoder = decoders.Sequence(undo)
+    made.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in controls])
+    if processor.bos_id() >= 0:
+        made.post_processor = _bos_first(pieces[processor.bos_id()], processor.bos_id())
+    return made
+
+
+def _bos_first(bos: str, bos_id: int) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
+    )
 
 
 def _write_ranks(path: Path, folder: Path, common: dict[str, Any]) -> str:
@@ -82,9 +134,7 @@ def _write_ranks(path: Path, folder: Path, common: dict[str, Any]) -> str:
     special = llama3_special_tokens(len(ranks))
     tokenizer.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in special])
     bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, special[bos])]
-    )
+    tokenizer.post_processor = _bos_first(bos, special[bos])
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_config(folder, common | {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos})
     return "tokenizer: a tokenizer.json made from the rank file"
