@@ -1,0 +1,558 @@
+"""Kills, signals, full disks, NaNs, hangs, slow ranks, two runs at once: what follows each, by breaking real runs."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import runs
+import torch
+
+from titan_fast import guard, loop, manifest, watchdog
+from titan_fast.canary import check_compiled_gradients
+from titan_fast.checkpoint import tensors_of
+from titan_fast.config import Compile, parse
+from titan_fast.errors import CheckpointError, ConfigError, NumericsError
+from titan_fast.flavors import FLAVORS
+from titan_fast.ops import REFERENCE
+from titan_fast.out_of_memory import OutOfMemory
+from titan_fast.run_lock import NAME as LOCK
+from titan_fast.run_lock import SILENT_SECONDS, RunLock
+from titan_fast.signals import resume_command
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.prepare(tmp_path_factory.mktemp("data"))
+
+
+def start(
+    processes: int, data: Path, folder: Path, faults: list[dict[str, Any]], flags: tuple[str, ...] = (), **changes: Any
+) -> "subprocess.Popen[str]":
+    """A run under torchrun with faults."""
+    return runs.torchrun(
+        processes, *flags, str(runs.FAULTS), *runs.arguments(data, folder, **changes),
+        env={"FAULTS": json.dumps(faults)},
+    )  # fmt: skip
+
+
+def wait_for(condition: Any, limit_seconds: float = 60.0) -> None:
+    give_up = time.monotonic() + limit_seconds
+    while not condition():
+        assert time.monotonic() < give_up, "it did not come to that"
+        time.sleep(0.02)
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """Steps of the published checkpoints; every one must verify."""
+    found = manifest.checkpoints(folder / "checkpoint")
+    assert {step: manifest.problem(path) for step, path in found.items()} == dict.fromkeys(found)
+    return list(found)
+
+
+# Kills
+
+
+def killed_at_random(data: Path, tmp_path: Path, times: int, seed: int) -> list[str]:
+    """Two ranks that save after every step are killed `times` times, one or both, at a random moment once they
+    train; each start must go on from the newest published step. Then they finish."""
+    chance, folder, log = random.Random(seed), tmp_path / "killed", []
+    more: dict[str, Any] = {"training__steps": 14 * times, "checkpoint__interval": 1, "checkpoint__keep_latest_k": 2}
+    for _ in range(times):
+        before = max(whole_steps(folder), default=0)
+        process = start(2, data, folder, [], **more)
+        wait_for(lambda before=before: max(runs.losses(folder), default=0) > before)
+        time.sleep(chance.uniform(0, 0.6))
+        workers = children(process.pid)
+        chosen = workers if chance.random() < 0.5 else [chance.choice(workers)]
+        for worker in chosen:
+            os.kill(worker, signal.SIGKILL)
+        output = runs.finish(process)
+        if before:
+            assert f"after step {before:,}," in output, output
+        torn = [path.name for path in (folder / "checkpoint").glob(".*")]
+        log.append(f"{len(chosen)} killed, {max(whole_steps(folder), default=0)} published, left {torn}")
+    process = start(2, data, folder, [], **more)
+    output = runs.finish(process)
+    assert process.returncode == 0, output
+    assert not list((folder / "checkpoint").glob(".*")), "what the kills left is cleaned"
+    process = start(2, data, tmp_path / "whole", [], **(more | {"checkpoint__interval": 10**6}))
+    assert process.wait(100) == 0
+    process.stdout.close()  # type: ignore[union-attr]
+    assert runs.losses(folder) == runs.losses(tmp_path / "whole")
+    last = more["training__steps"]
+    runs.assert_same_tensors(runs.checkpoint(folder, last), runs.checkpoint(tmp_path / "whole", last))
+    return log
+
+
+def children(process: int) -> list[int]:
+    """The ranks that torchrun started."""
+    found = [child.pid for child in psutil.Process(process).children()]
+    assert len(found) == 2, found
+    return found
+
+
+def test_two_ranks_killed_at_random(data: Path, tmp_path: Path) -> None:
+    killed_at_random(data, tmp_path, 1, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_two_ranks_killed_often_at_random(data: Path, tmp_path: Path) -> None:
+    """TITAN_FAST_KILLS says how often."""
+    for line in killed_at_random(data, tmp_path, int(os.environ.get("TITAN_FAST_KILLS", "50")), seed=1):
+        print(line)  # noqa: T201
+
+
+@pytest.mark.parametrize("kills", [8, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_one_rank_killed_at_random(kills: int, data: Path, tmp_path: Path) -> None:
+    """A child that saves after every step, killed anywhere between its first import and its end."""
+    chance, folder, killed, torn = random.Random(kills), tmp_path / "run", 0, 0
+    more: dict[str, Any] = {"training__steps": 8 * kills, "checkpoint__interval": 1, "checkpoint__keep_latest_k": 2}
+    more |= {"lr_scheduler__total_steps": 8 * kills}
+    for _ in range(kills):
+        before = max(whole_steps(folder), default=0)
+        child = forked(lambda: runs.run(data, folder, **more))
+        time.sleep(chance.uniform(0.05, 1.5))
+        os.kill(child, signal.SIGKILL)
+        killed += wait_for_child(child) == -signal.SIGKILL
+        torn += bool(list((folder / "checkpoint").glob(".*")))
+        assert max(whole_steps(folder), default=0) >= before, "no published step is lost"
+    reached = max(whole_steps(folder), default=0)
+    print(f"{killed} kills, {torn} left something half done, step {reached} published")  # noqa: T201
+    assert killed >= kills / 2
+    more["training__steps"] = reached + 2
+    runs.run(data, folder, **more)
+    runs.run(data, tmp_path / "whole", **more | {"checkpoint__interval": 10**6})
+    assert runs.losses(folder) == runs.losses(tmp_path / "whole")
+    runs.assert_same_tensors(runs.checkpoint(folder, reached + 2), runs.checkpoint(tmp_path / "whole", reached + 2))
+
+
+def forked(function: Callable[[], object]) -> int:
+    """A child of this process that runs the function in silence."""
+    child = os.fork()
+    if child == 0:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        try:
+            function()
+        finally:
+            os._exit(0)
+    return child
+
+
+KILL_AT = [  # the second save's and the first prune's moments, in the order in which they come
+    "titan_fast.checkpointer:manifest.writing",
+    "titan_fast.checkpointer:dcp.save",
+    "titan_fast.manifest:digests",
+    "titan_fast.checkpointer:copy_tokenizer",
+    "titan_fast.manifest:write_file",
+    "titan_fast.manifest:sync_folder",
+    "titan_fast.manifest:delete",
+    "shutil:rmtree",
+]
+
+
+@pytest.mark.parametrize("place", KILL_AT)
+def test_killed_inside_a_save_or_a_prune(place: str, data: Path, tmp_path: Path) -> None:
+    """A child of this process dies at each stage of the commit protocol, again and again until it gets through."""
+    folder = tmp_path / "run"
+    more: dict[str, Any] = {"training__steps": 4, "checkpoint__interval": 1, "checkpoint__keep_latest_k": 1}
+    reached, statuses = 0, []
+    for call in (2, 3, 5):
+        child = forked(lambda call=call: (kill_in(place, call), runs.run(data, folder, **more)))
+        statuses.append(wait_for_child(child))
+        steps = whole_steps(folder)
+        assert not steps or max(steps) >= reached, "no published step is lost"
+        reached = max(steps, default=0)
+    assert statuses[0] == -signal.SIGKILL, "the place was reached"
+    runs.run(data, folder, **more)
+    runs.run(data, tmp_path / "whole", **more)
+    runs.assert_same_tensors(runs.checkpoint(folder, 4), runs.checkpoint(tmp_path / "whole", 4))
+    assert whole_steps(folder) == [4] and not list((folder / "checkpoint").glob(".*"))
+
+
+def wait_for_child(child: int) -> int:
+    """Its exit status, negative for a signal."""
+    give_up = time.monotonic() + 60
+    while time.monotonic() < give_up:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    raise AssertionError("the child hangs")
+
+
+def kill_in(place: str, call: int) -> None:
+    import importlib
+
+    import faults
+
+    module, _, name = place.partition(":")
+    target: Any = importlib.import_module(module)
+    *path, function = name.split(".")
+    for part in path:
+        target = getattr(target, part)
+    faults.kill_in(target, function, call)
+
+
+# Signals
+
+
+def test_a_signal_to_one_rank_stops_all_after_one_save(data: Path, tmp_path: Path) -> None:
+    """SIGTERM three times to rank 1 alone: both save the same step, exit 0 and say how to go on, and it works."""
+    faults = [{"what": "signal", "name": "SIGTERM", "rank": 1, "step": 3, "times": 3}]
+    process = start(2, data, tmp_path / "run", faults)
+    output = runs.finish(process)
+    assert process.returncode == 0, output
+    assert whole_steps(tmp_path / "run") == [3]
+    assert output.count("checkpoint/step-3 in") == 1
+    resume = re.search(r"stopped by .*; to go on: (.*)", output)
+    assert resume is not None, output
+    assert "--nproc-per-node=2" in resume[1] and str(runs.FAULTS) in resume[1]
+    again = subprocess.run(
+        ["sh", "-c", resume[1]], capture_output=True, text=True, timeout=100, env=runs.environment(FAULTS="[]")
+    )
+    assert again.returncode == 0 and "after step 3," in again.stdout, again.stdout + again.stderr
+    assert whole_steps(tmp_path / "run") == [3, 5, 10]
+
+
+def test_sigusr1_to_torchrun_saves_and_leaves_no_process(data: Path, tmp_path: Path) -> None:
+    """With the documented flag; the validation loader's thread is there too, and the group has all workers."""
+    flags = ("--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",)
+    more = {"training__steps": 5000, "checkpoint__interval": 10**6, "validation__enable": True, "validation__freq": 3}
+    process = start(2, data, tmp_path / "run", [], flags, **more)
+    wait_for(lambda: max(runs.losses(tmp_path / "run"), default=0) >= 4)
+    workers = children(process.pid)
+    process.send_signal(signal.SIGUSR1)
+    output = runs.finish(process, 60)
+    steps = whole_steps(tmp_path / "run")
+    assert len(steps) == 1 and steps[0] >= 4 and "stopped by SIGUSR1" in output, output
+    assert not [worker for worker in workers if Path(f"/proc/{worker}/cmdline").exists()]
+
+
+PLACES = ["step", "validate", "save", "forward_backward"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_at_any_time_makes_one_checkpoint(
+    place: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a step, in validation, inside a save, in the first forward (where compilation is)."""
+    owner: Any = loop if place == "forward_backward" else loop.Run
+    true_function, calls = getattr(owner, place), []
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        calls.append(place)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true_function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, place, function)
+    before = signal.getsignal(signal.SIGTERM)
+    runs.run(data, tmp_path / "run", validation__enable=True, validation__freq=4, checkpoint__interval=4)
+    steps = whole_steps(tmp_path / "run")
+    expected = {"step": [1], "forward_backward": [1], "validate": [4, 5], "save": [4, 5]}[place]
+    assert steps == expected, "the save that was due, and one for the signal"
+    assert "stopped by SIGTERM" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before, "the handlers are put back"
+
+
+def test_the_resume_command_does_not_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["python", "-m", "titan_fast.train", "--checkpoint.load_step", "5", "--a=b c", "--checkpoint.load-step=7"]
+    monkeypatch.setattr(Path, "read_bytes", lambda path: "\0".join(words).encode() + b"\0")
+    assert resume_command() == "python -m titan_fast.train '--a=b c'"
+
+
+# Numbers
+
+
+def nan_in(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float = float("nan")) -> list[dict[str, Any]]:
+    """Losses of these steps are multiplied; returns what weights and moments were before and after each."""
+    true_step, true_forward, seen = loop.Run.step, loop.forward_backward, []
+    current = [0]
+
+    def copied(run: loop.Run) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in tensors_of(run.model, run.optimizer).items()}
+
+    def step(self: loop.Run, number: int) -> Any:
+        current[0] = number
+        before = copied(self)
+        outcome = true_step(self, number)
+        seen.append({"step": number, "before": before, "after": copied(self)})
+        return outcome
+
+    def forward(model: Any, batches: Any, scale: Any) -> Any:
+        loss = true_forward(model, batches, scale)
+        if current[0] in steps:
+            for parameter in model.parameters():
+                parameter.grad *= value
+            return loss * value
+        return loss
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    monkeypatch.setattr(loop, "forward_backward", forward)
+    return seen
+
+
+@pytest.mark.parametrize("implementation", ["fused", "for-loop"])
+def test_steps_that_are_not_finite_are_skipped(
+    implementation: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = nan_in(monkeypatch, {5, 6, 8})
+    more = {"training__on_nonfinite": "skip", "training__max_skipped_steps": 2, "checkpoint__keep_latest_k": 0}
+    runs.run(data, tmp_path / "run", optimizer__implementation=implementation, **more)
+    for record in seen:
+        changed = [name for name, tensor in record["before"].items() if not torch.equal(tensor, record["after"][name])]
+        assert bool(changed) == (record["step"] not in {5, 6, 8}), record["step"]
+    assert whole_steps(tmp_path / "run") == [7, 10], "the save of step 5 waited for a step that counted"
+    records = [json.loads(line) for line in (tmp_path / "run" / guard.FILE_NAME).read_text().splitlines()]
+    assert [(record["step"], record["what"]) for record in records] == [(s, "not finite") for s in (5, 6, 8)]
+    assert records[0]["data"]["first_sample"] == 8 and "--step 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("policy", "limit", "bad", "stops_at"), [("stop", 10, {4}, 4), ("skip", 2, {4, 5, 6, 7}, 6)])
+def test_too_many_bad_steps_stop_the_run(
+    policy: str, limit: int, bad: set[int], stops_at: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = nan_in(monkeypatch, bad, float("inf"))
+    with pytest.raises(NumericsError, match=rf"step {stops_at} is not finite") as caught:
+        runs.run(
+            data, tmp_path / "run", training__on_nonfinite=policy, training__max_skipped_steps=limit,
+            checkpoint__interval=3,
+        )  # fmt: skip
+    assert caught.value.exit_status == 5 and f"show {tmp_path / 'run'} --step {stops_at}" in str(caught.value)
+    assert whole_steps(tmp_path / "run") == [3] and seen[-1]["step"] == stops_at
+
+
+def test_a_nan_on_one_rank_is_skipped_by_all(data: Path, tmp_path: Path) -> None:
+    faults = [{"what": "nan", "rank": 1, "step": 4}]
+    process = start(2, data, tmp_path / "run", faults, training__on_nonfinite="skip")
+    output = runs.finish(process)
+    assert process.returncode == 0 and "step 4: loss nan, grad norm nan: not applied" in output, output
+    assert whole_steps(tmp_path / "run") == [5, 10]
+
+
+def test_a_loss_spike_is_written_down(tmp_path: Path) -> None:
+    watch = guard.StepGuard(parse([]).training, torch.device("cpu"), tmp_path, True)
+    chance, lines = random.Random(0), []
+    for step in range(1, 101):
+        loss = 300.0 if step == 60 else 3.0 + chance.uniform(-0.05, 0.05)
+        watch.judge(step, {"first_sample": 8 * step}, torch.tensor(loss), torch.tensor(1.0))
+        lines += watch.look()
+    assert len(lines) == 1 and lines[0].startswith("step 60: loss 300.0000 after 3.0"), lines
+    record = json.loads((tmp_path / guard.FILE_NAME).read_text())
+    assert record["what"] == "loss spike" and record["data"] == {"first_sample": 480}
+    assert math.isclose(record["usual_loss"], 3.0, abs_tol=0.05)
+
+
+# Disks
+
+
+def test_a_full_disk_on_one_rank_ends_all_with_the_figures(data: Path, tmp_path: Path) -> None:
+    """A file size limit on rank 1 gives EFBIG where its shard is written."""
+    faults = [{"what": "file_limit", "rank": 1, "step": 8, "bytes": 20_000}]
+    process = start(2, data, tmp_path / "run", faults)
+    began = time.monotonic()
+    output = runs.finish(process)
+    assert process.returncode != 0
+    sentences = re.findall(r"titan_fast: the checkpoint could not be written: rank 1: .*", output)
+    assert len(sentences) == 2, output
+    for sentence in sentences:
+        assert re.search(r"needs [\d,]+ bytes, has [\d,]+ bytes free", sentence)
+        assert str(tmp_path / "run" / "checkpoint") in sentence and "newest whole checkpoint is of step 5" in sentence
+    assert whole_steps(tmp_path / "run") == [5]
+    assert time.monotonic() - began < 90
+
+
+def test_a_removed_folder_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_step = loop.Run.step
+
+    def step(self: loop.Run, number: int) -> Any:
+        if number == 7:
+            shutil.rmtree(self.run_dir)
+        return true_step(self, number)
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    with pytest.raises(CheckpointError, match="the run directory is gone"):
+        runs.run(data, tmp_path / "run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_refused_at_once(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    folder.chmod(0o555)
+    tmp_path.chmod(0o755)
+    command = [sys.executable, "-c", "import sys; from titan_fast.run_directory import open_run_directory\n"
+               "from titan_fast.config import parse\nfrom titan_fast.errors import reported\n"
+               f"with reported(): open_run_directory(parse(['--job.dump_folder', {str(folder)!r}]))"]  # fmt: skip
+    if os.geteuid() == 0:
+        for parent in [tmp_path, *tmp_path.parents][:3]:
+            parent.chmod(0o755)
+        command = ["setpriv", "--reuid=65534", "--clear-groups", *command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=runs.environment())
+    assert done.returncode == 2, done.stderr
+    assert "job.dump_folder cannot be written: Permission denied" in done.stderr
+
+
+# Two runs
+
+
+def test_two_runs_on_one_folder(data: Path, tmp_path: Path) -> None:
+    tmp = tmp_path / "run"
+    tmp.mkdir()
+    with RunLock(tmp) as first:
+        with pytest.raises(ConfigError, match=rf"another run is using job.dump_folder: process {os.getpid()}"):
+            runs.run(data, tmp)
+        first.check()
+    assert not (tmp / LOCK).exists()
+    runs.run(data, tmp, training__steps=1)
+
+
+def test_a_dead_runs_lock_is_no_obstacle(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import time; from pathlib import Path; from titan_fast.run_lock import RunLock\n"
+         f"RunLock(Path({str(tmp_path)!r})).__enter__(); print('held', flush=True); time.sleep(100)"],
+        stdout=subprocess.PIPE, text=True, env=runs.environment(),
+    )  # fmt: skip
+    assert child.stdout is not None and child.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match=f"process {child.pid}"), RunLock(tmp_path):
+        pass
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    with RunLock(tmp_path) as lock:
+        lock.check()
+
+
+def test_a_lock_of_another_machine_is_judged_by_its_pulse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = {"host": "far", "pid": 1, "started": "1", "machine": "x", "namespace": "y", "token": "t", "since": "s"}
+    (tmp_path / LOCK).write_text(json.dumps(elsewhere))
+    monkeypatch.setattr(time, "sleep", lambda seconds: os.utime(tmp_path / LOCK))  # it lives: its pulse goes on
+    with pytest.raises(ConfigError, match="process 1 on far"), RunLock(tmp_path):
+        pass
+    past = time.time() - SILENT_SECONDS - 5
+    os.utime(tmp_path / LOCK, (past, past))
+    with RunLock(tmp_path) as lock:
+        lock.check()
+        (tmp_path / LOCK).write_text(json.dumps(elsewhere))
+        with pytest.raises(CheckpointError, match="now held by process 1 on far"):
+            lock.check()
+
+
+# Hangs and stragglers
+
+
+def test_a_slow_rank_is_told_and_a_hanging_one_is_named(data: Path, tmp_path: Path) -> None:
+    """Rank 1 sleeps 0.25 s in each step, which is no reason to stop, and in step 60 for ever, which is."""
+    faults = [{"what": "slow", "rank": 1, "step": 2, "seconds": 0.25}]
+    faults += [{"what": "sleep", "rank": 1, "step": 60, "seconds": 1000.0}]
+    process = start(2, data, tmp_path / "run", faults, training__steps=100, comm__timeout_seconds=12)
+    wait_for(lambda: max(runs.losses(tmp_path / "run"), default=0) >= 59, 90)
+    began = time.monotonic()
+    output = runs.finish(process, 60)
+    assert time.monotonic() - began < 12 + 8, "the verdict within the limit; torchrun needs a moment to end"
+    assert process.returncode != 0 and "exitcode  : 6" in output, output
+    ratio = re.search(r"straggler: rank 1 works .*: (\d+\.\d) times as long", output)
+    assert ratio is not None and float(ratio[1]) >= watchdog.STRAGGLER_RATIO, output
+    hang = re.search(r"titan_fast: rank 1 hangs: .*\[rank 1, step (\d+), phase '(.*?)'\]", output)
+    assert hang is not None and int(hang[1]) in (59, 60), output
+    assert "in stuck" in output, "the stack of the stuck rank"
+
+
+def test_the_verdict_names_who_is_behind() -> None:
+    def report(rank: int, marks: int, phase: str, stack: str = "s") -> watchdog.Report:
+        return watchdog.Report(rank, marks, 5, phase, 9.0, 1.0, 3, stack)
+
+    ahead = report(0, 12, "gradient norm")
+    assert "rank 1 hangs" in watchdog.verdict({0: ahead, 1: report(1, 10, "data")}, 12)
+    assert "phase 'data'" in watchdog.verdict({0: ahead, 1: report(1, 10, "data")}, 12)
+    silent = report(2, 12, "gradient norm", "no sign of life: x")
+    assert "rank 2 hangs" in watchdog.verdict({0: ahead, 1: report(1, 12, "gradient norm"), 2: silent}, 12)
+    assert "all 2 ranks hang" in watchdog.verdict({0: ahead, 1: report(1, 12, "gradient norm")}, 12)
+    assert watchdog.straggler({0: 1.0, 1: 1.1, 2: 3.3}, 10) is not None
+    assert watchdog.straggler({0: 1.0, 1: 1.1, 2: 1.3}, 10) is None
+
+
+# Memory and compilers
+
+
+def test_out_of_memory_says_what_to_change(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(loop, "forward_backward", no_memory)
+    with pytest.raises(OutOfMemory, match=r"out of memory: .*20.00 GiB.*weights, gradients and moments take") as caught:
+        runs.run(data, tmp_path / "run", loss__chunk_size=0)
+    text = str(caught.value)
+    order = ["1. --loss.chunk_size 2048", "--training.local_batch_size 1", "--activation_checkpoint.mode selective"]
+    assert [text.index(words) for words in order] == sorted(text.index(words) for words in order)
+    assert caught.value.exit_status == 2
+
+
+def test_a_dry_step_finds_it_before_data_is_read(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    from titan_fast import rehearsal
+
+    monkeypatch.setattr(loop, "build_tokenizer", lambda *args: pytest.fail("data was touched"))
+    monkeypatch.setattr(rehearsal, "forward_backward", no_memory)
+    with pytest.raises(OutOfMemory):
+        runs.run(data, tmp_path / "run", training__dry_step="always")
+
+
+def test_a_dry_step_changes_nothing(data: Path, tmp_path: Path) -> None:
+    runs.run(data, tmp_path / "with", training__dry_step="always")
+    runs.run(data, tmp_path / "without", training__dry_step="never")
+    assert runs.losses(tmp_path / "with") == runs.losses(tmp_path / "without")
+    runs.assert_same_tensors(runs.checkpoint(tmp_path / "with", 10), runs.checkpoint(tmp_path / "without", 10))
+
+
+class WrongWhenCompiled(torch.autograd.Function):
+    """The identity, whose gradient loses a hundredth."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return dy * 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_canary_finds_a_wrong_compiled_gradient(dtype: torch.dtype) -> None:
+    import dataclasses
+
+    shape = dataclasses.replace(FLAVORS["debug"], dim=32, n_heads=2, n_kv_heads=1, ffn_dim=48)
+    cpu, settings = torch.device("cpu"), Compile(enable=True, backend="aot_eager")
+    assert check_compiled_gradients(shape, REFERENCE, settings, dtype, cpu, 2, 16) < 0.05
+
+    def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        wrong = WrongWhenCompiled.apply(gate) if torch.compiler.is_compiling() else gate
+        return REFERENCE.swiglu(wrong if dtype == torch.float32 else wrong * 1.0, up)
+
+    broken = dataclasses.replace(REFERENCE, swiglu=swiglu)
+    if dtype == torch.bfloat16:
+        WrongWhenCompiled.backward = staticmethod(lambda ctx, dy: dy * 0.8)  # type: ignore[method-assign]
+    torch._dynamo.reset()
+    with pytest.raises(NumericsError, match=rf"gradient of .*gate.*torch {re.escape(torch.__version__)}") as caught:
+        check_compiled_gradients(shape, broken, settings, dtype, cpu, 2, 16)
+    assert caught.value.exit_status == 5
