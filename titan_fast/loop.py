@@ -1,7 +1,6 @@
 """A training run from top to bottom: set up, build, parallelize, resume, loop."""
 
 import gc
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from titan_fast import checkpointer, distributed, out_of_memory, parallel, rehearsal
-from titan_fast import config as settings
 from titan_fast.agreement import Agreed, Agreement
 from titan_fast.canary import check_compiled_gradients
 from titan_fast.checkpoint import Progress, gather_data_state, own_data_state
@@ -34,7 +32,7 @@ from titan_fast.profiling import Profiler, check_profiling
 from titan_fast.run_directory import open_run_directory, write_config
 from titan_fast.run_lock import RunLock
 from titan_fast.signals import StopRequest, resume_command
-from titan_fast.startup import startup_lines
+from titan_fast.startup import logged_to_console, set_determinism, startup_lines
 from titan_fast.step import build_model, forward_backward, one_over_valid_tokens, summed_loss, workload
 from titan_fast.watchdog import Watchdog
 
@@ -53,6 +51,7 @@ def train(config: Config) -> None:
     lock = RunLock(run_dir) if distributed.is_main_process() else None
     with (
         lock or nullcontext(),
+        logged_to_console(distributed.is_main_process()),
         distributed.start(config.comm, device) as world,
         out_of_memory.explained(config, shape, degrees, device),
     ):
@@ -60,15 +59,6 @@ def train(config: Config) -> None:
             write_config(config, run_dir)
         set_determinism(config.debug)
         Run(config, degrees, world, run_dir, ops, lock).train()
-
-
-def set_determinism(debug: settings.Debug) -> None:
-    """Seeds torch, and with `debug.deterministic` allows deterministic algorithms only."""
-    torch.manual_seed(debug.seed)
-    if debug.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
 
 
 class Run:

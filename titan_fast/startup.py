@@ -1,16 +1,43 @@
-"""What a run says of itself before its first step."""
+"""What a run does before anything else: where its log goes, its seeds, and what it says of itself."""
 
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from titan_fast.checkpoint import Progress
-from titan_fast.config import Config, MeshDegrees, grad_accum_steps
+from titan_fast.config import Config, Debug, MeshDegrees, grad_accum_steps
 from titan_fast.flavors import ModelShape
 from titan_fast.flops import parameter_count
 from titan_fast.ops import Ops
 from titan_fast.parallel import precision
 from titan_fast.tokenizer import Tokenizer
+
+
+@contextmanager
+def logged_to_console(is_main: bool) -> Iterator[None]:
+    """Shows what the project's modules log, of other processes than the main one only errors."""
+    logger, handler = logging.getLogger("titan_fast"), logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def set_determinism(debug: Debug) -> None:
+    """Seeds torch, and with `debug.deterministic` allows deterministic algorithms only."""
+    torch.manual_seed(debug.seed)
+    if debug.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
 
 
 def startup_lines(
