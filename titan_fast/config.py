@@ -32,6 +32,10 @@ class Job:
     """Free text for the log and the saved config."""
     print_config: bool = False
     """Print the resolved config and stop."""
+    dry_run: bool = False
+    """Go through one step's shapes as one rank of world_size GPUs, on any machine, print what a rank holds and stop."""
+    world_size: int | None = None
+    """With dry_run: how many processes there would be. None: 1."""
 
 
 @dataclass(frozen=True)
@@ -450,7 +454,7 @@ def _read_toml(words: list[str] | None) -> dict[str, list[str]]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the config file: {error.strerror}", "check the path", str(path)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a ValueError also for bytes that are not UTF-8 and absurd numbers
         raise ConfigError(f"the config file is not valid TOML: {error}", "mend it", str(path)) from error
     options = {}
     for table, keys in tables.items():
@@ -499,6 +503,11 @@ def validate(config: Config) -> None:
             f"{config.model.flavor} is made for",
             "lower it or take a flavor with a longer context",
         )
+    if config.job.world_size is not None and not config.job.dry_run:
+        raise ConfigError(
+            f"job.world_size is {config.job.world_size}, and without job.dry_run it is torchrun that decides that",
+            "start that many processes with torchrun, or add --job.dry_run True",
+        )
     option = config.activation_checkpoint.selective_ac_option
     if option != "op" and not (option.isdecimal() and int(option) > 0):
         raise ConfigError(
@@ -509,6 +518,7 @@ def validate(config: Config) -> None:
 
 # key -> (least, most, how to say it)
 _RANGES: dict[str, tuple[float, float, str]] = {
+    "job.world_size": (1, float("inf"), "at least 1"),
     "training.seq_len": (1, float("inf"), "at least 1"),
     "training.local_batch_size": (1, float("inf"), "at least 1"),
     "training.steps": (1, float("inf"), "at least 1"),

@@ -10,9 +10,14 @@ from titan_fast.errors import command
 def main() -> None:
     config = parse(sys.argv[1:])
     # After parsing, so that --help and a wrong key are answered before the seconds that importing torch takes.
-    from titan_fast.loop import train
+    if config.job.dry_run:
+        from titan_fast.dry_run import dry_run
 
-    train(config)
+        dry_run(config)
+    else:
+        from titan_fast.loop import train
+
+        train(config)
 
 
 if __name__ == "__main__":

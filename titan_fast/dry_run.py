@@ -1,0 +1,101 @@
+"""One rank of any world on any machine: `--job.dry_run True --job.world_size 512`.
+
+The model is built and parallelized as rank 0 of that many GPUs, and goes through one step's shapes: forward, backward,
+clipping, optimizer. Tensors have no memory and collectives no partners, so nothing is computed; what cannot work in the
+cluster fails here, with the same sentence. Data and tokenizer are not looked at.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterable
+
+import torch
+
+from titan_fast import checkpointer, distributed, parallel
+from titan_fast.config import Config, Kernels, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape
+from titan_fast.counted_step import count_step, fake_world
+from titan_fast.deep_step import DeepStep, deep_step, period
+from titan_fast.errors import ConfigError
+from titan_fast.flavors import ModelShape
+from titan_fast.flops import parameter_count
+from titan_fast.ops import Ops, build_ops
+from titan_fast.profiling import check_profiling
+from titan_fast.step import workload
+
+# What the cluster has and this machine may not. Naming the device needs none.
+GPU = torch.device("cuda")
+
+
+def dry_run(config: Config) -> None:
+    """Prints what a rank of `job.world_size` holds in a step; ConfigError where it could not run."""
+    if (started := distributed.world_size()) > 1:
+        raise ConfigError(
+            f"job.dry_run under torchrun, which started {started} processes: two launch methods at once",
+            "start one process, `python -m titan_fast.train --job.dry_run True`, and name the others in job.world_size",
+        )
+    began = time.perf_counter()
+    size = config.job.world_size or 1
+    degrees = mesh_degrees(config.parallelism, size)
+    shape = model_shape(config.model)
+    passes = grad_accum_steps(config.training, degrees.data)
+    check_profiling(config.profiling, GPU)
+    parallel.check(config, shape, degrees, GPU)
+    checkpointer.check(config, GPU)
+    config = as_on_a_gpu(config)
+    ops = build_ops(config.kernels, torch.device("cpu"), workload(config, shape, degrees))
+    with fake_world(size):
+        step = one_step(config, shape, ops, degrees, min(passes, 2))
+    for name, text in description(config, shape, degrees, step, time.perf_counter() - began):
+        print(f"{name:<16} {text}", flush=True)  # noqa: T201
+
+
+def as_on_a_gpu(config: Config) -> Config:
+    """`config` with what depends on the device resolved as the cluster resolves it, and without what only a GPU can
+    do: the operators' shapes and what they save are the same whoever computes them."""
+    dtypes = parallel.precision(config.training, GPU)
+    name = str(dtypes.param).removeprefix("torch.")
+    kernels = Kernels(
+        **dict.fromkeys(("rms_norm", "rope", "swiglu", "cross_entropy", "reemit"), "reference"),
+        carry_residual=config.kernels.carry_residual,
+    )
+    return dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, mixed_precision_param=name),
+        parallelism=dataclasses.replace(config.parallelism, enable_async_tensor_parallel=False),
+        kernels=kernels,
+    )
+
+
+def one_step(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegrees, passes: int) -> DeepStep:
+    """The step's memory; needs a process group of that size. All blocks after the first few are alike, so that a deep
+    model is not gone through block by block."""
+
+    def count(n_layers: int) -> list:
+        return count_step(config, dataclasses.replace(shape, n_layers=n_layers), ops, degrees, passes)
+
+    return deep_step(count, shape.n_layers, period(config.activation_checkpoint))
+
+
+def description(
+    config: Config, shape: ModelShape, degrees: MeshDegrees, step: DeepStep, seconds: float
+) -> Iterable[tuple[str, str]]:
+    """What is printed, line by line: (name, text)."""
+    training, peak = config.training, step.peak
+    size = degrees.replicate * degrees.shard * degrees.tensor
+    passes = grad_accum_steps(training, degrees.data)
+    tokens = training.local_batch_size * training.seq_len * degrees.data * passes
+    yield "dry run", f"rank 0 of {size}, nothing computed; {config.model.flavor}, {parameter_count(shape):,} parameters"
+    yield "mesh", f"{degrees.replicate} replicate x {degrees.shard} shard x {degrees.tensor} tensor"
+    yield "precision", f"{training.mixed_precision_param}, gradients summed in {training.mixed_precision_reduce}"
+    yield "kernels", "operators by their reference; a kernel may save less"
+    yield (
+        "tokens per step",
+        f"{training.local_batch_size} sequences x {training.seq_len} tokens x {degrees.data} data-parallel x {passes} "
+        f"accumulated = {tokens:,}",
+    )
+    yield "sharded over", f"{degrees.shard * degrees.tensor} ranks: parameters, gradients and optimizer state of a rank"
+    for part, nbytes in peak.peak.parts.items():
+        if nbytes:
+            yield f"  {part}", f"{nbytes / 2**30:.2f} GiB"
+    yield "fullest moment", f"{peak.peak.total / 2**30:.2f} GiB, in {peak.phase} of {peak.unit}, without reserves"
+    yield "counted", f"{step.how}; {seconds:.0f} s"
