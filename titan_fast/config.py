@@ -7,7 +7,6 @@ device; what depends on the number of processes is checked by `mesh_degrees` as 
 import dataclasses
 import difflib
 import io
-import math
 import re
 import tomllib
 from contextlib import redirect_stderr
@@ -560,7 +559,7 @@ def _check_ranges(config: Config) -> None:
     for name, (least, most, words) in _RANGES.items():
         table, _, key = name.partition(".")
         value = getattr(getattr(config, table), key)
-        if value is not None and not (least <= value <= most and math.isfinite(value)):
+        if value is not None and not (least <= value <= most and value < 1e300):
             raise ConfigError(f"{name} is {value}, not {words}", "change it")
     for name in ("training.global_batch_size", "parallelism.data_parallel_shard_degree"):
         table, _, key = name.partition(".")

@@ -130,7 +130,7 @@ def read(folder: Path) -> dict[str, Digest]:
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{NAME} is damaged") from error
     for name in files:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise ValueError(f"{NAME} names a file outside the folder: {name!r}")
     return files
 
