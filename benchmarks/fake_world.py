@@ -1,0 +1,107 @@
+"""Rank 0 of many on one device: the real work of one GPU of a large FSDP2 job, without its communication.
+
+The process group is torch's fake one, which claims any number of ranks. Its collectives differ from version to version
+(that of torch 2.11 leaves a reduce-scatter's output unwritten), so FSDP2 is given two of our own that move real data:
+an all-gather copies the own shard into every slot, a reduce-scatter takes the own chunk. So gathered weights are random
+numbers as everywhere, which matters: a GPU draws less power, and clocks higher, on zeros.
+
+What a step then lacks is the network, and the wait for it. What it does more than a real one is little: the copy of the
+own shard into the other slots is done by this GPU, where a real one's memory is written by the network.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.tensor import DTensor
+
+from titan_fast.distributed import World
+
+
+class _Buffers:
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class CopyToAll(_Buffers, AllGather):
+    """Every rank's shard is the own one."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        slots = output_tensor.view(group.size(), -1)
+        own = group.rank()  # already in its slot: FSDP2 gathers in place
+        slots[:own].copy_(input_tensor.expand(own, -1))
+        slots[own + 1 :].copy_(input_tensor.expand(group.size() - own - 1, -1))
+        if slots[own].data_ptr() != input_tensor.data_ptr():
+            slots[own].copy_(input_tensor)
+
+
+class TakeOwn(_Buffers, ReduceScatter):
+    """The sum over ranks is the own gradient."""
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: object,
+        async_op: bool = False,
+    ) -> None:
+        output_tensor.copy_(input_tensor.view(group.size(), -1)[group.rank()])
+
+
+@contextmanager
+def fake_world(size: int, device: torch.device) -> Iterator[World]:
+    """Rank 0 of `size`; other collectives than FSDP2's leave their input as it is."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it registers the "fake" backend
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    try:
+        yield World(0, size, 0, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def use_copies(model: nn.Module) -> None:
+    """Gives every FSDP2 unit of `model` the collectives above."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(CopyToAll())
+            module.set_custom_reduce_scatter(TakeOwn())
+
+
+def assert_gathers_real_weights(model: nn.Module, units: Sequence[nn.Module]) -> None:
+    """AssertionError unless the matrices that `units` gather are whole, finite and random in every part."""
+    for unit in units:
+        assert isinstance(unit, FSDPModule)
+        shards = {
+            name: parameter.to_local().clone()
+            for name, parameter in unit.named_parameters()
+            if isinstance(parameter, DTensor) and parameter.dim() == 2
+        }
+        unit.unshard()
+        for name, parameter in unit.named_parameters():
+            if name not in shards or isinstance(parameter, DTensor):
+                continue  # a unit within this one has it
+            weight, shard = parameter.detach().float(), shards[name].to(parameter.dtype).float()
+            parts = weight[: len(weight) // len(shard) * len(shard)].unflatten(0, (-1, len(shard)))
+            spread = parts.flatten(1).std(dim=1)
+            assert torch.isfinite(spread).all() and (spread > 0.5 * shard.std()).all(), f"{name} is not random"
+            assert all(torch.equal(part, shard) for part in (parts[0], parts[-1])), f"{name} is not the own shard"
+        unit.reshard()
+
+
+def assert_reduces_real_gradients(model: nn.Module) -> None:
+    """AssertionError unless every matrix has a gradient that is finite and not zero; after a backward pass."""
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        if gradient.numel() and "embedding" not in name:  # most tokens are not in a batch
+            assert torch.isfinite(gradient).all() and gradient.any(), f"the gradient of {name} is no gradient"

@@ -1,0 +1,75 @@
+"""Where the time of a step goes: device kernels by kind, and the gaps between them, by torch.profiler."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+# The first pattern that a kernel's name matches decides.
+KINDS: tuple[tuple[str, str], ...] = (
+    ("attention", r"flash|fmha|sdpa|attention|cudnn_generated"),
+    ("matrix products", r"gemm|cutlass|nvjet|sm\d\d_xmma|cublas|splitk|aten::(mm|addmm|bmm)|mkldnn|matmul"),
+    ("optimizer", r"adam|multi_tensor_apply|foreach|lpnorm"),
+    ("copies", r"memcpy|memset|copy_|split_with_sizes|chunk_cat|cat(array|batched)"),
+    ("our kernels", r"titan|_(forward|backward)_kernel"),
+    ("compiled pointwise and reductions", r"^triton_"),
+    ("eager pointwise and reductions", r"elementwise|reduce|softmax|vectorized|index|gather|scatter|embedding|aten::"),
+)
+OTHER = "other"
+
+
+def kind_of(name: str) -> str:
+    """Which of KINDS the kernel called `name` is of."""
+    lowered = name.lower()
+    return next((kind for kind, pattern in KINDS if re.search(pattern, lowered)), OTHER)
+
+
+def breakdown(step: Callable[[], None], device: torch.device, steps: int = 2) -> dict[str, Any]:
+    """Seconds per step of each kind and of the gaps between kernels, and the ten kernels that take longest.
+
+    Streams overlap, so kinds may add up to more than the step; `idle` is when no kernel ran at all.
+    """
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    step()
+    with profile(activities=activities) as trace:
+        for _ in range(steps):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    spans = _spans(trace, device)
+    if not spans:
+        return {"steps": steps, "seconds": {}, "longest": []}
+    by_kind: dict[str, float] = {}
+    by_name: dict[str, float] = {}
+    for name, start, end in spans:
+        by_kind[kind_of(name)] = by_kind.get(kind_of(name), 0.0) + (end - start) * 1e-6 / steps
+        by_name[name] = by_name.get(name, 0.0) + (end - start) * 1e-6 / steps
+    busy, first, last = _union(spans)
+    by_kind["idle"] = (last - first - busy) * 1e-6 / steps
+    longest = sorted(by_name.items(), key=lambda item: -item[1])[:10]
+    return {"steps": steps, "seconds": by_kind, "longest": [[name[:100], seconds] for name, seconds in longest]}
+
+
+def _spans(trace: profile, device: torch.device) -> list[tuple[str, float, float]]:
+    """(name, start, end) in microseconds: kernels on a GPU, operators that call no other on a CPU."""
+    events = [event for event in trace.events() or () if event.time_range.elapsed_us() > 0]
+    if device.type == "cuda":
+        # Annotations of the host are mirrored onto the device's time line; they are no kernels.
+        chosen = [e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
+    else:
+        chosen = [e for e in events if e.device_type == DeviceType.CPU and not e.cpu_children]
+    return [(e.name, e.time_range.start, e.time_range.end) for e in chosen]
+
+
+def _union(spans: list[tuple[str, float, float]]) -> tuple[float, float, float]:
+    """(time covered by any span, first start, last end)."""
+    ordered = sorted((start, end) for _, start, end in spans)
+    covered, (begin, until) = 0.0, ordered[0]
+    for start, end in ordered[1:]:
+        if start > until:
+            covered, begin = covered + until - begin, start
+        until = max(until, end)
+    return covered + until - begin, ordered[0][0], until

@@ -1,0 +1,125 @@
+"""Seconds of whole training steps, of several contenders in turn."""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks.timing import Samples
+
+SLOW_STEP_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Length:
+    """How many steps a contender runs."""
+
+    warm_up: int
+    timed: int
+    block: int
+    """Timed steps in a row, before the next contender's turn."""
+
+
+FULL, SLOW = Length(20, 50, 10), Length(5, 15, 5)
+
+
+@dataclass
+class Timed:
+    """What was measured of one contender."""
+
+    seconds: list[float] = field(default_factory=list)
+    """Of each timed step, from the end of the one before it to its own, on the device's time line."""
+    wall_seconds: float = 0.0
+    """Of all timed steps by the host's clock, synchronised at both ends of each block."""
+    peak_bytes: int = 0
+    warm_up: int = 0
+
+    @property
+    def samples(self) -> Samples:
+        return Samples(tuple(self.seconds), queued=True)
+
+    def as_json(self) -> dict[str, float]:
+        samples = self.samples
+        return {
+            "median": samples.median,
+            "p10": samples.quantile(0.1),
+            "p90": samples.quantile(0.9),
+            "mean_by_wall_clock": self.wall_seconds / len(self.seconds),
+            "timed": len(self.seconds),
+            "warm_up": self.warm_up,
+        }
+
+
+Contender = Callable[[], None]
+"""One training step. To be called `warm_up` times before it is timed."""
+
+
+def warm_up(step: Contender, device: torch.device, length: Length | None) -> Length:
+    """Warms `step` up and returns how long to time it: `length`, or by the duration of its steps when None."""
+    done = 0
+    for _ in range(SLOW.warm_up if length is None else length.warm_up):
+        synchronize(device)
+        started = time.perf_counter()
+        step()
+        done += 1
+    synchronize(device)
+    if length is not None:
+        return length
+    if time.perf_counter() - started > SLOW_STEP_SECONDS:
+        return SLOW
+    for _ in range(FULL.warm_up - done):
+        step()
+    return FULL
+
+
+def run_block(step: Contender, device: torch.device, count: int, into: Timed) -> None:
+    """`count` timed steps. One more runs before them where steps are short: the first after a pause waits for the host
+    alone, as no step of a run does."""
+    if count >= FULL.block:
+        step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        _cuda_block(step, count, into)
+        into.peak_bytes = max(into.peak_bytes, torch.cuda.max_memory_allocated(device))
+        return
+    for _ in range(count):
+        started = time.perf_counter()
+        step()
+        into.seconds.append(time.perf_counter() - started)
+        into.wall_seconds += into.seconds[-1]
+
+
+def _cuda_block(step: Contender, count: int, into: Timed) -> None:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    events[0].synchronize()
+    started = time.perf_counter()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    into.wall_seconds += time.perf_counter() - started
+    into.seconds += [a.elapsed_time(b) * 1e-3 for a, b in itertools.pairwise(events)]
+
+
+def turns(names: Sequence[str], lengths: dict[str, Length]) -> list[tuple[str, int]]:
+    """(contender, steps) in the order to run: A B C, B C A, ... until each has its steps."""
+    left = {name: lengths[name].timed for name in names}
+    order: list[tuple[str, int]] = []
+    turn = 0
+    while any(left.values()):
+        at = turn % len(names)
+        for name in [*names[at:], *names[:at]]:
+            count = min(lengths[name].block, left[name])
+            if count:
+                order.append((name, count))
+                left[name] -= count
+        turn += 1
+    return order
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
