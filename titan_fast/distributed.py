@@ -1,6 +1,8 @@
 """The process group: the only reader of torchrun's environment."""
 
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +13,19 @@ import torch.distributed as dist
 
 from titan_fast.config import Comm
 from titan_fast.errors import CommunicationError, ConfigError
+
+_POLL_SECONDS = 0.2
+_LINGER_SECONDS = 3.0
+_BROKEN_CONNECTION = (
+    "gloo",
+    "Gloo",
+    "NCCL",
+    "Connection closed",
+    "Connection reset",
+    "Broken pipe",
+    "timed out",
+    "Timed out",
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,10 @@ def local_device() -> torch.device:
 
 @contextmanager
 def start(comm: Comm, device: torch.device) -> Iterator[World]:
-    """Joins the processes that torchrun started (or makes a world of one) and leaves them at the end."""
+    """Joins the processes that torchrun started (or makes a world of one) and leaves them at the end.
+
+    CommunicationError names the ranks that did not come within `comm.init_timeout_seconds`, and later the one that was
+    lost when a collective fails."""
     rank, size, local_rank = _integer("RANK", 0), world_size(), _integer("LOCAL_RANK", 0)
     backend = "gloo"
     if device.type == "cuda":
@@ -78,28 +96,94 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=comm.init_timeout_seconds)
     try:
-        store = _store(size, timeout)
+        store = _store(rank, size, timeout)
+        _meet(store, rank, size, comm.init_timeout_seconds)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
+        if isinstance(error, CommunicationError):
+            raise
         sentence = str(error).splitlines()[0]
         raise CommunicationError(
             f"rank {rank} of {size} could not join the others: {sentence}", "look at the first rank that failed"
         ) from error
     try:
         yield World(rank, size, local_rank, device, store)
+    except BaseException as error:
+        if size > 1:
+            _name_the_lost(store, rank, size, error)
+        raise
     finally:
         dist.destroy_process_group()
 
 
-def _store(size: int, timeout: timedelta) -> dist.Store:
+def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks meet: at rank 0, or under torchrun at its agent."""
     if size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _integer("MASTER_PORT", 29500)
+    hosts_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        # Not waiting for the others here: torch would only count them, and `_meet` names those that are missing.
+        store = dist.TCPStore(host, port, size, hosts_it, timeout, wait_for_workers=False, multi_tenant=True)
+    except RuntimeError as error:
+        raise CommunicationError(
+            f"rank {rank} of {size} found nobody at {host}:{port} for {timeout.total_seconds():.0f} s, where rank 0 or "
+            f"torchrun should be: {str(error).splitlines()[0]}",
+            "look at the log of rank 0; MASTER_ADDR and MASTER_PORT must lead to it",
+        ) from error
     # torchrun keeps one store over restarts, and gloo would meet the dead attempt's addresses in it.
     return dist.PrefixStore(f"attempt_{restart_count()}", store)
+
+
+def _meet(store: dist.Store, rank: int, size: int, limit_seconds: float) -> None:
+    """Returns when all ranks are here; CommunicationError with the numbers of those that are not within the limit. The
+    first rank to give up tells the others."""
+    store.set(f"here/{rank}", socket.gethostname())
+    missing = list(range(size))
+    deadline = time.monotonic() + limit_seconds
+    while missing := [other for other in missing if not store.check([f"here/{other}"])]:
+        if time.monotonic() > deadline:
+            store.set("missing", ", ".join(map(str, missing)))
+        if store.check(["missing"]):
+            names = store.get("missing").decode()
+            if rank == 0:
+                time.sleep(_LINGER_SECONDS)  # the store may end with this process, and others have yet to read it
+            raise CommunicationError(
+                f"rank {names} of {size} did not start within {limit_seconds:.0f} s; the others are here",
+                "look at the log of what is missing; comm.init_timeout_seconds is how long the others wait",
+                where=f"rank {rank}",
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _name_the_lost(store: dist.Store, rank: int, size: int, error: BaseException) -> None:
+    """Tells the others why this rank leaves. Where it does because of them, raises CommunicationError that says who was
+    first."""
+    is_victim = isinstance(error, RuntimeError) and any(word in str(error) for word in _BROKEN_CONNECTION)
+    try:
+        store.set(f"left/{rank}", "" if is_victim else f"{type(error).__name__}: {error}".splitlines()[0])
+        if not is_victim:
+            return
+        deadline = time.monotonic() + _LINGER_SECONDS
+        silent = list(range(size))
+        while time.monotonic() < deadline and silent:
+            silent = [other for other in silent if not store.check([f"left/{other}"])]
+            time.sleep(_POLL_SECONDS)
+        reasons = {other: store.get(f"left/{other}").decode() for other in range(size) if other not in silent}
+    except RuntimeError:  # the store is gone, and with it rank 0 or torchrun
+        silent, reasons = [0], {}
+    first = {other: reason for other, reason in reasons.items() if reason}
+    if first:
+        culprit, reason = next(iter(first.items()))
+        what = f"rank {culprit} of {size} failed: {reason}"
+    elif silent:
+        what = f"rank {', '.join(map(str, silent))} of {size} is gone without a word"
+    else:
+        what = f"the ranks lost each other: {str(error).splitlines()[0]}"
+    raise CommunicationError(what, "look at its log", where=f"rank {rank}") from error
 
 
 def set_timeout(seconds: float) -> None:
