@@ -62,7 +62,6 @@ def test_sentencepiece_that_puts_a_space_first_as_llama_2_does(tmp_path: Path) -
 def test_sentencepiece_that_cannot_be_copied_exactly_is_said_to_be(changes: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n".join(TEXTS))
     options: dict[str, Any] = {
-        "model_type": "bpe",
         "byte_fallback": True,
         "minloglevel": 3,
         "max_sentence_length": 100_000,
