@@ -187,6 +187,25 @@ def test_killed_inside_a_save_or_a_prune(place: str, data: Path, tmp_path: Path)
     assert whole_steps(folder) == [4] and not list((folder / "checkpoint").glob(".*"))
 
 
+def listening(process: int) -> set[str]:
+    """The addresses that a process listens on."""
+    connections = psutil.Process(process).net_connections(kind="inet")
+    return {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+
+
+def test_one_process_listens_on_loopback_alone(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_step, found = loop.Run.step, set()
+
+    def step(self: loop.Run, number: int) -> Any:
+        found.update(listening(os.getpid()))
+        return true_step(self, number)
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    before = listening(os.getpid())
+    runs.run(data, tmp_path / "run", training__steps=1)
+    assert found - before <= {"127.0.0.1", "::1"}
+
+
 def wait_for_child(child: int) -> int:
     """Its exit status, negative for a signal."""
     give_up = time.monotonic() + 60
@@ -240,6 +259,7 @@ def test_sigusr1_to_torchrun_saves_and_leaves_no_process(data: Path, tmp_path: P
     process = start(2, data, tmp_path / "run", [], flags, **more)
     wait_for(lambda: max(runs.losses(tmp_path / "run"), default=0) >= 4)
     workers = children(process.pid)
+    assert {address for worker in workers for address in listening(worker)} <= {"127.0.0.1", "::1"}
     process.send_signal(signal.SIGUSR1)
     output = runs.finish(process, 60)
     steps = whole_steps(tmp_path / "run")

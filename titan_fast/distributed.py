@@ -95,6 +95,7 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
         backend = "cuda:nccl,cpu:gloo"
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=comm.init_timeout_seconds)
+    _stay_on_this_machine(size)
     try:
         store = _store(rank, size, timeout)
         _meet(store, rank, size, comm.init_timeout_seconds)
@@ -117,6 +118,14 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _stay_on_this_machine(size: int) -> None:
+    """Where all processes are on one machine, gloo listens on the loopback interface alone, unless told otherwise."""
+    if _integer("LOCAL_WORLD_SIZE", size) == size:
+        names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+        if names:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
 def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
