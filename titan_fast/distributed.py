@@ -121,8 +121,9 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
 
 
 def _stay_on_this_machine(size: int) -> None:
-    """Where all processes are on one machine, gloo listens on the loopback interface alone, unless told otherwise."""
-    if _integer("LOCAL_WORLD_SIZE", size) == size:
+    """Where all processes are known to be on one machine, gloo listens on the loopback interface alone, unless told
+    otherwise."""
+    if size == 1 or _integer("LOCAL_WORLD_SIZE", 0) == size:
         names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
         if names:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
