@@ -188,7 +188,7 @@ class _Analysis:
         return depths
 
     def _fuse(self, node: Node, depths: dict[Node, int], kernels: list[_Kernel]) -> _Kernel:
-        """The kernel that makes `node`: an earlier one of the same place and size that shares something, or a new one."""
+        """The kernel that makes `node`: an earlier one of the same place and size that shares something, or its own."""
         reads = self._reads(node)
         numel = max((_numel(source) for source in reads | {node}), default=0)
         fresh = _Kernel(depths[node], numel, reads, {node}, node not in self.from_gradient)

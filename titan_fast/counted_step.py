@@ -110,10 +110,10 @@ def _local(tensors: Any) -> list[Tensor]:
 def _see_what_stays(recorder: StepRecorder, model: nn.Module, optimizer: Any, batches: list[FakeBatch]) -> None:
     with torch.no_grad():
         recorder.memory.see(_local(model.parameters()), "parameters")
-        state = [value for entry in optimizer.state.values() for value in entry.values()]
+        state = [v for entry in optimizer.state.values() for name, v in entry.items() if name != "step"]
         recorder.memory.see(_local(state), "optimizer state")
         recorder.memory.see(list(model.buffers()), "inputs and tables")
-        recorder.memory.see([dataclasses.astuple(batch) for batch in batches], "inputs and tables")
+        recorder.memory.see([(batch.tokens, batch.labels) for batch in batches], "inputs and tables")
 
 
 def _step(

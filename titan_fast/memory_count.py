@@ -29,6 +29,12 @@ PARTS: tuple[str, ...] = (
 )
 
 
+def is_on_device(value: Any) -> bool:
+    """Whether this is a tensor with memory of the device. A fake tensor with a `constant` is a number of the host's, as
+    the optimizer's step count, and to ask for its storage frees the memory of that number (torch 2.13)."""
+    return isinstance(value, Tensor) and getattr(value, "constant", None) is None
+
+
 def _rounded(nbytes: int) -> int:
     return -(-nbytes // GRANULE) * GRANULE
 
@@ -77,7 +83,7 @@ class MemoryCounter:
         settled yet or `override` says so."""
         seen = []
         for tensor in tree_iter(tree):
-            if not isinstance(tensor, Tensor):
+            if not is_on_device(tensor):
                 continue
             storage = tensor.untyped_storage()
             address = storage._cdata

@@ -152,8 +152,9 @@ _FUNCTIONS = {
 }
 
 
-def build_ops(kernels: Kernels, device: torch.device, workload: Workload) -> Ops:
-    """The operators that `[kernels]` asks for on this device, with the reason of each choice.
+def build_ops(kernels: Kernels, device: torch.device, workload: Workload, architecture: str | None = None) -> Ops:
+    """The operators that `[kernels]` asks for on this device, with the reason of each choice. `architecture`: of the
+    GPU to choose for, where it is not this machine's and tensors are fake ("sm_90").
 
     Raises ConfigError where "triton" or an attention backend was asked for and cannot run here."""
     if kernels.reemit == "triton" and workload.tensor_degree > 1:
@@ -162,11 +163,13 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload) -> Ops
             f"{workload.tensor_degree} puts a gather between them",
             "take reemit reference, or no tensor parallelism",
         )
+    if architecture is None and device.type == "cuda":
+        architecture = current_architecture()
     backends, attention, why = _choose_attention(kernels.attention, device)
     chosen: dict[str, Any] = {"attention": attention_with(backends), "carry_residual": kernels.carry_residual}
     reasons = [("attention", attention, why)]
     for operator, sizes in workload.sizes().items():
-        choice = _choose_kernel(operator, getattr(kernels, operator), device, workload.compiled, sizes)
+        choice = _choose_kernel(operator, getattr(kernels, operator), architecture, workload.compiled, sizes)
         if operator == "reemit" and workload.tensor_degree > 1:
             choice = Choice("reference", "not with tensor parallelism")
         reasons.append((operator, choice.implementation, choice.reason))
@@ -175,12 +178,14 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload) -> Ops
     return dataclasses.replace(REFERENCE, **chosen, reasons=tuple(reasons))
 
 
-def _choose_kernel(operator: str, setting: str, device: torch.device, compiled: bool, sizes: dict[str, int]) -> Choice:
+def _choose_kernel(
+    operator: str, setting: str, architecture: str | None, compiled: bool, sizes: dict[str, int]
+) -> Choice:
     try:
         return choose(
             operator,
             setting,
-            architecture=current_architecture() if device.type == "cuda" else None,
+            architecture=architecture,
             compiled=compiled,
             interpreted=os.environ.get("TRITON_INTERPRET") == "1",
             shape=sizes,

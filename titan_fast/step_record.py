@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from titan_fast.memory_count import MemoryCounter, Peak
+from titan_fast.memory_count import MemoryCounter, Peak, is_on_device
 
 Kind = Literal["gemm", "attention", "memory", "gather", "reduce", "copy_out", "blocking", "tensor", "wait"]
 """gemm, attention: bound by arithmetic; memory: by bandwidth. gather, reduce: FSDP's collectives, which run beside the
@@ -165,14 +165,14 @@ def moved_bytes(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> flo
     read, written, known = 0, 0, set()
     for argument, value in zip(func._schema.arguments, _in_order(func, args, kwargs), strict=False):
         for tensor in tree_iter(value):
-            if isinstance(tensor, Tensor):
+            if is_on_device(tensor):
                 changed = argument.alias_info is not None and argument.alias_info.is_write
                 written += accessed(tensor) if changed else 0
                 only_written = changed and argument.is_out
                 read += 0 if only_written else accessed(tensor)
                 known.add(tensor.untyped_storage()._cdata)
     for tensor in tree_iter(out):
-        if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
+        if is_on_device(tensor) and tensor.untyped_storage()._cdata not in known:
             written += accessed(tensor)
     if written == 0:
         return 0.0  # a view
@@ -193,7 +193,7 @@ class StepRecorder(TorchDispatchMode):
         super().__init__()
         self.memory = MemoryCounter()
         self.segments: list[Segment] = []
-        self.batch = 0
+        self.batch = -1
         self.paused = False
 
     @classmethod
@@ -205,8 +205,9 @@ class StepRecorder(TorchDispatchMode):
         """What follows belongs to `unit` in `phase`."""
         if phase == "backward" and self.memory.phase == "forward":
             self.memory.keep()
+        self.batch += phase == "forward" and unit == "embedding"
         self.memory.phase, self.memory.unit = phase, unit
-        self.segments.append(Segment(phase, unit, self.batch, len(self.memory.events)))
+        self.segments.append(Segment(phase, unit, max(0, self.batch), len(self.memory.events)))
 
     def add(self, operation: Operation) -> None:
         if self.segments:

@@ -1,0 +1,240 @@
+"""How long a step takes: the operators of titan_fast.step_record one after another, on clocks one can follow.
+
+Four clocks run: the host that issues, the GPU that computes, FSDP's collectives (over the network), and those of tensor
+parallelism (within the node). A matrix product takes its FLOPs at the GPU's rate for its shape, attention its own at
+its backend's, all else its bytes at the GPU's bandwidth, a collective alpha + bytes / beta. A gather is waited for
+where its weights are needed, as FSDP2 does it; what of it the computation did not hide is shown as such.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+from titan_fast.gpus import Gpu
+from titan_fast.step_record import Group, Operation, Segment
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The three constants that were fitted, to the eight published runs on 64 A100 (benchmarks/estimate_errors.py)."""
+
+    gemm: float = 0.90
+    """Part of the best measured matrix product rate that long runs of many shapes sustain."""
+    bandwidth: float = 0.80
+    """Part of a large copy's bandwidth that other operators reach."""
+    interference: float = 0.10
+    """By how much the computation slows down while a collective runs beside it."""
+
+
+FITTED = Fitted()
+
+# Seconds of host time to issue one kernel. Estimates: an eager operator passes Python, autograd and the dispatcher, and
+# brings views along; a compiled block launches from generated code; FSDP2's hooks around a unit are Python too.
+EAGER_HOST, COMPILED_HOST, FSDP_HOST = 15e-6, 4e-6, 150e-6
+KERNEL_GAP = 1.5e-6
+"""Seconds between one kernel's end and the next one's start, launches being ahead. An estimate."""
+
+# NCCL's own model of ring latency, Simple protocol (src/graph/tuning.cc): seconds per call and per hop.
+RING_BASE, RING_NVLINK_HOP, RING_NETWORK_HOP = 8.4e-6, 3.4e-6, 14.0e-6
+NETWORK_EFFICIENCY = 0.94
+"""Of the line rate: 376.7 of 400 GB/s in a 16 GiB all-reduce of 4 nodes (stas00/ml-engineering, network benchmarks)."""
+
+PARTS = (
+    "matrix products",
+    "attention",
+    "memory-bound",
+    "recomputation",
+    "FSDP copies",
+    "optimizer and clipping",
+    "slowed by communication",
+    "exposed FSDP communication",
+    "exposed tensor-parallel communication",
+    "waiting for the host",
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Where ranks are: `gpus_per_node` neighbours share NVLink, `nic` bytes/s of the network are each GPU's."""
+
+    gpus_per_node: int
+    nic: float
+
+
+@dataclass
+class StepTime:
+    """Seconds of a step."""
+
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    collectives: float = 0.0
+    """Of FSDP's collectives, hidden or not."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def hidden(self) -> float:
+        """Part of FSDP's communication that takes no time of its own, 0 to 1."""
+        exposed = self.parts["exposed FSDP communication"]
+        return 1.0 if self.collectives == 0 else max(0.0, 1.0 - exposed / self.collectives)
+
+
+def gemm_seconds(operation: Operation, gpu: Gpu, fitted: Fitted) -> float:
+    """FLOPs at the rate for the shape, or bytes at the bandwidth where that takes longer."""
+    rows, columns, _ = operation.shape
+    rate = fitted.gemm * gpu.gemm.value * _filled(rows, columns, gpu.sms) * _precision(operation.element_size)
+    return max(operation.flops / rate, operation.nbytes / (fitted.bandwidth * gpu.bandwidth.value))
+
+
+def _precision(element_size: int) -> float:
+    """Tensor cores do float32 (as TF32) at half of bfloat16's rate on every GPU of the table."""
+    return 1.0 if element_size <= 2 else 0.5
+
+
+def _filled(rows: int, columns: int, sms: int) -> float:
+    """Part of the multiprocessors that have a tile to work on, with the better of cuBLAS's large tiles; the smallest
+    of them, which a full wave of costs a little, is taken where the larger leave too many idle."""
+    best = 0.0
+    for height, width, cost in ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.94)):
+        tiles = math.ceil(rows / height) * math.ceil(columns / width)
+        used = rows * columns / (tiles * height * width)
+        best = max(best, cost * used * tiles / (math.ceil(tiles / sms) * sms))
+    return best
+
+
+def compute_seconds(operation: Operation, gpu: Gpu, backend: str, fitted: Fitted) -> float:
+    """Of an operator that runs on the GPU's own."""
+    if operation.kind == "gemm":
+        return gemm_seconds(operation, gpu, fitted)
+    if operation.kind == "attention":
+        rates = gpu.attention[backend]
+        return operation.flops / (rates.backward if operation.backward else rates.forward)
+    return operation.nbytes / (fitted.bandwidth * gpu.bandwidth.value)
+
+
+def collective_seconds(operation: Operation, gpu: Gpu, network: Network) -> float:
+    """A ring over the group: within nodes over NVLink, between them over every member's part of the network."""
+    group = operation.group
+    per_node = max(1, min(group.size, network.gpus_per_node // max(1, group.stride)))
+    nodes = max(1, group.size // per_node)
+    ring = operation.nbytes * (group.size - 1) / group.size / gpu.nvlink.value if per_node > 1 else 0.0
+    between = operation.nbytes * (nodes - 1) / nodes / (NETWORK_EFFICIENCY * network.nic * per_node)
+    hops = (group.size - nodes) * RING_NVLINK_HOP + (nodes if nodes > 1 else 0) * RING_NETWORK_HOP
+    rounds = 2.0 if "reduce" in operation.name and "scatter" not in operation.name else 1.0
+    return RING_BASE + rounds * (hops + max(ring, between))
+
+
+class _Clocks:
+    """The state of the simulation: seconds since the step began."""
+
+    def __init__(self, gpu: Gpu, backend: str, network: Network, fitted: Fitted) -> None:
+        self.gpu, self.backend, self.network, self.fitted = gpu, backend, network, fitted
+        self.host = self.compute = self.fsdp = self.tensor = 0.0
+        self.gathers: deque[float] = deque()  # when each weight that is on its way will be there
+        self.reduced = 0.0  # when the last gradient is reduced
+        self.result = StepTime()
+
+    def run(self, segment: Segment, operation: Operation) -> None:
+        self.host += _host_seconds(operation)
+        if operation.kind in ("gather", "reduce"):
+            self._beside(operation)
+        elif operation.kind in ("tensor", "blocking"):
+            self._tensor(operation)
+        elif operation.kind == "wait":
+            self._wait(self.tensor, "exposed tensor-parallel communication")
+        else:
+            if operation.kind == "copy_out" and self.gathers:
+                self._wait(self.gathers.popleft(), "exposed FSDP communication")
+            self._compute(segment, operation)
+
+    def _beside(self, operation: Operation) -> None:
+        """A collective that starts when all before it is done and does not hold up the computation, but for the one
+        reduction that FSDP2 lets be under way at a time."""
+        if operation.kind == "reduce":
+            self._wait(self.reduced, "exposed FSDP communication")
+        seconds = collective_seconds(operation, self.gpu, self.network)
+        self.fsdp = max(self.fsdp, self.compute, self.host) + seconds
+        self.result.collectives += seconds
+        if operation.kind == "gather":
+            self.gathers.append(self.fsdp)
+        else:
+            self.reduced = self.fsdp
+
+    def _tensor(self, operation: Operation) -> None:
+        start = max(self.tensor, self.compute, self.host)
+        self.tensor = start + collective_seconds(operation, self.gpu, self.network)
+        if operation.kind == "blocking":
+            self._wait(
+                self.tensor,
+                "exposed tensor-parallel communication"
+                if operation.group.stride == 1 and operation.group.size <= self.network.gpus_per_node
+                else "exposed FSDP communication",
+            )
+
+    def _wait(self, until: float, part: str) -> None:
+        if until > self.compute:
+            self.result.parts[part] += until - self.compute
+            self.compute = until
+
+    def _compute(self, segment: Segment, operation: Operation) -> None:
+        self._wait(self.host, "waiting for the host")
+        seconds = compute_seconds(operation, self.gpu, self.backend, self.fitted) + KERNEL_GAP * operation.kernels
+        beside = min(max(0.0, self.fsdp - self.compute), seconds)
+        slowed = beside * self.fitted.interference
+        self.compute += seconds + slowed
+        self.result.parts[_part_of(segment, operation)] += seconds
+        self.result.parts["slowed by communication"] += slowed
+
+    def end_of_backward(self) -> None:
+        """FSDP2 waits for the last reduction; a gather nobody took is forgotten."""
+        self._wait(self.fsdp, "exposed FSDP communication")
+        self.gathers.clear()
+
+
+def _host_seconds(operation: Operation) -> float:
+    if operation.kind in ("gather", "reduce", "copy_out"):
+        return FSDP_HOST
+    return (COMPILED_HOST if operation.compiled else EAGER_HOST) * min(operation.kernels, 1000.0)
+
+
+def _part_of(segment: Segment, operation: Operation) -> str:
+    if segment.phase in ("clip", "optimizer"):
+        return "optimizer and clipping"
+    if operation.recomputed:
+        return "recomputation"
+    if operation.kind == "gemm":
+        return "matrix products"
+    if operation.kind == "attention":
+        return "attention"
+    is_copy = operation.name.startswith("fsdp.") or operation.name == "_foreach_copy_"
+    return "FSDP copies" if is_copy else "memory-bound"
+
+
+def step_time(
+    segments: list[Segment], gpu: Gpu, backend: str, network: Network, passes: int = 1, fitted: Fitted = FITTED
+) -> StepTime:
+    """The time of a step whose recorded second pass, where it has one, stands for all of `passes` but the first."""
+    clocks = _Clocks(gpu, backend, network, fitted)
+    last_batch = max(segment.batch for segment in segments)
+    repeated = [s for s in segments if s.batch == last_batch and s.phase in ("forward", "backward")]
+    in_passes = True
+    for segment in segments:
+        if in_passes and segment.phase not in ("forward", "backward"):
+            in_passes = False
+            for _ in range(passes - 1 - last_batch):
+                _run_all(clocks, repeated)
+            clocks.end_of_backward()
+        _run_all(clocks, [segment])
+    return clocks.result
+
+
+def _run_all(clocks: _Clocks, segments: list[Segment]) -> None:
+    for segment in segments:
+        for operation in segment.operations:
+            clocks.run(segment, operation)
+
+
+def is_slow_group(group: Group, network: Network) -> bool:
+    """Whether a group spans nodes."""
+    return group.size * group.stride > network.gpus_per_node
