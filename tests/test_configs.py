@@ -14,7 +14,7 @@ CONFIGS = {path.stem: path for path in (Path(__file__).parents[1] / "configs").g
 # As published: devices, sequence, sequences per device, recomputation, sequences per step, peak learning rate. The two
 # of Llama 3.2 are ours.
 SETTINGS = {
-    "debug": (1, 256, 8, "none", 8, 3e-3),
+    "debug": (1, 256, 4, "none", 4, 6e-3),
     "llama2_7b": (128, 4096, 2, "none", 256, 3e-4),
     "llama2_13b": (64, 4096, 2, "none", 128, 3e-4),
     "llama2_70b": (64, 4096, 1, "selective", 64, 1.5e-4),

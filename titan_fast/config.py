@@ -86,12 +86,12 @@ class Training:
     """The field of a row that holds the document."""
     seq_len: int = 256
     """Tokens per sequence."""
-    local_batch_size: int = 8
+    local_batch_size: int = 4
     """Sequences per device and forward pass."""
     global_batch_size: int = -1
     """Sequences per optimizer step over all devices; more than one pass per device accumulates gradients. -1:
     local_batch_size x data-parallel degree."""
-    steps: int = 220
+    steps: int = 300
     """Optimizer steps of the whole run."""
     max_norm: float = 1.0
     """Gradients are clipped to this global L2 norm; 0 turns clipping off."""
@@ -128,7 +128,7 @@ class Loss:
 class Optimizer:
     name: Literal["AdamW"] = "AdamW"
     """The only one so far."""
-    lr: float = 3e-3
+    lr: float = 6e-3
     """Peak learning rate."""
     beta1: float = 0.9
     """Decay of the first moment."""
@@ -270,7 +270,7 @@ class Validation:
     """Measure the loss on documents that are not trained on."""
     dataset_path: str | None = None
     """Local data to measure on. None: every hundredth document (by its number) of local training data is set aside."""
-    freq: int = 110
+    freq: int = 100
     """Steps between measurements; the last step is always measured."""
     steps: int = 8
     """Batches per measurement."""
