@@ -6,16 +6,25 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor, nn
 
-from titan_fast.config import Compile
+from titan_fast.config import Compile, Config
 from titan_fast.errors import NumericsError
 from titan_fast.flavors import ModelShape
 from titan_fast.model import Block, init_values, rope_tables
 from titan_fast.ops import REFERENCE, Ops
+from titan_fast.parallel import precision
 
 FLOAT32_BOUND = 1e-4
 """Largest relative error (Frobenius) of a float32 gradient; a right one is about 1e-6."""
 SLACK = 3.0
 """In a lower precision: how many times eager's own error against float32 the compiled error may be."""
+
+
+def check(config: Config, shape: ModelShape, ops: Ops, device: torch.device) -> None:
+    """`check_compiled_gradients` at the run's own sizes and dtype, where the config compiles and wants it."""
+    training, dtype = config.training, precision(config.training, device).param
+    if config.compile.enable and config.compile.canary:
+        size = training.local_batch_size, training.seq_len
+        check_compiled_gradients(shape, ops, config.compile, dtype, device, *size)
 
 
 def check_compiled_gradients(

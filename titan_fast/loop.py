@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_fast import checkpointer, distributed, out_of_memory, parallel, rehearsal
+from titan_fast import canary, checkpointer, distributed, out_of_memory, parallel, rehearsal
 from titan_fast.agreement import Agreed, Agreement
-from titan_fast.canary import check_compiled_gradients
 from titan_fast.checkpoint import Progress, gather_data_state, own_data_state
 from titan_fast.checkpointer import Checkpointer
 from titan_fast.compilation import optimizer_compiler
@@ -27,13 +26,13 @@ from titan_fast.masters import masters_as_weights
 from titan_fast.metrics import MetricsLogger
 from titan_fast.ops import Ops, build_ops
 from titan_fast.optim import build_optimizer, clip_gradients, learning_rate, step_unless
-from titan_fast.parallel import graphs_compiled, precision
+from titan_fast.parallel import graphs_compiled
 from titan_fast.profiling import Profiler, check_profiling
 from titan_fast.run_directory import open_run_directory, write_config
 from titan_fast.run_lock import RunLock
 from titan_fast.signals import StopRequest, resume_command
 from titan_fast.startup import logged_to_console, set_determinism, startup_lines
-from titan_fast.step import build_model, forward_backward, one_over_valid_tokens, summed_loss, workload
+from titan_fast.step import build_model, forward_backward, one_over_valid_tokens, validation_loss, workload
 from titan_fast.watchdog import Watchdog
 
 
@@ -70,9 +69,7 @@ class Run:
         self.config, self.degrees, self.world, self.run_dir, self.ops = config, degrees, world, run_dir, ops
         self.shape = model_shape(config.model)
         device = world.device
-        if config.compile.enable and config.compile.canary:
-            dtype, batch = precision(config.training, device).param, config.training.local_batch_size
-            check_compiled_gradients(self.shape, ops, config.compile, dtype, device, batch, config.training.seq_len)
+        canary.check(config, self.shape, ops, device)
         self.model = build_model(config, self.shape, ops, degrees, device)
         self.optimizer = build_optimizer(self.model, config.optimizer, optimizer_compiler(config.compile))
         if rehearsal.is_wanted(config, device):
@@ -143,18 +140,10 @@ class Run:
 
     def train(self) -> None:
         """From the step after the last saved one to the last of all."""
-        self.metrics.start(
-            startup_lines(
-                self.config,
-                self.shape,
-                self.degrees,
-                self.world.device,
-                self.tokenizer,
-                self.loader.describe(),
-                self.ops,
-                self.progress,
-            )
-        )
+        config, device = self.config, self.world.device
+        data = self.loader.describe()
+        lines = startup_lines(config, self.shape, self.degrees, device, self.tokenizer, data, self.ops, self.progress)
+        self.metrics.start(lines)
         self._say_notes()
         if self.first_step > self.config.training.steps:
             self.metrics.say(f"step {self.progress.step} was the last one already: raise training.steps to go on")
@@ -263,20 +252,13 @@ class Run:
         extra = {"checkpoint_stall_seconds": stall, "skipped_steps": self.guard.skipped}
         return {name: value for name, value in extra.items() if value}
 
-    @torch.no_grad()
     def validate(self, step: int) -> None:
         """The mean loss over `validation.steps` batches of held-out text, the same ones every time."""
         assert self.validation_loader is not None
+        self.watchdog.at(step, "validation", self.config.comm.init_timeout_seconds)
         with self.metrics.pause():
             self.validation_loader.reset()
-            total = torch.zeros((), device=self.world.device)
-            for _ in range(self.config.validation.steps):
-                self.watchdog.at(step, "validation", self.config.comm.init_timeout_seconds)
-                batches = next(self.validation_loader)
-                scale = one_over_valid_tokens(batches, self.degrees)
-                for batch in batches:
-                    total += self.model(batch.tokens, batch.labels, scale)
-            loss = summed_loss(total, self.degrees).item() / self.config.validation.steps
+            loss = validation_loss(self.model, self.validation_loader, self.config.validation.steps, self.degrees)
         self.metrics.validation(step, loss)
 
     def sample(self, step: int) -> None:

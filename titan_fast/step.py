@@ -1,6 +1,6 @@
 """The model of a config and the gradient of one step: what a run computes, apart from data, logs and checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -86,3 +86,14 @@ def summed_loss(loss: Tensor, degrees: MeshDegrees) -> Tensor:
     loss = loss.clone()
     dist.all_reduce(loss)
     return loss / degrees.tensor
+
+
+@torch.no_grad()
+def validation_loss(model: Llama, batches: Iterator[Sequence[Batch]], steps: int, degrees: MeshDegrees) -> float:
+    """The mean over the next `steps` global batches of their loss per token."""
+    losses = []
+    for _ in range(steps):
+        passes = next(batches)
+        scale = one_over_valid_tokens(passes, degrees)
+        losses += [model(batch.tokens, batch.labels, scale) for batch in passes]
+    return summed_loss(torch.stack(losses).sum(), degrees).item() / steps
