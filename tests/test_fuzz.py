@@ -210,6 +210,8 @@ def test_a_good_file_damaged_anyhow(
 
 @fuzz
 @given(st.binary(max_size=200))
+@example(b"]r\xff\xff\xff\x7f.")  # a memo of 2^31 entries
+@example(b"\x96\xff\xff\xff\xff\xff\x00\x00\x00.")  # a bytearray of a terabyte
 def test_any_bytes_as_metadata(content: bytes) -> None:
     import pickle
 

@@ -7,6 +7,7 @@ would load them without it.
 
 import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ _ALLOWED = {
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},  # Python 3.13's name of it
 }
 
+SCANNED_BYTES = 16 * 2**20
+
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
@@ -48,6 +51,7 @@ class _Unpickler(pickle.Unpickler):
 def load_metadata(content: bytes) -> Metadata:
     """The `.metadata` of a checkpoint. UnpicklingError names the global that it may not have, and nothing has run."""
     try:
+        _check_sizes(content)
         metadata = _Unpickler(io.BytesIO(content)).load()
     except pickle.UnpicklingError:
         raise
@@ -63,6 +67,16 @@ def load_metadata(content: bytes) -> Metadata:
         if path.is_absolute() or ".." in path.parts:
             raise pickle.UnpicklingError(f"refused a file outside the checkpoint: {str(path)!r}")
     return metadata
+
+
+def _check_sizes(content: bytes) -> None:
+    """UnpicklingError for numbers that no file of this size can need: pickle would set gigabytes aside for a memo of
+    that length before it saw that the rest is missing. Files beyond SCANNED_BYTES are not looked through."""
+    if len(content) > SCANNED_BYTES:
+        return
+    for opcode, argument, _ in pickletools.genops(content):
+        if "PUT" in opcode.name and int(argument) > len(content):
+            raise pickle.UnpicklingError(f"refused memo index {argument} in {len(content)} bytes")
 
 
 class SafeReader(FileSystemReader):
