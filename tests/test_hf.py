@@ -312,6 +312,17 @@ def test_any_part_of_a_parameter_is_that_part_of_the_whole(tmp_path: Path) -> No
             assert torch.equal(read_parameter(found, name, window), whole[window]), (name, window)
 
 
+def test_only_the_groups_of_a_part_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLAMA3's packed projection has two groups of (4 + 2) x 8 rows; the part lies in the second."""
+    found = HuggingFaceFolder(hf_folder(LLAMA3, tmp_path / "source"))
+    windows: dict[str, Any] = {}
+    read = found.read
+    monkeypatch.setattr(found, "read", lambda name, window: windows.update({name: window}) or read(name, window))
+    read_parameter(found, "blocks.1.attention.qkv.weight", (slice(50, 60), slice(0, 64)))
+    rows = {name.split(".")[-2]: window[0] for name, window in windows.items()}
+    assert rows == {"q_proj": slice(32, 64), "k_proj": slice(8, 16), "v_proj": slice(8, 16)}
+
+
 # The command, and its memory
 
 

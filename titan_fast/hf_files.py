@@ -189,7 +189,7 @@ def _write_shard(path: Path, names: list[str], tensors: Iterator[tuple[str, Tens
     for expected in names:
         name, tensor = next(tensors)
         assert name == expected, (name, expected)
-        shard[name] = tensor.contiguous()
+        shard[name] = tensor
     save_file(shard, path, metadata={"format": "pt"})  # transformers refuses a file without this
 
 
