@@ -45,7 +45,7 @@ def compiler(settings: config.Compile) -> Callable[[Any], Any]:
 
 def arguments(settings: config.Compile) -> dict[str, Any]:
     """The keyword arguments of torch.compile and Module.compile."""
-    chosen: dict[str, Any] = {"backend": settings.backend, "fullgraph": True}
+    chosen: dict[str, Any] = {"backend": settings.backend, "fullgraph": True, "dynamic": False}
     options = {}
     if settings.coordinate_descent:
         options["coordinate_descent_tuning"] = True
@@ -58,7 +58,7 @@ def optimizer_compiler(settings: config.Compile) -> Callable[[Any], Any] | None:
     """What compiles the optimizer's update, None where it is not to be."""
     if not (settings.enable and "optimizer" in settings.components):
         return None
-    return lambda function: torch.compile(function, dynamic=False, **arguments(settings))
+    return lambda function: torch.compile(function, **arguments(settings))
 
 
 def compile_model(model: Llama, settings: config.Compile) -> None:

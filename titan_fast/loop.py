@@ -15,6 +15,7 @@ from titan_fast.agreement import Agreed, Agreement
 from titan_fast.checkpoint import Progress, gather_data_state, own_data_state
 from titan_fast.checkpointer import Checkpointer
 from titan_fast.compilation import optimizer_compiler
+from titan_fast.compile_report import CompileReport
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape
 from titan_fast.data import build_loader, build_tokenizer, build_validation_loader
 from titan_fast.distributed import World
@@ -26,7 +27,6 @@ from titan_fast.masters import masters_as_weights
 from titan_fast.metrics import MetricsLogger
 from titan_fast.ops import Ops, build_ops
 from titan_fast.optim import build_optimizer, clip_gradients, learning_rate, step_unless
-from titan_fast.parallel import graphs_compiled
 from titan_fast.profiling import Profiler, check_profiling
 from titan_fast.run_directory import open_run_directory, write_config
 from titan_fast.run_lock import RunLock
@@ -70,6 +70,7 @@ class Run:
         self.shape = model_shape(config.model)
         device = world.device
         canary.check(config, self.shape, ops, device)
+        self.compile_report = CompileReport()
         self.model = build_model(config, self.shape, ops, degrees, device)
         self.optimizer = build_optimizer(self.model, config.optimizer, optimizer_compiler(config.compile))
         if rehearsal.is_wanted(config, device):
@@ -171,6 +172,7 @@ class Run:
         finally:
             gc.enable()
             self.loader.close()
+            self.compile_report.close()
             self.metrics.finish()
         if stopped:
             self.metrics.say(
@@ -188,6 +190,8 @@ class Run:
         loss, norm, rate, agreed = self.step(step)
         if step == self.first_step:
             self._after_first_step(started)
+        for line in self.compile_report.again(step - self.first_step + 1):
+            self.metrics.say(line)
         must_save = last or agreed.stop
         saves = config.checkpoint.enable and (
             must_save or agreed.save or self.save_is_owed or due(config.checkpoint.interval)
@@ -260,6 +264,7 @@ class Run:
             self.validation_loader.reset()
             loss = validation_loss(self.model, self.validation_loader, self.config.validation.steps, self.degrees)
         self.metrics.validation(step, loss)
+        self.compile_report.expect()
 
     def sample(self, step: int) -> None:
         """A text from the model as it is now. Every rank takes part: each holds only its shards."""
@@ -297,4 +302,4 @@ class Run:
             if self.world.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
-            self.metrics.say(f"compiled {graphs_compiled()} graphs; the first step took {seconds:.1f} s with that")
+            self.metrics.say(f"{self.compile_report.summary()}; the first step took {seconds:.1f} s with that")

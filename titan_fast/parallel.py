@@ -253,11 +253,6 @@ class VocabularyParallelHead(ParallelStyle):
         return gather._apply(module, device_mesh)
 
 
-def graphs_compiled() -> int:
-    """How many graphs torch.compile has made so far."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
 def apply_fsdp(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Config) -> None:
     """FSDP2 over ("replicate", "shard"): a unit per block, one for the embedding, one for final norm and head.
 

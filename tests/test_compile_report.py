@@ -1,0 +1,83 @@
+"""How many graphs are built, that depth adds none, and the warning about one built late."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from shapes import LLAMA3
+
+from titan_fast.activation_checkpoint import apply
+from titan_fast.compilation import compile_model
+from titan_fast.compile_report import SETTLED_AFTER, CompileReport
+from titan_fast.config import ActivationCheckpoint, Compile
+from titan_fast.loss import LinearCrossEntropy
+from titan_fast.model import Llama, init_weights
+from titan_fast.ops import REFERENCE
+
+TRACED = Compile(enable=True, backend="aot_eager", components=("blocks",))
+
+
+@pytest.fixture
+def report() -> Iterator[CompileReport]:
+    torch._dynamo.reset()
+    made = CompileReport()
+    yield made
+    made.close()
+
+
+def model_of(n_layers: int) -> Llama:
+    model = Llama(dataclasses.replace(LLAMA3, n_layers=n_layers), REFERENCE, LinearCrossEntropy(REFERENCE))
+    init_weights(model, 0)
+    apply(model, ActivationCheckpoint("pointwise"))
+    compile_model(model, TRACED)
+    return model
+
+
+def one_pass(model: Llama, seq_len: int = 16) -> None:
+    tokens = torch.arange(2 * seq_len).view(2, seq_len)
+    model(tokens, tokens, torch.ones(())).backward()
+
+
+def test_depth_adds_no_graph() -> None:
+    seconds = {}
+    for n_layers in (2, 32):
+        torch._dynamo.reset()  # which forgets who listens, too
+        report = CompileReport()
+        one_pass(model_of(n_layers))
+        assert report.graphs == 1
+        seconds[n_layers] = report.seconds
+    assert 0 < seconds[32] < 3 * seconds[2] + 1.0, seconds
+
+
+def test_seconds_are_those_of_compiling(report: CompileReport) -> None:
+    model = model_of(2)
+    began = time.perf_counter()
+    one_pass(model)
+    assert 0 < report.seconds < time.perf_counter() - began
+    before = report.seconds
+    one_pass(model)
+    assert report.seconds == before
+    assert report.summary() == f"compiled 1 graph in {before:.1f} s"
+
+
+def test_a_late_graph_is_a_warning_that_names_the_guard(report: CompileReport) -> None:
+    model = model_of(2)
+    one_pass(model)
+    report.summary()
+    assert report.again(SETTLED_AFTER + 1) == []
+    one_pass(model, seq_len=24)
+    (line,) = report.again(SETTLED_AFTER + 2)
+    assert line.startswith("warning:") and f"step {SETTLED_AFTER + 2}" in line
+    assert "size mismatch" in line and "24" in line
+    assert report.again(SETTLED_AFTER + 3) == []
+    one_pass(model, seq_len=8)
+    assert report.again(SETTLED_AFTER) == []  # it is early enough
+
+
+def test_a_closed_report_hears_nothing(report: CompileReport) -> None:
+    report.close()
+    report.close()
+    one_pass(model_of(1))
+    assert report.graphs == 0
