@@ -155,7 +155,7 @@ def least_step(limits: Limits, config: Config, shape: ModelShape, world: int) ->
     forward, backward = limits.attention_seconds(call)
     gemm = sum(limits.product_seconds(found["head"], product) for product in PRODUCTS)
     gemm += shape.n_layers * sum(limits.product_seconds(found[n], p) for n in BLOCK_MATRICES for p in PRODUCTS)
-    parts = {
+    parts: dict[str, float] = {
         "matrix products": gemm,
         "attention": shape.n_layers * (forward + backward),
         "memory-bound": (shape.n_layers * block_bytes(shape, tokens, training.seq_len) + end_bytes(shape, tokens))
@@ -232,7 +232,7 @@ def measure_limits(device: torch.device, smoke: bool, passes: int, calls: int) -
 
 def _tiny(workload: Workload) -> tuple[Workload, ModelShape]:
     return workload, shape_of(
-        Workload("tiny", "single", workload.flavor, 16, 1, SMOKE_MODEL | {"model.n_layers": 2}), True
+        Workload("tiny", "single", workload.flavor, SMOKE_SEQ_LEN, 1, SMOKE_MODEL | {"model.n_layers": 2}), True
     )
 
 

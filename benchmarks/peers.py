@@ -25,8 +25,8 @@ from torch import Tensor
 
 from benchmarks import step_timing
 from benchmarks.step_profile import breakdown
-from benchmarks.step_timing import Length, Timed
-from benchmarks.train_cell import RandomTokens, failures_into
+from benchmarks.step_timing import Timed
+from benchmarks.train_cell import How, RandomTokens, Rows, failures_into
 from benchmarks.workloads import Cell, config_of, shape_of
 from titan_fast.config import Config
 from titan_fast.flavors import ModelShape
@@ -60,10 +60,12 @@ def hugging_face(config: Config, shape: ModelShape, loader: Loader, device: torc
         kernels: Any = importlib.import_module("liger_kernel.transformers")
         kernels.apply_liger_kernel_to_llama()
         versions["liger-kernel"] = importlib.import_module("importlib.metadata").version("liger-kernel")
-    settings = LlamaConfig(**hf_config(shape), attn_implementation="sdpa", use_cache=False, dtype=torch.bfloat16)
+    words: dict[str, Any] = {"attn_implementation": "sdpa", "use_cache": False, "dtype": torch.bfloat16}
+    settings = LlamaConfig(**hf_config(shape), **words)
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(settings).to(torch.bfloat16)
+        model: Any = LlamaForCausalLM(settings)
+        model.to(torch.bfloat16)
     model.train()
     if config.compile.enable:
         for layer in model.model.layers:
@@ -218,13 +220,11 @@ def _alone(peer: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def run_peer(
-    cell: Cell, device: torch.device, smoke: bool, length: Length | None, profiles: bool
-) -> list[dict[str, Any]]:
+def run_peer(cell: Cell, device: torch.device, how: How) -> Rows:
     """One row: the peer's figures, or why there are none."""
     row: dict[str, Any] = {"variant": cell.variants[0].name, "options": {}}
     options = {"compile.enable": True} if cell.variants[0].name == "compiled" else {}
-    config, shape = config_of(cell.workload, options, smoke), shape_of(cell.workload, smoke)
+    config, shape = config_of(cell.workload, options, how.smoke), shape_of(cell.workload, how.smoke)
     training = config.training
     loader = Loader(RandomTokens(training.local_batch_size, training.seq_len, shape.vocab_size), device)
     arguments = sys.argv
@@ -235,13 +235,13 @@ def run_peer(
             row["versions"] = peer.versions
             peer.step()
             row["first_loss"] = peer.loss()
-            found = step_timing.warm_up(peer.step, device, length)
-            timed = Timed(warm_up=found.warm_up)
+            found, steps = step_timing.warm_up(peer.step, device, how.length, is_first=True)
+            timed = Timed(warm_up=steps)
             for _, count in step_timing.turns([cell.peer], {cell.peer: found}):
                 step_timing.run_block(peer.step, device, count, timed)
             row["step_seconds"], row["peak_bytes"] = timed.as_json(), timed.peak_bytes
             row["last_loss"] = peer.loss()
-            if profiles:
+            if how.profiles:
                 row["profile"] = breakdown(peer.step, device)
     finally:
         sys.argv = arguments

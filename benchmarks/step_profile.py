@@ -19,6 +19,8 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("eager pointwise and reductions", r"elementwise|reduce|softmax|vectorized|index|gather|scatter|embedding|aten::"),
 )
 OTHER = "other"
+PROFILED_STEPS = 3
+"""That `breakdown` runs: one to start the profiler on, which is not looked at, and two more."""
 
 
 def kind_of(name: str) -> str:
@@ -27,11 +29,12 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in KINDS if re.search(pattern, lowered)), OTHER)
 
 
-def breakdown(step: Callable[[], None], device: torch.device, steps: int = 2) -> dict[str, Any]:
+def breakdown(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
     """Seconds per step of each kind and of the gaps between kernels, and the ten kernels that take longest.
 
     Streams overlap, so kinds may add up to more than the step; `idle` is when no kernel ran at all.
     """
+    steps = PROFILED_STEPS - 1
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     step()
     with profile(activities=activities) as trace:

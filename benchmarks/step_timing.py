@@ -56,22 +56,39 @@ Contender = Callable[[], None]
 """One training step. To be called `warm_up` times before it is timed."""
 
 
-def warm_up(step: Contender, device: torch.device, length: Length | None) -> Length:
-    """Warms `step` up and returns how long to time it: `length`, or by the duration of its steps when None."""
-    done = 0
-    for _ in range(SLOW.warm_up if length is None else length.warm_up):
-        synchronize(device)
+LATER_WARM_UP = 5
+"""Steps of a contender that is not the first of its process: clocks and allocator are warm, its code is not. No step is
+timed before all contenders have warmed up, the first by FULL.warm_up steps."""
+
+
+def warm_up(
+    step: Contender,
+    device: torch.device,
+    length: Length | None,
+    is_first: bool,
+    at_ten: Callable[[], None] | None = None,
+) -> tuple[Length, int]:
+    """Warms `step`, which has run once, up; (how long to time it, steps that were run). The length is `length`, or by
+    the duration of a step when None. at_ten: called after the tenth step where there is one."""
+    done = 1
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range((SLOW.warm_up if length is None else length.warm_up) - 1):
         started = time.perf_counter()
         step()
+        synchronize(device)
         done += 1
-    synchronize(device)
     if length is not None:
-        return length
+        return length, done
     if time.perf_counter() - started > SLOW_STEP_SECONDS:
-        return SLOW
-    for _ in range(FULL.warm_up - done):
+        return SLOW, done
+    while done < (FULL.warm_up if is_first else LATER_WARM_UP):
         step()
-    return FULL
+        done += 1
+        if done == 10 and at_ten is not None:
+            synchronize(device)
+            at_ten()
+    return FULL, done
 
 
 def run_block(step: Contender, device: torch.device, count: int, into: Timed) -> None:

@@ -2,19 +2,20 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+import torch._functorch.config as functorch_config
 
 from benchmarks import fake_world, step_timing
 from benchmarks.step_profile import breakdown
 from benchmarks.step_timing import Length, Timed
 from benchmarks.workloads import SMOKE_WORLD, Cell, Variant, config_of, shape_of
 from titan_fast import activation_checkpoint, compilation, parallel
-from titan_fast.config import Comm, Config, mesh_degrees
+from titan_fast.config import Comm, Config, Kernels, mesh_degrees
 from titan_fast.distributed import World, start
 from titan_fast.loader import Loader, Step
 from titan_fast.loss import LinearCrossEntropy, torch_linear_cross_entropy
@@ -88,6 +89,12 @@ class Bench:
     def _ops(self, config: Config) -> Ops:
         return build_ops(config.kernels, self.world.device, workload(config, self.shape, self.degrees))
 
+    def what_runs(self, options: dict[str, Any]) -> object:
+        """Equal for variants that come to the same code: where `auto` is the reference, it is not run twice."""
+        config = config_of(self.cell.workload, options, self.smoke)
+        choices = tuple((operator, choice) for operator, choice, _ in self._ops(config).reasons)
+        return choices, config.kernels.carry_residual, dataclasses.replace(config, kernels=Kernels())
+
     def switch_to(self, config: Config) -> Ops:
         """Makes the model run as `config` says; its weights, moments and data go on."""
         parallel.check(config, self.shape, self.degrees, self.world.device)
@@ -133,7 +140,7 @@ def _unswitch(model: Llama) -> None:
         module._compiled_call_impl = None
     for block in model.blocks:
         block.__dict__.pop("forward", None)
-    torch._functorch.config.activation_memory_budget = 1.0
+    functorch_config.activation_memory_budget = 1.0
 
 
 def _give_operators(model: Llama, ops: Ops) -> None:
@@ -155,18 +162,69 @@ def world_of(cell: Cell, device: torch.device, smoke: bool) -> Iterator[World]:
             yield world
 
 
-def run_cell(
-    cell: Cell, device: torch.device, smoke: bool, length: Length | None, profiles: bool, launched: float
-) -> list[dict[str, Any]]:
+Rows = list[dict[str, Any]]
+Save = Callable[[Rows], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How a cell is run."""
+
+    smoke: bool = False
+    length: Length | None = None
+    """None: by the duration of a step."""
+    profiles: bool = True
+    launched: float = 0.0
+    """time.time() when the process was started."""
+    save: Save = lambda rows: None
+    """Called with all rows whenever there is more in them."""
+
+
+def run_cell(cell: Cell, device: torch.device, how: How) -> Rows:
     """A row for each variant; one that fails has its error instead of figures, and where memory ran out the variants
     after it have no row: what is left behind may not be sound. launched: time.time() when the process was started."""
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    with world_of(cell, device, smoke) as world:
-        bench = Bench(cell, world, smoke)
+    with world_of(cell, device, how.smoke) as world:
+        if cell.parity_steps:
+            return _compare_losses(cell, world, how)
+        bench = Bench(cell, world, how.smoke)
         try:
-            return _time_variants(bench, cell, length, profiles, launched)
+            return _time_variants(bench, cell, how)
         finally:
             bench.close()
+
+
+def _compare_losses(cell: Cell, world: World, how: How) -> Rows:
+    """Losses of each variant from the same weights on the same data; the first variant's are what they are compared
+    with: the largest relative difference of a step, and of the mean over the last tenth."""
+    rows: Rows = []
+    steps = how.length.timed if how.length is not None else cell.parity_steps
+    expected = torch.empty(0)
+    for variant in cell.variants:
+        row: dict[str, Any] = {"variant": variant.name, "options": variant.options}
+        rows.append(row)
+        with failures_into(row):
+            bench = Bench(dataclasses.replace(cell, variants=(variant,)), world, how.smoke)
+            try:
+                bench.switch_to(bench.config)
+                losses = []
+                for _ in range(steps):
+                    bench.step()
+                    losses.append(bench.loss)
+            finally:
+                bench.close()
+            found = torch.stack(losses).double().cpu()
+            expected = found if len(rows) == 1 else expected
+            row["losses"] = [round(loss, 5) for loss in found.tolist()]
+            if len(found) == len(expected):
+                tail = max(1, steps // 10)
+                row["parity"] = {
+                    "steps": steps,
+                    "largest": ((found - expected).abs() / expected).max().item(),
+                    "last tenth": abs(found[-tail:].mean() / expected[-tail:].mean() - 1).item(),
+                }
+        how.save(rows)
+    return rows
 
 
 @dataclasses.dataclass
@@ -181,47 +239,64 @@ class _Running:
     timed: Timed
 
 
-def _time_variants(
-    bench: Bench, cell: Cell, length: Length | None, profiles: bool, launched: float
-) -> list[dict[str, Any]]:
-    device, rows, running = bench.world.device, [], {}
+def _time_variants(bench: Bench, cell: Cell, how: How) -> Rows:
+    device = bench.world.device
+    rows: Rows = []
+    running: dict[str, _Running] = {}
+    known: dict[object, str] = {}
     for variant in cell.variants:
         if rows and rows[-1].get("out_of_memory"):
             break
         row: dict[str, Any] = {"variant": variant.name, "options": variant.options}
         rows.append(row)
         with failures_into(row):
-            config = config_of(cell.workload, variant.options, bench.smoke)
-            started = time.perf_counter()
-            ops = bench.switch_to(config)
-            row["choices"] = {operator: f"{choice}: {reason}" for operator, choice, reason in ops.reasons}
-            bench.step()
-            row["first_loss"] = bench.loss.item()
-            row["first_step_seconds"] = time.perf_counter() - started
-            if len(rows) == 1:
-                for _ in range(9):
-                    bench.step()
-                step_timing.synchronize(device)
-                row["seconds_to_step_10"] = time.time() - launched
-            found = step_timing.warm_up(bench.step, device, length)
-            timed = Timed(warm_up=found.warm_up)
-            running[variant.name] = _Running(variant, config, row, _face(bench), found, timed)
+            same = bench.what_runs(variant.options)
+            if same in known:
+                row["same_as"] = known[same]
+            else:
+                running[variant.name] = _start(bench, variant, row, how, is_first=len(rows) == 1)
+                known[same] = variant.name
+        how.save(rows)
     for name, count in step_timing.turns(list(running), {name: r.length for name, r in running.items()}):
         one = running[name]
+        if "error" in one.row:
+            continue
         _put_on(bench, one)
         with failures_into(one.row):
             step_timing.run_block(bench.step, device, count, one.timed)
+            one.row |= {"step_seconds": one.timed.as_json(), "peak_bytes": one.timed.peak_bytes}
             one.row["last_loss"] = bench.loss.item()
-    for one in running.values():
-        if "error" in one.row:
-            continue
-        one.row["step_seconds"] = one.timed.as_json()
-        one.row["peak_bytes"] = one.timed.peak_bytes
-        if profiles:
-            _put_on(bench, one)
-            with failures_into(one.row):
-                one.row["profile"] = breakdown(bench.step, device)
+        how.save(rows)
+    for row in rows:
+        if "same_as" in row:
+            other = running[row["same_as"]].row
+            row |= {key: other[key] for key in ("step_seconds", "peak_bytes", "error") if key in other}
+    how.save(rows)
+    first = next(iter(running.values()), None)
+    if how.profiles and first is not None and "error" not in first.row:
+        _put_on(bench, first)
+        with failures_into(first.row):
+            first.row["profile"] = breakdown(bench.step, device)
+        how.save(rows)
     return rows
+
+
+def _start(bench: Bench, variant: Variant, row: dict[str, Any], how: How, is_first: bool) -> _Running:
+    """Switches to `variant`, compiles and warms up."""
+    device = bench.world.device
+    config = config_of(bench.cell.workload, variant.options, bench.smoke)
+    started = time.perf_counter()
+    ops = bench.switch_to(config)
+    row["choices"] = {operator: f"{choice}: {reason}" for operator, choice, reason in ops.reasons}
+    bench.step()
+    row["first_loss"] = bench.loss.item()
+    row["first_step_seconds"] = time.perf_counter() - started
+
+    def at_ten() -> None:
+        row["seconds_to_step_10"] = time.time() - how.launched
+
+    length, steps = step_timing.warm_up(bench.step, device, how.length, is_first, at_ten if is_first else None)
+    return _Running(variant, config, row, _face(bench), length, Timed(warm_up=steps))
 
 
 def _face(bench: Bench) -> dict[str, Any]:
@@ -233,7 +308,7 @@ def _face(bench: Bench) -> dict[str, Any]:
         "ops": model.norm.ops,
         "loss": model.head.loss,
         "update": getattr(bench.optimizer, "_update", None),
-        "budget": torch._functorch.config.activation_memory_budget,
+        "budget": functorch_config.activation_memory_budget,
     }
 
 
@@ -249,7 +324,7 @@ def _put_on(bench: Bench, one: _Running) -> None:
             block.forward = forward
     if isinstance(bench.optimizer, OnePassAdamW):
         bench.optimizer._update = face["update"]
-    torch._functorch.config.activation_memory_budget = face["budget"]
+    functorch_config.activation_memory_budget = face["budget"]
     bench.config = one.config
 
 

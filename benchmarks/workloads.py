@@ -58,8 +58,8 @@ class Cell:
     """Whose training step; empty for ours."""
     label: str = ""
     """What distinguishes it from other cells of the same workload."""
-    extended: bool = False
-    """Run only with --all."""
+    parity_steps: int = 0
+    """Not timed: each variant trains so many steps from the same start, and its losses are compared."""
 
     @property
     def name(self) -> str:
@@ -123,85 +123,111 @@ def _per_operator() -> tuple[Variant, ...]:
     return (COMPILED_REFERENCE, *alone)
 
 
-def _levers() -> tuple[Variant, ...]:
-    """One change each from the first."""
-
-    def lever(name: str, options: Options) -> Variant:
-        return Variant(name, COMPILED | options)
-
-    return (
-        lever("base", {}),
-        lever("attention cudnn", {"kernels.attention": "cudnn"}),
-        lever("attention flash", {"kernels.attention": "flash"}),
-        lever("attention fa3", {"kernels.attention": "fa3"}),
-        lever("attention fa4", {"kernels.attention": "fa4"}),
-        lever("blocks alone", {"compile.components": ["blocks"]}),
-        lever("blocks and loss", {"compile.components": ["blocks", "loss"]}),
-        lever("blocks, loss and norm", {"compile.components": ["blocks", "loss", "norm"]}),
-        lever("chunk 1024", {"loss.chunk_size": 1024}),
-        lever("chunk 4096", {"loss.chunk_size": 4096}),
-        lever("chunk 0", {"loss.chunk_size": 0}),
-        lever("torch's linear cross entropy", {"loss.implementation": "torch"}),
-        lever("carried residual", {"kernels.carry_residual": True}),
-        lever("no clipping", {"training.max_norm": 0.0}),
-        lever("pointwise", POINTWISE),
-        lever("selective op", SELECTIVE_OP),
-        lever("selective layer", SELECTIVE_LAYER),
-        lever("full", FULL),
-        lever("coordinate descent", {"compile.coordinate_descent": True}),
-    )
+def _lever(name: str, options: Options) -> Variant:
+    return Variant(name, COMPILED | options)
 
 
-def _cells() -> list[Cell]:
-    one, three, eight = LLAMA_1B, LLAMA_3B, slice_of(RANK0["8b"], 4)
-    cells = [
-        Cell("single", one, TWO_BY_TWO),
-        Cell("single", three, TWO_BY_TWO),
-        Cell("rank0", RANK0["8b"], COMPILED_ONLY),
-        Cell("rank0", RANK0["8b"], (EAGER_REFERENCE, EAGER_KERNELS), label="pointwise eager", extended=True),
-        Cell("rank0", _with(RANK0["8b"], SELECTIVE_OP, "selective op"), (COMPILED_AUTO,)),
-        Cell("rank0", RANK0["13b"], (COMPILED_AUTO, COMPILED_REFERENCE)),
-        Cell("rank0", RANK0["13b"], (COMPILED_KERNELS, EAGER_REFERENCE, EAGER_KERNELS), label="rest", extended=True),
-        Cell("rank0-70b", RANK0["70b"], (COMPILED_AUTO,)),
-        Cell("rank0-70b", RANK0["2-70b"], (COMPILED_AUTO,)),
-        Cell("rank0-70b", RANK0["2-70b-2"], (COMPILED_AUTO,), extended=True),
-        Cell("rank0-70b", RANK0["70b"], (COMPILED_REFERENCE, COMPILED_KERNELS), label="rest", extended=True),
-        *(Cell("slices", slice_of(RANK0["8b"], n), TWO_BY_TWO) for n in SLICE_LAYERS),
-        Cell("slices", slice_of(RANK0["70b"], 2), TWO_BY_TWO),
-        *(Cell("slices", slice_of(RANK0["70b"], n), COMPILED_ONLY[:1]) for n in SLICE_LAYERS[1:]),
-        Cell("levers", eight, _per_operator(), label="one kernel each"),
-        Cell("levers", eight, _levers(), label="one change each"),
-        Cell("levers", eight, (Variant("max autotune", COMPILED | {"compile.max_autotune": True}),), extended=True),
-    ]
-    cells += _single_device_paths(one) + _fsdp_policies(eight) + _peers()
-    return cells
+BASE = _lever("base", {})
+ARITHMETIC_LEVERS = (
+    BASE,
+    _lever("attention cudnn", {"kernels.attention": "cudnn"}),
+    _lever("attention flash", {"kernels.attention": "flash"}),
+    _lever("attention fa3", {"kernels.attention": "fa3"}),
+    _lever("attention fa4", {"kernels.attention": "fa4"}),
+    _lever("blocks alone", {"compile.components": ["blocks"]}),
+    _lever("blocks and loss", {"compile.components": ["blocks", "loss"]}),
+    _lever("blocks, loss and norm", {"compile.components": ["blocks", "loss", "norm"]}),
+    _lever("chunk 1024", {"loss.chunk_size": 1024}),
+    _lever("chunk 4096", {"loss.chunk_size": 4096}),
+    _lever("chunk 0", {"loss.chunk_size": 0}),
+    _lever("torch's linear cross entropy", {"loss.implementation": "torch"}),
+    _lever("carried residual", {"kernels.carry_residual": True}),
+    _lever("no clipping", {"training.max_norm": 0.0}),
+    _lever("coordinate descent", {"compile.coordinate_descent": True}),
+)
+MEMORY_LEVERS = (
+    BASE,
+    _lever("pointwise", POINTWISE),
+    _lever("selective op", SELECTIVE_OP),
+    _lever("selective layer", SELECTIVE_LAYER),
+    _lever("full", FULL),
+)
 
 
 def _with(workload: Workload, options: Options, words: str) -> Workload:
     return replace(workload, name=f"{workload.name}, {words}", options=workload.options | options)
 
 
-def _single_device_paths(workload: Workload) -> list[Cell]:
+def _table_cells() -> list[Cell]:
+    """What the README shows."""
+    eight, seventy = RANK0["8b"], RANK0["70b"]
+    return [
+        Cell("single", LLAMA_1B, TWO_BY_TWO),
+        Cell("single", LLAMA_3B, COMPILED_ONLY),
+        Cell("rank0", eight, (COMPILED_AUTO, COMPILED_KERNELS)),
+        Cell("rank0", RANK0["13b"], (COMPILED_AUTO,)),
+        Cell("slices", slice_of(eight, 4), TWO_BY_TWO),
+        *(Cell("slices", slice_of(eight, layers), (COMPILED_AUTO,)) for layers in (2, 8)),
+        *(Cell("slices", slice_of(seventy, layers), (COMPILED_AUTO,)) for layers in (2, 4)),
+        Cell("rank0-70b", seventy, (COMPILED_AUTO,)),
+        *_peers("peers", untied(LLAMA_1B), (PEERS[0], PEERS[1], PEERS[2]), LLAMA_1B),
+    ]
+
+
+def _more_cells() -> list[Cell]:
+    """What the 25 minutes leave out: the rest of the 2x2, larger batches, every switch by itself."""
+    eight, thirteen, slice4 = RANK0["8b"], RANK0["13b"], slice_of(RANK0["8b"], 4)
+    rest = (COMPILED_REFERENCE, EAGER_REFERENCE, EAGER_KERNELS)
+    batch4 = replace(untied(LLAMA_1B), batch=4, name="Llama 3.2 1B untied, batch 4")
+    seventy = slice_of(RANK0["70b"], 4)
+    return [
+        Cell("rest-8b", eight, rest, label="rest"),
+        Cell("rest-8b", _with(eight, SELECTIVE_OP, "selective op"), (COMPILED_AUTO,)),
+        Cell("rest-13b", thirteen, (COMPILED_REFERENCE, COMPILED_KERNELS), label="rest"),
+        Cell("rest-13b-eager", thirteen, (EAGER_REFERENCE, EAGER_KERNELS), label="eager"),
+        Cell("rest-3b", LLAMA_3B, (EAGER_REFERENCE, EAGER_KERNELS), label="eager"),
+        Cell("rest-3b", slice_of(RANK0["70b"], 8), (COMPILED_AUTO,)),
+        Cell("rest-70b", RANK0["2-70b"], (COMPILED_AUTO,)),
+        Cell("rest-70b", RANK0["2-70b-2"], (COMPILED_AUTO,), label="batch 2"),
+        Cell("rest-70b-slice", seventy, rest, label="rest"),
+        Cell("levers", slice4, ARITHMETIC_LEVERS, label="one change each"),
+        Cell("levers-memory", slice4, MEMORY_LEVERS, label="one kind of recomputation each"),
+        Cell("levers-memory", slice4, _per_operator(), label="one kernel each"),
+        *_fsdp_policies("levers-memory", slice4),
+        *_single_device_paths("levers-optimizer", LLAMA_1B),
+        Cell("levers-autotune", slice4, (_lever("max autotune", {"compile.max_autotune": True}),), label="autotune"),
+        *_peers("peers-batch-4", batch4, (PEERS[0], PEERS[1], PEERS[2])),
+        *_peers("peers-3b", untied(LLAMA_3B), (PEERS[0], PEERS[1], PEERS[2], PEERS[3]), LLAMA_3B),
+        *_peers("peers-8b", _on_one_device(slice4), (PEERS[0], PEERS[2])),
+        _parity(),
+    ]
+
+
+def _on_one_device(workload: Workload) -> Workload:
+    return replace(workload, name=f"{workload.name}, one device", kind="single")
+
+
+def _single_device_paths(part: str, workload: Workload) -> list[Cell]:
     """What is kept of weights, and how AdamW runs: another optimizer each."""
     fsdp = replace(workload, options=workload.options | {"parallelism.single_device": "fsdp"})
     whole = Variant("whole model", {"compile.enable": True, "compile.components": ["model", "optimizer"]})
     fused = Variant("fused AdamW", COMPILED | {"compile.components": ["blocks", "norm", "loss"]})
     foreach = Variant("foreach AdamW", fused.options | {"optimizer.implementation": "foreach"})
     return [
-        Cell("levers", fsdp, (fused,), label="FSDP2 on one device"),
-        Cell("levers", fsdp, (foreach,), label="FSDP2 on one device, foreach"),
-        Cell("levers", workload, (fused,), label="masters, AdamW by buckets"),
-        Cell("levers", workload, (COMPILED_AUTO, whole), label="masters, one-pass AdamW"),
+        Cell(part, fsdp, (fused,), label="FSDP2 on one device"),
+        Cell(part, fsdp, (foreach,), label="FSDP2 on one device, foreach"),
+        Cell(part, workload, (fused,), label="masters, AdamW by buckets"),
+        Cell(part, workload, (COMPILED_AUTO, whole), label="masters, one-pass AdamW"),
     ]
 
 
-def _fsdp_policies(workload: Workload) -> list[Cell]:
+def _fsdp_policies(part: str, workload: Workload) -> list[Cell]:
     changes = {
         "never reshard": {"parallelism.fsdp_reshard_after_forward": "never"},
         "bfloat16 reduction": {"training.mixed_precision_reduce": "bfloat16"},
     }
     return [
-        Cell("levers", replace(workload, options=workload.options | options), (Variant("base", COMPILED),), label=label)
+        Cell(part, replace(workload, options=workload.options | options), (BASE,), label=label)
         for label, options in changes.items()
     ]
 
@@ -209,36 +235,36 @@ def _fsdp_policies(workload: Workload) -> list[Cell]:
 PEERS = ("torchtitan pure bfloat16", "torchtitan as shipped", "Hugging Face + Liger", "Hugging Face")
 
 
-def _peers() -> list[Cell]:
-    """Every peer and, before and after them, ours on the same untied model: what it moves in between is drift."""
-    cells = []
-    for workload, batches in ((untied(LLAMA_1B), (2, 4)), (untied(LLAMA_3B), (1,))):
-        pure = replace(workload, options=workload.options | PURE | NONE)
-        ours = Cell("peers", pure, (COMPILED_AUTO,), label="pure bfloat16")
-        cells.append(ours)
-        for batch in batches:
-            sized = replace(pure, batch=batch, name=pure.name + (f", batch {batch}" if batch != pure.batch else ""))
-            if batch != pure.batch:
-                cells.append(replace(ours, workload=sized))
-            cells += [
-                Cell("peers", sized, (Variant("compiled"),), peer=peer)
-                for peer in PEERS[: None if batch == pure.batch else 3]
-            ]
-        cells.append(Cell("peers", workload, (COMPILED_AUTO,), label="masters"))
-        cells.append(replace(ours, label="pure bfloat16, again"))
-    eight = replace(slice_of(RANK0["8b"], 4), kind="single", options=RANK0["8b"].options | PURE | {"model.n_layers": 4})
-    cells.append(Cell("peers", eight, (COMPILED_AUTO,), label="pure bfloat16"))
-    cells += [Cell("peers", eight, (Variant("compiled"),), peer=peer) for peer in (PEERS[0], PEERS[2])]
-    return cells
+def _peers(part: str, workload: Workload, peers: tuple[str, ...], masters: Workload | None = None) -> list[Cell]:
+    """Peers in pure bfloat16 (but for torchtitan as it is shipped) and ours in it before and after them: what that
+    moves in between is drift. `masters`: ours with float32 masters as well, which is more work than theirs."""
+    pure = replace(workload, options=workload.options | PURE | NONE)
+    ours = Cell(part, pure, (COMPILED_AUTO,), label="pure bfloat16")
+    cells = [ours, *(Cell(part, pure, (Variant("compiled"),), peer=peer) for peer in peers)]
+    if masters is not None:
+        cells.append(Cell(part, masters, (COMPILED_AUTO,), label="masters"))
+    return [*cells, replace(ours, label="pure bfloat16, again")]
 
 
-PARTS = ("limits", "single", "rank0", "rank0-70b", "slices", "levers", "peers")
-"""In the order in which they are worth running; `limits` has no cells."""
+PARITY_STEPS = 200
 
 
-def cells(parts: tuple[str, ...], extended: bool) -> list[Cell]:
+def _parity() -> Cell:
+    """Plain eager PyTorch first; the rest is compared with it."""
+    two = replace(slice_of(LLAMA_1B, 2), kind="single", seq_len=2048)
+    plain = replace(EAGER_REFERENCE, name="plain")
+    switched = [v for v in (*ARITHMETIC_LEVERS, *MEMORY_LEVERS[1:]) if v.name not in ("base", "no clipping")]
+    return Cell("parity", two, (plain, *TWO_BY_TWO[:3], EAGER_KERNELS, *switched), parity_steps=PARITY_STEPS)
+
+
+TABLE_PARTS = ("limits", "single", "rank0", "peers", "slices", "rank0-70b")
+"""What one command runs, the most telling first; `limits` has no cells."""
+PARTS = (*TABLE_PARTS, *dict.fromkeys(cell.part for cell in _more_cells()))
+
+
+def cells(parts: tuple[str, ...]) -> list[Cell]:
     """What `parts` consist of."""
-    return [cell for cell in _cells() if cell.part in parts and (extended or not cell.extended)]
+    return [cell for cell in (*_table_cells(), *_more_cells()) if cell.part in parts]
 
 
 # A rehearsal without a GPU: the same cells on a model that a CPU core steps in a fraction of a second.
@@ -246,12 +272,12 @@ SMOKE_MODEL: Options = {
     "model.dim": 32, "model.n_heads": 4, "model.n_kv_heads": 2, "model.ffn_dim": 48, "model.vocab_size": 128,
     "loss.chunk_size": 8,
 }  # fmt: skip
-SMOKE_SEQ_LEN, SMOKE_WORLD = 16, 4
+SMOKE_SEQ_LEN, SMOKE_WORLD = 8, 4
 
 
 def rehearsed(cell: Cell) -> Cell:
-    """`cell` at tiny sizes; layers of a slice stay, other models get two."""
-    options = cell.workload.options | SMOKE_MODEL | {"model.n_layers": cell.workload.options.get("model.n_layers", 2)}
+    """`cell` at tiny sizes; layers of a slice stay, other models get one."""
+    options = cell.workload.options | SMOKE_MODEL | {"model.n_layers": cell.workload.options.get("model.n_layers", 1)}
     return replace(cell, workload=replace(cell.workload, seq_len=SMOKE_SEQ_LEN, options=options))
 
 

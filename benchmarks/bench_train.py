@@ -1,0 +1,30 @@
+"""Whole training steps on one GPU: this project, its switches, its peers, and what the device could do at best.
+
+    python benchmarks/bench_train.py                 the table, planned for under 25 minutes on an H100
+    python benchmarks/bench_train.py --plan          what that is, and how long each part should take
+    python benchmarks/bench_train.py --parts single,peers
+    python benchmarks/bench_train.py --smoke         a rehearsal of every part on the CPU, at tiny sizes
+
+A step is data, forward, loss over the full vocabulary, backward, clipping and AdamW, on random tokens. Each model runs
+in a process of its own, its variants timed in turn. A part's figures are in OUT/train-DEVICE-PART.json as soon as they
+are there; a part that is run again replaces equal rows. `python -m benchmarks.train_table` makes tables of them.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    if not __package__:  # started as a script: this folder is on the path instead of the checkout
+        root = Path(__file__).resolve().parents[1]
+        sys.path[:1] = [str(root), str(root / "kernels")]
+    if "--smoke" in sys.argv:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are first imported
+    from benchmarks import train_suite
+
+    return train_suite.main(__doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
