@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan_fast.compiled_graph import Counter
@@ -104,7 +105,7 @@ def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _local(tensors: Any) -> list[Tensor]:
-    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors if isinstance(t, Tensor)]
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors if isinstance(t, Tensor)]
 
 
 def _see_what_stays(recorder: StepRecorder, model: nn.Module, optimizer: Any, batches: list[FakeBatch]) -> None:

@@ -1,0 +1,134 @@
+"""What to change: every combination of batch, recomputation, tensor parallelism and resharding that fits; and how a
+config does on more GPUs."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from titan_fast.config import Config
+from titan_fast.errors import ConfigError
+from titan_fast.estimate import Estimate, Plan, estimate
+
+_RECOMPUTE: tuple[dict[str, str], ...] = (
+    {"mode": "none"},
+    {"mode": "pointwise"},
+    {"mode": "selective", "selective_ac_option": "op"},
+    {"mode": "selective", "selective_ac_option": "2"},
+    {"mode": "full"},
+)
+_LARGEST_BATCH = 64
+HIDDEN_ENOUGH = 0.95
+"""Part of FSDP's communication below which it counts as no longer hidden."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One combination that fits."""
+
+    changes: dict[str, Any]
+    """By the trainer's keys."""
+    tokens_per_second: float
+    mfu: float
+    device_memory_gib: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """`config` with other values of some keys."""
+    tables: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        table, _, key = name.partition(".")
+        tables.setdefault(table, {})[key] = value
+    fresh = {table: dataclasses.replace(getattr(config, table), **keys) for table, keys in tables.items()}
+    return dataclasses.replace(config, **fresh)
+
+
+def search(plan: Plan) -> list[Option]:
+    """What fits of local batch x recomputation x tensor-parallel degree x resharding, best tokens/s first.
+
+    Batches are doubled until they do not fit. Combinations that the trainer would refuse are left out; so is keeping
+    gathered weights where even the smallest batch leaves no room for it.
+    """
+    found: list[Option] = []
+    for degree, recompute, reshard in itertools.product(_tensor_degrees(plan), _RECOMPUTE, ("default", "never")):
+        found += _batches(plan, degree, recompute, reshard)
+    return sorted(found, key=lambda option: -option.tokens_per_second)
+
+
+def _tensor_degrees(plan: Plan) -> list[int]:
+    return [degree for degree in (1, 2, 4, 8) if degree <= plan.network.gpus_per_node]
+
+
+def _batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -> Iterator[Option]:
+    batch = 1
+    while batch <= _LARGEST_BATCH:
+        changes: dict[str, Any] = {
+            "training.local_batch_size": batch,
+            "parallelism.tensor_parallel_degree": degree,
+            "parallelism.fsdp_reshard_after_forward": reshard,
+            **{f"activation_checkpoint.{key}": value for key, value in recompute.items()},
+        }
+        try:
+            answer = estimate(dataclasses.replace(plan, config=changed(plan.config, changes)))
+        except ConfigError:
+            return
+        if not answer.fits:
+            return
+        yield _option(changes, answer)
+        batch *= 2
+
+
+def _option(changes: dict[str, Any], answer: Estimate) -> Option:
+    return Option(changes, answer.tokens_per_second, answer.mfu()["titan"], answer.device_memory / 2**30)
+
+
+@dataclass(frozen=True)
+class ScalingPoint:
+    """A config on some number of GPUs. `kind`: FSDP (all GPUs hold one copy) or HSDP."""
+
+    kind: str
+    gpus: int
+    replicate: int
+    shard: int
+    tokens_per_second: float
+    mfu: float
+    device_memory_gib: float
+    fits: bool
+    hidden: float
+    """Part of FSDP's communication that the computation hides."""
+
+
+def scaling(plan: Plan, sizes: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384)) -> list[ScalingPoint]:
+    """Per-GPU speed of `plan`'s config, batch per GPU unchanged, with one copy over all GPUs and with copies over the
+    fewest GPUs, in powers of two nodes, that have room for one."""
+    plan = dataclasses.replace(
+        plan, config=changed(plan.config, {"training.global_batch_size": -1}), network=plan.network
+    )
+    points = []
+    for size in sizes:
+        points.append(_point(plan, "FSDP", size, 1))
+        points.append(_smallest_copy(plan, size))
+    return points
+
+
+def _smallest_copy(plan: Plan, size: int) -> ScalingPoint:
+    copies = max(1, size // (2 * plan.network.gpus_per_node))
+    point = _point(plan, "HSDP", size, copies)
+    while not point.fits and copies > 1:
+        copies //= 2
+        point = _point(plan, "HSDP", size, copies)
+    return point
+
+
+def _point(plan: Plan, kind: str, size: int, copies: int) -> ScalingPoint:
+    changes = {"parallelism.data_parallel_replicate_degree": copies, "parallelism.data_parallel_shard_degree": -1}
+    answer = estimate(dataclasses.replace(plan, config=changed(plan.config, changes), gpus=size))
+    degrees = answer.plan.degrees
+    return ScalingPoint(
+        kind, size, degrees.replicate, degrees.shard, answer.tokens_per_second, answer.mfu()["titan"],
+        answer.device_memory / 2**30, answer.fits, answer.time.hidden,
+    )  # fmt: skip

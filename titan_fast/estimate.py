@@ -1,0 +1,275 @@
+"""Will it fit, how fast will it go: a step on any number of GPUs, counted and timed before anything is launched.
+
+    python -m titan_fast.estimate --config configs/llama3_70b.toml --gpu a100-80gb --gpus 64
+
+Everything that is not the planner's own option is the trainer's (`--activation_checkpoint.mode full`). Memory is
+counted from the trainer's own model and step on fake tensors (counted_step.py); time is a model (step_time.py) on a
+table of rates (gpus.py). How far both are off is in benchmarks/results/estimate_errors.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape, parse
+from titan_fast.errors import ConfigError, command
+from titan_fast.flavors import ModelShape
+from titan_fast.flops import FORMULAS, flops_per_token, mfu
+from titan_fast.gpus import GPUS, Gpu, calibrated, known_gpu
+from titan_fast.step_record import Segment
+from titan_fast.step_time import Network, StepTime
+
+_GIB = 2**30
+
+# What torch does not count. NCCL: up to 32 channels with a 4 MiB buffer (NCCL_BUFFSIZE) to send and one to receive make
+# 256 MiB per communicator, and its own tables come on top.
+NCCL_BYTES_PER_COMMUNICATOR = 0.3 * _GIB
+# The caching allocator keeps pieces that fit nothing. An estimate for expandable segments, of what is made and freed in
+# a step; parameters and optimizer state are laid out once and lose nothing.
+ALLOCATOR_SLACK = 0.04
+# torch's default workspace of cuBLAS (CUBLAS_WORKSPACE_CONFIG), which it does count.
+CUBLAS_BYTES = {"sm_80": 8.125 * 2**20}
+CUBLAS_BYTES_NEWER = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked: a config on GPUs."""
+
+    config: Config
+    gpu: Gpu
+    gpus: int
+    network: Network
+    whole: bool = False
+    """Count every block instead of continuing from the first ones."""
+
+    @property
+    def shape(self) -> ModelShape:
+        return model_shape(self.config.model)
+
+    @property
+    def degrees(self) -> MeshDegrees:
+        return mesh_degrees(self.config.parallelism, self.gpus)
+
+    @property
+    def passes(self) -> int:
+        return grad_accum_steps(self.config.training, self.degrees.data)
+
+    @property
+    def attention(self) -> str:
+        """The backend that `[kernels] attention` means on this GPU."""
+        setting = self.config.kernels.attention
+        return self.gpu.default_attention if setting == "auto" else setting
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The answer. Memory in bytes, of the GPU that is rank 0."""
+
+    plan: Plan
+    segments: list[Segment]
+    how: str
+    time: StepTime
+
+    @property
+    def fullest(self) -> Segment:
+        return max(self.segments, key=lambda segment: segment.peak.total)
+
+    @property
+    def memory_parts(self) -> dict[str, float]:
+        """At the fullest moment, what torch.cuda.max_memory_allocated would say, by part."""
+        cublas = CUBLAS_BYTES.get(self.plan.gpu.architecture, CUBLAS_BYTES_NEWER)
+        return self.fullest.peak.parts | {"cuBLAS workspace": cublas}
+
+    @property
+    def peak_memory(self) -> float:
+        return sum(self.memory_parts.values())
+
+    @property
+    def beside_torch(self) -> dict[str, float]:
+        """What the device holds besides."""
+        degrees, parts = self.plan.degrees, self.fullest.peak.parts
+        communicators = sum(d > 1 for d in (degrees.replicate, degrees.shard, degrees.tensor)) + (self.plan.gpus > 1)
+        passing = self.peak_memory - parts["parameters"] - parts["optimizer state"]
+        return {
+            "CUDA context": self.plan.gpu.context.value,
+            "NCCL": communicators * NCCL_BYTES_PER_COMMUNICATOR,
+            "allocator slack": ALLOCATOR_SLACK * passing,
+        }
+
+    @property
+    def device_memory(self) -> float:
+        return self.peak_memory + sum(self.beside_torch.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.device_memory <= self.plan.gpu.memory.value
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Per GPU."""
+        training = self.plan.config.training
+        tokens = training.local_batch_size * training.seq_len * self.plan.passes / self.plan.degrees.tensor
+        return tokens / self.time.seconds
+
+    def mfu(self) -> dict[str, float]:
+        """By formula."""
+        plan, seq_len = self.plan, self.plan.config.training.seq_len
+        return {
+            formula: mfu(self.tokens_per_second, flops_per_token(plan.shape, seq_len, formula), plan.gpu.peak)
+            for formula in FORMULAS
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """What --json prints."""
+        degrees, parts = self.plan.degrees, self.memory_parts | self.beside_torch
+        return {
+            "model": self.plan.config.model.flavor,
+            "gpu": self.plan.gpu.name,
+            "gpus": self.plan.gpus,
+            "mesh": dataclasses.asdict(degrees),
+            "fits": self.fits,
+            "peak_memory_gib": self.peak_memory / _GIB,
+            "device_memory_gib": self.device_memory / _GIB,
+            "usable_memory_gib": self.plan.gpu.memory.value / _GIB,
+            "memory_parts_gib": {name: value / _GIB for name, value in parts.items()},
+            "peak_at": {"phase": self.fullest.phase, "unit": self.fullest.unit},
+            "step_seconds": self.time.seconds,
+            "step_parts_seconds": self.time.parts,
+            "communication_hidden": self.time.hidden,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu()["titan"],
+            "mfu_by_formula": self.mfu(),
+            "counted": self.how,
+        }
+
+
+def check(plan: Plan) -> None:
+    """Everything that the trainer would refuse, in its words, and what only a plan can have wrong."""
+    import torch
+
+    from titan_fast import parallel
+
+    degrees, network = plan.degrees, plan.network
+    assert plan.passes >= 1
+    parallel.check(plan.config, plan.shape, degrees, torch.device("cuda"))
+    if plan.gpus > network.gpus_per_node and plan.gpus % network.gpus_per_node:
+        raise ConfigError(
+            f"{plan.gpus} GPUs are not whole nodes of {network.gpus_per_node}",
+            "change --gpus or --gpus-per-node",
+            where="--gpus",
+        )
+    if plan.config.training.enable_cpu_offload:
+        raise ConfigError(
+            "training.enable_cpu_offload moves state to the host, which the planner does not count", "plan without it"
+        )
+    if plan.attention not in plan.gpu.attention:
+        raise ConfigError(
+            f"no rate of attention {plan.attention!r} is known for {plan.gpu.name}",
+            f"known: {', '.join(plan.gpu.attention)}; add it to titan_fast/gpus.py",
+            where="kernels.attention",
+        )
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Counts and times a step. ConfigError for what cannot run."""
+    check(plan)
+    import torch
+
+    from titan_fast.counted_step import count_step, fake_world
+    from titan_fast.deep_step import deep_step, period
+    from titan_fast.ops import build_ops
+    from titan_fast.step import workload
+    from titan_fast.step_time import step_time
+
+    config, shape, degrees = plan.config, plan.shape, plan.degrees
+    kernels = dataclasses.replace(config.kernels, attention="flash")  # the CPU's, which saves what the GPU's do
+    ops = build_ops(kernels, torch.device("cpu"), workload(config, shape, degrees), plan.gpu.architecture)
+
+    def count(n_layers: int) -> list[Segment]:
+        return count_step(config, dataclasses.replace(shape, n_layers=n_layers), ops, degrees, min(2, plan.passes))
+
+    with fake_world(plan.gpus):
+        step = deep_step(count, shape.n_layers, period(config.activation_checkpoint), plan.whole)
+    time = step_time(step.segments, plan.gpu, plan.attention, plan.network, plan.passes)
+    return Estimate(plan, step.segments, step.how, time)
+
+
+def on_gpu(config: Config) -> Config:
+    """The config with `auto` as a GPU resolves it."""
+    if config.training.mixed_precision_param != "auto":
+        return config
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, mixed_precision_param="bfloat16"))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, "see --help")
+
+
+def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = _Parser(prog="titan_fast.estimate", description=__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--gpu", required=True, help=f"one of {', '.join(GPUS)}")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs of the whole run")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs that share NVLink (8)")
+    parser.add_argument(
+        "--nic-gbps", type=float, help="network of one GPU, Gbit/s in one direction; the table's if not given"
+    )
+    parser.add_argument("--calibrate", type=Path, help="rates measured on a device, in place of the table's")
+    parser.add_argument("--search", action="store_true", help="list what fits, best tokens/s first")
+    parser.add_argument("--scaling", action="store_true", help="tokens/s on 256 to 16,384 GPUs, FSDP and HSDP")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--plot", type=Path, help="write pictures into this folder")
+    parser.add_argument("--all-blocks", action="store_true", help="count every block, not the first ones alone")
+    return parser.parse_known_args(argv)
+
+
+def plan_of(argv: list[str]) -> tuple[Plan, argparse.Namespace]:
+    """The plan that a command line asks for."""
+    own, rest = _arguments(argv)
+    gpu = known_gpu(own.gpu)
+    if own.calibrate is not None:
+        gpu = calibrated(gpu, own.calibrate)
+    for name in ("gpus", "gpus_per_node", "nic_gbps"):
+        value = getattr(own, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}, not a positive number", "change it")
+    nic = gpu.nic.value if own.nic_gbps is None else own.nic_gbps * 1e9 / 8
+    network = Network(min(own.gpus_per_node, own.gpus), nic)
+    return Plan(on_gpu(parse(rest)), gpu, own.gpus, network, own.all_blocks), own
+
+
+@command
+def main() -> None:
+    plan, own = plan_of(sys.argv[1:])
+    from titan_fast import estimate_report as report
+
+    found = estimate(plan)
+    answer, lines = found.to_dict(), report.table(found)
+    if own.plot is not None:
+        lines += [f"written         {path}" for path in report.plots(found, own.plot)]
+    if own.search:
+        from titan_fast.advice import search
+
+        options = search(plan)
+        answer["search"] = [option.to_dict() for option in options]
+        lines += ["", *report.options_table(options)]
+    if own.scaling:
+        from titan_fast.advice import scaling
+
+        curve = scaling(plan)
+        answer["scaling"] = [dataclasses.asdict(point) for point in curve]
+        lines += ["", *report.scaling_table(curve)]
+        if own.plot is not None:
+            lines.append(f"written         {report.scaling_plot(curve, own.plot)}")
+    print(json.dumps(answer, indent=1) if own.json else "\n".join(lines))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""An estimate as text and as pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from titan_fast.advice import HIDDEN_ENOUGH, Option, ScalingPoint
+from titan_fast.config import Config
+from titan_fast.estimate import Estimate
+from titan_fast.memory_count import PARTS
+
+_GIB = 2**30
+
+
+def table(found: Estimate) -> list[str]:
+    """The answer, for people."""
+    plan, degrees = found.plan, found.plan.degrees
+    room = plan.gpu.memory.value
+    training = plan.config.training
+    verdict = "fits" if found.fits else "DOES NOT FIT"
+    lines = [
+        f"{plan.config.model.flavor} on {plan.gpus} x {plan.gpu.name}: {degrees.replicate} replicate x {degrees.shard} "
+        f"shard x {degrees.tensor} tensor, local batch {training.local_batch_size} x {training.seq_len}, "
+        f"{plan.passes} pass{'es' if plan.passes > 1 else ''}, {_how_run(plan.config)}",
+        f"{verdict}: {found.device_memory / _GIB:.1f} of {room / _GIB:.1f} GiB per GPU; "
+        f"torch counts {found.peak_memory / _GIB:.1f}, at {found.fullest.unit}, {found.fullest.phase}",
+    ]
+    lines += _rows({k: v / _GIB for k, v in (found.memory_parts | found.beside_torch).items()}, "GiB", 2)
+    mfus = ", ".join(f"{value:.1%} {name}" for name, value in found.mfu().items())
+    lines += [
+        "",
+        f"{found.tokens_per_second:,.0f} tokens/s per GPU, step {found.time.seconds:.3f} s; MFU {mfus}",
+        *_rows({k: v * 1e3 for k, v in found.time.parts.items()}, "ms", 1),
+        f"FSDP's collectives take {found.time.collectives * 1e3:.1f} ms, {found.time.hidden:.0%} of it hidden",
+        "",
+        *limits(found),
+        f"counted: {found.how}",
+    ]
+    if plan.config.compile.enable:
+        lines.append("compiled blocks: saved activations are the partitioner's own; what Inductor fuses is estimated")
+    return lines
+
+
+def _how_run(config: Config) -> str:
+    checkpoint = config.activation_checkpoint
+    option = f" {checkpoint.selective_ac_option}" if checkpoint.mode == "selective" else ""
+    return f"{'compiled' if config.compile.enable else 'eager'}, recompute {checkpoint.mode}{option}"
+
+
+def _rows(values: dict[str, float], unit: str, digits: int) -> list[str]:
+    total = sum(values.values())
+    shown = sorted(((v, k) for k, v in values.items() if v >= 0.0005 * total), reverse=True)
+    return [f"  {name:<40}{value:>12,.{digits}f} {unit}{value / total:>7.1%}" for value, name in shown]
+
+
+def limits(found: Estimate) -> list[str]:
+    """What holds the run back, and what to change."""
+    parts, lines = found.time.parts, []
+    seconds = found.time.seconds
+    if not found.fits:
+        over = (found.device_memory - found.plan.gpu.memory.value) / _GIB
+        largest = max((v, k) for k, v in found.memory_parts.items())[1]
+        lines.append(f"limit: memory, {over:.1f} GiB too much, most of it {largest}; {_memory_hint(found, largest)}")
+    hints = {
+        "exposed FSDP communication": "use a larger local batch, HSDP, or reshard never",
+        "exposed tensor-parallel communication": "lower tensor_parallel_degree, or async tensor parallel",
+        "waiting for the host": "enable compile, or a larger local batch",
+        "recomputation": "recompute less (pointwise, selective) where memory allows",
+        "memory-bound": "enable compile, or kernels",
+        "FSDP copies": "more tokens per pass: a larger local batch",
+    }
+    for name in sorted(hints, key=lambda key: -parts[key]):
+        if parts[name] > 0.04 * seconds:
+            lines.append(f"limit: {name} is {parts[name] / seconds:.0%} of the step; {hints[name]}")
+    return lines or ["limit: matrix products and attention; there is nothing large beside them"]
+
+
+def _memory_hint(found: Estimate, largest: str) -> str:
+    if largest == "logits and loss":
+        return "set loss.chunk_size lower"
+    if largest in ("parameters", "optimizer state", "unsharded parameters", "collective buffers"):
+        return "shard over more GPUs, or tensor parallelism"
+    return "recompute more (selective, full), a smaller local batch, or tensor parallelism; --search lists what fits"
+
+
+def options_table(options: Sequence[Option]) -> list[str]:
+    """The result of a search."""
+    if not options:
+        return ["nothing fits: no local batch, recomputation, tensor parallelism up to a node or resharding is enough"]
+    lines = [f"{len(options)} combinations fit, best first:", f"{'tokens/s':>9} {'MFU':>6} {'GiB':>6}  settings"]
+    for option in options:
+        settings = " ".join(f"{name.rpartition('.')[2]}={value}" for name, value in option.changes.items())
+        lines.append(
+            f"{option.tokens_per_second:>9,.0f} {option.mfu:>6.1%} {option.device_memory_gib:>6.1f}  {settings}"
+        )
+    return lines
+
+
+def scaling_table(points: Sequence[ScalingPoint]) -> list[str]:
+    """The result of scaling."""
+    lines = [f"{'GPUs':>7} {'kind':>5} {'mesh':>12} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'hidden':>7}"]
+    for p in points:
+        fits = "" if p.fits else "  does not fit"
+        lines.append(
+            f"{p.gpus:>7,} {p.kind:>5} {f'{p.replicate} x {p.shard}':>12} {p.tokens_per_second:>9,.0f} {p.mfu:>6.1%} "
+            f"{p.device_memory_gib:>6.1f} {p.hidden:>7.0%}{fits}"
+        )
+    for kind in ("FSDP", "HSDP"):
+        exposed = [p.gpus for p in points if p.kind == kind and p.hidden < HIDDEN_ENOUGH]
+        where = (
+            f"from {min(exposed):,} GPUs on less than {HIDDEN_ENOUGH:.0%} of it" if exposed else "all of it, nearly,"
+        )
+        lines.append(f"{kind}: {where} is hidden behind the computation")
+    return lines
+
+
+def plots(found: Estimate, folder: Path) -> list[Path]:
+    """Writes memory.png (timeline by part) and step.png (time by part); their paths."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    segments = [s for s in found.segments if s.phase != "end"]
+    places = range(len(segments))
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes = figure.subplots()
+    shown = [part for part in PARTS if max(s.peak.parts[part] for s in segments) > 0.002 * found.peak_memory]
+    axes.stackplot(places, [[s.peak.parts[part] / _GIB for s in segments] for part in shown], labels=shown, step="mid")
+    room = found.plan.gpu.memory.value - sum(found.beside_torch.values())
+    axes.axhline(room / _GIB, color="black", linestyle="--", label="room")
+    _mark_phases(axes, segments)
+    axes.set_ylabel("GiB at each unit's fullest moment")
+    axes.set_title(_title(found))
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False)
+    figure.savefig(folder / "memory.png", dpi=120)
+    return [folder / "memory.png", _step_plot(found, folder)]
+
+
+def _title(found: Estimate) -> str:
+    plan = found.plan
+    return f"{plan.config.model.flavor}, {plan.gpus} x {plan.gpu.name}, {_how_run(plan.config)}"
+
+
+def _mark_phases(axes, segments) -> None:  # type: ignore[no-untyped-def]
+    """The first unit of each phase under the axis, a line above it."""
+    starts = [i for i, s in enumerate(segments) if i == 0 or s.phase != segments[i - 1].phase]
+    for start in starts[1:]:
+        axes.axvline(start - 0.5, color="grey", linewidth=0.6)
+    passing = [i for i in starts if segments[i].phase in ("forward", "backward")]
+    axes.set_xticks(passing, [segments[i].phase for i in passing], ha="left")
+    axes.set_xlim(0, len(segments) - 1)
+    axes.set_xlabel("the step, unit after unit; clipping and the optimizer last")
+
+
+def _step_plot(found: Estimate, folder: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    parts = [(name, value) for name, value in found.time.parts.items() if value > 0.0005 * found.time.seconds][::-1]
+    bars = axes.barh([name for name, _ in parts], [value * 1e3 for _, value in parts])
+    axes.bar_label(bars, [f"{value / found.time.seconds:.1%}" for _, value in parts], padding=3)
+    axes.margins(x=0.12)
+    axes.set_xlabel("ms per step")
+    axes.set_title(f"{_title(found)}\n{found.tokens_per_second:,.0f} tokens/s per GPU, {found.time.seconds:.3f} s")
+    figure.savefig(folder / "step.png", dpi=120)
+    return folder / "step.png"
+
+
+def scaling_plot(points: Sequence[ScalingPoint], folder: Path) -> Path:
+    """Writes scaling.png; its path."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for kind in ("FSDP", "HSDP"):
+        mine = [p for p in points if p.kind == kind]
+        left.plot([p.gpus for p in mine], [p.tokens_per_second for p in mine], marker="o", label=kind)
+        right.plot([p.gpus for p in mine], [100 * p.hidden for p in mine], marker="o", label=kind)
+    right.axhline(100 * HIDDEN_ENOUGH, color="grey", linestyle=":")
+    for axes, label in ((left, "tokens/s per GPU"), (right, "% of FSDP's communication hidden")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([p.gpus for p in points if p.kind == "FSDP"], [f"{p.gpus}" for p in points if p.kind == "FSDP"])
+        axes.set_xlabel("GPUs")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+    figure.savefig(folder / "scaling.png", dpi=120)
+    return folder / "scaling.png"
