@@ -26,7 +26,11 @@ _PROBES = (
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> str:
     """Writes the files and says in words what they are. Its ids are the tokenizer's own; only a text that spells out
     sentencepiece's space symbol differs, which transformers reads as a space."""
-    common = {"model_max_length": max_seq_len, "clean_up_tokenization_spaces": False}
+    common: dict[str, Any] = {
+        "model_max_length": max_seq_len,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds one that Llama does not take
+    }
     if tokenizer.kind == "sentencepiece":
         return _write_sentencepiece(tokenizer, folder, common)
     if tokenizer.kind == "tiktoken":
