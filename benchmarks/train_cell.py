@@ -119,6 +119,8 @@ class Bench:
         does it, without what only looks at it."""
         batches = next(self.loader)
         self.loss = forward_backward(self.model, batches, one_over_valid_tokens(batches, self.degrees))
+        if self.steps_done == 0 and self.world.size > 1:
+            fake_world.assert_reduces_real_gradients(self.model)
         clip_gradients(self.optimizer, self.config.training.max_norm, self.loss)
         self.steps_done += 1
         rate = learning_rate(self.steps_done, self.config.lr_scheduler, self.config.optimizer.lr, 10_000)

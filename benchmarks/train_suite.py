@@ -136,11 +136,9 @@ def _one_child(cell: Cell, variants: list[str], options: argparse.Namespace) -> 
     answer = options.out / f".answer-{os.getpid()}.json"
     answer.parent.mkdir(parents=True, exist_ok=True)
     answer.unlink(missing_ok=True)
-    index = cells(PARTS).index(cell)
-    command = [
-        sys.executable, "-m", "benchmarks.bench_train", "--child", str(index), "--variants", "|".join(variants),
-        "--answer", str(answer), "--launched", str(time.time()), *(["--no-profile"] if options.no_profile else []), *(["--smoke"] if options.smoke else []),
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.bench_train", "--child", str(cells(PARTS).index(cell))]
+    command += ["--variants", "|".join(variants), "--answer", str(answer), "--launched", str(time.time())]
+    command += [flag for flag in ("--no-profile", "--smoke") if getattr(options, flag[2:].replace("-", "_"))]
     problem = ""
     try:
         done = subprocess.run(
@@ -316,8 +314,9 @@ def plan(parts: tuple[str, ...], known: Limits | None) -> list[str]:
     whole = 0.0
     for part in parts:
         own = chosen_cells((part,))
-        seconds = _LIMITS_SECONDS if part == "limits" else sum(estimated_seconds(cell, used) for cell in own)
+        estimates = [estimated_seconds(cell, used) for cell in own]
+        seconds = _LIMITS_SECONDS if part == "limits" else sum(estimates)
         whole += seconds
         lines.append(f"{part:<12} {len(own):>3} processes  {seconds / 60:5.1f} min")
-        lines += [f"    {cell.name:<64} {estimated_seconds(cell, used):4.0f} s" for cell in own]
+        lines += [f"    {cell.name:<64} {s:4.0f} s" for cell, s in zip(own, estimates, strict=True)]
     return [*lines, f"{'all':<12} {'':>13}  {whole / 60:5.1f} min"]

@@ -5,6 +5,7 @@ on a built model is a variant (kernels, attention, compile, activation checkpoin
 makes another cell.
 """
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -293,8 +294,13 @@ def config_of(workload: Workload, variant: Options, smoke: bool) -> Config:
         "compile.backend": "aot_eager" if smoke else "inductor",
     }
     merged = basic | workload.options | variant
-    words = {key: [str(v) for v in value] if isinstance(value, list) else [str(value)] for key, value in merged.items()}
-    return from_options(words)
+    words = {key: tuple(map(str, value)) if isinstance(value, list) else (str(value),) for key, value in merged.items()}
+    return _parsed(tuple(words.items()))
+
+
+@functools.cache
+def _parsed(words: tuple[tuple[str, tuple[str, ...]], ...]) -> Config:
+    return from_options({key: list(value) for key, value in words})
 
 
 def shape_of(workload: Workload, smoke: bool) -> ModelShape:

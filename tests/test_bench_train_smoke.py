@@ -1,4 +1,4 @@
-"""The end-to-end benchmark, rehearsed: every part runs, measures what it says, and its tables are what its JSON holds."""
+"""The end-to-end benchmark, rehearsed: parts run, measure what they say, and tables are what the JSON holds."""
 
 import dataclasses
 import json
@@ -36,6 +36,7 @@ from benchmarks.workloads import (
 from benchmarks.workloads import (
     FULL as FULL_RECOMPUTATION,
 )
+from titan_fast.checkpoint import tensors_of
 from titan_fast.flops import flops_per_token, parameters
 
 CPU = torch.device("cpu")
@@ -170,7 +171,7 @@ def test_gathered_weights_are_random_and_gradients_real() -> None:
     cell = rank0_cell()
     with world_of(cell, CPU, smoke=True) as world:
         bench = Bench(cell, world, smoke=True)
-        assert world.size == 4 and bench.model.embedding.weight.to_local().shape[0] == 128 // 4
+        assert world.size == 4 and tensors_of(bench.model)["model.embedding.weight"].to_local().shape[0] == 128 // 4  # type: ignore[attr-defined]
         bench.switch_to(bench.config)
         batches = next(bench.loader)
         bench.model(batches[0].tokens, batches[0].labels, torch.tensor(0.1)).backward()
@@ -187,6 +188,21 @@ def test_a_gather_that_is_not_real_is_noticed(broken: str, monkeypatch: pytest.M
     cell = rank0_cell()
     with world_of(cell, CPU, smoke=True) as world, pytest.raises(AssertionError, match="is not random"):
         Bench(cell, world, smoke=True)
+
+
+def test_a_gradient_that_is_not_real_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(self: object, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, **_: Any) -> None:
+        output_tensor.fill_(0.0)
+
+    monkeypatch.setattr(fake_world.TakeOwn, "__call__", call)
+    cell = rank0_cell()
+    with world_of(cell, CPU, smoke=True) as world:
+        bench = Bench(cell, world, smoke=True)
+        batches = next(bench.loader)
+        bench.model(batches[0].tokens, batches[0].labels, torch.tensor(0.1)).backward()
+        with pytest.raises(AssertionError, match="is no gradient"):
+            fake_world.assert_reduces_real_gradients(bench.model)
+        bench.close()
 
 
 # Timing, limits, plan
@@ -223,7 +239,7 @@ def test_the_least_step_computes_what_the_model_does() -> None:
         attention = flops_per_token(shape, work.seq_len, "titan") - 6 * parameters(shape).without_lookup
         matrices = 6 * (parameters(shape).without_lookup - (2 * shape.n_layers + 1) * shape.dim)
         assert parts["matrix products"] == pytest.approx(matrices * work.tokens)
-        # Formulas count the backward pass twice the forward one; it is two and a half times, for it computes QK^T again.
+        # Formulas count the backward pass twice the forward one; it is two and a half times: QK^T is computed again.
         assert parts["attention"] == pytest.approx(attention / 2 * 3.5 / 3 * work.tokens)
         assert parts["total"] == pytest.approx(sum(v for k, v in parts.items() if k != "total"))
 
@@ -282,7 +298,7 @@ def test_every_cell_is_a_config_that_parses() -> None:
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT", "matrix products"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", "attention"),
         ("triton_red_fused__fused_rms_norm_add_0", "compiled pointwise and reductions"),
-        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>", "eager pointwise and reductions"),
+        ("void at::native::vectorized_elementwise_kernel<4, add>", "eager pointwise and reductions"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
         ("something new", "other"),
