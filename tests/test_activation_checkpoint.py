@@ -1,0 +1,211 @@
+"""Checkpointing changes no number; each mode keeps and repeats what it says, eager and compiled."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from shapes import LLAMA3
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.activation_memory import compiled, eager
+from titan_fast import activation_checkpoint
+from titan_fast.activation_checkpoint import apply
+from titan_fast.compilation import compile_model
+from titan_fast.config import ActivationCheckpoint, Compile, Kernels, parse
+from titan_fast.errors import ConfigError
+from titan_fast.flavors import FLAVORS
+from titan_fast.loss import LinearCrossEntropy
+from titan_fast.model import Block, Llama, init_weights
+from titan_fast.ops import REFERENCE, Ops, Workload, build_ops
+
+MODES = {
+    "full": ActivationCheckpoint("full"),
+    "every block": ActivationCheckpoint("selective", "1"),
+    "every second block": ActivationCheckpoint("selective", "2"),
+    "op": ActivationCheckpoint("selective", "op"),
+    "pointwise": ActivationCheckpoint("pointwise"),
+}
+NONE = ActivationCheckpoint()
+CPU = torch.device("cpu")
+
+
+def gradients(mode: ActivationCheckpoint, ops: Ops = REFERENCE, backend: str | None = None) -> dict[str, Tensor]:
+    """Loss and all gradients of one pass."""
+    torch._dynamo.reset()
+    model = Llama(LLAMA3, ops, LinearCrossEntropy(ops))
+    init_weights(model, 0)
+    apply(model, mode)
+    if backend is not None:
+        compile_model(model, Compile(enable=True, backend=backend))
+    tokens = torch.randint(0, LLAMA3.vocab_size, (2, 17), generator=torch.Generator().manual_seed(0))
+    loss = model(tokens[:, :-1], tokens[:, 1:], torch.tensor(1 / 32))
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("carry", [False, True], ids=["", "carried residual"])
+def test_eager_is_bit_for_bit(mode: ActivationCheckpoint, carry: bool) -> None:
+    ops = replace(REFERENCE, carry_residual=carry)
+    found, expected = gradients(mode, ops), gradients(NONE, ops)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+COMPILED = {
+    "none": (NONE, "inductor"),
+    "pointwise": (MODES["pointwise"], "inductor"),
+    "full": (MODES["full"], "aot_eager_decomp_partition"),
+    "op": (MODES["op"], "aot_eager_decomp_partition"),
+    "memory budget": (ActivationCheckpoint("memory_budget", memory_budget=0.5), "aot_eager_decomp_partition"),
+}
+
+
+@pytest.mark.parametrize(("mode", "backend"), COMPILED.values(), ids=COMPILED)
+def test_compiled_is_close(mode: ActivationCheckpoint, backend: str) -> None:
+    expected = gradients(NONE)
+    for name, value in gradients(mode, backend=backend).items():
+        assert (value - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+
+
+# Its three widths, qkv, model and feed-forward, are different, so that a product is known by its width.
+SMALL = replace(LLAMA3, ffn_dim=80)
+
+
+class Calls(TorchDispatchMode):
+    """The operators that run, and the width of each matrix product's result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = str(function).split(".")[1]
+        self.names.append(f"mm {result.shape[-1]}" if name == "mm" else name)
+        return result
+
+
+def again(mode: ActivationCheckpoint, ops: Ops = REFERENCE) -> dict[str, int]:
+    """How often more than without a checkpoint each forward operator of a block runs in its backward pass."""
+    block = Block(SMALL, ops)
+    apply(_model_of(block), mode)
+    tokens = 29
+    rope = torch.ones(tokens, SMALL.head_dim // 2), torch.zeros(tokens, SMALL.head_dim // 2)
+    x = torch.randn(1, tokens, SMALL.dim, requires_grad=True)
+    with Calls() as forward:
+        y, _ = block(x, None, rope)
+    counts: dict[str, int] = {}
+    with Calls() as backward:
+        y.sum().backward()
+    plain = _backward_without_checkpoint(ops, rope, tokens)
+    for name in set(forward.names):
+        if extra := backward.names.count(name) - plain.count(name):
+            counts[name] = extra
+    return counts
+
+
+def _model_of(block: Block) -> Any:
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([block])
+    return model
+
+
+def _backward_without_checkpoint(ops: Ops, rope: tuple[Tensor, Tensor], tokens: int) -> list[str]:
+    x = torch.randn(1, tokens, SMALL.dim, requires_grad=True)
+    y, _ = Block(SMALL, ops)(x, None, rope)
+    with Calls() as calls:
+        y.sum().backward()
+    return calls.names
+
+
+QKV, OUT, UP = f"mm {SMALL.qkv_dim}", f"mm {SMALL.dim}", f"mm {SMALL.ffn_dim}"
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+# What runs again of each kind. The down projection, as wide as the attention's, never does: nothing needs its result.
+PRODUCTS = {
+    "full": {QKV: 1, OUT: 1, UP: 2, ATTENTION: 1},
+    "op": {OUT: 1, UP: 1},
+    "pointwise": {},
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_what_runs_again(name: str) -> None:
+    found = again(MODES[name])
+    assert {key: count for key, count in found.items() if key in (QKV, OUT, UP, ATTENTION)} == PRODUCTS[name]
+    assert found["rsqrt"] == 2 and found["silu"] == 1  # both norms and the gated product
+
+
+@pytest.mark.parametrize("name", ["op", "pointwise"])
+def test_the_kernels_run_again_in_every_policy(name: str) -> None:
+    kernels = Kernels(rms_norm="triton", rope="triton", swiglu="triton", cross_entropy="reference", reemit="reference")
+    ops = build_ops(kernels, CPU, Workload(SMALL, 29, 1, 0, compiled=False))
+    found = again(MODES[name], ops)
+    assert {key: found.get(key) for key in ("rms_norm", "add_rms_norm", "rope", "swiglu")} == {
+        "rms_norm": 1, "add_rms_norm": 1, "rope": 1, "swiglu": 1
+    }  # fmt: skip
+    assert ATTENTION not in found
+
+
+def test_kernels_change_no_number_under_a_policy() -> None:
+    kernels = Kernels(rms_norm="triton", rope="triton", swiglu="triton", cross_entropy="reference", reemit="reference")
+    ops = build_ops(kernels, CPU, Workload(SMALL, 32, 1, 0, compiled=False))
+    found, expected = gradients(MODES["pointwise"], ops), gradients(NONE, ops)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+SHAPE, TOKENS = FLAVORS["llama3_8b"], 1024
+# Bytes that a block of bfloat16 keeps: its input, then in the model's order what the mode names; 4 bytes a head and
+# token are attention's statistics.
+STREAM, HEADS, FFN = (2 * TOKENS * width for width in (SHAPE.dim, 2 * SHAPE.n_heads, SHAPE.ffn_dim))
+PACKED = 2 * TOKENS * SHAPE.qkv_dim
+KEPT = {
+    "full": STREAM,
+    "op": STREAM + PACKED + STREAM + HEADS + FFN,
+    "pointwise": STREAM + PACKED + STREAM + HEADS + STREAM + 2 * FFN,
+}
+
+
+@pytest.mark.parametrize("measure", [eager, compiled])
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_kept(name: str, measure: Any) -> None:
+    cost = measure(SHAPE, MODES[name], TOKENS)
+    assert cost.kept == pytest.approx(KEPT[name], rel=1e-3)
+    assert cost.recomputed_attention == (name == "full")
+    weights = {"qkv": SHAPE.qkv_dim, "out": SHAPE.dim, "up": SHAPE.ffn_dim}
+    whole = SHAPE.dim * (SHAPE.qkv_dim + SHAPE.dim + 3 * SHAPE.ffn_dim)
+    repeated = {"full": whole - SHAPE.dim * SHAPE.ffn_dim, "op": SHAPE.dim * (weights["out"] + weights["up"])}
+    assert cost.recomputed_products == pytest.approx(repeated.get(name, 0) / whole, abs=1e-6)
+
+
+def test_the_budget_moves_what_is_kept() -> None:
+    kept = [compiled(SHAPE, ActivationCheckpoint("memory_budget", memory_budget=b), TOKENS).kept for b in (0.0, 0.5, 1)]
+    assert kept[0] < kept[1] < kept[2]
+    assert kept[2] == compiled(SHAPE, NONE, TOKENS).kept
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("mode sometimes", "sometimes"),
+        ("mode memory_budget --activation_checkpoint.memory_budget 1.5", "memory_budget is 1.5, not in [0, 1]"),
+        ("mode memory_budget --activation_checkpoint.memory_budget -0.1", "memory_budget is -0.1, not in [0, 1]"),
+        ("mode selective --activation_checkpoint.selective_ac_option third", "'third' is neither a positive integer"),
+        ("mode selective --activation_checkpoint.selective_ac_option 0", "'0' is neither a positive integer"),
+    ],
+)
+def test_bad_settings(words: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(f"--activation_checkpoint.{words}".split())
+    assert sentence in str(caught.value)
+
+
+def test_settings_that_would_do_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"compile\.enable is False"):
+        activation_checkpoint.check(ActivationCheckpoint("memory_budget"), compiles=False, n_layers=2)
+    with pytest.raises(ConfigError, match="3 is more than the model's 2 blocks"):
+        activation_checkpoint.check(ActivationCheckpoint("selective", "3"), compiles=False, n_layers=2)
