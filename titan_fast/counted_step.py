@@ -51,12 +51,14 @@ def units_of(model: Llama) -> dict[str, nn.Module]:
 _COUNTER = Counter()
 
 
-def count_step(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegrees, passes: int) -> list[Segment]:
+def count_step(
+    config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegrees, passes: int, for_gpu: bool = True
+) -> list[Segment]:
     """The segments of a step with `passes` forward and backward passes, in the steady state: optimizer state exists.
 
     Needs a process group of `degrees`' size. Everything is as on a GPU but for the device's name.
     """
-    recorder = _COUNTER.recorder = StepRecorder()
+    recorder = _COUNTER.recorder = StepRecorder(for_gpu)
     if config.compile.enable:
         config = _compiled_by(_COUNTER, config)
     dtypes = precision(config.training, _CPU)

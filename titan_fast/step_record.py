@@ -189,8 +189,10 @@ def _in_order(func: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[Any]:
 class StepRecorder(TorchDispatchMode):
     """Enter it around a step; mark where units and phases begin."""
 
-    def __init__(self) -> None:
+    def __init__(self, for_gpu: bool = True) -> None:
+        """for_gpu: count the workspace that the GPU's attention takes; the CPU's is another."""
         super().__init__()
+        self.for_gpu = for_gpu
         self.memory = MemoryCounter()
         self.segments: list[Segment] = []
         self.batch = -1
@@ -230,7 +232,7 @@ class StepRecorder(TorchDispatchMode):
             self._label_fsdp(str(func), args, kwargs, out)
         elif func.namespace == "_c10d_functional":
             memory.see((args, out), "collective buffers")
-        if _ATTENTION.get(func.overloadpacket):
+        if self.for_gpu and _ATTENTION.get(func.overloadpacket):
             memory.pulse(attention_workspace(args))
         operation = operation_of(func, args, kwargs, out)
         if operation is not None:

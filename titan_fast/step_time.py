@@ -21,7 +21,7 @@ class Fitted:
     gemm: float = 0.82
     """Part of the best measured matrix product rate that long runs of many shapes sustain."""
     bandwidth: float = 0.60
-    """Part of a large copy's bandwidth that other operators reach."""
+    """Part of a large copy's bandwidth that eager operators reach."""
     interference: float = 0.30
     """By how much the computation slows down while a collective runs beside it."""
 
@@ -31,6 +31,9 @@ FITTED = Fitted()
 # Seconds of host time to issue one kernel. Estimates: an eager operator passes Python, autograd and the dispatcher, and
 # brings views along; a compiled block launches from generated code; FSDP2's hooks around a unit are Python too.
 EAGER_HOST, COMPILED_HOST, FSDP_HOST = 15e-6, 4e-6, 150e-6
+COMPILED_BANDWIDTH = 0.90
+"""Part of a large copy's bandwidth that a compiled or handwritten kernel reaches; torchao's model (roofline_utils.py)
+takes 0.92 of the data sheet's. Not fitted."""
 KERNEL_GAP = 1.5e-6
 """Seconds between one kernel's end and the next one's start, launches being ahead. An estimate."""
 
@@ -110,7 +113,8 @@ def compute_seconds(operation: Operation, gpu: Gpu, backend: str, fitted: Fitted
     if operation.kind == "attention":
         rates = gpu.attention[backend]
         return operation.flops / (rates.backward if operation.backward else rates.forward)
-    return operation.nbytes / (fitted.bandwidth * gpu.bandwidth.value)
+    tuned = operation.compiled or operation.name in ("_fused_adamw_",) or operation.name.startswith("titan_kernels.")
+    return operation.nbytes / ((COMPILED_BANDWIDTH if tuned else fitted.bandwidth) * gpu.bandwidth.value)
 
 
 def collective_seconds(operation: Operation, gpu: Gpu, network: Network) -> float:
