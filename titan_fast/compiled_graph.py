@@ -19,6 +19,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_iter
 
 from titan_fast.step_record import Operation, StepRecorder, attention_workspace, operation_of
@@ -59,6 +60,7 @@ def _partition(graph: GraphModule, inputs: Any, **arguments: Any) -> tuple[Graph
 
 
 def _count_graph(counter: Counter, backward: bool, graph: GraphModule, inputs: Sequence[Any]) -> Any:
+    _forget_random_state(graph)
     plan = Plan.of(graph, backward)
 
     def call(arguments: list[Any]) -> Any:
@@ -68,6 +70,34 @@ def _count_graph(counter: Counter, backward: bool, graph: GraphModule, inputs: S
 
     call._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd then gives up its own references
     return call
+
+
+def _forget_random_state(graph: GraphModule) -> None:
+    """Attention that runs again is put by the partitioner into operators that keep and restore the CPU's random state,
+    for the dropout that there is not; here it is called directly, as CUDA, which keeps random state outside, calls it.
+    """
+    for node in list(graph.graph.nodes):
+        position = {"run_and_save_rng_state": 0, "run_with_rng_state": 1}.get(str(node.target))
+        if node.op != "call_function" or position is None:
+            continue
+        inner: Any = node.args[position]
+        with graph.graph.inserting_before(node):
+            plain = graph.graph.call_function(inner, node.args[position + 1 :], node.kwargs)
+            values = map_arg((plain.args, plain.kwargs), lambda argument: argument.meta["val"])
+            plain.meta = {**node.meta, "val": inner(*values[0], **values[1])}
+            if position == 1:
+                node.replace_all_uses_with(plain)
+            else:  # it returns (state, results); the state goes to the backward graph, which will not look at it
+                for user in list(node.users):
+                    replacement = plain
+                    if user.args[1] == 0:
+                        replacement = graph.graph.call_function(_ATEN.empty.memory_format, ([0],), {"device": "cpu"})
+                        replacement.meta = {"val": torch.empty(0)}
+                    user.replace_all_uses_with(replacement)
+                    graph.graph.erase_node(user)
+        graph.graph.erase_node(node)
+    graph.graph.lint()
+    graph.recompile()
 
 
 def _run(recorder: StepRecorder, plan: "Plan", graph: GraphModule, arguments: list[Any]) -> Any:

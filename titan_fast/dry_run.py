@@ -46,7 +46,7 @@ def dry_run(config: Config) -> None:
     with fake_world(size):
         step = one_step(config, shape, ops, degrees, min(passes, 2))
     for name, text in description(config, shape, degrees, step, time.perf_counter() - began):
-        print(f"{name:<16} {text}", flush=True)  # noqa: T201
+        print(f"{name:<22} {text}", flush=True)  # noqa: T201
 
 
 def as_on_a_gpu(config: Config) -> Config:
@@ -96,6 +96,10 @@ def description(
     yield "sharded over", f"{degrees.shard * degrees.tensor} ranks: parameters, gradients and optimizer state of a rank"
     for part, nbytes in peak.peak.parts.items():
         if nbytes:
-            yield f"  {part}", f"{nbytes / 2**30:.2f} GiB"
-    yield "fullest moment", f"{peak.peak.total / 2**30:.2f} GiB, in {peak.phase} of {peak.unit}, without reserves"
+            yield f"  {part}", memory(nbytes)
+    yield "fullest moment", f"{memory(peak.peak.total)}, in {peak.phase} of {peak.unit}, without what torch reserves"
     yield "counted", f"{step.how}; {seconds:.0f} s"
+
+
+def memory(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"
