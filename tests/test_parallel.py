@@ -77,6 +77,8 @@ LAYOUTS = [
     Layout("TP 2, odd vocabulary", 2, 1e-5, mesh(1, 1, 2), "odd vocabulary"),
     Layout("TP 2, carried residual", 2, 1e-5, mesh(1, 1, 2) | {"kernels.carry_residual": True}),
     Layout("TP 2, traced, pointwise", 2, 1e-5, mesh(1, 1, 2) | TRACED | {"activation_checkpoint.mode": "pointwise"}),
+    Layout("TP 2, traced, full", 2, 1e-5, mesh(1, 1, 2) | TRACED | {"activation_checkpoint.mode": "full"}),
+    Layout("TP 2, selective op", 2, 1e-5, mesh(1, 1, 2) | {"activation_checkpoint.mode": "selective"}),
     Layout("TP 2, triton", 2, 1e-5, mesh(1, 1, 2) | TRITON, steps=2),
     Layout("FSDP 4", 4, 1e-6, mesh(1, 4, 1)),
     Layout("FSDP 4, odd vocabulary", 4, 1e-6, mesh(1, 4, 1), "odd vocabulary"),
@@ -206,7 +208,8 @@ class LiveBytes(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
-                storage = tensor.untyped_storage()
+                # A DTensor claims the whole tensor's memory and has only its own part.
+                storage = local(tensor).untyped_storage()
                 if storage._cdata not in self.live:
                     self.live[storage._cdata] = storage.nbytes()
                     self.peak = max(self.peak, sum(self.live.values()))
@@ -306,8 +309,8 @@ def test_norm_gradients_are_summed_in_float32(runs: dict[str, list[Any]]) -> Non
 
 def test_no_rank_holds_the_whole_model(runs: dict[str, list[Any]]) -> None:
     for peak, whole, largest in results(runs, "building"):
-        # Its shard, and one whole parameter at a time in two copies (before and after it is cut).
-        assert peak <= whole / 4 + 3 * largest + 2**14 < whole / 2
+        # Its shard, and one whole parameter at a time, in the few copies that drawing random values takes.
+        assert peak <= whole / 4 + 5 * largest + 2**12 < whole / 2
     peak, whole, _ = results(runs, "building, 1")[0]
     assert peak >= whole  # the measure sees a model that is held whole
 
