@@ -1,0 +1,56 @@
+#!/bin/bash
+# titan_fast on SLURM: one torchrun per host, which starts a process per GPU.
+#
+#   sbatch --nodes 8 configs/launch/slurm.sh --config configs/llama3_8b.toml
+#
+# What follows the script's name is titan_fast.train's. Change the #SBATCH lines for your cluster; `sbatch` options win.
+#SBATCH --job-name=titan_fast
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1           # torchrun is the task; it makes the processes
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64            # of a whole host, for 8 processes and their data threads
+#SBATCH --exclusive
+#SBATCH --output=slurm-%j.out
+#SBATCH --requeue                     # when SLURM loses a host, it starts the job again and the run goes on by itself
+#SBATCH --open-mode=append            # and its log is continued
+#SBATCH --signal=B:TERM@300           # 5 minutes before the time limit: time to save; see the trap below
+
+set -euo pipefail
+
+# Any free port that is the same on all hosts; by the job's number, so that two jobs on a host do not meet.
+PORT=$((20000 + SLURM_JOB_ID % 20000))
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+GPUS=${SLURM_GPUS_ON_NODE:-8}
+
+# A thread per process unless told otherwise: 8 processes that each use all cores are slower.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# With more than one network, the one that the hosts reach each other by (NCCL finds InfiniBand by itself):
+# export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0
+
+# SLURM sends SIGTERM to this shell only (B: above). The run saves a checkpoint on it, all ranks together.
+STOPPED=
+trap 'STOPPED=1; kill -TERM "$STEP"' TERM
+
+# --rdzv-backend c10d: hosts meet at the first one and agree on ranks; --rdzv-id keeps jobs apart.
+# --max-restarts: a process that dies, or a host that is out of reach for a while, makes all processes start again from
+#   the newest checkpoint, without SLURM. A host that is gone for good is SLURM's business: --requeue.
+# --shutdown-timeout: how long torchrun lets its processes save after SIGTERM, 30 s otherwise. Not there in torch 2.11,
+#   where it must be left out and the wait is always 30 s.
+# --signals-to-handle: torchrun dies of SIGUSR1, and leaves its processes behind, unless it is named.
+# --kill-on-bad-exit: when one host's torchrun has given up, the others are ended too instead of waiting for it.
+srun --kill-on-bad-exit=1 torchrun \
+    --nnodes="$SLURM_JOB_NUM_NODES" \
+    --nproc-per-node="$GPUS" \
+    --rdzv-backend=c10d \
+    --rdzv-id="$SLURM_JOB_ID" \
+    --rdzv-endpoint="$HEAD:$PORT" \
+    --max-restarts=3 \
+    --shutdown-timeout=240 \
+    --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 \
+    -m titan_fast.train "$@" &
+STEP=$!
+STATUS=0
+wait "$STEP" || STATUS=$?
+# The signal ended that wait, not the run, which is saving.
+[ -z "$STOPPED" ] || { STATUS=0; wait "$STEP" || STATUS=$?; }
+exit "$STATUS"
