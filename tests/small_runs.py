@@ -71,7 +71,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def named_whole(model: Llama, gradients: bool = False) -> dict[str, Tensor]:
-    return {name: whole(p.grad if gradients else p) for name, p in model.named_parameters()}
+    found = {name: p.grad if gradients else p for name, p in model.named_parameters()}
+    return {name: whole(tensor) for name, tensor in found.items() if tensor is not None}
 
 
 def build(config: Config, shape: ModelShape, world: World) -> Llama:

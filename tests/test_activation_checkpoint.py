@@ -56,7 +56,7 @@ def test_eager_is_bit_for_bit(mode: ActivationCheckpoint, carry: bool) -> None:
 
 
 COMPILED = {
-    "none": (NONE, "inductor"),
+    "none": (NONE, "aot_eager_decomp_partition"),
     "pointwise": (MODES["pointwise"], "inductor"),
     "full": (MODES["full"], "aot_eager_decomp_partition"),
     "op": (MODES["op"], "aot_eager_decomp_partition"),

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import warnings
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from worlds import Task, World, results, run_world
 
 from titan_fast import parallel, step
 from titan_fast.config import mesh_degrees
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
-from titan_fast.model import Llama
+from titan_fast.model import Block, Llama
 from titan_fast.optim import clip_grad_norm_
 
 # 131 rows of embedding and head divide by no degree; TIED's head is its embedding.
@@ -132,7 +133,7 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(function)
         if name.startswith("c10d."):
-            tensors = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)]
+            tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
             self.log.append((name.split(".")[1].strip("_"), tensors[-1].dtype))
         return function(*args, **(kwargs or {}))
 
@@ -143,7 +144,7 @@ def gathers_and_blocks(world: World) -> list[Any]:
     model = build(config_of(options), dataclasses.replace(LLAMA3, n_layers=4), world)
     one_gradient(world, model, options)  # FSDP sets itself up in the first step
     with Collectives() as seen:
-        for i, block in enumerate(model.blocks):
+        for i, block in enumerate(cast(list[Block], list(model.blocks))):
             block.attention.register_forward_pre_hook(lambda *_, i=i: seen.log.append(f"forward {i}"))
             block.feed_forward.register_full_backward_hook(lambda *_, i=i: seen.log.append(f"backward {i}"))
         one_gradient(world, model, options)
@@ -206,7 +207,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 # A DTensor claims the whole tensor's memory and has only its own part.
                 storage = local(tensor).untyped_storage()

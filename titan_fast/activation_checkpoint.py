@@ -1,7 +1,7 @@
 """Memory against recomputation: what each block keeps for its backward pass and what it computes again."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -110,7 +110,7 @@ def apply(model: Llama, settings: config.ActivationCheckpoint, keeps_attention: 
 
     functorch.activation_memory_budget = settings.memory_budget if settings.mode == "memory_budget" else 1.0
     whole = attention_alone if keeps_attention else None
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(cast(Iterable[Block], model.blocks)):
         if settings.mode == "full":
             checkpoint_block(block, whole)
         elif settings.mode == "pointwise":

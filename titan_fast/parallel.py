@@ -177,8 +177,16 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, asynchronous: bool) ->
     for module in (model.embedding, model.blocks[-1]):
         module.register_forward_hook(_arrived)
     if asynchronous:
-        torch._inductor.config._micro_pipeline_tp = True
-        torch.distributed._symmetric_memory.enable_symm_mem_for_group(mesh.get_group().group_name)
+        overlap_collectives(mesh)
+
+
+def overlap_collectives(mesh: DeviceMesh) -> None:
+    """Lets Inductor cut matrix products into pieces and send each while it computes the next, over symmetric memory."""
+    import torch._inductor.config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor._micro_pipeline_tp = True
+    enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 class _Wait(torch.autograd.Function):
