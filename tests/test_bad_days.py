@@ -91,7 +91,8 @@ def killed_at_random(data: Path, tmp_path: Path, times: int, seed: int) -> list[
     output = runs.finish(process)
     assert process.returncode == 0, output
     assert not list((folder / "checkpoint").glob(".*")), "what the kills left is cleaned"
-    process = start(2, data, tmp_path / "whole", [], **(more | {"checkpoint__interval": 10**6}))
+    whole: dict[str, Any] = more | {"checkpoint__interval": 10**6}
+    process = start(2, data, tmp_path / "whole", [], **whole)
     assert process.wait(100) == 0
     process.stdout.close()  # type: ignore[union-attr]
     assert runs.losses(folder) == runs.losses(tmp_path / "whole")
