@@ -1,5 +1,6 @@
 """Memory against recomputation: what each block keeps for its backward pass and what it computes again."""
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -104,11 +105,17 @@ def check(settings: config.ActivationCheckpoint, compiles: bool, n_layers: int) 
         )
 
 
+def _not_about_in_place(record: logging.LogRecord) -> bool:
+    """A log filter: torch.compile asks to make sure that nothing is changed in place in a checkpoint; nothing is."""
+    return "Detected that context_fn is passed" not in record.getMessage()
+
+
 def apply(model: Llama, settings: config.ActivationCheckpoint, keeps_attention: bool = False) -> None:
     """Applies `[activation_checkpoint]` to every block. keeps_attention: whole blocks, too, keep attention's output."""
     import torch._functorch.config as functorch
 
     functorch.activation_memory_budget = settings.memory_budget if settings.mode == "memory_budget" else 1.0
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_not_about_in_place)
     whole = attention_alone if keeps_attention else None
     for i, block in enumerate(cast(Iterable[Block], model.blocks)):
         if settings.mode == "full":
