@@ -102,25 +102,26 @@ def _forget_random_state(graph: GraphModule) -> None:
 
 def _run(recorder: StepRecorder, plan: "Plan", graph: GraphModule, arguments: list[Any]) -> Any:
     memory = recorder.memory
+    if recorder.paused:
+        return graph(*arguments)
     memory.see(arguments)
     addresses = {
         position: value.untyped_storage()._cdata
         for position, value in enumerate(arguments)
         if isinstance(value, Tensor)
     }
-    position_of_pulse, was_paused = len(memory.events), recorder.paused
+    position_of_pulse = len(memory.events)
     recorder.paused = True
     try:
         outputs = graph(*arguments)
     finally:
-        recorder.paused = was_paused
+        recorder.paused = False
     arguments.clear()
     ended = {position for position, address in addresses.items() if not memory.is_alive(address)}
-    if not was_paused:
-        memory.pulse(plan.highest(ended), at=position_of_pulse)
-        memory.see(outputs)
-        for operation in plan.operations:
-            recorder.add(operation)
+    memory.pulse(plan.highest(ended), at=position_of_pulse)
+    memory.see(outputs)
+    for operation in plan.operations:
+        recorder.add(operation)
     return outputs
 
 

@@ -13,12 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from titan_fast.compilation import optimizer_compiler
 from titan_fast.compiled_graph import Counter
 from titan_fast.config import Config, MeshDegrees
 from titan_fast.flavors import ModelShape
+from titan_fast.masters import gradient_of, keep_masters, master_of
 from titan_fast.model import Llama
 from titan_fast.ops import Ops
-from titan_fast.optim import build_optimizer, clip_grad_norm_
+from titan_fast.optim import build_optimizer, clip_gradients
 from titan_fast.parallel import build_mesh, parallelize, precision
 from titan_fast.step import forward_backward, meta_model, one_over_valid_tokens
 from titan_fast.step_record import Segment, StepRecorder, mark_units, recording
@@ -69,16 +71,19 @@ def count_step(
         if shape.tied:
             model.tie()
         model.init_buffers()
+        if config.parallelism.single_device == "masters":
+            keep_masters(model, accumulates=passes > 1)
+        elif config.parallelism.single_device == "bfloat16":
+            for parameter in model.parameters():
+                parameter.data = parameter.data.bfloat16()
         mark_units(model, units_of(model), recorder)
-        optimizer = build_optimizer(model, config.optimizer)
+        optimizer = build_optimizer(model, config.optimizer, optimizer_compiler(config.compile))
         batches = [_fake_batch(config, shape) for _ in range(passes)]
-        if config.compile.enable:  # compiling leaves traces of its own, so it is over before anything is counted
-            recorder.paused = True
+        recorder.paused = True  # compiling leaves traces of its own, so it is over before anything is counted
+        if config.compile.enable:
             forward_backward(model, batches[:1], torch.ones(()))
-            recorder.paused = False
-            recorder.segments.clear()
-            recorder.memory.__init__()
         _make_state(model, optimizer)
+        recorder.start()
         _see_what_stays(recorder, model, optimizer, batches)
         with recording(recorder):
             _step(recorder, model, optimizer, batches, config, degrees)
@@ -112,7 +117,7 @@ def _local(tensors: Any) -> list[Tensor]:
 
 def _see_what_stays(recorder: StepRecorder, model: nn.Module, optimizer: Any, batches: list[FakeBatch]) -> None:
     with torch.no_grad():
-        recorder.memory.see(_local(model.parameters()), "parameters")
+        recorder.memory.see(_local([*model.parameters(), *map(master_of, model.parameters())]), "parameters")
         state = [v for entry in optimizer.state.values() for name, v in entry.items() if name != "step"]
         recorder.memory.see(_local(state), "optimizer state")
         recorder.memory.see(list(model.buffers()), "inputs and tables")
@@ -131,9 +136,9 @@ def _step(
     scale = one_over_valid_tokens(batches, degrees)
     loss = forward_backward(model, batches, scale)
     with torch.no_grad():
-        recorder.memory.see(_local(p.grad for p in model.parameters()), "gradients", override=True)
+        recorder.memory.see(_local(map(gradient_of, model.parameters())), "gradients", override=True)
     recorder.mark("clip", "all parameters")
-    clip_grad_norm_(model.parameters(), config.training.max_norm, loss)
+    clip_gradients(optimizer, config.training.max_norm, loss)
     recorder.mark("optimizer", "all parameters")
     optimizer.step()
     recorder.mark("end", "")

@@ -193,6 +193,10 @@ class StepRecorder(TorchDispatchMode):
         """for_gpu: count the workspace that the GPU's attention takes; the CPU's is another."""
         super().__init__()
         self.for_gpu = for_gpu
+        self.start()
+
+    def start(self) -> None:
+        """Forgets all that was recorded, and records."""
         self.memory = MemoryCounter()
         self.segments: list[Segment] = []
         self.batch = -1

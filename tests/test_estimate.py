@@ -1,0 +1,248 @@
+"""The planner's time model against sums by hand, its command, its advice, its refusals, its record of errors."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.estimate_errors import FITTED_ROWS, HELD_OUT, MEMORY_ROWS, OUTPUT, counted, plan_of, timed
+from titan_fast import estimate as planner
+from titan_fast.advice import scaling, search
+from titan_fast.errors import ConfigError
+from titan_fast.estimate import Estimate, Plan, estimate
+from titan_fast.gpus import GPUS, calibrated, known_gpu
+from titan_fast.step_record import Group, Operation, Segment
+from titan_fast.step_time import FITTED, FSDP_HOST, Fitted, Network, collective_seconds, gemm_seconds, step_time
+
+H100 = GPUS["h100-sxm"]
+NODE = Network(8, H100.nic.value)
+EXACT = Fitted(gemm=1.0, bandwidth=1.0, interference=0.0)
+SMALL = (
+    "--model.flavor debug --training.seq_len 256 --training.local_batch_size 8 --gpu h100-sxm --gpus 16 "
+    "--compile.enable False"
+)
+
+
+def plan(options: str) -> Plan:
+    return planner.plan_of(options.split())[0]
+
+
+@pytest.fixture(scope="module")
+def small() -> Estimate:
+    return estimate(plan(SMALL))
+
+
+def segment(*operations: Operation, phase: str = "forward") -> Segment:
+    return Segment(phase, "block 0", 0, 0, list(operations))
+
+
+def gemm(rows: int, columns: int, inner: int) -> Operation:
+    moved = 2.0 * (rows * inner + inner * columns + rows * columns)
+    return Operation("gemm", "mm", moved, 2.0 * rows * columns * inner, (rows, columns, inner))
+
+
+def test_matrix_product_at_full_waves_runs_at_the_table_rate() -> None:
+    full = gemm(128 * 132, 256 * 8, 8192)  # 8 tiles for each multiprocessor
+    assert gemm_seconds(full, H100, EXACT) == pytest.approx(full.flops / H100.gemm.value)
+    one_more = gemm(128 * 132, 256 * 8 + 1, 8192)
+    assert gemm_seconds(one_more, H100, EXACT) > 1.03 * gemm_seconds(full, H100, EXACT)
+    thin = gemm(8192, 8, 8192)
+    assert gemm_seconds(thin, H100, EXACT) >= thin.nbytes / H100.bandwidth.value
+
+
+def test_ring_within_a_node_and_between_nodes() -> None:
+    size = 2.0**30
+    inside = collective_seconds(Operation("gather", "g", size, group=Group(8, 1)), H100, NODE)
+    assert inside == pytest.approx(size * 7 / 8 / H100.nvlink.value, rel=0.02)
+    across = collective_seconds(Operation("gather", "g", size, group=Group(64, 1)), H100, NODE)
+    hops = 8.4e-6 + 56 * 3.4e-6 + 8 * 14.0e-6
+    assert across == pytest.approx(hops + size * 63 / 64 / H100.nvlink.value)  # the slower of NVLink and network
+    thin = collective_seconds(Operation("gather", "g", size, group=Group(64, 1)), H100, Network(8, 12.5e9))
+    assert thin == pytest.approx(hops + size * 7 / 8 / (0.94 * 8 * 12.5e9))
+    alone = collective_seconds(Operation("gather", "g", size, group=Group(8, 8)), H100, NODE)
+    assert alone == pytest.approx(size * 7 / 8 / (0.94 * H100.nic.value), rel=0.02)
+
+
+def test_a_gather_hides_behind_what_runs_before_its_weights_are_needed() -> None:
+    product = gemm(128 * 132, 256 * 64, 8192)
+    gather = Operation("gather", "_allgather_base_", 2.0**28, group=Group(8, 1))
+    take = Operation("copy_out", "fsdp.split_with_sizes_copy", 1.0)
+    took = collective_seconds(gather, H100, NODE)
+    hidden = step_time([segment(gather, product, take)], H100, "cudnn", NODE, fitted=EXACT)
+    exposed = step_time([segment(gather, take, product)], H100, "cudnn", NODE, fitted=EXACT)
+    assert hidden.parts["exposed FSDP communication"] == 0.0
+    assert exposed.parts["exposed FSDP communication"] == pytest.approx(took + FSDP_HOST)  # the host issues it first
+    assert exposed.seconds - hidden.seconds == pytest.approx(took, rel=0.3)
+    slowed = step_time([segment(gather, product, take)], H100, "cudnn", NODE, fitted=Fitted(1.0, 1.0, 0.5))
+    assert slowed.parts["slowed by communication"] == pytest.approx(0.5 * took, rel=0.5)
+
+
+def test_operators_of_a_step_add_up_to_the_model_flops(small: Estimate) -> None:
+    """6 FLOPs for each element of the matrices and token, by hand."""
+    shape, tokens = small.plan.shape, 8 * 256
+    matrices = (
+        shape.n_layers * shape.dim * (shape.qkv_dim + shape.dim + 3 * shape.ffn_dim) + shape.vocab_size * shape.dim
+    )
+    products = [o for s in small.segments for o in s.operations if o.kind == "gemm"]
+    assert sum(o.flops for o in products) == pytest.approx(6 * matrices * tokens)
+    attention = sum(o.flops for s in small.segments for o in s.operations if o.kind == "attention")
+    assert attention == pytest.approx(3.5 * 2 * shape.n_layers * tokens * 256 * shape.dim)
+
+
+def test_parts_add_up_and_json_has_its_keys(small: Estimate) -> None:
+    found = json.loads(json.dumps(small.to_dict()))
+    assert {
+        "fits",
+        "peak_memory_gib",
+        "memory_parts_gib",
+        "step_seconds",
+        "step_parts_seconds",
+        "tokens_per_second",
+        "mfu",
+    } <= set(found)
+    assert sum(found["step_parts_seconds"].values()) == pytest.approx(found["step_seconds"])
+    assert sum(found["memory_parts_gib"].values()) == pytest.approx(found["device_memory_gib"])
+    assert found["tokens_per_second"] == pytest.approx(8 * 256 / found["step_seconds"])
+    assert found["fits"] is True
+
+
+def test_recomputation_costs_time_and_saves_memory() -> None:
+    bare, full = (estimate(plan(f"{SMALL} --activation_checkpoint.mode {mode}")) for mode in ("none", "full"))
+    forward = [o.flops for s in bare.segments if s.phase == "forward" for o in s.operations]
+    again = [o.flops for s in full.segments for o in s.operations if o.recomputed]
+    assert 0.5 * sum(forward) < sum(again) < sum(forward)
+    assert not any(o.flops for s in bare.segments for o in s.operations if o.recomputed)
+    assert full.time.parts["recomputation"] > 100 * bare.time.parts["recomputation"]
+    assert full.peak_memory < bare.peak_memory
+    assert full.time.seconds > bare.time.seconds
+
+
+def test_accumulated_passes_take_their_time(small: Estimate) -> None:
+    four = estimate(plan(f"{SMALL} --training.global_batch_size 512"))
+    assert four.plan.passes == 4
+    assert 3.0 < four.time.seconds / small.time.seconds < 4.5
+
+
+def test_compiled_step_moves_fewer_bytes_and_is_traced(small: Estimate) -> None:
+    compiled = estimate(plan(f"{SMALL} --compile.enable True"))
+    ours, eager = (
+        sum(o.nbytes for s in e.segments if s.unit == "block 1" for o in s.operations if o.kind == "memory")
+        for e in (compiled, small)
+    )
+    assert ours < 0.6 * eager
+    assert compiled.fullest.peak.parts["saved activations"] < small.fullest.peak.parts["saved activations"]
+    assert compiled.time.seconds < small.time.seconds
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--model.flavor debug --gpu h100 --gpus 8", ["unknown GPU 'h100'", "a100-80gb", "b200", "titan_fast/gpus.py"]),
+        (f"{SMALL.replace('16', '12')}", ["12 GPUs are not whole nodes of 8"]),
+        (f"{SMALL} --parallelism.tensor_parallel_degree 3", ["there are 16 processes"]),
+        (f"{SMALL} --training.seq_len 255 --parallelism.tensor_parallel_degree 2", ["seq_len 255 is not divisible by"]),
+        (f"{SMALL} --training.global_batch_size 7", ["training.global_batch_size 7 is not divisible"]),
+        (f"{SMALL} --activation_checkpoint.mode memory_budget", ["memory_budget", "compile.enable"]),
+        (f"{SMALL} --training.sequence 7", ["unknown key"]),
+        (f"{SMALL} --nic-gbps 0", ["--nic-gbps is 0.0, not a positive number"]),
+        (f"{SMALL} --kernels.attention fa4", ["no rate of attention 'fa4' is known for h100-sxm"]),
+        (f"{SMALL} --training.enable_cpu_offload True", ["enable_cpu_offload", "does not count"]),
+    ],
+)
+def test_refusals_say_what_and_what_to_do(options: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        estimate(plan(options))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_calibration_replaces_rates_and_is_of_the_same_device(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"device": "NVIDIA H100 80GB HBM3", "rates": {"gemm": 6e14, "attention_forward": 5e14}}))
+    found = calibrated(H100, path)
+    assert found.gemm.value == 6e14
+    assert "measured on NVIDIA H100" in found.gemm.source
+    assert found.attention["cudnn"].forward == 5e14
+    assert found.bandwidth == H100.bandwidth
+    with pytest.raises(ConfigError, match="calibration is of 'NVIDIA H100 80GB HBM3', and --gpu is a100-80gb"):
+        calibrated(GPUS["a100-80gb"], path)
+    head = '{"device": "NVIDIA H100 80GB HBM3"'
+    for text in ("{", "[]", head + "}", head + ', "rates": {"gemm": -1}}', head + ', "rates": {"speed": 1}}'):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="it needs"):
+            calibrated(H100, path)
+
+
+def test_every_rate_has_a_source() -> None:
+    for gpu in GPUS.values():
+        rates = [v for v in vars(gpu).values() if hasattr(v, "source")] + list(gpu.attention.values())
+        assert len(rates) >= 7
+        assert all(len(rate.source) > 10 for rate in rates)
+        assert gpu.default_attention in gpu.attention
+        assert gpu.gemm.value < gpu.peak
+    assert known_gpu("h200").name == "h200"
+
+
+def test_search_lists_what_fits_best_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titan_fast.advice._LARGEST_BATCH", 2)
+    monkeypatch.setattr("titan_fast.advice._RECOMPUTE", ({"mode": "none"}, {"mode": "full"}))
+    wide = plan(SMALL)
+    found = search(dataclasses.replace(wide, network=dataclasses.replace(wide.network, gpus_per_node=2)))
+    speeds = [option.tokens_per_second for option in found]
+    assert speeds == sorted(speeds, reverse=True)
+    assert {o.changes["parallelism.tensor_parallel_degree"] for o in found} == {1, 2}
+    assert {o.changes["training.local_batch_size"] for o in found} == {1, 2}
+    tight = dataclasses.replace(wide, gpu=dataclasses.replace(H100, memory=dataclasses.replace(H100.memory, value=1e9)))
+    assert search(tight) == []
+
+
+def test_scaling_exposes_communication_sooner_without_copies() -> None:
+    slow = plan(f"{SMALL} --nic-gbps 10")
+    points = scaling(slow, sizes=(64, 1024))
+    fsdp, hsdp = ([p for p in points if p.kind == kind] for kind in ("FSDP", "HSDP"))
+    assert fsdp[1].tokens_per_second < fsdp[0].tokens_per_second
+    assert hsdp[1].tokens_per_second > fsdp[1].tokens_per_second
+    assert (hsdp[1].replicate, hsdp[1].shard) == (64, 16)
+
+
+def test_command_prints_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["estimate", *SMALL.split(), "--plot", str(tmp_path / "pictures")])
+    planner.main()
+    text = capsys.readouterr().out
+    assert "fits" in text
+    assert "tokens/s per GPU" in text
+    for name in ("memory.png", "step.png"):
+        assert (tmp_path / "pictures" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    monkeypatch.setattr(sys, "argv", ["estimate", *SMALL.split(), "--json"])
+    planner.main()
+    assert json.loads(capsys.readouterr().out)["gpus"] == 16
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, Any]:
+    return json.loads(OUTPUT.read_text())
+
+
+def test_recorded_errors_are_within_the_aims(record: dict[str, Any]) -> None:
+    fitted = record["fitted"]
+    assert fitted["mean_absolute_error"] <= 0.03
+    assert fitted["worst_error"] <= 0.06
+    assert fitted["constants"] == dataclasses.asdict(FITTED)
+    assert all(row["fits"] for row in fitted["rows"])
+    assert [row["fits"] for row in record["memory"]] == [fits for _, fits in MEMORY_ROWS]
+    assert all(abs(row["error"]) <= 0.05 for row in record["measured_on_cpu"])
+    assert [row["name"] for row in record["held_out"]] == [row.name for row in HELD_OUT]
+
+
+@pytest.mark.parametrize("index", [3, 6])
+def test_record_is_up_to_date(record: dict[str, Any], index: int) -> None:
+    row = FITTED_ROWS[index]
+    ours = plan_of(row)
+    found = timed(ours, counted(ours, row.ops))
+    assert found.tokens_per_second == pytest.approx(record["fitted"]["rows"][index]["predicted"], rel=1e-3)
+    assert found.device_memory / 2**30 == pytest.approx(record["fitted"]["rows"][index]["device_memory_gib"], abs=0.05)
