@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -304,5 +305,27 @@ def _marked(out: Any, recorder: StepRecorder, unit: str) -> Any:
 
 @contextmanager
 def recording(recorder: StepRecorder) -> Iterator[None]:
-    with recorder.memory.watching_resizes(), recorder:
+    """Around the step."""
+    with recorder.memory.watching_resizes(), _without_trials(recorder), recorder:
         yield
+
+
+@contextmanager
+def _without_trials(recorder: StepRecorder) -> Iterator[None]:
+    """DTensor tries operators out on fake tensors of global size to learn the shapes of results; no device ever holds
+    those. (Counted, they make 100 GiB of a sharded optimizer.)"""
+    name = "_propagate_tensor_meta_non_cached"
+    propagate = getattr(ShardingPropagator, name)
+
+    def unseen(*args: Any, **kwargs: Any) -> Any:
+        was_paused, recorder.paused = recorder.paused, True
+        try:
+            return propagate(*args, **kwargs)
+        finally:
+            recorder.paused = was_paused
+
+    setattr(ShardingPropagator, name, unseen)
+    try:
+        yield
+    finally:
+        setattr(ShardingPropagator, name, propagate)
