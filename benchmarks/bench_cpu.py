@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,18 +62,19 @@ def our_step(compiled: bool) -> Step:
 
 
 def hugging_face_step(compiled: bool) -> Step:
-    model = LlamaForCausalLM(LlamaConfig(**hf_config(SHAPE), attn_implementation="sdpa", use_cache=False))
+    settings: dict[str, Any] = {**hf_config(SHAPE), "attn_implementation": "sdpa", "use_cache": False}
+    model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(dict(to_hf(dict(our_model().named_parameters()), SHAPE)))
     if compiled:
         for layer in model.model.layers:
             layer.compile()
-    settings = Optimizer()
+    adamw = Optimizer()
     optimizer = torch.optim.AdamW(
         model.parameters(),
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
+        lr=adamw.lr,
+        betas=(adamw.beta1, adamw.beta2),
+        eps=adamw.eps,
+        weight_decay=adamw.weight_decay,
         fused=True,
     )
 

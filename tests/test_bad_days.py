@@ -544,6 +544,7 @@ class WrongWhenCompiled(torch.autograd.Function):
         return dy * 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_canary_finds_a_wrong_compiled_gradient(dtype: torch.dtype) -> None:
     import dataclasses

@@ -75,7 +75,7 @@ def _check_sizes(content: bytes) -> None:
     if len(content) > SCANNED_BYTES:
         return
     for opcode, argument, _ in pickletools.genops(content):
-        if "PUT" in opcode.name and int(argument) > len(content):
+        if "PUT" in opcode.name and int(argument or 0) > len(content):
             raise pickle.UnpicklingError(f"refused memo index {argument} in {len(content)} bytes")
 
 

@@ -2,13 +2,18 @@
 
 import sys
 
-from titan_fast.config import parse
+import tomli_w
+
+from titan_fast.config import parse, to_dict
 from titan_fast.errors import command
 
 
 @command
 def main() -> None:
     config = parse(sys.argv[1:])
+    if config.job.print_config:
+        sys.stdout.write(tomli_w.dumps(to_dict(config)))
+        return
     # After parsing, so that --help and a wrong key are answered before the seconds that importing torch takes.
     if config.job.dry_run:
         from titan_fast.dry_run import dry_run
