@@ -66,6 +66,18 @@ def test_ring_within_a_node_and_between_nodes() -> None:
     assert alone == pytest.approx(size * 7 / 8 / (0.94 * H100.nic.value), rel=0.02)
 
 
+def test_sum_over_copies_passes_twice_and_by_a_tree() -> None:
+    size = 2.0**30
+    copies = collective_seconds(Operation("replicas", "allreduce_", size, group=Group(64, 16)), H100, NODE)
+    assert copies == pytest.approx(8.4e-6 + 2 * (6 * 14.0e-6 + size * 63 / 64 / (0.94 * H100.nic.value)))
+
+
+def test_copies_are_summed_beside_the_computation() -> None:
+    found = estimate(plan(f"{SMALL} --parallelism.data_parallel_replicate_degree 4"))
+    kinds = [o.kind for s in found.segments if s.unit == "block 1" and s.phase == "backward" for o in s.operations]
+    assert kinds.count("replicas") == kinds.count("reduce") == 1
+
+
 def test_a_gather_hides_behind_what_runs_before_its_weights_are_needed() -> None:
     product = gemm(128 * 132, 256 * 64, 8192)
     gather = Operation("gather", "_allgather_base_", 2.0**28, group=Group(8, 1))

@@ -105,8 +105,6 @@ def test_a_deep_step_from_shallow_ones_is_the_counted_one(options: str) -> None:
     def count(n_layers: int) -> list[Segment]:
         return segments(options, 8, n_layers)
 
-    if "tensor" in options:
-        count(2)
     every = period(config.activation_checkpoint)
     depth = 12 if every == 2 else 8
     grown = deep_step(count, depth, every)

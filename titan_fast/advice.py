@@ -19,7 +19,7 @@ _RECOMPUTE: tuple[dict[str, str], ...] = (
     {"mode": "full"},
 )
 _LARGEST_BATCH = 64
-HIDDEN_ENOUGH = 0.95
+HIDDEN_ENOUGH = 0.9
 """Part of FSDP's communication below which it counts as no longer hidden."""
 
 

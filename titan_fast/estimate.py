@@ -195,10 +195,6 @@ def estimate(plan: Plan) -> Estimate:
         return count_step(config, dataclasses.replace(shape, n_layers=n_layers), ops, degrees, min(2, plan.passes))
 
     with fake_world(plan.gpus):
-        if degrees.tensor > 1:
-            count(
-                2
-            )  # DTensor tries operators out on whole tensors before it knows how to split them; nothing of that stays
         step = deep_step(count, shape.n_layers, period(config.activation_checkpoint), plan.whole)
     time = step_time(step.segments, plan.gpu, plan.attention, plan.network, plan.passes)
     return Estimate(plan, step.segments, step.how, time)

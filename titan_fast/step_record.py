@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_iter
 
 from titan_fast.memory_count import MemoryCounter, Peak, is_on_device
 
-Kind = Literal["gemm", "attention", "memory", "gather", "reduce", "copy_out", "blocking", "tensor", "wait"]
-"""gemm, attention: bound by arithmetic; memory: by bandwidth. gather, reduce: FSDP's collectives, which run beside the
-computation; copy_out: the computation takes what a gather brought; blocking: a collective that is waited for at once;
-tensor, wait: a collective of tensor parallelism and where its result is needed."""
+Kind = Literal["gemm", "attention", "memory", "gather", "reduce", "replicas", "copy_out", "blocking", "tensor", "wait"]
+"""gemm, attention: bound by arithmetic; memory: by bandwidth. gather, reduce, replicas (HSDP's sum over its copies):
+FSDP's collectives, which run beside the computation; copy_out: the computation takes what a gather brought; blocking:
+a collective that is waited for at once; tensor, wait: a collective of tensor parallelism and where its result is
+needed."""
 
 
 @dataclass(frozen=True)
@@ -241,8 +242,10 @@ class StepRecorder(TorchDispatchMode):
             memory.pulse(attention_workspace(args))
         operation = operation_of(func, args, kwargs, out)
         if operation is not None:
-            backward = self.segments and self.segments[-1].phase == "backward"
-            self.add(replace(operation, recomputed=bool(backward and torch.is_grad_enabled())))
+            backward = bool(self.segments and self.segments[-1].phase == "backward")
+            if operation.kind == "blocking" and backward and operation.group.stride > 1:
+                operation = replace(operation, kind="replicas")  # tensor-parallel ranks, who sum too, are neighbours
+            self.add(replace(operation, recomputed=backward and torch.is_grad_enabled()))
 
     def _label_fsdp(self, name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         if name == "fsdp.split_with_sizes_copy.default":

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from titan_fast.gpus import Gpu
-from titan_fast.step_record import Group, Operation, Segment
+from titan_fast.step_record import Operation, Segment
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,11 @@ def collective_seconds(operation: Operation, gpu: Gpu, network: Network) -> floa
     ring = operation.nbytes * (group.size - 1) / group.size / gpu.nvlink.value if per_node > 1 else 0.0
     between = operation.nbytes * (nodes - 1) / nodes / (NETWORK_EFFICIENCY * network.nic * per_node)
     hops = (group.size - nodes) * RING_NVLINK_HOP + (nodes if nodes > 1 else 0) * RING_NETWORK_HOP
-    rounds = 2.0 if "reduce" in operation.name and "scatter" not in operation.name else 1.0
-    return RING_BASE + rounds * (hops + max(ring, between))
+    if "allreduce" not in operation.name:
+        return RING_BASE + hops + max(ring, between)
+    # An all-reduce passes twice, and NCCL takes a tree where the ring is long.
+    tree = (per_node - 1) * RING_NVLINK_HOP + math.log2(nodes) * RING_NETWORK_HOP
+    return RING_BASE + 2.0 * (min(hops, tree) + max(ring, between))
 
 
 class _Clocks:
@@ -141,7 +144,7 @@ class _Clocks:
 
     def run(self, segment: Segment, operation: Operation) -> None:
         self.host += _host_seconds(operation)
-        if operation.kind in ("gather", "reduce"):
+        if operation.kind in ("gather", "reduce", "replicas"):
             self._beside(operation)
         elif operation.kind in ("tensor", "blocking"):
             self._tensor(operation)
@@ -162,7 +165,7 @@ class _Clocks:
         self.result.collectives += seconds
         if operation.kind == "gather":
             self.gathers.append(self.fsdp)
-        else:
+        elif operation.kind == "reduce":
             self.reduced = self.fsdp
 
     def _tensor(self, operation: Operation) -> None:
@@ -197,7 +200,7 @@ class _Clocks:
 
 
 def _host_seconds(operation: Operation) -> float:
-    if operation.kind in ("gather", "reduce", "copy_out"):
+    if operation.kind in ("gather", "reduce", "replicas", "copy_out"):
         return FSDP_HOST
     return (COMPILED_HOST if operation.compiled else EAGER_HOST) * min(operation.kernels, 1000.0)
 
@@ -237,8 +240,3 @@ def _run_all(clocks: _Clocks, segments: list[Segment]) -> None:
     for segment in segments:
         for operation in segment.operations:
             clocks.run(segment, operation)
-
-
-def is_slow_group(group: Group, network: Network) -> bool:
-    """Whether a group spans nodes."""
-    return group.size * group.stride > network.gpus_per_node
