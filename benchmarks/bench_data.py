@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from benchmarks.conftest import commit
+from benchmarks.cpu_rates import processor, spread
 from titan_fast import config as configuration
 from titan_fast.corpus import Document, RowLedger, stdlib_corpus
 from titan_fast.data import build_loader
@@ -173,23 +173,11 @@ def measure(rounds: int) -> dict[str, Any]:
     }
 
 
-def _rates(timed: list[tuple[int, Seconds]]) -> dict[str, dict[str, float]]:
+def _rates(timed: list[tuple[int, Seconds]]) -> dict[str, dict[str, int]]:
     return {
-        "tokens_per_second": _spread([tokens / seconds.clock for tokens, seconds in timed]),
-        "tokens_per_processor_second": _spread([tokens / seconds.processor for tokens, seconds in timed]),
+        "tokens_per_second": spread([tokens / seconds.clock for tokens, seconds in timed]),
+        "tokens_per_processor_second": spread([tokens / seconds.processor for tokens, seconds in timed]),
     }
-
-
-def _spread(rates: list[float]) -> dict[str, float]:
-    deciles = statistics.quantiles(rates, n=10, method="inclusive") if len(rates) > 1 else [rates[0]] * 9
-    return {"median": round(statistics.median(rates)), "p10": round(deciles[0]), "p90": round(deciles[-1])}
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -201,7 +189,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     result = {
         "what": "tokens/s of tokenizing + packing into shards, and of delivery from shards",
-        "machine": {"processor": _processor(), "processors": available_processors(), "load_before": load},
+        "machine": {"processor": processor(), "processors": available_processors(), "load_before": load},
         "commit": commit(),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},

@@ -292,9 +292,11 @@ class SampleOrder:
     def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, labels) of samples `first` to `first + count`, int64 [count, seq_len] each."""
         rows = np.empty((count, self.seq_len + 1), np.int64)
-        for i in range(count):
-            epoch, window = self._place(first + i)
-            self._fill(rows[i], epoch, window * self.seq_len)
+        places = [self._place(sample) for sample in range(first, first + count)]
+        for epoch in {epoch for epoch, _ in places}:
+            chosen = [i for i in range(count) if places[i][0] == epoch]
+            starts = np.array([places[i][1] * self.seq_len for i in chosen])
+            self._fill([rows[i] for i in chosen], epoch, starts)
         return rows[:, :-1], rows[:, 1:]
 
     def _place(self, sample: int) -> tuple[int, int]:
@@ -302,17 +304,24 @@ class SampleOrder:
         epoch, index = divmod(sample, self.samples_per_epoch)
         return epoch, index * self._stride % self.samples_per_epoch
 
-    def _fill(self, row: np.ndarray, epoch: int, start: int) -> None:
-        """Copies the tokens from `start` of the epoch on into `row`."""
+    def _fill(self, rows: list[np.ndarray], epoch: int, starts: np.ndarray) -> None:
+        """Copies the tokens from each of `starts` of the epoch on into its row."""
         documents, bounds = self._epoch(epoch)
-        place = int(np.searchsorted(bounds, start, side="right")) - 1
-        last = int(np.searchsorted(bounds, start + len(row), side="left"))
-        filled, skip = 0, start - int(bounds[place])
-        for document in self.tokens.read_documents(documents[place:last]):
-            taken = document[skip : skip + len(row) - filled]
-            row[filled : filled + len(taken)] = taken
-            filled, skip = filled + len(taken), 0
-        assert filled == len(row)
+        width = self.seq_len + 1
+        places = np.searchsorted(bounds, starts, side="right") - 1
+        lasts = np.searchsorted(bounds, starts + width, side="left")
+        skips = starts - bounds[places]
+        first_documents = self.tokens.read_documents(documents[places])
+        of_each = zip(rows, first_documents, skips.tolist(), places.tolist(), lasts.tolist(), strict=True)
+        for row, document, skip, place, last in of_each:
+            taken = document[skip : skip + width]
+            filled = len(taken)
+            row[:filled] = taken
+            for document in self.tokens.read_documents(documents[place + 1 : last]) if filled < width else ():
+                taken = document[: width - filled]
+                row[filled : filled + len(taken)] = taken
+                filled += len(taken)
+            assert filled == width
 
     def pieces(self, sample: int) -> Iterator[tuple[int, int, int]]:
         """(document, first token in it, number of tokens) of what a sample's tokens are made of."""

@@ -124,11 +124,18 @@ def cross_entropy_with_grad_(
     logits: [N, V], of no use to anyone else; labels: [N] int64; scale: 0-dim float32 -> [N] float32 (float64 from
     float64 logits). Takes no part in autograd: the caller uses the gradient.
     """
-    peak, total, target = cross_entropy_stats(logits, labels)
-    logsumexp = peak + torch.log(total)
-    loss = torch.where(labels != ignore_index, logsumexp - target + z_loss * logsumexp**2, 0.0)
-    cross_entropy_grad_(logits, labels, 0, logsumexp, scale, ignore_index, z_loss)
-    return loss
+    valid = labels != ignore_index
+    column = torch.where(valid, labels, 0)[:, None]
+    wide = _wide(logits)
+    target = wide.gather(-1, column).squeeze(-1)
+    logs = F.log_softmax(wide, dim=-1)
+    negative_log = -logs.gather(-1, column).squeeze(-1)
+    logsumexp = target + negative_log
+    weight = torch.where(valid, scale, 0.0).to(wide.dtype)
+    gradient = logs.exp_()
+    gradient *= (weight * (1.0 + 2.0 * z_loss * logsumexp))[:, None]
+    logits.copy_(gradient.scatter_add_(-1, column, -weight[:, None]))
+    return torch.where(valid, negative_log + z_loss * logsumexp**2, 0.0)
 
 
 def norm_linear(
