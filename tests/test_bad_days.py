@@ -544,13 +544,13 @@ class WrongWhenCompiled(torch.autograd.Function):
         return dy * 0.99
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_canary_finds_a_wrong_compiled_gradient(dtype: torch.dtype) -> None:
     import dataclasses
 
     shape = dataclasses.replace(FLAVORS["debug"], dim=32, n_heads=2, n_kv_heads=1, ffn_dim=48)
     cpu, settings = torch.device("cpu"), Compile(enable=True, backend="aot_eager")
+    torch._dynamo.reset()  # earlier tests compiled the same code, and there is a limit to how often
     assert check_compiled_gradients(shape, REFERENCE, settings, dtype, cpu, 2, 16) < 0.05
 
     def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,6 @@ from titan_fast.gpus import GPUS, calibrated, known_gpu
 from titan_fast.step_record import Group, Operation, Segment
 from titan_fast.step_time import FITTED, FSDP_HOST, Fitted, Network, collective_seconds, gemm_seconds, step_time
 
-# In one process with the dry run's tests, torch finds a group of a world that is gone: run by name.
-pytestmark = pytest.mark.slow
-
 H100 = GPUS["h100-sxm"]
 NODE = Network(8, H100.nic.value)
 EXACT = Fitted(gemm=1.0, bandwidth=1.0, interference=0.0)

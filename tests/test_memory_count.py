@@ -16,9 +16,6 @@ from titan_fast.ops import build_ops
 from titan_fast.step import workload
 from titan_fast.step_record import Segment
 
-# In one process with the dry run's tests, torch finds a group of a world that is gone: run by name.
-pytestmark = pytest.mark.slow
-
 DEBUG = (
     "--model.flavor debug --training.mixed_precision_param bfloat16 --training.seq_len 256 "
     "--training.local_batch_size 8 --compile.enable False"

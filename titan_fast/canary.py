@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor, nn
 
+from titan_fast import compilation
 from titan_fast.config import Compile, Config
 from titan_fast.errors import NumericsError
 from titan_fast.flavors import ModelShape
@@ -41,7 +42,7 @@ def check_compiled_gradients(
     rope = rope_tables(shape, seq_len, device)
     exact = _gradients(_block(shape, REFERENCE, torch.float32, device), x, dy, rope)
     compiled = _block(shape, ops, dtype, device)
-    compiled.compile(backend=settings.backend, fullgraph=True)
+    compiled.compile(**compilation.arguments(settings))
     found = _gradients(compiled, x.to(dtype), dy.to(dtype), rope)
     bounds = dict.fromkeys(exact, FLOAT32_BOUND)
     if dtype != torch.float32:

@@ -36,6 +36,18 @@ def fake_world(size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """Meshes of two worlds are equal where their shapes are, and DTensor's caches would answer the next world with
+    this one's, whose process groups are gone."""
+    from torch.distributed.tensor import debug
+
+    for name in ("_clear_sharding_prop_cache", "_clear_python_sharding_prop_cache"):  # neither is promised to stay
+        if (clear := getattr(debug, name, None)) is not None:
+            clear()
+            return
 
 
 @dataclass(frozen=True)
