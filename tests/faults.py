@@ -3,7 +3,8 @@
 A list of JSON objects: {"what": ..., "rank": 1, "step": 5, "attempt": 0, ...}; "attempt" is torchrun's restart count,
 null for any. What: kill, signal (name), sleep (seconds), slow (seconds, from that step on), nan, raise_out_of_memory,
 kill_in (a function "module:name" and "call", which call of it), file_limit (bytes), remove (path), ledger (path: each
-step's tokens are appended to it, by rank), dump (path: what the run resumed from, whole, before its first step).
+step's tokens are appended to it, by rank), dump (path: what the run resumed from, whole, before its first step), blind
+(this rank sees no manifest, as on a stale network file system).
 """
 
 import importlib
@@ -71,6 +72,9 @@ def install(fault: dict[str, Any]) -> None:
     if fault["what"] == "kill_in":
         module, _, name = fault["function"].partition(":")
         kill_in(importlib.import_module(module), name, fault["call"])
+        return
+    if fault["what"] == "blind":
+        importlib.import_module("titan_fast.checkpointer")._fingerprint = lambda path: "no manifest"
         return
     if fault["what"] in ("nan", "ledger"):
         true_forward = loop.forward_backward

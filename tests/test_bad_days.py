@@ -21,7 +21,7 @@ import runs
 import torch
 from children import run_silently
 
-from titan_fast import guard, loop, manifest, watchdog
+from titan_fast import checkpointer, guard, loop, manifest, signals, watchdog
 from titan_fast.canary import check_compiled_gradients
 from titan_fast.checkpoint import tensors_of
 from titan_fast.config import Compile, parse
@@ -31,7 +31,7 @@ from titan_fast.ops import REFERENCE
 from titan_fast.out_of_memory import OutOfMemory
 from titan_fast.run_lock import NAME as LOCK
 from titan_fast.run_lock import SILENT_SECONDS, RunLock
-from titan_fast.signals import resume_command
+from titan_fast.signals import resume_command, seconds_to_stop
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -286,6 +286,29 @@ def test_the_resume_command_does_not_go_back(monkeypatch: pytest.MonkeyPatch) ->
     assert resume_command() == "python -m titan_fast.train '--a=b c'"
 
 
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [
+        ("torchrun x.py", 30.0),
+        ("torchrun --shutdown-timeout 90 x.py", 90.0),
+        ("torchrun --shutdown_timeout=7 x.py", 7.0),
+    ],
+)
+def test_a_save_that_outlasts_torchruns_patience_is_told(
+    words: str, seconds: float, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert seconds_to_stop() is None
+    monkeypatch.setattr(signals, "_command_line", lambda process: words.split())
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert seconds_to_stop() == seconds
+    monkeypatch.setattr(checkpointer, "seconds_to_stop", lambda: 0.0 if seconds == 7 else 1000.0)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    runs.run(data, tmp_path / "run", training__steps=2, checkpoint__interval=1)
+    warned = capsys.readouterr().out.count("and torchrun kills 0 s after a signal")
+    assert warned == (1 if seconds == 7 else 0), "once, and only where it does not fit"
+
+
 # Numbers
 
 
@@ -401,21 +424,21 @@ def test_a_removed_folder_is_named(data: Path, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_is_refused_at_once(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("unwritable", "key"), [("run", "job.dump_folder"), ("run/checkpoint", "checkpoint.folder")])
+def test_a_folder_that_cannot_be_written_is_refused_at_once(unwritable: str, key: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    folder.mkdir()
-    folder.chmod(0o555)
-    tmp_path.chmod(0o755)
+    (tmp_path / unwritable).mkdir(parents=True)
+    for path in [folder, *folder.parents][:4]:
+        path.chmod(0o777)
+    (tmp_path / unwritable).chmod(0o555)
     command = [sys.executable, "-c", "import sys; from titan_fast.run_directory import open_run_directory\n"
                "from titan_fast.config import parse\nfrom titan_fast.errors import reported\n"
                f"with reported(): open_run_directory(parse(['--job.dump_folder', {str(folder)!r}]))"]  # fmt: skip
     if os.geteuid() == 0:
-        for parent in [tmp_path, *tmp_path.parents][:3]:
-            parent.chmod(0o755)
         command = ["setpriv", "--reuid=65534", "--clear-groups", *command]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=runs.environment())
     assert done.returncode == 2, done.stderr
-    assert "job.dump_folder cannot be written: Permission denied" in done.stderr
+    assert f"{key} cannot be written: Permission denied [{tmp_path / unwritable}]" in done.stderr
 
 
 # Two runs

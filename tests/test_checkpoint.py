@@ -110,6 +110,18 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_in_silence
         runs.run(data, copy)
 
 
+def test_a_rank_that_does_not_see_what_rank_0_chose_stops_all(data: Path, copy: Path) -> None:
+    """As on a network file system that shows one host a new folder later than another."""
+    process = runs.torchrun(
+        2, str(runs.FAULTS), *runs.arguments(data, copy, training__steps=15),
+        env={"FAULTS": json.dumps([{"what": "blind", "rank": 1}])},
+    )  # fmt: skip
+    output = runs.finish(process)
+    assert process.returncode != 0
+    assert "rank 1 does not see the manifest of step-10 that rank 0 sees" in output
+    assert max(runs.losses(copy)) == 10, "nothing was trained from a mixture"
+
+
 def test_an_asked_for_step_is_not_replaced_by_another(data: Path, copy: Path) -> None:
     flip_a_bit(copy)
     with pytest.raises(CheckpointError, match=r"step-10 is not loaded .*sha256 mismatch"):

@@ -218,6 +218,15 @@ def test_validation_is_part_of_parsing() -> None:
     assert refusal("--training.steps", "0").startswith("training.steps is 0, not at least 1; ")
 
 
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    said = refusal("--training.steps", "0", "--optimizer.lr", "-1", "--training.seq_len", "4096")
+    assert said.startswith("3 settings are wrong: ") and "\n" not in said
+    for part in ("training.steps is 0", "optimizer.lr is -1.0", "training.seq_len 4096 is beyond the 2048 tokens"):
+        assert part in said
+    said = refusal("--traning.steps", "5", "--optimizer.lrr", "1")
+    assert "did you mean training.steps?" in said and "did you mean optimizer.lr?" in said
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [

@@ -219,6 +219,7 @@ def test_scaling_exposes_communication_sooner_without_copies() -> None:
     assert fsdp[1].tokens_per_second < fsdp[0].tokens_per_second
     assert hsdp[1].tokens_per_second > fsdp[1].tokens_per_second
     assert (hsdp[1].replicate, hsdp[1].shard) == (64, 16)
+    assert 0.0 < hsdp[1].communication < fsdp[1].communication < 1.0
 
 
 def test_command_prints_and_draws(

@@ -19,8 +19,8 @@ _RECOMPUTE: tuple[dict[str, str], ...] = (
     {"mode": "full"},
 )
 _LARGEST_BATCH = 64
-HIDDEN_ENOUGH = 0.9
-"""Part of FSDP's communication below which it counts as no longer hidden."""
+COSTS_NOTHING = 0.05
+"""Part of the step above which communication counts as no longer hidden."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ class ScalingPoint:
     fits: bool
     hidden: float
     """Part of FSDP's communication that the computation hides."""
+    communication: float
+    """Part of the step that communication costs (StepTime.communication)."""
 
 
 def scaling(plan: Plan, sizes: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384)) -> list[ScalingPoint]:
@@ -130,5 +132,5 @@ def _point(plan: Plan, kind: str, size: int, copies: int) -> ScalingPoint:
     degrees = answer.plan.degrees
     return ScalingPoint(
         kind, size, degrees.replicate, degrees.shard, answer.tokens_per_second, answer.mfu()["titan"],
-        answer.device_memory / 2**30, answer.fits, answer.time.hidden,
+        answer.device_memory / 2**30, answer.fits, answer.time.hidden, answer.time.communication,
     )  # fmt: skip

@@ -7,6 +7,7 @@ manifest. Each stage ends with an exchange: where one rank failed, every rank ra
 import errno
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections import deque
@@ -35,6 +36,7 @@ from titan_fast.errors import CheckpointError, ConfigError, NumericsError
 from titan_fast.masters import round_masters
 from titan_fast.redaction import redacted
 from titan_fast.run_directory import differences
+from titan_fast.signals import seconds_to_stop
 
 SAVE_TIMEOUT = timedelta(minutes=30)
 """How long one rank may wait for another's part of a save."""
@@ -80,6 +82,7 @@ class Checkpointer:
         self._last_save = time.monotonic()
         self._pending: Future[Path] | None = None
         self._failures = 0  # in a row
+        self._warned_of_limit = False
         self._notes: deque[str] = deque()
         self._thread: ThreadPoolExecutor | None = None
         self._stager: DefaultStager | None = None
@@ -233,7 +236,14 @@ class Checkpointer:
         copy_tokenizer(self.tokenizer_path, temporary / "tokenizer")
         manifest.publish(temporary, final, known, step=step, world_size=self.world.size)
         manifest.prune(self.folder, self.settings.keep_latest_k, always=step)
-        self._notes.append(f"saved {final} in {time.perf_counter() - started:.1f} s")
+        seconds = time.perf_counter() - started
+        self._notes.append(f"saved {final} in {seconds:.1f} s")
+        if (limit := seconds_to_stop()) is not None and seconds > limit and not self._warned_of_limit:
+            self._warned_of_limit = True
+            self._notes.append(
+                f"WARNING: a save takes {seconds:.0f} s, and torchrun kills {limit:.0f} s after a signal: the save on "
+                f"a signal will not end in time; give torchrun --shutdown-timeout {2 * math.ceil(seconds)}"
+            )
 
     def _translated(self, error: OSError | CheckpointError, need: int) -> CheckpointError:
         """The error with need, have and path, which a full disk's own message lacks."""

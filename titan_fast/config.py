@@ -479,40 +479,59 @@ def known_keys() -> dict[str, dataclasses.Field]:
 
 
 def _check_names(options: dict[str, list[str]]) -> None:
-    known = known_keys()
+    known, problems = known_keys(), Problems()
     for name, values in options.items():
         if name not in known:
             leaf = name.rpartition(".")[2]
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
             close = close or [key for key in known if key.rpartition(".")[2] == leaf]
             close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else "see --help for all keys"
-            raise ConfigError(f"unknown key {name!r}", hint)
-        if not values:
-            raise ConfigError(f"key {name!r} has no value", f"write --{name} VALUE")
+            problems.add(f"unknown key {name!r}", f"did you mean {close[0]}?" if close else "see --help for all keys")
+        elif not values:
+            problems.add(f"key {name!r} has no value", f"write --{name} VALUE")
+    problems.refuse()
+
+
+class Problems:
+    """What is wrong with a config, gathered so that one answer names it all."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str, str]] = []
+
+    def add(self, what: str, remedy: str) -> None:
+        self._found.append((what, remedy))
+
+    def refuse(self) -> None:
+        """ConfigError naming every problem, where there is one."""
+        if len(self._found) == 1:
+            raise ConfigError(*self._found[0])
+        if self._found:
+            listed = "; ".join(f"({i}) {what}: {remedy}" for i, (what, remedy) in enumerate(self._found, 1))
+            raise ConfigError(f"{len(self._found)} settings are wrong: {listed}", "mend each")
 
 
 def validate(config: Config) -> None:
     """Every rule that needs neither a device nor the number of processes; ConfigError names the numbers."""
-    shape = model_shape(config.model)
-    _check_ranges(config)
+    shape, problems = model_shape(config.model), Problems()
+    _check_ranges(config, problems)
     if config.training.seq_len > shape.max_seq_len:
-        raise ConfigError(
+        problems.add(
             f"training.seq_len {config.training.seq_len} is beyond the {shape.max_seq_len} tokens that "
             f"{config.model.flavor} is made for",
             "lower it or take a flavor with a longer context",
         )
     if config.job.world_size is not None and not config.job.dry_run:
-        raise ConfigError(
+        problems.add(
             f"job.world_size is {config.job.world_size}, and without job.dry_run it is torchrun that decides that",
             "start that many processes with torchrun, or add --job.dry_run True",
         )
     option = config.activation_checkpoint.selective_ac_option
     if option != "op" and not (option.isdecimal() and int(option) > 0):
-        raise ConfigError(
+        problems.add(
             f"activation_checkpoint.selective_ac_option {option!r} is neither a positive integer nor 'op'",
             "write an integer N for every Nth block, or op",
         )
+    problems.refuse()
 
 
 # key -> (least, most, how to say it)
@@ -555,17 +574,17 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 }
 
 
-def _check_ranges(config: Config) -> None:
+def _check_ranges(config: Config, problems: Problems) -> None:
     for name, (least, most, words) in _RANGES.items():
         table, _, key = name.partition(".")
         value = getattr(getattr(config, table), key)
         if value is not None and not (least <= value <= most and value < 1e300):
-            raise ConfigError(f"{name} is {value}, not {words}", "change it")
+            problems.add(f"{name} is {value}, not {words}", "change it")
     for name in ("training.global_batch_size", "parallelism.data_parallel_shard_degree"):
         table, _, key = name.partition(".")
         value = getattr(getattr(config, table), key)
         if value != -1 and value < 1:
-            raise ConfigError(f"{name} is {value}, neither -1 nor at least 1", "change it")
+            problems.add(f"{name} is {value}, neither -1 nor at least 1", "change it")
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,11 @@ def fake_world(size: int) -> Iterator[None]:
 
 
 def _forget_meshes() -> None:
-    """Meshes of two worlds are equal where their shapes are, and DTensor's caches would answer the next world with
-    this one's, whose process groups are gone."""
+    """Meshes of two worlds are equal where their shapes are, and compiled code and DTensor's caches would answer the
+    next world with this one's, whose process groups are gone. There is also a limit to how often code is compiled."""
     from torch.distributed.tensor import debug
 
+    torch.compiler.reset()
     for name in ("_clear_sharding_prop_cache", "_clear_python_sharding_prop_cache"):  # neither is promised to stay
         if (clear := getattr(debug, name, None)) is not None:
             clear()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_fast.advice import HIDDEN_ENOUGH, Option, ScalingPoint
+from titan_fast.advice import COSTS_NOTHING, Option, ScalingPoint
 from titan_fast.config import Config
 from titan_fast.estimate import Estimate
 from titan_fast.memory_count import PARTS
@@ -97,19 +97,17 @@ def options_table(options: Sequence[Option]) -> list[str]:
 
 def scaling_table(points: Sequence[ScalingPoint]) -> list[str]:
     """The result of scaling."""
-    lines = [f"{'GPUs':>7} {'kind':>5} {'mesh':>12} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'hidden':>7}"]
+    lines = [f"{'GPUs':>7} {'kind':>5} {'mesh':>12} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'hidden':>7} {'costs':>6}"]
     for p in points:
         fits = "" if p.fits else "  does not fit"
         lines.append(
             f"{p.gpus:>7,} {p.kind:>5} {f'{p.replicate} x {p.shard}':>12} {p.tokens_per_second:>9,.0f} {p.mfu:>6.1%} "
-            f"{p.device_memory_gib:>6.1f} {p.hidden:>7.0%}{fits}"
+            f"{p.device_memory_gib:>6.1f} {p.hidden:>7.0%} {p.communication:>6.1%}{fits}"
         )
     for kind in ("FSDP", "HSDP"):
-        exposed = [p.gpus for p in points if p.kind == kind and p.hidden < HIDDEN_ENOUGH]
-        where = (
-            f"from {min(exposed):,} GPUs on less than {HIDDEN_ENOUGH:.0%} of it" if exposed else "all of it, nearly,"
-        )
-        lines.append(f"{kind}: {where} is hidden behind the computation")
+        dear = [p.gpus for p in points if p.kind == kind and p.communication > COSTS_NOTHING]
+        where = f"from {min(dear):,} GPUs on" if dear else "nowhere here"
+        lines.append(f"{kind}: communication costs more than {COSTS_NOTHING:.0%} of the step {where}")
     return lines
 
 
@@ -176,9 +174,9 @@ def scaling_plot(points: Sequence[ScalingPoint], folder: Path) -> Path:
     for kind in ("FSDP", "HSDP"):
         mine = [p for p in points if p.kind == kind]
         left.plot([p.gpus for p in mine], [p.tokens_per_second for p in mine], marker="o", label=kind)
-        right.plot([p.gpus for p in mine], [100 * p.hidden for p in mine], marker="o", label=kind)
-    right.axhline(100 * HIDDEN_ENOUGH, color="grey", linestyle=":")
-    for axes, label in ((left, "tokens/s per GPU"), (right, "% of FSDP's communication hidden")):
+        right.plot([p.gpus for p in mine], [100 * p.communication for p in mine], marker="o", label=kind)
+    right.axhline(100 * COSTS_NOTHING, color="grey", linestyle=":")
+    for axes, label in ((left, "tokens/s per GPU"), (right, "% of the step that communication costs")):
         axes.set_xscale("log", base=2)
         axes.set_xticks([p.gpus for p in points if p.kind == "FSDP"], [f"{p.gpus}" for p in points if p.kind == "FSDP"])
         axes.set_xlabel("GPUs")

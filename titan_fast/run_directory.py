@@ -27,15 +27,9 @@ def open_run_directory(config: Config) -> Path:
     """The folder `job.dump_folder`, made if need be and found writable; ConfigError where it is not, or where it holds
     a run of another model or other data. Every process may call it, before there is a process group."""
     folder = Path(config.job.dump_folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"job.dump_folder cannot be written: {error.strerror}", "choose another folder", where=str(folder)
-        ) from error
+    _check_writable(folder, "job.dump_folder")
+    if config.checkpoint.enable:
+        _check_writable(folder / config.checkpoint.folder, "checkpoint.folder")
     differing = _differences(folder / CONFIG_NAME, config)
     if differing:
         raise ConfigError(
@@ -45,6 +39,18 @@ def open_run_directory(config: Config) -> Path:
             where=str(folder),
         )
     return folder
+
+
+def _check_writable(folder: Path, key: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{key} cannot be written: {error.strerror}", "choose another folder", where=str(folder)
+        ) from error
 
 
 def write_config(config: Config, folder: Path) -> None:

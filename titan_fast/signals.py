@@ -49,6 +49,22 @@ def resume_command() -> str:
     return shlex.join(kept)
 
 
+def seconds_to_stop() -> float | None:
+    """How long torchrun waits after a signal before it kills: its --shutdown-timeout, 30 s without one. None where
+    torchrun did not start this process."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    words = [word.replace("_", "-") for word in _command_line(os.getppid())]
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name == "--shutdown-timeout":
+            try:
+                return float(value or following)
+            except ValueError:
+                break
+    return 30.0
+
+
 def _command_line(process: int) -> list[str]:
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")

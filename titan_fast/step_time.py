@@ -82,6 +82,11 @@ class StepTime:
         exposed = self.parts["exposed FSDP communication"]
         return 1.0 if self.collectives == 0 else max(0.0, 1.0 - exposed / self.collectives)
 
+    @property
+    def communication(self) -> float:
+        """Part of the step that communication costs, 0 to 1: what is exposed, and what it slows while it is hidden."""
+        return sum(value for name, value in self.parts.items() if "communication" in name) / self.seconds
+
 
 def gemm_seconds(operation: Operation, gpu: Gpu, fitted: Fitted) -> float:
     """FLOPs at the rate for the shape, or bytes at the bandwidth where that takes longer."""
