@@ -3,7 +3,9 @@ config does on more GPUs."""
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,23 +49,33 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
     return dataclasses.replace(config, **fresh)
 
 
-def search(plan: Plan) -> list[Option]:
+def search(plan: Plan, processes: int = 1, tell: Callable[[str], None] = lambda text: None) -> list[Option]:
     """What fits of local batch x recomputation x tensor-parallel degree x resharding, best tokens/s first.
 
     Batches are doubled until they do not fit. Combinations that the trainer would refuse are left out; so is keeping
-    gathered weights where even the smallest batch leaves no room for it.
+    gathered weights where even the smallest batch leaves no room for it. `tell` is given a line of progress.
     """
-    found: list[Option] = []
-    for degree, recompute, reshard in itertools.product(_tensor_degrees(plan), _RECOMPUTE, ("default", "never")):
-        found += _batches(plan, degree, recompute, reshard)
-    return sorted(found, key=lambda option: -option.tokens_per_second)
+    series = list(itertools.product(_tensor_degrees(plan), _RECOMPUTE, ("default", "never")))
+    if processes == 1:
+        return _best_first(_batches(plan, *one) for one in series)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(series)), context) as pool:
+        futures = [pool.submit(_batches, plan, *one) for one in series]
+        for number, _ in enumerate(as_completed(futures), 1):
+            tell(f"search: {number} of {len(series)} series of batches counted")
+        return _best_first(future.result() for future in futures)
+
+
+def _best_first(found: Iterable[list[Option]]) -> list[Option]:
+    return sorted(itertools.chain.from_iterable(found), key=lambda option: -option.tokens_per_second)
 
 
 def _tensor_degrees(plan: Plan) -> list[int]:
     return [degree for degree in (1, 2, 4, 8) if degree <= plan.network.gpus_per_node]
 
 
-def _batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -> Iterator[Option]:
+def _batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -> list[Option]:
+    found: list[Option] = []
     batch = 1
     while batch <= _LARGEST_BATCH:
         changes: dict[str, Any] = {
@@ -73,13 +85,14 @@ def _batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -
             **{f"activation_checkpoint.{key}": value for key, value in recompute.items()},
         }
         try:
-            answer = estimate(dataclasses.replace(plan, config=changed(plan.config, changes)))
+            answer = estimate(dataclasses.replace(plan, config=changed(plan.config, changes)), check_depth=False)
         except ConfigError:
-            return
+            break
         if not answer.fits:
-            return
-        yield _option(changes, answer)
+            break
+        found.append(_option(changes, answer))
         batch *= 2
+    return found
 
 
 def _option(changes: dict[str, Any], answer: Estimate) -> Option:

@@ -34,22 +34,21 @@ def period(settings: ActivationCheckpoint) -> int:
     return int(option) if settings.mode == "selective" and option != "op" else 1
 
 
-def deep_step(count: CountDepth, n_layers: int, repeats_after: int = 1, whole: bool = False) -> DeepStep:
-    """The step of `n_layers` blocks. `count` records a step of a given depth; `whole` counts all blocks."""
+def deep_step(
+    count: CountDepth, n_layers: int, repeats_after: int = 1, whole: bool = False, check: bool = True
+) -> DeepStep:
+    """The step of `n_layers` blocks. `count` records a step of a given depth; `whole` counts all blocks; without
+    `check` the third depth is left out, and with it a third of the time."""
     shallow = 3 * repeats_after + n_layers % repeats_after
     if whole or n_layers <= shallow + 2 * repeats_after:
         return DeepStep(count(n_layers), f"all {n_layers} blocks counted")
     depths = [shallow, shallow + repeats_after, shallow + 2 * repeats_after]
-    first, second, third = (count(depth) for depth in depths)
-    predicted = extrapolate(first, second, depths[0], repeats_after, depths[2])
-    if not _agree(predicted, third):
+    first, second = count(depths[0]), count(depths[1])
+    if check and not _agree(extrapolate(first, second, depths[0], repeats_after, depths[2]), count(depths[2])):
         return DeepStep(count(n_layers), f"all {n_layers} blocks counted: the first ones are not alike")
     segments = extrapolate(first, second, depths[0], repeats_after, n_layers)
-    return DeepStep(
-        segments,
-        f"{depths[0]} and {depths[1]} blocks counted and continued to {n_layers}; {depths[2]} blocks, counted too, "
-        "agree with that",
-    )
+    how = f"{depths[0]} and {depths[1]} blocks counted and continued to {n_layers}"
+    return DeepStep(segments, f"{how}; {depths[2]} blocks, counted too, agree with that" if check else how)
 
 
 def _agree(predicted: list[Segment], counted: list[Segment]) -> bool:

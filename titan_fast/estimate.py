@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,8 +177,8 @@ def check(plan: Plan) -> None:
         )
 
 
-def estimate(plan: Plan) -> Estimate:
-    """Counts and times a step. ConfigError for what cannot run."""
+def estimate(plan: Plan, check_depth: bool = True) -> Estimate:
+    """Counts and times a step. ConfigError for what cannot run. check_depth: see deep_step."""
     check(plan)
     import torch
 
@@ -195,7 +196,7 @@ def estimate(plan: Plan) -> Estimate:
         return count_step(config, dataclasses.replace(shape, n_layers=n_layers), ops, degrees, min(2, plan.passes))
 
     with fake_world(plan.gpus):
-        step = deep_step(count, shape.n_layers, period(config.activation_checkpoint), plan.whole)
+        step = deep_step(count, shape.n_layers, period(config.activation_checkpoint), plan.whole, check_depth)
     time = step_time(step.segments, plan.gpu, plan.attention, plan.network, plan.passes)
     return Estimate(plan, step.segments, step.how, time)
 
@@ -257,7 +258,7 @@ def main() -> None:
     if own.search:
         from titan_fast.advice import search
 
-        options = search(plan)
+        options = search(plan, os.cpu_count() or 1, lambda text: print(text, file=sys.stderr))  # noqa: T201
         answer["search"] = [option.to_dict() for option in options]
         lines += ["", *report.options_table(options)]
     if own.scaling:
