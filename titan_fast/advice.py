@@ -20,7 +20,8 @@ _RECOMPUTE: tuple[dict[str, str], ...] = (
     {"mode": "selective", "selective_ac_option": "2"},
     {"mode": "full"},
 )
-_LARGEST_BATCH = 64
+_WORTH_DOUBLING = 1.01
+"""How much faster a doubled batch must be for the next one to be looked at."""
 COSTS_NOTHING = 0.05
 """Part of the step above which communication counts as no longer hidden."""
 
@@ -52,10 +53,14 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
 def search(plan: Plan, processes: int = 1, tell: Callable[[str], None] = lambda text: None) -> list[Option]:
     """What fits of local batch x recomputation x tensor-parallel degree x resharding, best tokens/s first.
 
-    Batches are doubled until they do not fit. Combinations that the trainer would refuse are left out; so is keeping
-    gathered weights where even the smallest batch leaves no room for it. `tell` is given a line of progress.
+    Batches are doubled until they do not fit or bring less than 1%. Combinations that the trainer would refuse are
+    left out, and keeping gathered weights where nothing is gathered. `tell` is given a line of progress.
     """
-    series = list(itertools.product(_tensor_degrees(plan), _RECOMPUTE, ("default", "never")))
+    series = [
+        (degree, recompute, reshard)
+        for degree, recompute in itertools.product(_tensor_degrees(plan), _RECOMPUTE)
+        for reshard in (("default", "never") if degree < plan.gpus else ("default",))
+    ]
     if processes == 1:
         return _best_first(_batches(plan, *one) for one in series)
     context = multiprocessing.get_context("spawn")
@@ -77,7 +82,7 @@ def _tensor_degrees(plan: Plan) -> list[int]:
 def _batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -> list[Option]:
     found: list[Option] = []
     batch = 1
-    while batch <= _LARGEST_BATCH:
+    while len(found) < 2 or found[-1].tokens_per_second > _WORTH_DOUBLING * found[-2].tokens_per_second:
         changes: dict[str, Any] = {
             "training.local_batch_size": batch,
             "parallelism.tensor_parallel_degree": degree,

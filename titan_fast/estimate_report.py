@@ -86,7 +86,10 @@ def options_table(options: Sequence[Option]) -> list[str]:
     """The result of a search."""
     if not options:
         return ["nothing fits: no local batch, recomputation, tensor parallelism up to a node or resharding is enough"]
-    lines = [f"{len(options)} combinations fit, best first:", f"{'tokens/s':>9} {'MFU':>6} {'GiB':>6}  settings"]
+    lines = [
+        f"{len(options)} combinations fit, best first (batches doubled as long as that brings 1%):",
+        f"{'tokens/s':>9} {'MFU':>6} {'GiB':>6}  settings",
+    ]
     for option in options:
         settings = " ".join(f"{name.rpartition('.')[2]}={value}" for name, value in option.changes.items())
         lines.append(
