@@ -200,7 +200,7 @@ def test_every_rate_has_a_source() -> None:
 
 
 def test_search_lists_what_fits_best_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("titan_fast.advice._LARGEST_BATCH", 2)
+    monkeypatch.setattr("titan_fast.advice._WORTH_DOUBLING", float("inf"))
     monkeypatch.setattr("titan_fast.advice._RECOMPUTE", ({"mode": "none"}, {"mode": "full"}))
     wide = plan(SMALL)
     found = search(dataclasses.replace(wide, network=dataclasses.replace(wide.network, gpus_per_node=2)))
