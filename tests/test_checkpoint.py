@@ -60,7 +60,7 @@ def truncate(folder: Path) -> None:
     shard(folder, 10).write_bytes(shard(folder, 10).read_bytes()[:-1])
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "one bit flipped": (flip_a_bit, r"__0_0.distcp: sha256 mismatch"),
     "a byte cut off": (truncate, r"__0_0.distcp: \d+ bytes, not \d+"),
     "a shard deleted": (lambda folder: shard(folder, 10).unlink(), r"__0_0.distcp: missing"),
@@ -381,7 +381,8 @@ def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, 
             checkpoint_command.main()
     except SystemExit as stop:
         status = int(stop.code or 0)
-    return status, *capsys.readouterr()
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
 
 
 def test_the_command_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
