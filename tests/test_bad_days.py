@@ -76,8 +76,8 @@ def newest_step(folder: Path) -> int:
 def killed_at_random(data: Path, tmp_path: Path, times: int, seed: int) -> list[str]:
     """Two ranks that save after every step are killed `times` times, one or both, at a random moment once they
     train; each start must go on from the newest published step. Then they finish."""
-    chance, folder, log = random.Random(seed), tmp_path / "killed", []
-    more: dict[str, Any] = {"training__steps": 14 * times, "checkpoint__interval": 1, "checkpoint__keep_latest_k": 2}
+    chance, folder, log, last = random.Random(seed), tmp_path / "killed", [], 14 * times
+    more: dict[str, Any] = {"training__steps": last, "checkpoint__interval": 1, "checkpoint__keep_latest_k": 2}
     for _ in range(times):
         before = max(whole_steps(folder), default=0)
         process = start(2, data, folder, [], **more)
@@ -98,10 +98,9 @@ def killed_at_random(data: Path, tmp_path: Path, times: int, seed: int) -> list[
     assert not list((folder / "checkpoint").glob(".*")), "what the kills left is cleaned"
     whole: dict[str, Any] = more | {"checkpoint__interval": 10**6}
     process = start(2, data, tmp_path / "whole", [], **whole)
-    assert process.wait(100) == 0
-    process.stdout.close()  # type: ignore[union-attr]
+    output = runs.finish(process, 60 + 2 * last)
+    assert process.returncode == 0, output
     assert runs.losses(folder) == runs.losses(tmp_path / "whole")
-    last = more["training__steps"]
     runs.assert_same_tensors(runs.checkpoint(folder, last), runs.checkpoint(tmp_path / "whole", last))
     return log
 
