@@ -7,7 +7,6 @@ moment of the machine meets all of them; the figure is the median over rounds.
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -22,7 +21,7 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.cpu_rates import processor, spread
+from benchmarks.cpu_rates import processor, spread, write
 from titan_fast.compilation import compile_model
 from titan_fast.config import Compile, CompileComponent, Optimizer
 from titan_fast.flavors import FLAVORS
@@ -154,10 +153,7 @@ def main() -> None:
             if ours.startswith("titan_fast") and theirs.startswith("Hugging Face")
         },
     }
-    text = json.dumps(result, indent=1) + "\n"
-    sys.stdout.write(text)
-    if arguments.out:
-        arguments.out.write_text(text)
+    write(result, arguments.out)
 
 
 if __name__ == "__main__":

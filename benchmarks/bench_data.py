@@ -12,11 +12,9 @@ with the reading thread, int64 batches, and the exact state taken at every step.
 import argparse
 import base64
 import importlib.metadata
-import json
 import logging
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,7 +26,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from benchmarks.conftest import commit
-from benchmarks.cpu_rates import processor, spread
+from benchmarks.cpu_rates import processor, spread, write
 from titan_fast import config as configuration
 from titan_fast.corpus import Document, RowLedger, stdlib_corpus
 from titan_fast.data import build_loader
@@ -196,10 +194,7 @@ def main() -> None:
         "rounds": arguments.rounds,
         **measure(arguments.rounds),
     }
-    text = json.dumps(result, indent=1) + "\n"
-    sys.stdout.write(text)
-    if arguments.out:
-        arguments.out.write_text(text)
+    write(result, arguments.out)
 
 
 if __name__ == "__main__":

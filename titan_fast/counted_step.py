@@ -45,10 +45,9 @@ def _forget_meshes() -> None:
     from torch.distributed.tensor import debug
 
     torch.compiler.reset()
-    for name in ("_clear_sharding_prop_cache", "_clear_python_sharding_prop_cache"):  # neither is promised to stay
-        if (clear := getattr(debug, name, None)) is not None:
-            clear()
-            return
+    clear = getattr(debug, "_clear_sharding_prop_cache", None)  # 2.11 and 2.13 have it; it is not promised to stay
+    if clear is not None:
+        clear()
 
 
 @dataclass(frozen=True)
