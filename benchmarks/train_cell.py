@@ -16,6 +16,7 @@ from benchmarks.step_timing import Length, Timed
 from benchmarks.workloads import SMOKE_WORLD, Cell, Variant, config_of, shape_of
 from titan_fast import activation_checkpoint, compilation, parallel
 from titan_fast.config import Comm, Config, Kernels, mesh_degrees
+from titan_fast.cuda_graph import CudaRecorder, RecordedPasses
 from titan_fast.distributed import World, start
 from titan_fast.loader import Loader, Step
 from titan_fast.loss import LinearCrossEntropy, torch_linear_cross_entropy
@@ -75,6 +76,7 @@ class Bench:
         compiled = compilation.optimizer_compiler(self.config.compile)
         self.optimizer = build_optimizer(self.model, self.config.optimizer, compiled)
         self.update = getattr(self.optimizer, "_update", None)
+        self.recorded: RecordedPasses | None = None
         if world.size > 1:
             fake_world.use_copies(self.model)
             units = [self.model.blocks[0], self.model.blocks[-1]]
@@ -111,6 +113,7 @@ class Bench:
             # Without masters the class has nothing but its compiled update to offer; it stays.
             whole = config.compile.enable and "optimizer" in config.compile.components
             self.optimizer._update = self.update if whole or not _has_masters(model) else None
+        self.recorded = RecordedPasses(model, CudaRecorder(self.world.device)) if config.training.cuda_graph else None
         self.config = config
         return ops
 
@@ -118,7 +121,8 @@ class Bench:
         """One whole step: data, forward, loss over the full vocabulary, backward, clipping, AdamW. As titan_fast.loop
         does it, without what only looks at it."""
         batches = next(self.loader)
-        self.loss = forward_backward(self.model, batches, one_over_valid_tokens(batches, self.degrees))
+        scale = one_over_valid_tokens(batches, self.degrees)
+        self.loss = self.recorded(batches, scale) if self.recorded else forward_backward(self.model, batches, scale)
         if self.steps_done == 0 and self.world.size > 1:
             fake_world.assert_reduces_real_gradients(self.model)
         clip_gradients(self.optimizer, self.config.training.max_norm, self.loss)
@@ -311,6 +315,7 @@ def _face(bench: Bench) -> dict[str, Any]:
         "loss": model.head.loss,
         "update": getattr(bench.optimizer, "_update", None),
         "budget": functorch_config.activation_memory_budget,
+        "recorded": bench.recorded,
     }
 
 
@@ -327,6 +332,7 @@ def _put_on(bench: Bench, one: _Running) -> None:
     if isinstance(bench.optimizer, OnePassAdamW):
         bench.optimizer._update = face["update"]
     functorch_config.activation_memory_budget = face["budget"]
+    bench.recorded = face["recorded"]
     bench.config = one.config
 
 

@@ -146,7 +146,7 @@ def _last(device: Device, own: Sequence[Any]) -> Row | None:
 
 def levers_table(device: Device | None) -> str:
     """What each change by itself is worth, against the first variant of its process."""
-    parts = ("levers", "levers-memory", "levers-optimizer", "levers-autotune")
+    parts = ("levers", "levers-memory", "levers-optimizer", "levers-graph", "levers-autotune")
     lines = []
     for cell in cells(parts):
         base = device.rows.get((cell.name, cell.variants[0].name)) if device else None

@@ -95,6 +95,8 @@ PURE: Options = {"parallelism.single_device": "bfloat16"}
 
 # The 3B's float32 state leaves room for one sequence whose norms and products are computed again.
 LLAMA_1B = Workload("Llama 3.2 1B", "single", "llama3_1b", 8192, 2, MASTERS | NONE)
+# So short that Python may not keep up: what CUDA graphs are for.
+SHORT_1B = replace(LLAMA_1B, name="Llama 3.2 1B, short", seq_len=1024, batch=1)
 LLAMA_3B = Workload("Llama 3.2 3B", "single", "llama3_3b", 8192, 1, MASTERS | POINTWISE)
 RANK0 = {
     "8b": Workload("Llama 3 8B", "rank0", "llama3_8b", 8192, 1, NONE),
@@ -122,6 +124,13 @@ def _per_operator() -> tuple[Variant, ...]:
         Variant(f"compiled, {op} alone", COMPILED | REFERENCE | {f"kernels.{op}": "triton"}) for op in OPERATORS
     )
     return (COMPILED_REFERENCE, *alone)
+
+
+def _recorded() -> tuple[Variant, ...]:
+    return tuple(
+        Variant(f"{variant.name}, CUDA graph", variant.options | {"training.cuda_graph": True})
+        for variant in (COMPILED_AUTO, EAGER_REFERENCE)
+    )
 
 
 def _lever(name: str, options: Options) -> Variant:
@@ -196,6 +205,7 @@ def _more_cells() -> list[Cell]:
         Cell("levers-memory", slice4, _per_operator(), label="one kernel each"),
         *_fsdp_policies("levers-memory", slice4),
         *_single_device_paths("levers-optimizer", LLAMA_1B),
+        Cell("levers-graph", SHORT_1B, (COMPILED_AUTO, EAGER_REFERENCE, *_recorded()), label="recorded"),
         Cell("levers-autotune", slice4, (_lever("max autotune", {"compile.max_autotune": True}),), label="autotune"),
         *_peers("peers-batch-4", batch4, (PEERS[0], PEERS[1], PEERS[2])),
         *_peers("peers-3b", untied(LLAMA_3B), (PEERS[0], PEERS[1], PEERS[2], PEERS[3]), LLAMA_3B),
@@ -255,7 +265,8 @@ def _parity() -> Cell:
     two = replace(slice_of(LLAMA_1B, 2), kind="single", seq_len=2048)
     plain = replace(EAGER_REFERENCE, name="plain")
     switched = [v for v in (*ARITHMETIC_LEVERS, *MEMORY_LEVERS[1:]) if v.name not in ("base", "no clipping")]
-    return Cell("parity", two, (plain, *TWO_BY_TWO[:3], EAGER_KERNELS, *switched), parity_steps=PARITY_STEPS)
+    variants = (plain, *TWO_BY_TWO[:3], EAGER_KERNELS, *_recorded(), *switched)
+    return Cell("parity", two, variants, parity_steps=PARITY_STEPS)
 
 
 TABLE_PARTS = ("limits", "single", "rank0", "peers", "slices", "rank0-70b")

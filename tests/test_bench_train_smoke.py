@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from tape import TapeRecorder
 
-from benchmarks import fake_world, limits, step_profile, step_timing, train_suite, train_table
+from benchmarks import fake_world, limits, step_profile, step_timing, train_cell, train_suite, train_table
 from benchmarks.limits import Limits, least_step
 from benchmarks.step_timing import FULL, SLOW, Length, Timed
 from benchmarks.train_cell import Bench, How, _face, _put_on, _Running, run_cell, world_of
@@ -36,7 +37,9 @@ from benchmarks.workloads import (
 from benchmarks.workloads import (
     FULL as FULL_RECOMPUTATION,
 )
+from titan_fast import parallel
 from titan_fast.checkpoint import tensors_of
+from titan_fast.cuda_graph import WARM_UP_STEPS
 from titan_fast.flops import flops_per_token, parameters
 
 CPU = torch.device("cpu")
@@ -140,6 +143,28 @@ def test_a_variant_is_put_on_again_as_it_was(bench: Bench) -> None:
     _put_on(bench, kept)
     assert (block._compiled_call_impl, block.forward, bench.model.head.loss) == before
     assert bench.config is kept.config
+
+
+def test_a_recorded_variant_takes_turns_with_an_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the CPU's stand-in for a CUDA graph; without it, the row says that there is nothing to record."""
+    (cell,) = cells(("levers-graph",))
+    eager, recorded = (v for v in cell.variants if v.name in ("eager, reference", "eager, reference, CUDA graph"))
+    few = rehearsed(dataclasses.replace(cell, variants=(eager, recorded)))
+    assert "the device is cpu" in run_cell(few, CPU, HOW)[1]["error"]
+    recorders: list[TapeRecorder] = []
+
+    def new_recorder(device: torch.device) -> TapeRecorder:
+        recorders.append(TapeRecorder())
+        return recorders[-1]
+
+    monkeypatch.setattr(parallel, "check_cuda_graph", lambda device, shards: None)
+    monkeypatch.setattr(train_cell, "CudaRecorder", new_recorder)
+    how = dataclasses.replace(HOW, length=Length(3, 4, 2))
+    rows = run_cell(few, CPU, how)
+    assert [row["variant"] for row in rows] == ["eager, reference", "eager, reference, CUDA graph"]
+    assert all("error" not in row and row["step_seconds"]["timed"] == 4 for row in rows)
+    (recorder,) = recorders
+    assert recorder.replays == 3 + 4 - WARM_UP_STEPS
 
 
 def test_what_comes_to_the_same_code_runs_once_and_what_fails_is_reported() -> None:

@@ -111,6 +111,9 @@ class Training:
     """With skip: more such steps in a row stop the run."""
     dry_step: Literal["auto", "always", "never"] = "auto"
     """A step on random tokens, not applied, before data is read: memory that is too small shows then. auto: on CUDA."""
+    cuda_graph: bool = False
+    """Record forward and backward of a pass once and launch them as one, for steps so short that the GPU waits for
+    Python. On one device without FSDP2."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from titan_fast.checkpointer import Checkpointer
 from titan_fast.compilation import optimizer_compiler
 from titan_fast.compile_report import CompileReport
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape
+from titan_fast.cuda_graph import CudaRecorder, RecordedPasses
 from titan_fast.data import build_loader, build_tokenizer, build_validation_loader
 from titan_fast.distributed import World
 from titan_fast.errors import CheckpointError
@@ -95,6 +96,7 @@ class Run:
             tokens_seen=self.progress.tokens_seen,
             elapsed_before=self.progress.elapsed_seconds,
         )
+        self.recorded = RecordedPasses(self.model, CudaRecorder(device)) if config.training.cuda_graph else None
         self.guard = StepGuard(config.training, device, run_dir, world.is_main)
         self.stop, self.agreement = StopRequest(), Agreement(device)
         self.watchdog = Watchdog(world, config.comm.timeout_seconds, self.metrics.say)
@@ -233,7 +235,8 @@ class Run:
         at(step, "data", limit)
         batches = next(self.loader)
         at(step, "forward and backward", limit)
-        total = forward_backward(self.model, batches, one_over_valid_tokens(batches, self.degrees))
+        scale = one_over_valid_tokens(batches, self.degrees)
+        total = self.recorded(batches, scale) if self.recorded else forward_backward(self.model, batches, scale)
         at(step, "gradient norm", limit)
         shared = self.agreement.ask(total, self.stop.received is not None, checkpoints.is_time, checkpoints.has_failed)
         norm = clip_gradients(self.optimizer, self.config.training.max_norm, total, shared)

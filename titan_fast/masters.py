@@ -54,6 +54,12 @@ def round_masters(model: nn.Module) -> None:
     _round([p for p in model.parameters() if hasattr(p, "master")])
 
 
+def set_gradient(parameter: Any, gradient: Tensor) -> None:
+    """Makes `gradient` what `gradient_of` gives."""
+    name = "gradient_sum" if hasattr(parameter, "gradient_sum") else "grad"
+    setattr(parameter, name, gradient)
+
+
 @contextmanager
 def masters_as_weights(model: nn.Module) -> Iterator[None]:
     """Inside, every parameter is its float32 master, to be read or written; after it, weights are rounded from them."""

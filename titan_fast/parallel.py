@@ -75,7 +75,10 @@ def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: tor
     activation_checkpoint.check(settings.activation_checkpoint, settings.compile.enable, shape.n_layers)
     check_single_device(settings, degrees, precision(settings.training, device))
     world = degrees.data * tensor
-    compilation.check(settings.compile, uses_fsdp(settings, world, precision(settings.training, device)))
+    shards = uses_fsdp(settings, world, precision(settings.training, device))
+    compilation.check(settings.compile, shards)
+    if settings.training.cuda_graph:
+        check_cuda_graph(device, shards)
     if settings.loss.implementation == "torch":
         check_torch_loss(settings.loss, tensor)
     if settings.parallelism.enable_async_tensor_parallel:
@@ -129,6 +132,19 @@ def check_single_device(settings: Config, degrees: MeshDegrees, dtypes: Precisio
         raise ConfigError(f"{choice} keeps bfloat16 weights, and this run computes in float32", hint, where)
     if settings.training.enable_cpu_offload:
         raise ConfigError(f"{choice} keeps weights on the device, and enable_cpu_offload in host memory", hint, where)
+
+
+def check_cuda_graph(device: torch.device, shards: bool) -> None:
+    """ConfigError where no step can be recorded."""
+    if device.type != "cuda":
+        raise ConfigError(
+            f"training.cuda_graph records the work of a GPU, and the device is {device.type}", "turn it off"
+        )
+    if shards:
+        raise ConfigError(
+            "training.cuda_graph needs weights that stay where they are, and FSDP2 gathers them anew in every step",
+            "turn it off, or on a single device take parallelism.single_device masters",
+        )
 
 
 def check_torch_loss(loss: config.Loss, tensor_degree: int) -> None:

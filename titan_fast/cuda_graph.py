@@ -1,0 +1,108 @@
+"""CUDA graphs: forward and backward of a pass are recorded once, and from then on launched as one piece of work.
+
+A step whose kernels are short waits for Python to launch them; a recorded one does not. A recording is of addresses:
+weights, inputs and gradients have to stay where they are, which they do on one device without FSDP2.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from titan_fast.masters import gradient_of, set_gradient
+from titan_fast.model import Llama
+from titan_fast.step import Batch
+
+WARM_UP_STEPS = 2
+"""Steps before the recording: code is compiled, libraries make their workspaces and plans."""
+
+Replay = Callable[[], None]
+
+
+class Recorder(Protocol):
+    """What runs work and records it. The tests have one for the CPU."""
+
+    def run(self, work: Callable[[], Tensor]) -> Tensor:
+        """Does `work` where recordings will be made."""
+        ...
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        """What does `work` again, and the tensor that then has its result. Whether `work` is done now is left open."""
+        ...
+
+
+class CudaRecorder:
+    """Works on a stream of its own: what libraries and autograd tie to a stream at first use is then of the recording's
+    stream. Recordings share their memory, so that they must be replayed in the order in which they were made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream, self._pool = torch.cuda.Stream(device), None
+
+    def run(self, work: Callable[[], Tensor]) -> Tensor:
+        """`work`, in its turn with the current stream."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            result = work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return result
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        """Nothing is computed until the replay."""
+        graph = torch.cuda.CUDAGraph()
+        # By thread: the loader's may allocate pinned memory and NCCL's may look at its events meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = work()
+        self._pool = graph.pool()
+        return graph.replay, result
+
+
+class RecordedPasses:
+    """`step.forward_backward` of one model, its batches all of one size, by recordings from the third call on."""
+
+    def __init__(self, model: Llama, recorder: Recorder) -> None:
+        self._model, self._recorder = model, recorder
+        self._calls = 0
+        self._inputs: tuple[Tensor, ...] = ()
+        self._recordings: list[tuple[Replay, Tensor]] = []
+        self._addresses: list[int] = []
+        self._gradients: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, batches: Sequence[Batch], scale: Tensor) -> Tensor:
+        """As `step.forward_backward`. From the recording on the gradients lie in its memory, and last until the next
+        call."""
+        self._calls += 1
+        if not self._inputs:
+            self._inputs = tuple(tensor.clone() for tensor in (batches[0].tokens, batches[0].labels, scale))
+        if self._calls > WARM_UP_STEPS and not self._recordings:
+            self._record(len(batches))
+        assert not self._recordings or self._addresses == self._weights(), "weights moved since they were recorded"
+        total = torch.zeros_like(scale)
+        for i, batch in enumerate(batches):
+            for mine, given in zip(self._inputs, (batch.tokens, batch.labels, scale), strict=True):
+                mine.copy_(given)
+            total += self._replayed(i) if self._recordings else self._recorder.run(self._pass)
+        for parameter, gradient in self._gradients:
+            set_gradient(parameter, gradient)
+        return total
+
+    def _pass(self) -> Tensor:
+        loss = self._model(*self._inputs)
+        loss.backward()
+        return loss.detach()
+
+    def _record(self, passes: int) -> None:
+        """The first pass, which makes the gradients, and where there are more, one that adds to them."""
+        self._addresses = self._weights()
+        parameters = list(self._model.parameters())
+        assert all(gradient_of(p) is None for p in parameters)
+        self._recordings = [self._recorder.record(self._pass) for _ in range(min(passes, 2))]
+        self._gradients = [(p, g) for p in parameters if (g := gradient_of(p)) is not None]
+
+    def _replayed(self, i: int) -> Tensor:
+        replay, loss = self._recordings[min(i, 1)]
+        replay()
+        return loss
+
+    def _weights(self) -> list[int]:
+        return [p.data_ptr() for p in self._model.parameters()]
