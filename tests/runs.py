@@ -39,6 +39,16 @@ TINY = {
     "validation.enable": False,
 }
 
+MEASURED = {
+    "validation__enable": True,
+    "validation__freq": 3,
+    "validation__steps": 2,
+    "metrics__sample_prompt": "<",
+    "metrics__sample_freq": 3,
+    "metrics__sample_tokens": 4,
+}
+"""Changes with which a run measures and samples every third step: forward passes without a backward one."""
+
 
 def write_documents(path: Path, count: int = 1500) -> Path:
     """JSON lines; each document begins with its own number."""

@@ -54,12 +54,22 @@ def assert_same_run(a: Path, b: Path, step: int, processes: int = 1) -> None:
     assert one == other
 
 
-@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+ONE_PROCESS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16, FSDP2": {"training__mixed_precision_param": "bfloat16", **runs.MEASURED},
+    "masters": {"training__mixed_precision_param": "bfloat16", "parallelism__single_device": "masters"},
+    "compiled": {"compile__enable": True},
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [pytest.param(v, id=k, marks=pytest.mark.slow if k == "compiled" else ()) for k, v in ONE_PROCESS.items()]
+)
 def test_one_process_goes_on_bit_for_bit(
-    compiles: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = {"lr_scheduler__warmup_steps": 7, "training__global_batch_size": 4, "checkpoint__interval": 3}
-    more |= {"compile__enable": compiles, "training__steps": STEPS}
+    more |= {"training__steps": STEPS} | changes
     runs.run(data, tmp_path / "whole", **more)
     for step in (5, 8):  # interrupted twice; each time steps are done again
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -117,7 +127,7 @@ def torchrun(
 def test_two_processes_restarted_twice_lose_and_repeat_nothing(data: Path, tmp_path: Path) -> None:
     """torchrun starts the group again after a kill, twice; a ledger of all tokens and the result are compared with an
     uninterrupted run's."""
-    more: dict[str, Any] = {"training__steps": STEPS, "checkpoint__interval": 3}
+    more: dict[str, Any] = {"training__steps": STEPS, "checkpoint__interval": 3} | runs.MEASURED
     status, output = torchrun(
         2, data, tmp_path / "whole", [{"what": "ledger", "path": str(tmp_path / "whole-ledger"), "rank": None}], **more
     )

@@ -52,7 +52,9 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
     "optimizer.NAME.MOMENT"; moments that do not exist yet are made, zero, so that a checkpoint can be loaded into
     them."""
     tensors: dict[str, Tensor] = {}
+    owned = {parameter for group in optimizer.param_groups for parameter in group["params"]} if optimizer else set()
     for name, parameter in model.named_parameters():
+        assert optimizer is None or parameter in owned, f"{name} is not what the optimizer updates: is it gathered?"
         weight = master_of(parameter)
         tensors[f"model.{name}"] = weight
         if optimizer is None:

@@ -282,6 +282,7 @@ class Run:
             text = generate_text(
                 self.model, self.tokenizer, prompt, length, Sampling(seed=self.config.debug.seed), self.world.device
             )
+        parallel.free_gathered_weights(self.model)
         self.metrics.sample(step, text)
 
     def save(self, must_succeed: bool) -> None:

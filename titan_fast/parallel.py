@@ -310,6 +310,14 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Conf
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
 
 
+def free_gathered_weights(model: nn.Module) -> None:
+    """To be called after forward passes without a backward one, which would have done it: makes every FSDP2 unit's
+    parameters the sharded ones again that the optimizer and checkpoints know."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def replicate_only_after_last(model: nn.Module, is_last: bool) -> None:
     """With gradient accumulation, lets HSDP's replicas exchange gradients after the last pass alone. Within a replica
     every pass reduces, so that no rank holds more than its shard of the gradient."""

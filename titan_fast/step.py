@@ -13,7 +13,14 @@ from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy, torch_linear_cross
 from titan_fast.masters import keep_masters
 from titan_fast.model import Llama, init_weights
 from titan_fast.ops import Ops, Workload
-from titan_fast.parallel import build_mesh, finish_gradients, parallelize, precision, replicate_only_after_last
+from titan_fast.parallel import (
+    build_mesh,
+    finish_gradients,
+    free_gathered_weights,
+    parallelize,
+    precision,
+    replicate_only_after_last,
+)
 
 
 class Batch(Protocol):
@@ -96,4 +103,5 @@ def validation_loss(model: Llama, batches: Iterator[Sequence[Batch]], steps: int
         passes = next(batches)
         scale = one_over_valid_tokens(passes, degrees)
         losses += [model(batch.tokens, batch.labels, scale) for batch in passes]
+    free_gathered_weights(model)
     return summed_loss(torch.stack(losses).sum(), degrees).item() / steps
