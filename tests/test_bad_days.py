@@ -22,12 +22,9 @@ import torch
 from children import run_silently
 
 from titan_fast import checkpointer, guard, loop, manifest, signals, watchdog
-from titan_fast.canary import check_compiled_gradients
 from titan_fast.checkpoint import tensors_of
-from titan_fast.config import Compile, parse
+from titan_fast.config import parse
 from titan_fast.errors import CheckpointError, ConfigError, NumericsError
-from titan_fast.flavors import FLAVORS
-from titan_fast.ops import REFERENCE
 from titan_fast.out_of_memory import OutOfMemory
 from titan_fast.run_lock import NAME as LOCK
 from titan_fast.run_lock import SILENT_SECONDS, RunLock
@@ -555,37 +552,3 @@ def test_a_dry_step_changes_nothing(data: Path, tmp_path: Path) -> None:
     runs.run(data, tmp_path / "without", training__dry_step="never")
     assert runs.losses(tmp_path / "with") == runs.losses(tmp_path / "without")
     runs.assert_same_tensors(runs.checkpoint(tmp_path / "with", 10), runs.checkpoint(tmp_path / "without", 10))
-
-
-class WrongWhenCompiled(torch.autograd.Function):
-    """The identity, whose gradient loses a hundredth."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return dy * 0.99
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_canary_finds_a_wrong_compiled_gradient(dtype: torch.dtype) -> None:
-    import dataclasses
-
-    shape = dataclasses.replace(FLAVORS["debug"], dim=32, n_heads=2, n_kv_heads=1, ffn_dim=48)
-    cpu, settings = torch.device("cpu"), Compile(enable=True, backend="aot_eager")
-    torch._dynamo.reset()  # earlier tests compiled the same code, and there is a limit to how often
-    assert check_compiled_gradients(shape, REFERENCE, settings, dtype, cpu, 2, 16) < 0.05
-
-    def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        wrong = WrongWhenCompiled.apply(gate) if torch.compiler.is_compiling() else gate
-        return REFERENCE.swiglu(wrong if dtype == torch.float32 else wrong * 1.0, up)
-
-    broken = dataclasses.replace(REFERENCE, swiglu=swiglu)
-    if dtype == torch.bfloat16:
-        WrongWhenCompiled.backward = staticmethod(lambda ctx, dy: dy * 0.8)  # type: ignore[method-assign]
-    torch._dynamo.reset()
-    with pytest.raises(NumericsError, match=rf"gradient of .*gate.*torch {re.escape(torch.__version__)}") as caught:
-        check_compiled_gradients(shape, broken, settings, dtype, cpu, 2, 16)
-    assert caught.value.exit_status == 5

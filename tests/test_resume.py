@@ -63,7 +63,8 @@ ONE_PROCESS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "changes", [pytest.param(v, id=k, marks=pytest.mark.slow if k == "compiled" else ()) for k, v in ONE_PROCESS.items()]
+    "changes",
+    [pytest.param(v, id=k, marks=pytest.mark.slow if k == "compiled" else ()) for k, v in ONE_PROCESS.items()],
 )
 def test_one_process_goes_on_bit_for_bit(
     changes: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,72 @@
+"""The comparison of compiled with eager gradients that a compiled run begins with."""
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from titan_fast.canary import check_compiled_gradients, exact_ops, with_equal_heads
+from titan_fast.config import Compile
+from titan_fast.errors import NumericsError
+from titan_fast.flavors import FLAVORS
+from titan_fast.ops import REFERENCE
+
+SHAPE = dataclasses.replace(FLAVORS["debug"], dim=32, n_heads=2, n_kv_heads=1, ffn_dim=48)
+
+
+class WrongWhenCompiled(torch.autograd.Function):
+    """The identity, whose gradient loses a hundredth."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return dy * 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_canary_finds_a_wrong_compiled_gradient(dtype: torch.dtype) -> None:
+    cpu, settings = torch.device("cpu"), Compile(enable=True, backend="aot_eager")
+    torch._dynamo.reset()  # earlier tests compiled the same code, and there is a limit to how often
+    assert check_compiled_gradients(SHAPE, REFERENCE, settings, dtype, cpu, 2, 16) < 0.05
+
+    def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        wrong = WrongWhenCompiled.apply(gate) if torch.compiler.is_compiling() else gate
+        return REFERENCE.swiglu(wrong if dtype == torch.float32 else wrong * 1.0, up)
+
+    broken = dataclasses.replace(REFERENCE, swiglu=swiglu)
+    if dtype == torch.bfloat16:
+        WrongWhenCompiled.backward = staticmethod(lambda ctx, dy: dy * 0.8)  # type: ignore[method-assign]
+    torch._dynamo.reset()
+    with pytest.raises(NumericsError, match=rf"gradient of .*gate.*torch {re.escape(torch.__version__)}") as caught:
+        check_compiled_gradients(SHAPE, broken, settings, dtype, cpu, 2, 16)
+    assert caught.value.exit_status == 5
+
+
+def test_repeated_heads_are_grouped_heads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 12, 8, generator=generator, requires_grad=True) for heads in (6, 2, 2))
+    expected = REFERENCE.attention(q, k, v)
+    found = with_equal_heads(REFERENCE.attention)(q, k, v)
+    torch.testing.assert_close(found, expected)
+    dy = torch.randn(expected.shape, generator=generator)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (q, k, v), dy), torch.autograd.grad(expected, (q, k, v), dy), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_the_canary_makes_no_matrix_of_all_scores() -> None:
+    """Which would be 4 GiB here, and 32 GiB for the batch of a shipped config."""
+    device = torch.device("cuda", 0)
+    shape, (batch, seq_len) = dataclasses.replace(SHAPE, n_heads=4, dim=64), (4, 8192)
+    assert exact_ops(device) is not REFERENCE
+    torch.cuda.reset_peak_memory_stats(device)
+    settings = Compile(enable=True, backend="aot_eager")
+    check_compiled_gradients(shape, REFERENCE, settings, torch.bfloat16, device, batch, seq_len)
+    assert torch.cuda.max_memory_allocated(device) < 2**30
