@@ -354,7 +354,7 @@ def test_steps_that_are_not_finite_are_skipped(
     assert whole_steps(tmp_path / "run") == [7, 10], "the save of step 5 waited for a step that counted"
     records = [json.loads(line) for line in (tmp_path / "run" / guard.FILE_NAME).read_text().splitlines()]
     assert [(record["step"], record["what"]) for record in records] == [(s, "not finite") for s in (5, 6, 8)]
-    assert records[0]["data"]["first_sample"] == 8 and "--step 5" in capsys.readouterr().out
+    assert records[0]["data"]["first_sample"] == 8 and "--samples 8:9)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("policy", "limit", "bad", "stops_at"), [("stop", 10, {4}, 4), ("skip", 2, {4, 5, 6, 7}, 6)])
@@ -367,7 +367,14 @@ def test_too_many_bad_steps_stop_the_run(
             data, tmp_path / "run", training__on_nonfinite=policy, training__max_skipped_steps=limit,
             checkpoint__interval=3,
         )  # fmt: skip
-    assert caught.value.exit_status == 5 and f"show {tmp_path / 'run'} --step {stops_at}" in str(caught.value)
+    assert caught.value.exit_status == 5
+    (command,) = re.findall(r"\((python -m titan_fast\.data show .*)\)\]", str(caught.value))
+    shown = subprocess.run(
+        [sys.executable, *command.split()[1:]], capture_output=True, text=True, env=runs.environment()
+    )
+    assert shown.returncode == 0, shown.stderr
+    first = 2 * stops_at - 2
+    assert shown.stdout.startswith(f"samples {first} to {first + 1}, epoch 0\nsample {first}:\n  "), shown.stdout
     assert whole_steps(tmp_path / "run") == [3] and seen[-1]["step"] == stops_at
 
 

@@ -24,7 +24,7 @@ from titan_fast import config as configuration
 from titan_fast import data, data_command, hub
 from titan_fast.config import Config
 from titan_fast.corpus import Document, RowLedger
-from titan_fast.errors import CheckpointError, DataError
+from titan_fast.errors import CheckpointError, ConfigError, DataError
 from titan_fast.hub import StreamSource
 from titan_fast.loader import Loader, Share
 from titan_fast.prepared import PreparedTokens, SampleOrder, is_prepared, prepare
@@ -733,14 +733,19 @@ def test_show_prints_the_documents_of_a_step(
     step = list(itertools.islice(loader, 3))[2]
     loader.close()
     lines = list(data_command.step_documents(tmp_path, 3, None, 10_000))
-    assert lines[0] == "step 3: samples 8 to 11, epoch 0"
-    printed = [line for line in lines[1:] if line.startswith("  ")]
+    assert lines[:2] == ["step 3:", "samples 8 to 11, epoch 0"]
+    assert lines[1:] == list(data_command.sample_documents(tmp_path, 8, 11, 10_000))
+    printed = [line for line in lines[2:] if line.startswith("  ")]
     words = [ast.literal_eval(line.split(": ", 1)[1]) for line in printed]
     tokens = [token for batch in step for row in batch.tokens.tolist() for token in row]
     assert tokenizer.decode(tokens).replace(" ", "") == "".join(words).replace(" ", "")
     first = printed[0].strip()
     line = int(first.split("rows.jsonl:")[1].split()[0])
     assert words[0] in json.loads(corpus_file.read_text().splitlines()[line - 1])["text"]
+    # The first two steps had half the batch: which samples the third was made of does not follow from today's.
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 2, "tokens_seen": 2 * 2 * 16}) + "\n")
+    with pytest.raises(ConfigError, match=r"after step 2 .* 64 tokens, which are not 2 steps of 4 x 16"):
+        list(data_command.step_documents(tmp_path, 3, None, 10_000))
 
 
 def test_an_unclosed_loader_does_not_hold_up_the_interpreter(

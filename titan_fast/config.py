@@ -619,6 +619,11 @@ def mesh_degrees(parallelism: Parallelism, world_size: int) -> MeshDegrees:
     return MeshDegrees(replicate, shard, tensor)
 
 
+def is_hub(training: Training) -> bool:
+    """Whether the training data is streamed from the hub."""
+    return training.dataset_path is None and training.dataset != "stdlib"
+
+
 def grad_accum_steps(training: Training, data_degree: int) -> int:
     """Forward passes per device and optimizer step; ConfigError when the global batch does not divide."""
     per_pass = training.local_batch_size * data_degree

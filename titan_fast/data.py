@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from titan_fast.config import Config, Training, grad_accum_steps
+from titan_fast.config import Config, Training, grad_accum_steps, is_hub
 from titan_fast.corpus import Corpus, RowLedger, open_corpus, stdlib_corpus
 from titan_fast.errors import DataError
 from titan_fast.loader import Loader, Share, Step
@@ -121,11 +121,6 @@ def sample_texts(training: Training, seed: int) -> Iterator[str]:
     files = list(corpus.files)
     random.Random(seed).shuffle(files)
     return (document.text for document in corpus.documents(RowLedger(), files))
-
-
-def is_hub(training: Training) -> bool:
-    """Whether the training data is streamed from the hub."""
-    return training.dataset_path is None and training.dataset != "stdlib"
 
 
 def _corpus(training: Training, dataset_path: str | None) -> Corpus:

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from titan_fast import config as configuration
-from titan_fast.config import Config
+from titan_fast import run_history
+from titan_fast.config import Config, is_hub
 from titan_fast.corpus import RowLedger, open_corpus, stdlib_corpus
-from titan_fast.data import build_tokenizer, is_hub, training_order
+from titan_fast.data import build_tokenizer, training_order
 from titan_fast.errors import ConfigError, DataError, command
 from titan_fast.prepared import PreparedTokens, check_empty, is_prepared, prepare
 from titan_fast.tokenizer import Tokenizer, load_tokenizer
@@ -34,7 +35,9 @@ def main() -> None:
     writing.add_argument("--out", required=True, type=Path, help="the folder to write")
     writing.add_argument("--max-documents", type=int, help="read at most so many documents")
     showing = commands.add_parser("show", help="print the documents of one step of a run")
-    showing.add_argument("--step", required=True, type=int, help="the step, as the log counts: the first is 1")
+    what = showing.add_mutually_exclusive_group(required=True)
+    what.add_argument("--step", type=int, help="the step, as the log counts: the first is 1")
+    what.add_argument("--samples", metavar="FIRST:LAST", help="samples, as the lines about bad steps give them")
     showing.add_argument("--data-parallel-degree", type=int, help="of the run, where its config does not say")
     showing.add_argument("--characters", type=int, default=160, help="how much of each document's text to print")
     options, rest = parser.parse_known_args()
@@ -42,7 +45,11 @@ def main() -> None:
         prepare_folder(configuration.parse(rest), options.out, options.max_documents)
     else:
         run_dir = Path(configuration.parse(rest).job.dump_folder)
-        for line in step_documents(run_dir, options.step, options.data_parallel_degree, options.characters):
+        if options.step is not None:
+            lines = step_documents(run_dir, options.step, options.data_parallel_degree, options.characters)
+        else:
+            lines = sample_documents(run_dir, *_first_and_last(options.samples), options.characters)
+        for line in lines:
             print(line)  # noqa: T201
 
 
@@ -81,27 +88,47 @@ def prepare_folder(config: Config, out: Path, max_documents: int | None) -> None
 
 
 def step_documents(run_dir: Path, step: int, data_parallel_degree: int | None, characters: int) -> Iterator[str]:
-    """Lines that say, for each sample of a step of local or prepared data, of which documents it is made.
+    """`sample_documents` of a step, which is samples (step - 1) x global batch and on: ConfigError where the batch was
+    not always what it is now."""
+    if step < 1:
+        raise ConfigError(f"--step is {step}, and the first step is 1", "change it")
+    config = _config_of(run_dir)
+    batch = _global_batch_size(config, data_parallel_degree)
+    for record in run_history.read(run_dir / "metrics.jsonl"):
+        if record.get("tokens_seen", expected := record["step"] * batch * config.training.seq_len) != expected:
+            raise ConfigError(
+                f"after step {record['step']} the run had seen {record['tokens_seen']:,} tokens, which are not "
+                f"{record['step']} steps of {batch} x {config.training.seq_len}: its batch was another once",
+                "give --samples FIRST:LAST",
+                str(run_dir),
+            )
+    yield f"step {step}:"
+    yield from sample_documents(run_dir, (step - 1) * batch, step * batch - 1, characters)
 
-    They follow from the run's config and its token shards alone: step t is samples (t - 1) x global batch and on.
-    """
+
+def sample_documents(run_dir: Path, first: int, last: int, characters: int) -> Iterator[str]:
+    """Lines that say, for each of these samples of a run on local or prepared data, of which documents it is made. They
+    follow from the run's config and its token shards alone."""
     config = _config_of(run_dir)
     if is_hub(config.training):
         raise DataError("the documents of a streamed data set are not kept", "prepare it before training", str(run_dir))
-    if step < 1:
-        raise ConfigError(f"--step is {step}, and the first step is 1", "change it")
     tokens = PreparedTokens(_shards_of(run_dir))
     tokenizer = load_tokenizer(tokens.folder)
     order = training_order(config, tokens)
-    batch = _global_batch_size(config, data_parallel_degree)
-    first = (step - 1) * batch
-    yield f"step {step}: samples {first} to {first + batch - 1}, epoch {first // order.samples_per_epoch}"
-    for sample in range(first, first + batch):
+    yield f"samples {first} to {last}, epoch {first // order.samples_per_epoch}"
+    for sample in range(first, last + 1):
         yield f"sample {sample}:"
         for document, start, count in order.pieces(sample):
             text = _text_of(tokens, tokenizer, document, start, count)[:characters]
             place = f"{tokens.origin(document)} (document {document})"
             yield f"  {place}, tokens {start} to {start + count - 1}: {text!r}"
+
+
+def _first_and_last(words: str) -> tuple[int, int]:
+    first, _, last = words.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise ConfigError(f"--samples is {words!r}, not FIRST:LAST", "write two numbers, as in 96:127")
+    return int(first), int(last)
 
 
 def _text_of(tokens: PreparedTokens, tokenizer: Tokenizer, document: int, start: int, count: int) -> str:

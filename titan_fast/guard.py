@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections import deque
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titan_fast.config import Training
+from titan_fast.config import Training, is_hub
 from titan_fast.errors import NumericsError
 
 WINDOW, LEAST, DEVIATIONS = 128, 32, 6.0
@@ -31,7 +32,7 @@ class StepGuard:
     def __init__(self, training: Training, device: torch.device, run_dir: Path, is_main: bool) -> None:
         self.limit = 0 if training.on_nonfinite == "stop" else training.max_skipped_steps
         self.path = run_dir / FILE_NAME
-        self.run_dir, self.is_main = run_dir, is_main
+        self.run_dir, self.is_main, self._is_stream = run_dir, is_main, is_hub(training)
         self.skipped = 0
         """Steps of this process that were not applied, as far as the host has looked."""
         self.last_was_bad = False
@@ -96,8 +97,12 @@ class StepGuard:
         )
 
     def _where(self, item: _Step) -> str:
-        position = ", ".join(f"{key} {value}" for key, value in item.position.items())
-        return f"data: {position} (python -m titan_fast.data show {self.run_dir} --step {item.step})"
+        words = "data: " + ", ".join(f"{key} {value}" for key, value in item.position.items())
+        if self._is_stream or "last_sample" not in item.position:  # whose documents are not kept
+            return words
+        samples = f"{item.position['first_sample']}:{item.position['last_sample']}"
+        folder = shlex.quote(str(self.run_dir))
+        return f"{words} (python -m titan_fast.data show --job.dump_folder {folder} --samples {samples})"
 
     def _record(self, item: _Step, what: str, loss: float, norm: float, **more: float) -> None:
         if not self.is_main:
