@@ -28,13 +28,23 @@ class Agreement:
         self._constants = torch.tensor([0.0, 1.0], device=device)  # on the device already: asking copies nothing
         self._on_device = device.type == "cuda"
         self._copies: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._unanswered = Agreed(False, False, False)
 
     def ask(self, loss: Tensor, stop: bool, save: bool, save_failed: bool) -> Tensor:
-        """[4] float32 to be summed over the ranks: this rank's part of the loss, then its wishes."""
-        return torch.stack([loss, *(self._constants[int(flag)] for flag in (stop, save, save_failed))])
+        """[4] float32 to be summed over the ranks: this rank's part of the loss, then its wishes. One that waits for its
+        answer is not said again: it would be granted twice."""
+        wishes = Agreed(stop, save, save_failed)
+        new = [wish and not said for wish, said in zip(wishes, self._unanswered, strict=True)]
+        self._unanswered = Agreed(*(a or b for a, b in zip(new, self._unanswered, strict=True)))
+        return torch.stack([loss, *(self._constants[int(flag)] for flag in new)])
 
     def answer(self, summed: Tensor) -> Agreed:
         """`summed` is what `ask` gave, after the reduction."""
+        agreed = self._answer(summed)
+        self._unanswered = Agreed(*(a and not b for a, b in zip(self._unanswered, agreed, strict=True)))
+        return agreed
+
+    def _answer(self, summed: Tensor) -> Agreed:
         if not self._on_device:
             return _agreed(summed)
         host, event = self._copies.pop() if len(self._copies) == 2 else (_pinned(), torch.cuda.Event())

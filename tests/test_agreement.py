@@ -1,0 +1,69 @@
+"""Wishes that ranks sum: on the CPU they are answered at once, on CUDA a step later, and each of them once."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from titan_fast import agreement
+from titan_fast.agreement import Agreed, Agreement
+
+NOTHING = Agreed(False, False, False)
+
+
+class Event:
+    """A CUDA event's stand-in, which knows that it must be waited for before the copy is read."""
+
+    def record(self) -> None:
+        self.waited = False
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Agreement:
+    """What CUDA does, with memory and events of the CPU."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(agreement, "_pinned", lambda: torch.empty(4))
+    asks = Agreement(torch.device("cpu"))
+    asks._on_device = True
+    return asks
+
+
+def steps(asks: Agreement, wishes: list[tuple[bool, bool, bool]], others: dict[int, list[float]]) -> list[Agreed]:
+    """The answers of consecutive steps; `others`: what another rank adds to the sum of a step."""
+    answers = []
+    for step, wish in enumerate(wishes):
+        summed = asks.ask(torch.tensor(2.0), *wish)
+        answers.append(asks.answer(summed + torch.tensor([1.0, *others.get(step, [0.0] * 3)])))
+    return answers
+
+
+def test_a_cpu_answers_at_once() -> None:
+    asks = Agreement(torch.device("cpu"))
+    answers = steps(asks, [(False, True, False), (False, False, False), (True, False, False)], {1: [0.0, 0.0, 1.0]})
+    assert answers == [Agreed(False, True, False), Agreed(False, False, True), Agreed(True, False, False)]
+
+
+def test_a_gpu_answers_a_step_later(late: Agreement) -> None:
+    answers = steps(late, [(False, False, False), (True, False, False), (True, False, False)], {})
+    assert answers == [NOTHING, NOTHING, Agreed(True, False, False)]
+
+
+def test_a_wish_is_granted_once(late: Agreement) -> None:
+    """A clock says that it is time until something was saved, which a later step does."""
+    last_save, saves, time = 0, [], 0
+    for step in range(20):
+        time += 40
+        summed = late.ask(torch.tensor(2.0), False, time - last_save >= 120, False)
+        if late.answer(summed).save:
+            saves.append(step)
+            last_save = time
+    assert saves == [3, 7, 11, 15, 19]
+
+
+def test_another_ranks_wish_is_no_answer_to_an_own_one(late: Agreement) -> None:
+    wishes: list[Any] = [(False, False, False), (False, True, False), (False, True, False), (False, False, False)]
+    answers = steps(late, wishes, {0: [0.0, 0.0, 1.0]})
+    assert answers == [NOTHING, Agreed(False, False, True), Agreed(False, True, False), NOTHING]
