@@ -31,7 +31,7 @@ class Agreement:
         self._unanswered = Agreed(False, False, False)
 
     def ask(self, loss: Tensor, stop: bool, save: bool, save_failed: bool) -> Tensor:
-        """[4] float32 to be summed over the ranks: this rank's part of the loss, then its wishes. One that waits for its
+        """[4] float32 to be summed over the ranks: this rank's part of the loss, then its wishes. One that awaits its
         answer is not said again: it would be granted twice."""
         wishes = Agreed(stop, save, save_failed)
         new = [wish and not said for wish, said in zip(wishes, self._unanswered, strict=True)]

@@ -14,6 +14,9 @@ import torch.distributed as dist
 from titan_fast.config import Comm
 from titan_fast.errors import CommunicationError, ConfigError
 
+SPARE_SECONDS = 30
+"""How much longer a collective may take than the phase it is in, so that the watchdog, which knows more, is first."""
+_PATIENCE = timedelta(days=7)
 _POLL_SECONDS = 0.2
 _LINGER_SECONDS = 3.0
 _BROKEN_CONNECTION = (
@@ -38,14 +41,18 @@ class World:
     device: torch.device
     store: dist.Store = field(default_factory=dist.HashStore, compare=False)
     """What the ranks met at."""
+    patient: dist.ProcessGroup | None = field(default=None, compare=False)
+    """The ranks as a group whose collectives may take as long as they like; None: the default group."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def barrier(self) -> None:
+        """Returns when all ranks are here, which may be after hours of tokenizing on one of them. A rank that is lost
+        ends the wait."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.patient)
 
 
 def world_size() -> int:
@@ -95,14 +102,16 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
         backend = "cuda:nccl,cpu:gloo"
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=comm.init_timeout_seconds)
+    late = timedelta(seconds=comm.init_timeout_seconds + SPARE_SECONDS)
     _stay_on_this_machine(size)
     try:
         store = _store(rank, size, timeout)
         _meet(store, rank, size, comm.init_timeout_seconds)
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=timeout,
+            backend, store=store, rank=rank, world_size=size, timeout=late,
             device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
+        patient = dist.new_group(backend="gloo", timeout=_PATIENCE) if size > 1 else None
     except (RuntimeError, ValueError) as error:
         if isinstance(error, CommunicationError):
             raise
@@ -111,7 +120,7 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
             f"rank {rank} of {size} could not join the others: {sentence}", "look at the first rank that failed"
         ) from error
     try:
-        yield World(rank, size, local_rank, device, store)
+        yield World(rank, size, local_rank, device, store, patient)
     except BaseException as error:
         if size > 1:
             _name_the_lost(store, rank, size, error)
@@ -190,7 +199,8 @@ def _name_the_lost(store: dist.Store, rank: int, size: int, error: BaseException
         culprit, reason = next(iter(first.items()))
         what = f"rank {culprit} of {size} failed: {reason}"
     elif silent:
-        what = f"rank {', '.join(map(str, silent))} of {size} is gone without a word"
+        several = "one of " if len(silent) > 1 else ""  # others may be busy, and not know yet
+        what = f"{several}rank {', '.join(map(str, silent))} of {size} is gone without a word"
     else:
         what = f"the ranks lost each other: {str(error).splitlines()[0]}"
     raise CommunicationError(what, "look at its log", where=f"rank {rank}") from error

@@ -300,8 +300,7 @@ class Run:
             self.metrics.say(note)
 
     def _after_first_step(self, started: float) -> None:
-        # Longer than the watchdog's, which says more.
-        distributed.set_timeout(self.config.comm.timeout_seconds + 30)
+        distributed.set_timeout(self.config.comm.timeout_seconds + distributed.SPARE_SECONDS)
         if self.config.compile.enable:
             if self.world.device.type == "cuda":
                 torch.cuda.synchronize()
