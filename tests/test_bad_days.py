@@ -306,7 +306,7 @@ def test_a_save_that_outlasts_torchruns_patience_is_told(
     monkeypatch.setattr(checkpointer, "seconds_to_stop", lambda: 0.0 if seconds == 7 else 1000.0)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     runs.run(data, tmp_path / "run", training__steps=2, checkpoint__interval=1)
-    warned = capsys.readouterr().out.count("and torchrun kills 0 s after a signal")
+    warned = capsys.readouterr().out.count("and torchrun kills 0 s after it")
     assert warned == (1 if seconds == 7 else 0), "once, and only where it does not fit"
 
 
@@ -514,14 +514,14 @@ def test_a_slow_rank_is_told_and_a_hanging_one_is_named(data: Path, tmp_path: Pa
 
 def test_the_verdict_names_who_is_behind() -> None:
     def report(rank: int, marks: int, phase: str, stack: str = "s") -> watchdog.Report:
-        return watchdog.Report(rank, marks, 5, phase, 9.0, 1.0, 3, stack)
+        return watchdog.Report(rank, marks, 5, phase, 9.0, 1.0, 3, 12.0, "comm.timeout_seconds", stack)
 
     ahead = report(0, 12, "gradient norm")
-    assert "rank 1 hangs" in watchdog.verdict({0: ahead, 1: report(1, 10, "data")}, 12)
-    assert "phase 'data'" in watchdog.verdict({0: ahead, 1: report(1, 10, "data")}, 12)
+    assert "rank 1 hangs" in watchdog.verdict({0: ahead, 1: report(1, 10, "data")})
+    assert "phase 'data'" in watchdog.verdict({0: ahead, 1: report(1, 10, "data")})
     silent = report(2, 12, "gradient norm", "no sign of life: x")
-    assert "rank 2 hangs" in watchdog.verdict({0: ahead, 1: report(1, 12, "gradient norm"), 2: silent}, 12)
-    assert "all 2 ranks hang" in watchdog.verdict({0: ahead, 1: report(1, 12, "gradient norm")}, 12)
+    assert "rank 2 hangs" in watchdog.verdict({0: ahead, 1: report(1, 12, "gradient norm"), 2: silent})
+    assert "all 2 ranks hang" in watchdog.verdict({0: ahead, 1: report(1, 12, "gradient norm")})
     assert watchdog.straggler({0: 1.0, 1: 1.1, 2: 3.3}, 10) is not None
     assert watchdog.straggler({0: 1.0, 1: 1.1, 2: 1.3}, 10) is None
 

@@ -180,6 +180,7 @@ RANGES = {
     "profiling.profile_freq": (["0"], ["1"]),
     "comm.init_timeout_seconds": (["0"], ["1"]),
     "comm.timeout_seconds": (["0"], ["1"]),
+    "checkpoint.save_timeout_seconds": (["0"], ["1"]),
     "debug.seed": (["-1", str(2**63)], ["0", str(2**63 - 1)]),
 }
 

@@ -656,11 +656,31 @@ def test_a_connection_that_stays_lost_is_an_error_with_its_place(
 ) -> None:
     monkeypatch.setattr(hub, "RETRY_SECONDS", (0, 0))
     loader = stream(dataset=Flaky(set(range(50, 10_000))).dataset())
-    with pytest.raises(DataError, match=r"the stream broke: the line is dead \[test:\d+, epoch 0"):
+    with pytest.raises(DataError, match=r"the stream broke: the line is dead, for 0 s \[test:\d+, epoch 0"):
         for _ in range(100):
             next(loader)
     assert not loader._reader.get.__self__._queue.qsize()  # type: ignore[union-attr]
     loader.close()
+
+
+def test_a_lost_connection_is_given_up_before_the_others_are(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "RETRY_SECONDS", (0, 0.3, 0.3, 0.3, 60))
+    dataset = Flaky(set(range(50, 10_000))).dataset()
+    loader = Loader(StreamSource(dataset, "test", "text", tokenizer, Share(0, 1, 2, 2), SEQ_LEN, 3, patience=0.5), CPU)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"the stream broke: the line is dead, for 0 s"):
+        for _ in range(100):
+            next(loader)
+    assert 0.3 <= time.monotonic() - started < 5
+    loader.close()
+
+
+def test_a_stream_says_where_every_rank_reads_all_of_it(stream: Callable) -> None:
+    """Six files."""
+    assert "6 files in an order drawn from seed 3, 3 for each of 2 data-parallel ranks" in stream(0, 2).describe()
+    assert "6 files do not divide by 4 data-parallel ranks, so each rank reads all" in stream(0, 4).describe()
 
 
 def test_closing_does_not_wait_for_a_retry(stream: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,12 @@ class Agreement:
     queued, so reading it waits for no more than the beginning of the device's current work.
     """
 
+    @staticmethod
+    def steps_to_stop(device: torch.device) -> int:
+        """How many steps may end between a signal and the stop: on CUDA the one that is running, the one in whose
+        reduction the wish is, and the one that is told."""
+        return 3 if device.type == "cuda" else 1
+
     def __init__(self, device: torch.device) -> None:
         self._constants = torch.tensor([0.0, 1.0], device=device)  # on the device already: asking copies nothing
         self._on_device = device.type == "cuda"

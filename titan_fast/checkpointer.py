@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections import deque
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from titan_fast import distributed, manifest
+from titan_fast.agreement import Agreement
 from titan_fast.checkpoint import Progress, cause, copy_tokenizer, load_tensors, read_config, read_state, tensors_of
 from titan_fast.config import Config, to_dict
 from titan_fast.distributed import World
@@ -38,7 +40,6 @@ from titan_fast.redaction import redacted
 from titan_fast.run_directory import differences
 from titan_fast.signals import seconds_to_stop
 
-SAVE_TIMEOUT = timedelta(minutes=30)
 """How long one rank may wait for another's part of a save."""
 _SPARE_BYTES = 2**20  # beyond the tensors: the metadata, states, tokenizer
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -71,12 +72,14 @@ class Checkpointer:
         self.folder, self.tokenizer_path = run_dir / config.checkpoint.folder, tokenizer_path
         self.check_lock = check_lock
         # Its own group: a save in the background must not meet the step's collectives.
-        group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+        timeout = timedelta(seconds=self.settings.save_timeout_seconds + distributed.SPARE_SECONDS)
+        group = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
         self.saved_step = -1
         """Of the last save that was begun."""
-        self.loaded_from: Path | None = None
+        self.step_seconds = 0.0
+        """Of a step, as the caller has seen it: what a run told to stop finishes before its last save."""
         self.stall_seconds = 0.0
         """How long saves have kept their caller, since the last `take_stall_seconds`."""
         self._last_save = time.monotonic()
@@ -238,11 +241,14 @@ class Checkpointer:
         manifest.prune(self.folder, self.settings.keep_latest_k, always=step)
         seconds = time.perf_counter() - started
         self._notes.append(f"saved {final} in {seconds:.1f} s")
-        if (limit := seconds_to_stop()) is not None and seconds > limit and not self._warned_of_limit:
+        steps = Agreement.steps_to_stop(self.world.device)
+        whole = steps * self.step_seconds + seconds
+        if (limit := seconds_to_stop()) is not None and whole > limit and not self._warned_of_limit:
             self._warned_of_limit = True
             self._notes.append(
-                f"WARNING: a save takes {seconds:.0f} s, and torchrun kills {limit:.0f} s after a signal: the save on "
-                f"a signal will not end in time; give torchrun --shutdown-timeout {2 * math.ceil(seconds)}"
+                f"WARNING: up to {steps} steps of {self.step_seconds:.1f} s and a save of {seconds:.0f} s follow a "
+                f"signal, and torchrun kills {limit:.0f} s after it: that save will not end in time; give torchrun "
+                f"--shutdown-timeout {2 * math.ceil(whole)}"
             )
 
     def _translated(self, error: OSError | CheckpointError, need: int) -> CheckpointError:
@@ -254,28 +260,32 @@ class Checkpointer:
             have = "no"
         newest = [s for s, p in manifest.checkpoints(self.folder).items() if manifest.problem(p, False) is None][-1:]
         kept = f"the newest whole checkpoint is of step {newest[0]}" if newest else "there is no checkpoint yet"
-        return CheckpointError(
-            f"the checkpoint could not be written: {what}: needs {need:,} bytes, has {have} bytes free",
-            f"make room or choose another --job.dump_folder; {kept}",
-            str(self.folder),
-        )
+        fix = error.fix if isinstance(error, CheckpointError) else ""
+        if any(word in what for word in ("disk full", *map(os.strerror, _NO_ROOM))):
+            what += f": needs {need:,} bytes, has {have} bytes free"
+            fix = "make room or choose another --job.dump_folder"
+        what = f"the checkpoint could not be written: {what}"
+        return CheckpointError(what, f"{fix or 'see what is wrong there'}; {kept}", str(self.folder))
 
     def _together(self, action: Callable[[], T]) -> list[T]:
         """What `action` returns on every rank, in order; where it raised an OSError on one, CheckpointError on all."""
-        outcome: tuple[Any, str]
+        outcome: tuple[Any, str, str]
         try:
-            outcome = action(), ""
-        except (OSError, CheckpointError) as error:
-            words = f"disk full ({cause(error)})" if getattr(error, "errno", None) in _NO_ROOM else cause(error)
-            outcome = None, f"rank {self.world.rank}: {words}"
+            outcome = action(), "", ""
+        except CheckpointError as error:
+            outcome = None, f"rank {self.world.rank}: {error.what}", error.fix
+        except OSError as error:
+            words = f"disk full ({cause(error)})" if error.errno in _NO_ROOM else cause(error)
+            outcome = None, f"rank {self.world.rank}: {words}", ""
         outcomes: list[Any] = [None] * self.world.size
         try:
             dist.all_gather_object(outcomes, outcome, group=self.group)
         except RuntimeError as error:
-            raise CheckpointError(f"another rank is gone ({cause(error)})", "", str(self.folder)) from error
-        if failed := next((words for _, words in outcomes if words), ""):
-            raise CheckpointError(failed, "", str(self.folder))
-        return [result for result, _ in outcomes]
+            what = f"another rank is gone ({cause(error)})"
+            raise CheckpointError(what, "look at the log of the first that failed", str(self.folder)) from error
+        if failed := next(((words, fix) for _, words, fix in outcomes if words), None):
+            raise CheckpointError(*failed, str(self.folder))
+        return [result for result, _, _ in outcomes]
 
     # Loading
 
@@ -292,7 +302,7 @@ class Checkpointer:
         rng = path / f"rng-{self.world.rank}.safetensors"
         if state["world_size"] == self.world.size and rng.exists():
             _set_rng_state(safetensors.torch.load_file(rng), self.world.device)
-        self.saved_step, self.loaded_from = state["step"], path
+        self.saved_step = state["step"]
         return Progress(state["step"], state["tokens_seen"], state["elapsed_seconds"], state["data"])
 
     def _compare(self, before: dict[str, dict[str, Any]], path: Path) -> None:
@@ -316,7 +326,7 @@ class Checkpointer:
 
     def _choose(self) -> Path | None:
         """The checkpoint that every rank will load: the main rank names candidates, all check them."""
-        wanted = self.settings.load_step if distributed.restart_count() == 0 else -1
+        wanted = self._from_main(self._wanted_step())
         candidates: list[int] = []
         if self.world.is_main:
             if self.folder.is_dir():
@@ -339,6 +349,7 @@ class Checkpointer:
             if reason is None:
                 if wanted != -1 and self.world.is_main:
                     self._set_aside_after(step)
+                    self._went_back.write_text(json.dumps({"load_step": step}))
                 return path
             passed_over.append(f"step-{step} is not loaded ({reason})")
             if self.settings.strict or wanted != -1:
@@ -351,6 +362,29 @@ class Checkpointer:
                 str(self.folder),
             )
         return None
+
+    @property
+    def _went_back(self) -> Path:
+        return self.folder / "went_back.json"
+
+    def _wanted_step(self) -> int:
+        """`load_step`, -1 where this run has gone back to it already and has saved since: a job that is started again
+        by the same command goes on, and does not lose what it has done. The main rank's answer counts."""
+        wanted = self.settings.load_step
+        if wanted == -1 or distributed.restart_count() > 0:
+            return -1
+        try:
+            before = json.loads(self._went_back.read_text())["load_step"]
+        except (OSError, ValueError, KeyError):
+            return wanted
+        newest = max(manifest.checkpoints(self.folder), default=-1)
+        if before != wanted or newest <= wanted:
+            return wanted
+        self._notes.append(
+            f"the run went back to checkpoint.load_step {wanted} at an earlier start, has come to step {newest} "
+            f"since, and goes on from there; delete {self._went_back} to go back again"
+        )
+        return -1
 
     def _problem(self, path: Path) -> str | None:
         """What is wrong with the checkpoint, the same answer on every rank; each hashes its part of the files."""

@@ -252,7 +252,10 @@ class Checkpoint:
     """Accept that rope_theta, rope_scaling or norm_eps differ from those of the initial weights, as for a longer
     context."""
     load_step: int = -1
-    """Go on from this step's checkpoint; later ones are renamed, not deleted. -1: the newest that is whole."""
+    """Go on from this step's checkpoint; later ones are renamed, not deleted. Started again by the same command, the
+    run goes on from what it has saved since. -1: the newest that is whole."""
+    save_timeout_seconds: float = 1800.0
+    """How long a save may take before it counts as hanging."""
     strict: bool = False
     """Stop where the newest checkpoint is damaged, instead of going on from the one before."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
@@ -312,7 +315,7 @@ class Profiling:
 @dataclass(frozen=True)
 class Comm:
     init_timeout_seconds: int = 300
-    """How long set-up, the first step with its compilation, or a sample may take."""
+    """How long the meeting of the ranks, the first step with its compilation, a validation or a sample may take."""
     timeout_seconds: float = 100.0
     """How long any phase of a step may take after that, waiting for data included; then the run is ended with the
     name of the rank that hangs, its phase and its stack."""
@@ -573,6 +576,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "profiling.profile_freq": (1, float("inf"), "at least 1"),
     "comm.init_timeout_seconds": (1, 10**9, "between 1 and 1e9"),
     "comm.timeout_seconds": (1, 10**9, "between 1 and 1e9"),
+    "checkpoint.save_timeout_seconds": (1, 10**9, "between 1 and 1e9"),
     "debug.seed": (0, 2**63 - 1, "between 0 and 2^63 - 1"),
 }
 

@@ -146,7 +146,8 @@ def build_loader(
     if is_hub(training):
         from titan_fast.hub import hub_source
 
-        return Loader(hub_source(training, tokenizer, share, config.debug.seed), device)
+        patience = 0.8 * config.comm.timeout_seconds  # after all of it the waiting ranks would end the run as hanging
+        return Loader(hub_source(training, tokenizer, share, config.debug.seed, patience), device)
     tokens = _open_tokens(training, training.dataset_path, tokenizer, vocab_size, run_dir, "training", is_main, barrier)
     order = training_order(config, tokens)
     name = training.dataset_path or training.dataset

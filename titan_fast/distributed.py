@@ -111,7 +111,8 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
             backend, store=store, rank=rank, world_size=size, timeout=late,
             device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
-        patient = dist.new_group(backend="gloo", timeout=_PATIENCE) if size > 1 else None
+        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        assert isinstance(patient, dist.ProcessGroup)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, CommunicationError):
             raise

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -28,8 +29,8 @@ log = logging.getLogger(__name__)
 
 KNOWN_NAMES = {"c4": ("allenai/c4", "en")}
 """Short names: the hub's name and the configuration that is the default here."""
-RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 60, 60)
-"""Waits before a broken stream is tried again; a document read starts them anew."""
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 60, 60, 120, 120)
+"""Waits before a broken stream is tried again, as far as patience goes; a document read starts them anew."""
 _ROWS_TOGETHER = 32  # tokenized in one call
 _TOKEN = np.dtype("<i4")
 
@@ -46,11 +47,14 @@ class StreamState(NamedTuple):
     """Tokens of documents that were read but not trained on."""
 
 
-def hub_source(training: Training, tokenizer: Tokenizer, share: Share, seed: int) -> "StreamSource":
-    """The configured hub data set as a source; DataError when it cannot be reached or has no such column."""
+def hub_source(
+    training: Training, tokenizer: Tokenizer, share: Share, seed: int, patience: float = float("inf")
+) -> "StreamSource":
+    """The configured hub data set as a source; DataError when it cannot be reached or has no such column. patience:
+    seconds for which a connection that broke is tried again, while the other ranks wait."""
     dataset = open_stream(training).shuffle(seed=seed, buffer_size=1)
     name = stream_name(training)
-    return StreamSource(dataset, name, training.text_column, tokenizer, share, training.seq_len, seed)
+    return StreamSource(dataset, name, training.text_column, tokenizer, share, training.seq_len, seed, patience)
 
 
 def stream_name(training: Training) -> str:
@@ -118,9 +122,11 @@ class StreamSource:
         share: Share,
         seq_len: int,
         seed: int,
+        patience: float = float("inf"),
     ) -> None:
         """`dataset` is all of it; this rank's part is taken here. DataError when its first row lacks the column."""
         _say_nothing_of_the_buffer()
+        self._files, self._patience = dataset.num_shards, patience
         self._dataset = split_dataset_by_node(dataset, rank=share.dp_rank, world_size=share.dp_degree)
         self._name, self._column, self._tokenizer = name, text_column, tokenizer
         self._share, self._seq_len = share, seq_len
@@ -155,9 +161,13 @@ class StreamSource:
 
     def describe(self) -> str:
         share = self._share
+        order = f"{self._name}: streamed from {self._files} files in an order drawn from seed {self.identity['seed']}"
+        if self._files % share.dp_degree == 0:
+            return f"{order}, {self._files // share.dp_degree} for each of {share.dp_degree} data-parallel ranks"
         return (
-            f"{self._name}: streamed from {self._dataset.num_shards} files in an order drawn from seed "
-            f"{self.identity['seed']}, one part per data-parallel rank (this is {share.dp_rank} of {share.dp_degree})"
+            f"{order}; WARNING: {self._files} files do not divide by {share.dp_degree} data-parallel ranks, so each "
+            f"rank reads all of them and keeps every {share.dp_degree}th row: take a degree that divides, or prepare "
+            "the data"
         )
 
     def state(self) -> StreamState:
@@ -202,7 +212,7 @@ class StreamSource:
 
     def _next_row(self, reading: "_Progress", stopping: threading.Event) -> Any:
         """The next row of this rank's part, in the next epoch at its end; a broken connection is made again."""
-        waits, empty_epochs = iter(RETRY_SECONDS), 0
+        waits, empty_epochs, broke_at = iter(RETRY_SECONDS), 0, None
         while empty_epochs < 2:  # one is no row only when a state from its very end was loaded
             try:
                 if self._rows_iterator is None:
@@ -212,9 +222,12 @@ class StreamSource:
                 row = next(self._rows_iterator, None)
             except Exception as error:
                 self._rows_iterator = None
-                wait = next(waits, None)
-                if wait is None or not _is_connection_error(error):
+                broke_at = broke_at or time.monotonic()
+                wait, spent = next(waits, None), time.monotonic() - broke_at
+                if not _is_connection_error(error):
                     raise self._broken(_first_line(error), reading) from error
+                if wait is None or spent + wait > self._patience:
+                    raise self._broken(f"{_first_line(error)}, for {spent:.0f} s", reading) from error
                 log.warning("%s: %s; trying again in %d s", self._name, _first_line(error), wait)
                 if stopping.wait(wait):
                     raise

@@ -34,7 +34,7 @@ from titan_fast.run_lock import RunLock
 from titan_fast.signals import StopRequest, resume_command
 from titan_fast.startup import logged_to_console, set_determinism, startup_lines
 from titan_fast.step import build_model, forward_backward, one_over_valid_tokens, validation_loss, workload
-from titan_fast.watchdog import Watchdog
+from titan_fast.watchdog import Limit, Watchdog
 
 
 def train(config: Config) -> None:
@@ -99,7 +99,8 @@ class Run:
         self.recorded = RecordedPasses(self.model, CudaRecorder(device)) if config.training.cuda_graph else None
         self.guard = StepGuard(config.training, device, run_dir, world.is_main)
         self.stop, self.agreement = StopRequest(), Agreement(device)
-        self.watchdog = Watchdog(world, config.comm.timeout_seconds, self.metrics.say)
+        self.watchdog = Watchdog(world, Limit(config.comm.timeout_seconds, "comm.timeout_seconds"), self.metrics.say)
+        self.patience = Limit(config.comm.init_timeout_seconds, "comm.init_timeout_seconds")
         self.save_is_owed = False  # one was due after a step that was not applied
 
     def sequences_per_step(self) -> int:
@@ -174,12 +175,15 @@ class Run:
         finally:
             gc.enable()
             self.loader.close()
+            self.checkpointer.close()  # while the folder is still this run's, and the ranks still hear each other
+            self._say_notes()
             self.compile_report.close()
             self.metrics.finish()
         if stopped:
-            self.metrics.say(
-                f"stopped by {self.stop.received or 'a signal to another rank'}; to go on: {resume_command()}"
-            )
+            saved = f"to go on: {resume_command()}"
+            if not config.checkpoint.enable:
+                saved = "nothing was saved, for checkpoint.enable is False"
+            self.metrics.say(f"stopped by {self.stop.received or 'a signal to another rank'}; {saved}")
 
     def _one_step(self, step: int) -> bool:
         """A step, and what is due after it. True where the ranks have agreed to stop, and have saved."""
@@ -190,6 +194,7 @@ class Run:
             return last or (every > 0 and step % every == 0)
 
         loss, norm, rate, agreed = self.step(step)
+        self.checkpointer.step_seconds = time.perf_counter() - started
         if step == self.first_step:
             self._after_first_step(started)
         for line in self.compile_report.again(step - self.first_step + 1):
@@ -231,7 +236,7 @@ class Run:
         """One optimizer step: the global batch's loss and the gradient's norm (both on the device), the learning rate,
         and what the ranks have agreed on."""
         at, checkpoints = self.watchdog.at, self.checkpointer
-        limit = self.config.comm.init_timeout_seconds if step == self.first_step else None
+        limit = self.patience if step == self.first_step else None
         at(step, "data", limit)
         batches = next(self.loader)
         at(step, "forward and backward", limit)
@@ -262,7 +267,7 @@ class Run:
     def validate(self, step: int) -> None:
         """The mean loss over `validation.steps` batches of held-out text, the same ones every time."""
         assert self.validation_loader is not None
-        self.watchdog.at(step, "validation", self.config.comm.init_timeout_seconds)
+        self.watchdog.at(step, "validation", self.patience)
         with self.metrics.pause():
             self.validation_loader.reset()
             loss = validation_loss(self.model, self.validation_loader, self.config.validation.steps, self.degrees)
@@ -277,7 +282,7 @@ class Run:
         if self.degrees.tensor > 1:  # which cuts sequences, and a sequence of one token cannot be cut
             self.metrics.say("no sample: text is generated without tensor parallelism, by titan_fast.generate")
             return
-        self.watchdog.at(step, "sample", self.config.comm.init_timeout_seconds)
+        self.watchdog.at(step, "sample", self.patience)
         with self.metrics.pause(), torch.compiler.set_stance("force_eager"):
             text = generate_text(
                 self.model, self.tokenizer, prompt, length, Sampling(seed=self.config.debug.seed), self.world.device
@@ -289,7 +294,8 @@ class Run:
         """A checkpoint of this moment."""
         if self.checkpointer.saved_step == self.progress.step:
             return
-        self.watchdog.at(self.progress.step, "checkpoint", checkpointer.SAVE_TIMEOUT.total_seconds())
+        limit = Limit(self.config.checkpoint.save_timeout_seconds, "checkpoint.save_timeout_seconds")
+        self.watchdog.at(self.progress.step, "checkpoint", limit)
         with self.metrics.pause():
             self.progress.data = gather_data_state(self.loader.state_dict(), self.world)
             self.progress.elapsed_seconds = self.metrics.elapsed_seconds

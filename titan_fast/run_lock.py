@@ -57,9 +57,18 @@ class RunLock:
             self.path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """CheckpointError where another run has taken the folder, this one having been silent too long."""
-        holder = _read(self.path)
-        if holder.get("token") != self._me["token"] and self.path.parent.is_dir():
+        """CheckpointError where another run has taken the folder, this one having been silent too long. A lock that
+        somebody has deleted is written again; one that cannot be read, on a file server that is away for a moment, is
+        nobody's claim."""
+        try:
+            holder = json.loads(self.path.read_text())
+        except FileNotFoundError:
+            if self.path.parent.is_dir():
+                self._write()
+            return
+        except (OSError, ValueError):
+            return
+        if holder.get("token") != self._me["token"]:
             raise CheckpointError(
                 f"the run directory is now held by process {holder.get('pid')} on {holder.get('host')}",
                 "one run at a time can write there",
@@ -75,10 +84,13 @@ class RunLock:
             holder = _read(self.path)
             if holder and (doubt := self._doubt(holder)) is not None:
                 return holder | {"may_be_dead": doubt}
-            temporary = self.path.with_name(f".{NAME}.{self._me['token']}")
-            temporary.write_text(json.dumps(self._me))
-            temporary.replace(self.path)
+            self._write()
             return None
+
+    def _write(self) -> None:
+        temporary = self.path.with_name(f".{NAME}.{self._me['token']}")
+        temporary.write_text(json.dumps(self._me))
+        temporary.replace(self.path)
 
     def _doubt(self, holder: dict[str, Any]) -> bool | None:
         """None where the holder is dead, False where it lives, True where its pulse may yet turn out to have ended."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -26,8 +26,19 @@ TICK_SECONDS = 0.1
 STRAGGLER_RATIO = 2.0
 STRAGGLER_SECONDS = 5.0
 """How long a window must be before ranks are compared in it."""
-_WAITING = ("distributed_c10d.py", "_functional_collectives.py", "_fsdp_collectives.py", "_fsdp_param_group.py")
+_WAITING = (
+    "distributed_c10d.py", "_functional_collectives.py", "_fsdp_collectives.py", "_fsdp_param_group.py",
+    "cuda/streams.py",  # for the device, and with it for the other ranks' devices
+)  # fmt: skip
 _REPEAT_SECONDS = 60.0
+
+
+class Limit(NamedTuple):
+    """How long a phase may take."""
+
+    seconds: float
+    setting: str
+    """The key of the config that says so."""
 
 
 @dataclass
@@ -44,6 +55,10 @@ class Report:
     """Seconds so far in which the main thread was not waiting for other ranks."""
     alive: int
     """Grows with every report."""
+    allowed: float
+    """Seconds that this phase may take."""
+    setting: str
+    """The key of the config that says so."""
     stack: str = ""
 
 
@@ -53,18 +68,18 @@ class Watchdog:
     def __init__(
         self,
         world: World,
-        limit: float,
+        limit: Limit,
         say: Callable[[str], None],
         leave: Callable[[int], None] = os._exit,
     ) -> None:
-        """limit: seconds a phase may take unless `at` says otherwise. say: for the straggler line. leave: ends the
+        """limit: of a phase, unless `at` says otherwise. say: for the straggler line. leave: ends the
         process, whose main thread cannot be reached."""
         self.world, self.limit, self.say, self.leave = world, limit, say, leave
         # A connection of its own: the main thread may be waiting on the other one.
         self._store = _connection(world.store) if world.size > 1 else world.store
         self._main = threading.main_thread().ident
-        self._own = Report(world.rank, 0, 0, "set-up", 0.0, 0.0, 0)
-        self._since, self._allowed = time.monotonic(), limit
+        self._own = Report(world.rank, 0, 0, "set-up", 0.0, 0.0, 0, *limit)
+        self._since = time.monotonic()
         self._closed = threading.Event()
         self._window: dict[int, tuple[float, int]] = {}
         self._window_began = self._last_line = float("-inf")
@@ -75,10 +90,11 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def at(self, step: int, phase: str, limit: float | None = None) -> None:
-        """The main thread begins `phase` of `step`, which may take `limit` seconds."""
-        self._since, self._allowed = time.monotonic(), limit or self.limit
+    def at(self, step: int, phase: str, limit: Limit | None = None) -> None:
+        """The main thread begins `phase` of `step`, which may take as long as `limit` says."""
+        self._since = time.monotonic()
         self._own.step, self._own.phase = step, phase
+        self._own.allowed, self._own.setting = limit or self.limit
         self._own.marks += 1
 
     def __exit__(self, *error: object) -> None:
@@ -86,7 +102,7 @@ class Watchdog:
         self._thread.join(5.0)
 
     def _run(self) -> None:
-        beat = max(0.5, min(5.0, self.limit / 20))
+        beat = max(0.5, min(5.0, self.limit.seconds / 20))
         next_beat = last = time.monotonic()
         while not self._closed.wait(TICK_SECONDS):
             now = time.monotonic()
@@ -95,10 +111,10 @@ class Watchdog:
                 self._own.busy += now - last
             last = now
             try:
-                # 0.7: the verdict, with the stacks of all, is to be there within the limit.
-                if now - self._since > 0.7 * self._allowed:
-                    self._judge(frame, beat)
-                    return
+                if now - self._since > self._own.allowed:
+                    if self._judge(frame, beat):
+                        return
+                    last = time.monotonic()
                 if now >= next_beat:
                     next_beat = now + beat
                     self._publish("beat")
@@ -123,19 +139,20 @@ class Watchdog:
 
     # A hang
 
-    def _judge(self, frame: FrameType | None, beat: float) -> None:
-        """Collects the others' reports, says who hangs and ends the process. Only the lowest rank that still answers
-        speaks, but for the stacks."""
+    def _judge(self, frame: FrameType | None, beat: float) -> bool:
+        """Collects the others' reports, says who hangs and ends the process. Of the ranks whose time is up, only the
+        lowest speaks. False where the main thread went on meanwhile, after all."""
         stack = "".join(traceback.format_stack(frame)) if frame else "no Python stack"
         mine = self._own.marks
         self._publish("hang", stack)
-        reports = {self.world.rank: replace(self._own, stack=stack)}
+        reports, hung = {self.world.rank: replace(self._own, stack=stack)}, {}
         if self.world.size > 1:
             before = self._reports("beat")
-            time.sleep(min(0.15 * self._allowed, 2 * beat + 1.0))
+            time.sleep(max(2 * beat, min(0.15 * self._own.allowed, 2 * beat + 1.0)))
             after, hung = self._reports("beat"), self._reports("hang")
-            if self._own.marks != mine and self.world.rank in hung:
-                return  # it went on after all; the next phase has its own time, but this thread's is over
+            if self._own.marks != mine:
+                self._store.delete_key(f"watchdog/hang/{self.world.rank}")
+                return False
             for rank in range(self.world.size):
                 if rank in hung:
                     reports[rank] = hung[rank]
@@ -144,14 +161,14 @@ class Watchdog:
                     reports[rank].stack = "no sign of life: the process is gone, stopped, or blocks Python's lock"
                 elif rank in after:
                     reports[rank] = after[rank]
-        speaker = min(rank for rank, report in reports.items() if not report.stack.startswith("no sign"))
-        if self.world.rank == speaker:
+        if self.world.rank == min((self.world.rank, *hung)):
             sys.stdout.flush()
-            sys.stderr.write(f"titan_fast: {verdict(reports, self._allowed)}\n{_stacks(reports)}")
+            sys.stderr.write(f"titan_fast: {verdict(reports)}\n{_stacks(reports)}")
             sys.stderr.flush()
         else:
             time.sleep(1.0)  # the speaker first: torchrun ends all when one has left
         self.leave(CommunicationError.exit_status)
+        return True
 
     # A straggler
 
@@ -172,7 +189,8 @@ class Watchdog:
 
 
 def straggler(busy: dict[int, float], steps: int) -> str | None:
-    """The line about the rank that works STRAGGLER_RATIO times as long as the median of the others, if one does."""
+    """The line about the rank whose host works STRAGGLER_RATIO times as long as the median of the others, if one does.
+    A GPU that is slower than the others does not show: all wait for the same collective."""
     slow = max(busy, key=lambda rank: busy[rank])
     others = median(seconds for rank, seconds in busy.items() if rank != slow)
     ratio = busy[slow] / max(others, 1e-3)
@@ -184,7 +202,7 @@ def straggler(busy: dict[int, float], steps: int) -> str | None:
     )
 
 
-def verdict(reports: dict[int, Report], limit: float) -> str:
+def verdict(reports: dict[int, Report]) -> str:
     """The sentence that names who hangs."""
     silent = [rank for rank, report in reports.items() if report.stack.startswith("no sign")]
     fewest = min(report.marks for report in reports.values())
@@ -201,8 +219,9 @@ def verdict(reports: dict[int, Report], limit: float) -> str:
     else:
         waits = f"; the others wait in phase '{next(iter(waiting.values())).phase}'" if waiting else ""
         error = CommunicationError(
-            f"rank {', '.join(map(str, behind))} hangs: {where.age:.0f} s in one phase of at most {limit:.0f} s{waits}",
-            "see its stack below; raise comm.timeout_seconds if it is only slow",
+            f"rank {', '.join(map(str, behind))} hangs: {where.age:.0f} s in one phase of at most {where.allowed:.0f} s"
+            f"{waits}",
+            f"see its stack below; raise {where.setting} if it is only slow",
             where=f"rank {behind[0]}, {place}",
         )
     return str(error)
@@ -233,4 +252,4 @@ def _waits_for_others(frame: FrameType | None) -> bool:
     return False
 
 
-__all__: list[Any] = ["Report", "Watchdog", "straggler", "verdict"]
+__all__: list[Any] = ["Limit", "Report", "Watchdog", "straggler", "verdict"]

@@ -1,0 +1,200 @@
+"""What goes wrong only after hours: a stall that ends by itself, a file server that is away, a job queued again."""
+
+import errno
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+import torch.distributed as dist
+
+from titan_fast import checkpointer, loop, manifest, watchdog
+from titan_fast.agreement import Agreement
+from titan_fast.distributed import World
+from titan_fast.errors import CheckpointError, NumericsError
+from titan_fast.run_lock import NAME as LOCK
+from titan_fast.run_lock import RunLock
+from titan_fast.watchdog import Limit, Watchdog
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.prepare(tmp_path_factory.mktemp("data"))
+
+
+# The watchdog
+
+
+@pytest.fixture
+def stores(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.Store]:
+    """One store for two ranks of this process."""
+    store = dist.HashStore()
+    monkeypatch.setattr(watchdog, "_connection", lambda _: store)
+    yield store
+
+
+def watch(store: dist.Store, rank: int, left: list[int], seconds: float) -> Watchdog:
+    return Watchdog(World(rank, 2, rank, CPU, store), Limit(seconds, "comm.timeout_seconds"), print, left.append)
+
+
+def test_a_stall_that_ends_is_forgotten_and_the_next_one_is_not_missed(
+    stores: dist.Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left: list[int] = []
+    one, other = watch(stores, 0, left, 1.0), watch(stores, 1, left, 1.0)
+    one.at(1, "data")
+    other.at(1, "data")
+    with one, other:
+        time.sleep(1.05)  # past the limit: both collect reports, and go on before they have judged
+        for step in range(2, 12):
+            one.at(step, "data")
+            other.at(step, "data")
+            time.sleep(0.1)
+        assert not left
+        assert not any(stores.check([f"watchdog/hang/{rank}"]) for rank in range(2)), "old reports would name the wrong"
+        one.at(12, "optimizer", Limit(60.0, "comm.init_timeout_seconds"))
+        deadline = time.monotonic() + 10
+        while not left and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert left and set(left) == {6}
+    said = capsys.readouterr().err
+    assert "rank 1 hangs" in said and "step 11, phase 'data'" in said and "at most 1 s" in said, said
+
+
+def test_a_phase_has_all_of_its_limit(stores: dist.Store) -> None:
+    left: list[int] = []
+    one = Watchdog(World(0, 1, 0, CPU, stores), Limit(1.0, "comm.timeout_seconds"), print, left.append)
+    with one:
+        one.at(1, "data")
+        time.sleep(0.85)
+        assert not left
+        time.sleep(0.5)
+        assert left == [6]
+
+
+def test_the_setting_to_raise_is_the_phases_own() -> None:
+    report = watchdog.Report(0, 1, 5, "checkpoint", 9.0, 1.0, 3, 7.0, "checkpoint.save_timeout_seconds", "s")
+    said = watchdog.verdict({0: report})
+    assert "9 s in one phase of at most 7 s" in said and "raise checkpoint.save_timeout_seconds" in said
+
+
+# Saves
+
+
+def test_a_save_in_the_background_is_waited_for_where_a_run_fails(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    true_publish, true_forward, steps = manifest.publish, loop.forward_backward, [0]
+
+    def slowly(*args: Any, **options: Any) -> None:
+        time.sleep(1.5)
+        true_publish(*args, **options)
+
+    def forward(model: Any, batches: Any, scale: Any) -> Any:
+        steps[0] += 1
+        loss = true_forward(model, batches, scale)
+        if steps[0] == 7:
+            for parameter in model.parameters():
+                parameter.grad *= float("nan")
+        return loss
+
+    monkeypatch.setattr(checkpointer.manifest, "publish", slowly)
+    monkeypatch.setattr(loop, "forward_backward", forward)
+    with pytest.raises(NumericsError, match="step 7 is not finite"):
+        runs.run(data, folder, checkpoint__async_mode="async")
+    names = [path.name for path in (folder / "checkpoint").iterdir()]
+    assert names == ["step-5"] and not (folder / LOCK).exists()
+    assert "saved" in capsys.readouterr().out
+    assert not [thread for thread in threading.enumerate() if "checkpoint" in thread.name]
+
+
+def test_a_failed_save_says_what_to_do_about_it(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(self: RunLock) -> None:
+        raise CheckpointError("the run directory is now held by process 7 on elsewhere", "one run at a time")
+
+    monkeypatch.setattr(RunLock, "check", taken)
+    with pytest.raises(CheckpointError) as caught:
+        runs.run(data, tmp_path / "run")
+    assert "held by process 7 on elsewhere" in caught.value.what and "bytes free" not in caught.value.what
+    assert caught.value.fix == "one run at a time; there is no checkpoint yet"
+
+
+def test_patience_counts_the_steps_before_the_save(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true_step = loop.Run.step
+
+    def step(self: loop.Run, number: int) -> Any:
+        time.sleep(0.5)
+        return true_step(self, number)
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    monkeypatch.setattr(checkpointer, "seconds_to_stop", lambda: 1.4)
+    runs.run(data, tmp_path / "one", training__steps=1)
+    assert "WARNING" not in capsys.readouterr().out
+    monkeypatch.setattr(Agreement, "steps_to_stop", staticmethod(lambda device: 3))
+    runs.run(data, tmp_path / "three", training__steps=1)
+    assert "WARNING: up to 3 steps of 0." in capsys.readouterr().out
+
+
+# A job that is queued again by the same command
+
+
+def test_going_back_is_done_once(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    runs.run(data, folder, checkpoint__keep_latest_k=0)
+    runs.run(data, folder, checkpoint__load_step=5, training__steps=7, checkpoint__keep_latest_k=0)
+    assert max(runs.losses(folder)) == 7
+    again = dict.fromkeys(runs.losses(folder))
+    capsys.readouterr()
+    runs.run(data, folder, checkpoint__load_step=5, training__steps=9, checkpoint__keep_latest_k=0)
+    said = capsys.readouterr().out
+    assert "went back to checkpoint.load_step 5 at an earlier start, has come to step 7 since" in said
+    assert "after step 7," in said and again.keys() < runs.losses(folder).keys()
+    (folder / "checkpoint" / "went_back.json").unlink()
+    runs.run(data, folder, checkpoint__load_step=5, training__steps=6, checkpoint__keep_latest_k=0)
+    assert max(runs.losses(folder)) == 6
+
+
+def test_a_run_that_saves_nothing_does_not_promise_to_go_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true_step = loop.Run.step
+
+    def step(self: loop.Run, number: int) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return true_step(self, number)
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    runs.run(data, tmp_path / "run", checkpoint__enable=False)
+    assert "stopped by SIGTERM; nothing was saved, for checkpoint.enable is False" in capsys.readouterr().out
+
+
+# The lock
+
+
+def test_a_lock_that_cannot_be_read_is_nobodys_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunLock(tmp_path) as lock:
+        (tmp_path / LOCK).unlink()
+        lock.check()
+        assert json.loads((tmp_path / LOCK).read_text())["token"] == lock._me["token"], "it is written again"
+
+        def stale(self: Path, *args: Any, **options: Any) -> str:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", stale)
+            lock.check()
+        (tmp_path / LOCK).write_text(json.dumps(lock._me | {"token": "another", "host": "elsewhere"}))
+        with pytest.raises(CheckpointError, match=r"held by process .* on elsewhere"):
+            lock.check()
