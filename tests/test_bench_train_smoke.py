@@ -11,7 +11,7 @@ import pytest
 import torch
 from tape import TapeRecorder
 
-from benchmarks import fake_world, limits, step_profile, step_timing, train_cell, train_suite, train_table
+from benchmarks import fake_world, limits, step_timing, train_cell, train_suite, train_table
 from benchmarks.limits import Limits, least_step
 from benchmarks.step_timing import FULL, SLOW, Length, Timed
 from benchmarks.train_cell import Bench, How, _face, _put_on, _Running, run_cell, world_of
@@ -315,26 +315,6 @@ def test_every_cell_is_a_config_that_parses() -> None:
             assert config.training.seq_len == cell.workload.seq_len
             names.add((cell.part, cell.name, variant.name))
     assert len(names) == sum(len(cell.variants) for cell in cells(PARTS))
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT", "matrix products"),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", "attention"),
-        ("triton_red_fused__fused_rms_norm_add_0", "compiled pointwise and reductions"),
-        ("void at::native::vectorized_elementwise_kernel<4, add>", "eager pointwise and reductions"),
-        ("Memcpy DtoD (Device -> Device)", "copies"),
-        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
-        ("something new", "other"),
-    ],
-)  # fmt: skip
-def test_kernels_are_told_apart(name: str, kind: str) -> None:
-    assert step_profile.kind_of(name) == kind
-
-
-def test_busy_time_counts_overlap_once() -> None:
-    assert step_profile._union([("a", 0, 4), ("b", 2, 5), ("c", 8, 9)]) == (6, 0, 9)
 
 
 # Tables of invented figures
