@@ -170,9 +170,14 @@ class Checkpointer:
 
     def _refuse_non_finite(self, tensors: dict[str, Tensor], step: int) -> None:
         """A checkpoint with a NaN or an infinity would be the one that everything goes on from."""
-        names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm([_local(tensors[n]) for n in names])])
-        bad = [name for name, ok in zip(names, torch.isfinite(norms).tolist(), strict=True) if not ok]
+        by_device: dict[torch.device, list[str]] = {}
+        for name, tensor in tensors.items():  # some implementations of AdamW count their steps in host memory
+            if tensor.is_floating_point():
+                by_device.setdefault(_local(tensor).device, []).append(name)
+        bad = []
+        for names in by_device.values():
+            norms = torch.stack([norm.float() for norm in torch._foreach_norm([_local(tensors[n]) for n in names])])
+            bad += [name for name, ok in zip(names, torch.isfinite(norms).tolist(), strict=True) if not ok]
         if found := [name for rank in self._together(lambda: bad) for name in rank]:
             raise NumericsError(
                 f"{found[0]} is not finite after step {step}, and no checkpoint of it is written",

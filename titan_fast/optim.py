@@ -17,7 +17,8 @@ def build_optimizer(
     model: nn.Module, settings: config.Optimizer, compiled: Callable[[Any], Any] | None = None
 ) -> torch.optim.AdamW:
     """AdamW over the model's parameters; norms and the embedding form a group of their own where they do not decay.
-    compiled: what compiles the update to one pass over each tensor (`parallel.optimizer_compiler`); None for none."""
+    compiled: what compiles the update to one pass over each tensor, `compilation.optimizer_compiler`'s; None for none.
+    """
     decays, spared = [], []
     for name, parameter in model.named_parameters():
         spare = "norm.weight" in name or name.endswith("embedding.weight")
@@ -74,8 +75,9 @@ def clip_grad_norm_(
     before that, as `global_norm` does."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = global_norm(gradients, loss, summed)
-    if max_norm:
-        torch._foreach_mul_(_local(gradients), _clip_factor(norm, max_norm))
+    if max_norm and gradients:
+        # With offloading, gradients are in host memory and their norm is not.
+        torch._foreach_mul_(_local(gradients), _clip_factor(norm, max_norm).to(gradients[0].device))
     return norm
 
 
@@ -98,7 +100,7 @@ def global_norm(gradients: list[Tensor], loss: Tensor, summed: Tensor | None = N
     # A number per group and not a tensor of numbers, which would be a copy to the device that the host waits for.
     for copies, group in by_copies.items():
         norms = torch.stack(torch._foreach_norm(_local(group), 2, torch.float32))
-        total = total + norms.square().sum() / copies
+        total = total + (norms.square().sum() / copies).to(total.device)
     if dist.is_initialized():
         shared = total[None] if summed is None else torch.cat([total[None], summed])
         dist.all_reduce(shared)
@@ -129,7 +131,10 @@ def step_unless(optimizer: torch.optim.AdamW, bad: Tensor) -> None:
     """One optimizer step, or none at all (neither weights nor moments nor step counts) where `bad`, a 0-dim float32
     tensor, is not zero. The fused implementation decides on the device; the others ask the host, which waits."""
     if optimizer.defaults["fused"]:
-        optimizer.found_inf = bad  # type: ignore[attr-defined]  # how GradScaler tells a fused optimizer to skip
+        # How GradScaler tells a fused optimizer to skip. AdamW itself would not wait for a copy to host memory, where
+        # offloaded parameters are.
+        device = next(p.device for group in optimizer.param_groups for p in group["params"])
+        optimizer.found_inf = bad.to(device)  # type: ignore[attr-defined]
         optimizer.step()
     elif not bad.item():
         optimizer.step()

@@ -77,6 +77,7 @@ def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: tor
     world = degrees.data * tensor
     shards = uses_fsdp(settings, world, precision(settings.training, device))
     compilation.check(settings.compile, shards)
+    check_optimizer(settings)
     if settings.training.cuda_graph:
         check_cuda_graph(device, shards)
     if settings.loss.implementation == "torch":
@@ -132,6 +133,22 @@ def check_single_device(settings: Config, degrees: MeshDegrees, dtypes: Precisio
         raise ConfigError(f"{choice} keeps bfloat16 weights, and this run computes in float32", hint, where)
     if settings.training.enable_cpu_offload:
         raise ConfigError(f"{choice} keeps weights on the device, and enable_cpu_offload in host memory", hint, where)
+
+
+def check_optimizer(settings: Config) -> None:
+    """ConfigError where another implementation of AdamW is asked for than the one that must run."""
+    asked = settings.optimizer.implementation
+    if asked == "fused":
+        return
+    if settings.parallelism.single_device == "masters":
+        why = "parallelism.single_device masters"
+    elif settings.compile.enable and "optimizer" in settings.compile.components:
+        why = "compile.components with optimizer"
+    else:
+        return
+    raise ConfigError(
+        f"optimizer.implementation is {asked}, and {why} has a step of its own", "take fused, or change one"
+    )
 
 
 def check_cuda_graph(device: torch.device, shards: bool) -> None:

@@ -1,0 +1,48 @@
+"""Whole runs on a GPU, by the real entry: interrupted, they go on bit for bit in every way of keeping weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+
+from titan_fast import loop
+
+pytestmark = [pytest.mark.timeout(300)]
+WAYS: dict[str, dict[str, Any]] = {
+    "FSDP2": {},
+    "offloaded": {"training__enable_cpu_offload": True},
+    "foreach": {"optimizer__implementation": "foreach"},
+    "for-loop": {"optimizer__implementation": "for-loop"},
+    "masters": {"parallelism__single_device": "masters"},
+    "masters, two passes": {"parallelism__single_device": "masters", "training__global_batch_size": 4},
+    "masters, recorded": {"parallelism__single_device": "masters", "training__cuda_graph": True},
+    "bfloat16": {"parallelism__single_device": "bfloat16"},
+    "compiled": {"compile__enable": True, "parallelism__single_device": "masters"},
+    "saved in the background": {"checkpoint__async_mode": "async_with_pinned_mem"},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.prepare(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupted_run_goes_on(way: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"checkpoint__interval": 3, "training__steps": 9, "training__mixed_precision_param": "bfloat16"}
+    more |= {"debug__deterministic": True} | runs.MEASURED | WAYS[way]
+    runs.run(data, tmp_path / "whole", **more)
+    true_step = loop.Run.step
+
+    def step(self: loop.Run, number: int) -> Any:
+        if number == 5:
+            raise InterruptedError
+        return true_step(self, number)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(loop.Run, "step", step)
+        runs.run(data, tmp_path / "parts", **more)
+    runs.run(data, tmp_path / "parts", **more)
+    assert runs.losses(tmp_path / "whole") == runs.losses(tmp_path / "parts")
+    runs.assert_same_tensors(runs.checkpoint(tmp_path / "whole", 9), runs.checkpoint(tmp_path / "parts", 9))
