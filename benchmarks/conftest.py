@@ -67,10 +67,23 @@ def environment(smoke: bool) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+" where files differ from it."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
+    """The checkout's commit, with "+" where tracked files differ from it. Results are no part of what they name: the
+    parts of one suite belong together although each writes its own. BENCHMARK_COMMIT in the environment says it where
+    the code was copied without its history."""
+    if told := os.environ.get("BENCHMARK_COMMIT"):
+        return told
+    results = (":(exclude,top)benchmarks/results", ":(exclude,top)kernels/titan_kernels/measured")
+    try:
+        name = _git("describe", "--always", "--abbrev=12", "--exclude=*")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *results)
+    except OSError:  # no git here
+        return "unknown"
+    return f"{name}{'+' if changed else ''}" if name else "unknown"
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return result.stdout.strip()
 
 
 def _driver() -> str:

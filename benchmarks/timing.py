@@ -6,6 +6,7 @@ rotates, so that clocks and heat are shared. Elsewhere (a rehearsal without a GP
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 
 # The clock that torch.cuda._sleep counts; an upper bound makes the delay too long, never too short.
 _CYCLES_PER_SECOND = 2.1e9
+_FIRST_DELAY = 2e-3  # seconds
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of each call. `queued`: whether the GPU was kept from running dry, so that these are its times alone."""
+    """Seconds of each call. `queued`: whether the GPU was kept from running dry, so that these are its times alone.
+    `per_pass`: calls of one pass, which follow one another."""
 
     seconds: tuple[float, ...]
     queued: bool
+    per_pass: int = 1
 
     def quantile(self, q: float) -> float:
         ordered = sorted(self.seconds)
@@ -39,27 +43,70 @@ class Samples:
     def median(self) -> float:
         return self.quantile(0.5)
 
+    def pass_medians(self) -> list[float]:
+        starts = range(0, len(self.seconds), self.per_pass)
+        return [statistics.median(self.seconds[start : start + self.per_pass]) for start in starts]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much longer one run took than another in the same passes, and the standard error of that, in seconds."""
+
+    seconds: float
+    error: float
+    queued: bool
+
+
+def difference(mine: Samples, theirs: Samples) -> Difference:
+    """Pass by pass, both having run side by side: clocks and heat, which move both, cancel out. The median of the
+    differences, and its standard error from their median absolute deviation, as of a normal distribution."""
+    found = [a - b for a, b in zip(mine.pass_medians(), theirs.pass_medians(), strict=True)]
+    middle = statistics.median(found)
+    deviation = 1.4826 * statistics.median(abs(x - middle) for x in found)
+    return Difference(middle, 1.2533 * deviation / math.sqrt(len(found)), mine.queued and theirs.queued)
+
 
 def measure(
-    runs: dict[str, Run], device: torch.device, working_set: int, passes: int = 5, calls: int = 10
+    runs: dict[str, Run],
+    device: torch.device,
+    working_set: int,
+    passes: int = 5,
+    calls: int = 10,
+    on_failure: Callable[[str, Exception], object] | None = None,
 ) -> dict[str, Samples]:
-    """passes x calls samples of each run, after one warm-up pass. working_set: bytes that one call touches."""
+    """passes x calls samples of each run, after one warm-up pass. working_set: bytes that one call touches.
+    on_failure: told of a run that raises, which then has no samples while the others go on; None: it raises here."""
     timer = _cuda_pass if device.type == "cuda" else _host_pass
     flush = _cache_flush(device, working_set)
-    names = list(runs)
-    for name in names:
-        timer(runs[name], min(2, calls), flush)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    queued = dict.fromkeys(names, True)
-    for turn in range(passes):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            taken, was_queued = timer(runs[name], calls, flush)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    queued = dict.fromkeys(runs, True)
+    delays = dict.fromkeys(runs, _FIRST_DELAY)
+
+    def one_pass(name: str, calls: int, keep: bool) -> None:
+        if name not in seconds:
+            return
+        try:
+            taken, was_queued, delays[name] = timer(runs[name], calls, flush, delays[name])
+        except Exception as error:
+            if on_failure is None:
+                raise
+            del seconds[name]
+            on_failure(name, error)
+            return
+        if keep:
             seconds[name] += taken
             queued[name] &= was_queued
-    return {name: Samples(tuple(seconds[name]), queued[name]) for name in names}
+
+    names = list(runs)
+    for name in names:
+        one_pass(name, calls, keep=False)
+    for turn in range(passes):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            one_pass(name, calls, keep=True)
+    return {name: Samples(tuple(taken), queued[name], calls) for name, taken in seconds.items()}
 
 
-def _host_pass(run: Run, calls: int, flush: Callable[[], object]) -> tuple[list[float], bool]:
+def _host_pass(run: Run, calls: int, flush: Callable[[], object], delay: float) -> tuple[list[float], bool, float]:
     seconds = []
     for _ in range(calls):
         if run.reset is not None:
@@ -67,12 +114,12 @@ def _host_pass(run: Run, calls: int, flush: Callable[[], object]) -> tuple[list[
         start = time.perf_counter()
         run.call()
         seconds.append(time.perf_counter() - start)
-    return seconds, False
+    return seconds, False, delay
 
 
-def _cuda_pass(run: Run, calls: int, flush: Callable[[], object]) -> tuple[list[float], bool]:
-    """One queue of calls. If the device caught up with the host it was too short: again, behind a longer delay."""
-    delay = 2e-3
+def _cuda_pass(run: Run, calls: int, flush: Callable[[], object], delay: float) -> tuple[list[float], bool, float]:
+    """One queue of calls behind a delay. If the device caught up with the host it was too short: again, behind a longer
+    one, which is returned for the next pass."""
     for _ in range(4):
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
         free = torch.cuda.Event()
@@ -93,7 +140,7 @@ def _cuda_pass(run: Run, calls: int, flush: Callable[[], object]) -> tuple[list[
         if queued:
             break
         delay = 2 * host_seconds
-    return [before.elapsed_time(after) * 1e-3 for before, after in events], queued
+    return [before.elapsed_time(after) * 1e-3 for before, after in events], queued, delay
 
 
 def _cache_flush(device: torch.device, working_set: int) -> Callable[[], object]:
@@ -119,8 +166,8 @@ def host_seconds(call: Callable[[], object], device: torch.device, calls: int) -
     """Host time of each of `calls` asynchronous calls: what Python and the dispatcher cost, not the kernel."""
     seconds = []
     for index in range(calls):
-        if device.type == "cuda" and index % 100 == 0:
-            torch.cuda.synchronize()  # a full launch queue would make the host wait
+        if device.type == "cuda" and index % 20 == 0:
+            torch.cuda.synchronize()  # a full launch queue, of about 1000 kernels, would make the host wait
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
