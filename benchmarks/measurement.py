@@ -1,15 +1,24 @@
-"""One case measured: each provider's results and gradients checked against the eager reference, then timed in turn."""
+"""One case measured: each provider's results and gradients checked against the eager reference, then timed in turn.
+
+A provider that cannot be built, raises, runs out of memory or is wrong has a `problem` and no samples; the others of
+its case are measured all the same.
+"""
 
 import functools
-from collections.abc import Callable
+import gc
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from benchmarks.contests import rivals
 from benchmarks.providers import EAGER, Function, Provider, Unavailable, build, make_inputs, providers
 from benchmarks.shapes import Case
-from benchmarks.timing import Run, Samples, measure
+from benchmarks.timing import Difference, Run, Samples, difference, measure
 
 # A provider may be this much worse than the eager bfloat16 reference, both judged by the reference in float32, plus
 # two units in bfloat16's last place (some return even the loss in bfloat16). Triton's interpreter, which is what runs
@@ -17,21 +26,39 @@ from benchmarks.timing import Run, Samples, measure
 ERROR_FACTOR = {"cuda": 2.0, "cpu": 4.0}
 ERROR_FLOOR = 2.0**-7
 
+# (passes, calls of one pass). The verdicts are from differences between passes, so there are many of them.
+EFFORT = {"alone": (12, 5), "block": (16, 4)}
+
+
+class DeviceLost(Exception):
+    """The device answers no more, after an illegal access for example: nothing else can be measured by this process."""
+
 
 @dataclass
 class Measured:
-    """What one provider did. `problem` says why there are no samples; `wrong` that the reason is a wrong result."""
+    """What one provider did. `problem` says why there are no samples; `failed`: because something is wrong with the
+    provider, rather than that it does not exist here."""
 
     samples: dict[str, Samples] = field(default_factory=dict)
     """By direction."""
+    against: dict[str, dict[str, Difference]] = field(default_factory=dict)
+    """By direction and rival."""
     peak_bytes: int = 0
+    """What one forward and backward needs beyond inputs and the gradients of its outputs. 0 without CUDA."""
     problem: str = ""
-    wrong: bool = False
+    failed: bool = False
+
+
+@dataclass
+class MeasuredCase:
+    providers: dict[str, Measured]
+    seconds: float
+    """How long all of it took, compilation included."""
 
 
 def directions(case: Case) -> tuple[str, ...]:
     """The loss forms its gradient in the forward pass: a step is both."""
-    return ("step",) if case.op == "cross_entropy" else ("forward", "backward")
+    return ("step",) if case.op.startswith("cross_entropy") or case.op == "head" else ("forward", "backward")
 
 
 def differentiable(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -48,17 +75,26 @@ def widened(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def gradients_like(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Random gradients of `outputs`, in their memory layout: attention returns the gradients of q, k and v token by
+    token, as they came."""
     generator = torch.Generator(outputs[0].device).manual_seed(21)
-    return tuple(torch.randn(x.shape, generator=generator, device=x.device).bfloat16().to(x.dtype) for x in outputs)
+
+    def gradient(x: Tensor) -> Tensor:
+        values = torch.randn(x.shape, generator=generator, device=x.device).bfloat16()
+        return torch.empty_like(x).copy_(values)
+
+    return tuple(gradient(x.detach()) for x in outputs)
 
 
-def results(case: Case, function: Function, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def results(
+    case: Case, function: Function, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """Outputs and the gradients of all differentiable inputs."""
     outputs = function(*inputs)
     if directions(case) == ("step",):
         return outputs
-    gradients = torch.autograd.grad(outputs, differentiable(inputs), gradients_like(outputs))
-    return *(output.detach() for output in outputs), *gradients
+    found = torch.autograd.grad(outputs, differentiable(inputs), gradients)
+    return *(output.detach() for output in outputs), *found
 
 
 def errors(found: Tensor, truth: Tensor) -> tuple[float, float]:
@@ -87,62 +123,141 @@ def disagreement(found: tuple[Tensor, ...], reference: tuple[Tensor, ...], truth
 
 def measure_case(
     case: Case, names: set[str], device: torch.device, backend: str, passes: int, calls: int
-) -> dict[str, Measured]:
-    """All providers of `case` named in `names`. Providers that fail their check are not timed."""
+) -> MeasuredCase:
+    """All providers of `case` named in `names`, and those that they are compared with.
+
+    Raises:
+        DeviceLost: the device cannot be used any more.
+    """
+    start = time.perf_counter()
     torch._dynamo.reset()
-    inputs = make_inputs(case, device)
-    eager = build(case, EAGER, backend)
-    reference, truth = results(case, eager, fresh(inputs)), results(case, eager, widened(inputs))
-    found = {p.name: Measured() for p in providers(case) if p.name in names}
-    functions: dict[str, tuple[Provider, Function]] = {}
-    for provider in providers(case):
-        if provider.name not in names:
-            continue
-        measured = found[provider.name]
-        try:
-            function = build(case, provider, backend)
-            measured.problem = disagreement(results(case, function, fresh(inputs)), reference, truth)
-        except Unavailable as error:
-            measured.problem = f"{provider.name}: {error}"
-        else:
-            measured.wrong = bool(measured.problem)
-            if not measured.wrong:
-                functions[provider.name] = (provider, function)
-                measured.peak_bytes = peak_bytes(functools.partial(results, case, function), inputs, device)
-    del reference, truth
-    _time(case, functions, inputs, found, device, passes, calls)
-    return found
+    names = names | {rival for name in names for rival in rivals(case, name)}
+    chosen = {p.name: p for p in providers(case) if p.name in names}
+    found = {name: Measured() for name in chosen}
+    whole = Measured()
+    with _caught(whole, device):
+        inputs = make_inputs(case, device)
+        functions, gradients = _checked(case, chosen, found, inputs, device, backend)
+        _time(case, functions, found, inputs, gradients, device, passes, calls)
+    for measured in found.values():
+        if not measured.problem and measured.samples.keys() != set(directions(case)):
+            measured.problem, measured.failed = f"the case could not be measured: {whole.problem}", True
+    return MeasuredCase(found, time.perf_counter() - start)
+
+
+@contextmanager
+def _caught(measured: Measured, device: torch.device) -> Iterator[None]:
+    """What goes wrong within becomes the problem of `measured`."""
+    try:
+        yield
+        _wait(device)  # so that what a kernel does to the device is laid to the provider that launched it
+    except Unavailable as error:
+        measured.problem = str(error)
+    except Exception as error:
+        note_failure(measured, error)
+    else:
+        return
+    gc.collect()  # a traceback holds the tensors of its frames
+    try:
+        _wait(device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    except Exception as error:
+        raise DeviceLost(f"after: {measured.problem}") from error
+
+
+def note_failure(measured: Measured, error: Exception) -> None:
+    """Its kind, its message and the innermost frames; no more, for the traceback holds memory."""
+    frames = "".join(traceback.format_tb(error.__traceback__)[-3:])
+    message = str(error).strip()[:2000]
+    measured.problem, measured.failed = f"{type(error).__name__}: {message}\n{frames}", True
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _checked(
+    case: Case,
+    chosen: dict[str, Provider],
+    found: dict[str, Measured],
+    inputs: tuple[Tensor, ...],
+    device: torch.device,
+    backend: str,
+) -> tuple[dict[str, Function], tuple[Tensor, ...]]:
+    """(the functions of those providers that agree with the reference, the gradients of the outputs); the peaks of
+    memory are noted."""
+    eager = build(case, EAGER, backend, device)
+    gradients: tuple[Tensor, ...] = ()
+    if directions(case) != ("step",):
+        gradients = gradients_like(eager(*fresh(inputs)))
+    reference = results(case, eager, fresh(inputs), gradients)
+    truth = results(case, eager, widened(inputs), tuple(x.float() for x in gradients))
+    functions = {}
+    for name, provider in chosen.items():
+        measured = found[name]
+        with _caught(measured, device):
+            function = build(case, provider, backend, device)
+            # Some work in place on the gradients that they are given, so that each gets its own.
+            run = functools.partial(results, case, function)
+            problem = disagreement(run(fresh(inputs), copies(gradients)), reference, truth)
+            if problem:
+                measured.problem, measured.failed = f"wrong: {problem}", True
+                continue
+            measured.peak_bytes = peak_bytes(run, fresh(inputs), copies(gradients), device)
+            functions[name] = function
+    return functions, gradients
+
+
+def copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.clone() for x in tensors)  # clone keeps the memory layout
 
 
 def _time(
     case: Case,
-    functions: dict[str, tuple[Provider, Function]],
-    inputs: tuple[Tensor, ...],
+    functions: dict[str, Function],
     found: dict[str, Measured],
+    inputs: tuple[Tensor, ...],
+    gradients: tuple[Tensor, ...],
     device: torch.device,
     passes: int,
     calls: int,
 ) -> None:
-    if not functions:
-        return
     working_set = sum(x.numel() * x.element_size() for x in inputs)
     for direction in directions(case):
-        runs = {name: _run(case, direction, *pair, inputs) for name, pair in functions.items()}
-        for name, samples in measure(runs, device, working_set, passes, calls).items():
-            found[name].samples[direction] = samples
+        runs = {}
+        for name, function in functions.items():
+            if not found[name].problem:
+                with _caught(found[name], device):
+                    runs[name] = _run(case, direction, function, inputs, copies(gradients))
+
+        def on_failure(name: str, error: Exception) -> None:
+            with _caught(found[name], device):
+                raise error
+
+        samples = measure(runs, device, working_set, passes, calls, on_failure)
+        for name, taken in samples.items():
+            found[name].samples[direction] = taken
+            theirs = {rival: samples[rival] for rival in rivals(case, name) if rival in samples}
+            found[name].against[direction] = {rival: difference(taken, other) for rival, other in theirs.items()}
 
 
-def _run(case: Case, direction: str, provider: Provider, function: Function, inputs: tuple[Tensor, ...]) -> Run:
+def _run(
+    case: Case, direction: str, function: Function, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
+) -> Run:
+    """Alone, operators get inputs of their own, which are put back before each call: some overwrite them, and with them
+    what they saved for the backward pass."""
     own = inputs
     reset: Callable[[], object] | None = None
-    if case.context == "alone" and case.op in provider.operators().overwrites:
+    if case.op.startswith("cross_entropy") or case.op == "swiglu":
         own = fresh(inputs)
         reset = functools.partial(_restore, own, inputs)
 
     if direction != "backward":
         return Run(lambda: function(*own), reset)
     outputs = function(*own)
-    gradients, wanted = gradients_like(outputs), differentiable(own)
+    wanted = differentiable(own)
     return Run(lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True), reset)
 
 
@@ -151,14 +266,18 @@ def _restore(tensors: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
         tensor.data.copy_(value.data)  # through .data: autograd must not see the write
 
 
-def peak_bytes(call: Callable[[tuple[Tensor, ...]], object], inputs: tuple[Tensor, ...], device: torch.device) -> int:
-    """Memory that one forward and backward needs beyond its inputs. 0 without CUDA."""
+def peak_bytes(
+    run: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], object],
+    inputs: tuple[Tensor, ...],
+    gradients: tuple[Tensor, ...],
+    device: torch.device,
+) -> int:
+    """Memory that one forward and backward needs beyond its inputs and the gradients of its outputs. 0 without CUDA."""
     if device.type != "cuda":
         return 0
-    own = fresh(inputs)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    call(own)
+    run(inputs, gradients)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before

@@ -2,16 +2,18 @@
 
     python -m benchmarks.plot benchmarks/results/kernels-*.json [--picture benchmarks/results/bandwidth.png]
 
-Merges the results of parts of the suite (a later file replaces equal cells), draws achieved bandwidth against the
-device's measured copy bandwidth, prints what each provider reached, and writes the table of this architecture into
-kernels/titan_kernels/measured.
+Merges the results of parts of the suite, all of one device, one commit and the same versions (a later file replaces
+equal cells), draws achieved bandwidth against the device's measured copy bandwidth, prints what each provider reached
+and what whole blocks gain from each kernel, and writes the table of this architecture into
+kernels/titan_kernels/measured. What may decide nothing is listed with the reason.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from titan_kernels.choice import Cell, Table
 
 MEASURED = Path(__file__).parents[1] / "kernels" / "titan_kernels" / "measured"
 PROVIDER_ORDER = ("eager", "compiled", "ours", "ours_compiled", "torch", "liger", "quack")
+HOST_BOUND = "*"  # beside times in which the GPU waited for the host
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,20 @@ class Results:
         """(case, direction), as they were measured."""
         return list(dict.fromkeys((case, direction) for case, direction, _ in self.cells))
 
-    def median_us(self, case: str, direction: str, provider: str) -> float | None:
+    def time(self, case: str, direction: str, provider: str) -> str:
+        """Microseconds, marked where they are not the GPU's alone; empty where there are none."""
         cell = self.cells.get((case, direction, provider))
-        return cell["median_us"] if cell else None
+        if cell is None:
+            return ""
+        bound = not cell.get("queued", True) and not self.machine["smoke"]
+        return f"{cell['median_us']:.1f}{HOST_BOUND if bound else ''}"
 
 
 def load(paths: Sequence[Path]) -> Results:
     """Merges result files.
 
     Raises:
-        ValueError: no file, files of different devices, or a file without measurements.
+        ValueError: no file, a file without measurements, or files of different devices, versions or commits.
     """
     machine: dict[str, Any] = {}
     cells: dict[tuple[str, str, str], dict[str, Any]] = {}
@@ -51,8 +58,12 @@ def load(paths: Sequence[Path]) -> Results:
         if not content.get("benchmarks"):
             raise ValueError(f"{path} holds no benchmarks")
         found = content["machine_info"]
-        if machine and found["device"] != machine["device"]:
-            raise ValueError(f"{path} is of {found['device']}, the files before it of {machine['device']}")
+        for key in ("device", "architecture", "smoke", "commit", "versions"):
+            if machine and found[key] != machine[key]:
+                raise ValueError(
+                    f"{path} is of {key} {_said(found[key], machine[key])}, the files before it of "
+                    f"{_said(machine[key], found[key])}; measure the parts again that belong together"
+                )
         machine = found
         for benchmark in content["benchmarks"]:
             info = benchmark["extra_info"]
@@ -64,86 +75,142 @@ def load(paths: Sequence[Path]) -> Results:
 
 def case_name(info: dict[str, Any]) -> str:
     if info["context"] == "host":
-        return "host"
+        return f"host, {info['op']}{', ' + info['variant'] if info['variant'] else ''}"
     return f"{info['op']}, {info['model']} TP{info['tensor_parallel']}, {info['tokens']} tokens, {info['context']}"
 
 
-def decision_table(results: Results) -> Table:
-    """The cells by which `auto` decides: forward and backward together, ours against the reference.
+def _said(value: Any, other: Any) -> str:
+    """A value of `environment`; of versions, those that differ."""
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{name} {version}" for name, version in value.items() if version != other.get(name))
 
-    A switch that two operators share (rms_norm, add_rms_norm) is decided by the sum of both.
+
+@dataclass
+class _Verdict:
+    """The sum of the measurements that decide one cell, against one rival."""
+
+    triton_us: float = 0.0
+    slower_us: float = 0.0
+    variance: float = 0.0
+    parts: int = 0
+    queued: bool = True
+
+
+def decision_table(results: Results) -> tuple[Table, list[str]]:
+    """(the cells by which `auto` decides, a sentence for each that cannot be one).
+
+    A cell sums the directions, and of a switch that two operators share (rms_norm, add_rms_norm) both operators. Where
+    there are several to beat, the fastest counts.
     """
-    sums: dict[tuple[str, bool, tuple[tuple[str, int], ...]], list[float]] = {}
-    for (case, direction, provider), info in results.cells.items():
-        pair = _contest(info)
-        if pair is None or provider != pair[0]:
+    verdicts: dict[str, dict[str, _Verdict]] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for info in results.cells.values():
+        for contest in info.get("decides", ()):
+            key = _label(contest)
+            found[key] = contest
+            for rival in contest["against"]:
+                if rival in info["against"]:
+                    _add(verdicts.setdefault(key, {}).setdefault(rival, _Verdict()), info, info["against"][rival])
+    cells, undecided = [], []
+    for key, contest in found.items():
+        by_rival = verdicts.get(key, {})
+        problem = _problem(contest, by_rival, bool(results.machine["smoke"]))
+        if problem:
+            undecided.append(f"{_label(contest)}: {problem}")
             continue
-        reference = results.cells.get((case, direction, pair[1]))
-        if reference is None:
-            continue
-        op, sizes = info["switch"]
-        spread = max(x["p90_us"] - x["p10_us"] for x in (info, reference)) / 2
-        total = sums.setdefault((op, _is_compiled(info), tuple(sizes.items())), [0.0, 0.0, 0.0])
-        for index, microseconds in enumerate((info["median_us"], reference["median_us"], spread)):
-            total[index] += microseconds
-    cells = [
-        Cell(op, compiled, dict(sizes), *(round(x, 2) for x in total)) for (op, compiled, sizes), total in sums.items()
-    ]
+        fastest = max(by_rival.values(), key=lambda verdict: verdict.slower_us)
+        times = fastest.triton_us, fastest.triton_us - fastest.slower_us, 2 * math.sqrt(fastest.variance)
+        triton, reference, noise = (round(x, 2) for x in times)
+        names = contest["op"], contest["compiled"], contest["shape"]
+        cells.append(Cell(*names, triton, reference, noise, contest["dtype"], contest["variant"]))
     machine = results.machine
-    return Table(machine["architecture"], machine["device"], machine["versions"], machine["commit"], tuple(cells))
+    table = Table(machine["architecture"], machine["device"], machine["versions"], machine["commit"], tuple(cells))
+    return table, undecided
 
 
-def _contest(info: dict[str, Any]) -> tuple[str, str] | None:
-    """(ours, reference) of this cell's case. In a block the compiled reference is the one to beat; alone, and for the
-    loss, which no block contains, ours runs eagerly."""
-    if info.get("switch") is None:
-        return None
-    if info["op"] == "cross_entropy":
-        return ("ours", "compiled") if info["context"] == "block" else ("ours", "eager")
-    if info["context"] == "block":
-        return (
-            ("ours", "eager")
-            if info["op"] == "reemit" and info["provider"] == "ours"
-            else ("ours_compiled", "compiled")
-        )
-    return "ours", "eager"
+def _add(verdict: _Verdict, info: dict[str, Any], against: dict[str, Any]) -> None:
+    verdict.triton_us += info["median_us"]
+    verdict.slower_us += against["slower_by_us"]
+    verdict.variance += against["error_us"] ** 2
+    verdict.parts += 1
+    verdict.queued &= against["queued"]
 
 
-def _is_compiled(info: dict[str, Any]) -> bool:
-    return info["context"] == "block" and (info["op"] != "reemit" or info["provider"] != "ours")
+def _problem(contest: dict[str, Any], by_rival: dict[str, _Verdict], smoke: bool) -> str:
+    """Why these measurements decide nothing; empty where they do."""
+    if contest["against"][0] not in by_rival:
+        return f"{contest['against'][0]} was not measured beside it"
+    if any(verdict.parts != contest["parts"] for verdict in by_rival.values()):
+        return "not all of its operators and directions were measured"
+    if not smoke and not all(verdict.queued for verdict in by_rival.values()):
+        return "the GPU waited for the host"
+    return ""
+
+
+def _label(contest: dict[str, Any]) -> str:
+    sizes = " ".join(f"{name}={size}" for name, size in contest["shape"].items())
+    where = "compiled" if contest["compiled"] else "eager"
+    return " ".join(filter(None, (contest["op"], where, contest["variant"], contest["dtype"], sizes)))
 
 
 def markdown(results: Results) -> str:
-    """Microseconds of every provider, and the bandwidth of the fastest of ours where bytes are known."""
+    """Microseconds of every provider, and the bandwidth of ours where bytes are known; then whole blocks; then the
+    host's time."""
     header = ["case", "direction", *PROVIDER_ORDER, "ours, % of copy"]
     machine = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     title = f"{machine['device']}, {versions}, commit {machine['commit']}; microseconds, median"
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for case, direction in results.cases():
-        if case == "host":
+        if case.startswith("host"):
             continue
-        times = [results.median_us(case, direction, provider) for provider in PROVIDER_ORDER]
+        times = [results.time(case, direction, provider) for provider in PROVIDER_ORDER]
         ours = results.cells.get((case, direction, "ours"), {})
         percent = f"{ours['percent_of_copy']:.0f}" if "percent_of_copy" in ours else ""
-        lines.append("| " + " | ".join([case, direction, *(f"{t:.1f}" if t else "" for t in times), percent]) + " |")
-    host = [
-        f"| {info['op']} | {info['median_us']:.1f} |" for info in results.cells.values() if info["context"] == "host"
-    ]
-    if host:
-        lines += ["", "Host time of one eager call:", "", "| call | us |", "|---|---|", *host]
-    return "\n".join((title, "", *lines))
+        lines.append("| " + " | ".join([case, direction, *times, percent]) + " |")
+    if any(time.endswith(HOST_BOUND) for line in lines for time in line.split(" | ")):
+        lines.append(f"\n{HOST_BOUND} the GPU waited for the host in some calls: an upper bound, which decides nothing")
+    return "\n".join((title, "", *lines, *_blocks(results), *_host(results)))
 
 
-def decisions(table: Table) -> str:
-    """What `auto` will do, one line a cell."""
+def _blocks(results: Results) -> list[str]:
+    """What each variant of a block takes more than the block that it is compared with."""
+    lines = []
+    for (case, direction, provider), info in results.cells.items():
+        if not info["op"].startswith("block"):
+            continue
+        for rival, against in info["against"].items():
+            base = results.cells.get((case, direction, rival), {})
+            memory = f"{(info['peak_bytes'] - base['peak_bytes']) / 1e6:+.0f}" if base else ""
+            change = f"{against['slower_by_us']:+.1f} +- {2 * against['error_us']:.1f}"
+            mark = "" if against["queued"] or results.machine["smoke"] else HOST_BOUND
+            lines.append(f"| {case} | {direction} | {provider} | {rival} | {change}{mark} | {memory} |")
+    if not lines:
+        return []
+    header = "| block | direction | variant | against | us more (two standard errors) | peak MB more |"
+    return ["", "Whole blocks:", "", header, "|" + "---|" * 6, *lines]
+
+
+def _host(results: Results) -> list[str]:
+    calls = {key: info for key, info in results.cells.items() if info["context"] == "host"}
+    lines = []
+    for (case, direction, provider), info in calls.items():
+        lines.append(f"| {case.removeprefix('host, ')} | {direction} | {provider} | {info['median_us']:.1f} |")
+    if not lines:
+        return []
+    return ["", "Host time of one eager call:", "", "| call | direction | provider | us |", "|---|---|---|---|", *lines]
+
+
+def decisions(table: Table, undecided: Sequence[str]) -> str:
+    """What `auto` will do, one line a cell; then what it cannot know."""
     lines = []
     for cell in table.cells:
-        sizes = " ".join(f"{name}={size}" for name, size in cell.shape.items())
         verdict = "triton" if cell.triton_wins else "reference"
-        where = "compiled" if cell.compiled else "eager"
-        times = f"{cell.triton_us:.1f} us against {cell.reference_us:.1f} +- {cell.spread_us:.1f}"
-        lines.append(f"{cell.op:14} {where:9} {sizes:60} {times:40} {cell.speedup:.2f}x  {verdict}")
+        label = _label(asdict(cell))
+        times = f"{cell.triton_us:.1f} us against {cell.reference_us:.1f} +- {cell.noise_us:.1f}"
+        lines.append(f"{label:100} {times:40} {cell.speedup:.2f}x  {verdict}")
+    lines += [f"not decided: {reason}" for reason in undecided]
     return "\n".join(lines)
 
 
@@ -188,12 +255,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ValueError(
             "these results are a rehearsal on the CPU and must not decide anything; give another --measured"
         )
-    table = decision_table(results)
+    table, undecided = decision_table(results)
     options.measured.mkdir(parents=True, exist_ok=True)
     written = options.measured / f"{table.architecture}.json"
     written.write_text(table.to_json())
     draw(results, options.picture)
-    sys.stdout.write(f"{markdown(results)}\n\n{decisions(table)}\n\nwrote {written} and {options.picture}\n")
+    sys.stdout.write(f"{markdown(results)}\n\n{decisions(table, undecided)}\n\nwrote {written} and {options.picture}\n")
     return 0
 
 

@@ -3,7 +3,9 @@
 Every provider of a case is called with the same tensors and must return what the eager reference returns.
 """
 
+import functools
 import importlib.util
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +17,14 @@ import torch.nn.functional as F
 from titan_kernels import reference
 from torch import Tensor
 
-from benchmarks.shapes import Case
+from benchmarks.contests import EAGER_PARTS
+from benchmarks.shapes import LOSS_CHUNK, Case
+from titan_fast import compilation
+from titan_fast.config import Compile, Kernels
 from titan_fast.flavors import ModelShape
+from titan_fast.loss import LinearCrossEntropy, has_torch_loss, torch_linear_cross_entropy
 from titan_fast.model import Block, rope_tables
-from titan_fast.ops import REFERENCE, Ops
+from titan_fast.ops import REFERENCE, Ops, Workload, build_ops
 
 EPS = 1e-5
 REEMIT_BUDGET = 0.7  # the partitioner's activation memory budget at which Inductor recomputes the same activations
@@ -40,10 +46,8 @@ class Operators:
     swiglu: Callable[..., Any] | None = None
     norm_linear: Callable[..., Any] | None = None
     swiglu_linear: Callable[..., Any] | None = None
-    loss_and_grad: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    """logits, labels -> (sum of losses, its gradient). May overwrite the logits."""
-    overwrites: tuple[str, ...] = ()
-    """Cases whose inputs it overwrites."""
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    """logits, labels -> sum of losses; for peers, which differentiate it by autograd. Ours come with their gradient."""
 
 
 @dataclass(frozen=True)
@@ -51,32 +55,19 @@ class Provider:
     """How a case is run: with whose operators, compiled or not."""
 
     name: str
-    operators: Callable[[], Operators]
+    operators: Callable[[], Operators] | None = None
+    """Of a library; None in blocks and in the loss, where `kernels` says what runs."""
     compiled: bool = False
     only: tuple[str, ...] = ()
     """The operators that it has; empty for all."""
-
-
-def _reference_norm_linear(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, matrices: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    if residual is None:
-        y, new_residual = reference.rms_norm(x, weight, eps), x
-    else:
-        y, new_residual = reference.add_rms_norm(x, residual, weight, eps)
-    return (*(F.linear(y, matrix) for matrix in matrices), new_residual)
-
-
-def _differentiate(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    def loss_and_grad(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        total = loss(logits, labels)
-        return total.detach(), torch.autograd.grad(total, logits)[0]
-
-    return loss_and_grad
-
-
-def _reference_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return reference.cross_entropy(logits, labels).sum()
+    kernels: tuple[str, ...] = ()
+    """Which of titan_fast's switches are on triton; the others are on reference."""
+    is_auto: bool = False
+    """All of titan_fast's switches on auto instead."""
+    budget: float = 1.0
+    """The partitioner's activation memory budget."""
+    is_peer: bool = False
+    """Somebody else's library: that it fails, or is wrong, is no failure of this project."""
 
 
 def _reference() -> Operators:
@@ -85,18 +76,12 @@ def _reference() -> Operators:
         add_rms_norm=reference.add_rms_norm,
         rope=reference.rope,
         swiglu=reference.swiglu,
-        norm_linear=_reference_norm_linear,
-        swiglu_linear=lambda gate, up, matrix: F.linear(reference.swiglu(gate, up), matrix),
-        loss_and_grad=_differentiate(_reference_loss),
+        norm_linear=reference.norm_linear,
+        swiglu_linear=reference.swiglu_linear,
     )
 
 
 def _ours() -> Operators:
-    def loss_and_grad(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        scale = torch.ones((), device=logits.device)
-        with torch.no_grad():
-            return titan_kernels.cross_entropy_with_grad_(logits.detach(), labels, scale).sum(), logits.detach()
-
     return Operators(
         rms_norm=titan_kernels.rms_norm,
         add_rms_norm=titan_kernels.add_rms_norm,
@@ -104,8 +89,6 @@ def _ours() -> Operators:
         swiglu=titan_kernels.swiglu,
         norm_linear=titan_kernels.norm_linear,
         swiglu_linear=titan_kernels.swiglu_linear,
-        loss_and_grad=loss_and_grad,
-        overwrites=("cross_entropy",),
     )
 
 
@@ -121,6 +104,8 @@ def _need(package: str, installed_as: str) -> None:
 
 
 def _liger() -> Operators:
+    """Read against liger-kernel 0.8.5. Its cross entropy counts the labels with .item() and compares the incoming
+    gradient on the host, so that the GPU runs dry in every call: such times are marked as not queued."""
     _need("liger-kernel", "liger_kernel")
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction  # pyright: ignore[reportMissingImports]
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction  # pyright: ignore[reportMissingImports]
@@ -145,146 +130,151 @@ def _liger() -> Operators:
         add_rms_norm=lambda x, residual, weight, eps: LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps),
         rope=rope,
         swiglu=LigerSiLUMulFunction.apply,
-        loss_and_grad=_differentiate(loss),
-        overwrites=("swiglu", "cross_entropy"),
+        loss=loss,
     )
 
 
 def _quack() -> Operators:
+    """Read against quack-kernels 0.6.5."""
     _need("quack-kernels", "quack")
     from quack.cross_entropy import cross_entropy  # pyright: ignore[reportMissingImports]
     from quack.rmsnorm import rmsnorm  # pyright: ignore[reportMissingImports]
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(logits, labels, reduction="sum", inplace_backward=True)
-
     return Operators(
         rms_norm=lambda x, weight, eps: rmsnorm(x, weight, eps=eps),
         add_rms_norm=lambda x, residual, weight, eps: rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True),
-        loss_and_grad=_differentiate(loss),
-        overwrites=("cross_entropy",),
+        loss=lambda logits, labels: cross_entropy(logits, labels, reduction="sum", inplace_backward=True),
     )
 
 
+NORMS = ("rms_norm", "add_rms_norm")
+PARTS = ("rms_norm", "rope", "swiglu")  # the switches that can be on together; the units replace the first and last
 EAGER = Provider("eager", _reference)
-PROVIDERS = {
-    "alone": (
-        EAGER,
-        Provider("compiled", _reference, compiled=True),
-        Provider("ours", _ours),
-        Provider("torch", _torch, only=("rms_norm",)),
-        Provider("liger", _liger, only=("rms_norm", "add_rms_norm", "rope", "swiglu", "cross_entropy")),
-        Provider("quack", _quack, only=("rms_norm", "add_rms_norm", "cross_entropy")),
-    ),
-    "block": (
-        EAGER,
-        Provider("ours", _ours),
-        Provider("compiled", _reference, compiled=True),
-        Provider("ours_compiled", _ours, compiled=True),
-    ),
-}
+COMPILED = Provider("compiled", _reference, compiled=True)
+OURS = Provider("ours", _ours, kernels=("cross_entropy",))
+LIBRARIES = (
+    EAGER,
+    COMPILED,
+    OURS,
+    Provider("torch", _torch, only=("rms_norm",), is_peer=True),
+    Provider("liger", _liger, only=(*NORMS, "rope", "swiglu", "cross_entropy"), is_peer=True),
+    Provider("quack", _quack, only=(*NORMS, "cross_entropy"), is_peer=True),
+)
+HEADS = (EAGER, COMPILED, OURS, Provider("torch", is_peer=True))
+OURS_COMPILED = Provider("ours_compiled", _ours, compiled=True, kernels=PARTS)
+AUTO = Provider("auto", compiled=True, is_auto=True)
+EAGER_BLOCKS = (
+    EAGER,
+    Provider("ours", kernels=PARTS),
+    Provider(EAGER_PARTS, kernels=("rms_norm", "swiglu")),
+    Provider("eager+reemit", kernels=("reemit",)),
+)
+EXCHANGED = {name: Provider(f"compiled+{name}", compiled=True, kernels=(name,)) for name in (*PARTS, "reemit")}
 
 
 def providers(case: Case) -> tuple[Provider, ...]:
-    """Who is asked to run `case`. The loss is no part of a compiled block; there torch's own chunked loss competes."""
-    if case.op == "cross_entropy" and case.context == "block":
-        fused = Provider("torch", _torch)
-        return (EAGER, Provider("compiled", _reference, compiled=True), Provider("ours", _ours), fused)
-    if case.op.startswith("block"):
-        return tuple(provider for provider in PROVIDERS["block"] if provider.compiled)
-    return tuple(p for p in PROVIDERS[case.context] if not p.only or case.op in p.only)
+    """Who is asked to run `case`."""
+    if case.op == "head":
+        return HEADS
+    if not case.op.startswith("block"):
+        found = tuple(p for p in LIBRARIES if not p.only or case.op in p.only)
+        return (*found, OURS_COMPILED) if case.op in NORMS and case.tensor_parallel > 1 else found
+    if case.tensor_parallel > 1:  # norms are judged alone there, and the units do not exist
+        return COMPILED, EXCHANGED["rope"], EXCHANGED["swiglu"]
+    if case.op == "block_carried":
+        return COMPILED, EXCHANGED["rms_norm"], EXCHANGED["reemit"], OURS_COMPILED, AUTO
+    budget = Provider(f"compiled_budget_{REEMIT_BUDGET}", compiled=True, budget=REEMIT_BUDGET)
+    return *EAGER_BLOCKS, COMPILED, *EXCHANGED.values(), OURS_COMPILED, budget, AUTO
 
 
-def build(case: Case, provider: Provider, backend: str) -> Function:
-    """The function of `make_inputs(case)`'s tensors.
+def build(case: Case, provider: Provider, backend: str, device: torch.device) -> Function:
+    """The function of `make_inputs(case, device)`'s tensors.
 
     Raises:
         Unavailable: the library is not there.
     """
-    operators = provider.operators()
-    if case.op == "cross_entropy":
-        return _loss_function(case, provider, operators, backend)
-    function = _block_function(case, operators) if case.op.startswith("block") else _piece(case, operators)
+    if case.op == "head":
+        return _head(provider, backend)
+    if case.op.startswith("cross_entropy"):
+        return _loss(case, provider, backend)
+    function = _block(case, provider, device) if case.op.startswith("block") else _alone(case, provider)
     if not provider.compiled:
         return function
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
-    if case.op == "reemit" and provider.name == "compiled":
-        return _with_memory_budget(compiled)
-    return compiled
+    compiled = _compiler(backend)(_with_own_code(function))
+    return compiled if provider.budget == 1.0 else _with_memory_budget(compiled, provider.budget)
 
 
-def _with_memory_budget(compiled: Function) -> Function:
+def _with_own_code(function: Any) -> Any:
+    """Dynamo keeps what it compiled by code object, and takes another provider's where its guards hold; the memory
+    budget is not among them."""
+    code = function.__code__.replace()
+    return types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+
+
+def _compiler(backend: str) -> Callable[[Any], Any]:
+    """As a run compiles."""
+    return compilation.compiler(Compile(enable=True, backend=backend))
+
+
+def _with_memory_budget(compiled: Function, budget: float) -> Function:
     """The setting matters when the first call compiles."""
 
     def call(*inputs: Tensor) -> tuple[Tensor, ...]:
-        with functorch_config.patch(activation_memory_budget=REEMIT_BUDGET):
+        with functorch_config.patch(activation_memory_budget=budget):
             return compiled(*inputs)
 
     return call
 
 
-def _required(operators: Operators, name: str) -> Callable[..., Any]:
-    operator = getattr(operators, name)
-    assert operator is not None, f"a provider that has no {name} was asked for it"
-    return operator
-
-
-def _piece(case: Case, operators: Operators) -> Function:
-    if case.op == "reemit":
-        return _feed_forward_half(operators)
-    operator = _required(operators, case.op)
+def _alone(case: Case, provider: Provider) -> Function:
+    assert provider.operators is not None
+    operator = getattr(provider.operators(), case.op)
+    assert operator is not None, f"{provider.name} has no {case.op} and was asked for it"
     heads = case.model.n_heads, case.model.n_kv_heads
-    alone: dict[str, Function] = {
+    functions: dict[str, Function] = {
         "rms_norm": lambda x, weight: (operator(x, weight, EPS),),
         "add_rms_norm": lambda x, residual, weight: operator(x, residual, weight, EPS),
         "rope": lambda qkv, cos, sin: operator(qkv, cos, sin, *heads),
         "swiglu": lambda gate, up: (operator(gate, up),),
+        "norm_linear": lambda x, residual, weight, matrix: operator(x, residual, weight, EPS, (matrix,)),
+        "swiglu_linear": lambda gate, up, matrix: (operator(gate, up, matrix),),
     }
-    if case.context == "alone":
-        return alone[case.op]
-
-    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, ...]:
-        y, new_residual = operator(F.linear(x, before), residual, weight, EPS)
-        return F.linear(y, after), new_residual
-
-    def rope(x: Tensor, cos: Tensor, sin: Tensor, before: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = operator(F.linear(x, before), cos, sin, *heads)
-        return (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads[0] != heads[1]),)
-
-    def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
-        return (F.linear(operator(F.linear(x, gate), F.linear(x, up)), down),)
-
-    def rms_norm(x: Tensor, weight: Tensor, after: Tensor) -> tuple[Tensor, ...]:
-        return F.linear(operator(x, weight, EPS), after), x  # x is also the residual stream
-
-    return {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "rope": rope, "swiglu": swiglu}[case.op]
+    return functions[case.op]
 
 
-def _feed_forward_half(operators: Operators) -> Function:
-    norm_linear, swiglu_linear = _required(operators, "norm_linear"), _required(operators, "swiglu_linear")
-
-    def half(x: Tensor, residual: Tensor, weight: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
-        gated, lifted, new_residual = norm_linear(x, residual, weight, EPS, (gate, up))
-        return (new_residual + swiglu_linear(gated, lifted, down),)
-
-    return half
+def _kernels(provider: Provider, carried: bool) -> Kernels:
+    if provider.is_auto:
+        return Kernels(carry_residual=carried)
+    switches: dict[str, Any] = dict.fromkeys(("rms_norm", "rope", "swiglu", "cross_entropy", "reemit"), "reference")
+    return Kernels(**{**switches, **dict.fromkeys(provider.kernels, "triton")}, carry_residual=carried)
 
 
-def _block_function(case: Case, operators: Operators) -> Function:
-    """A whole decoder block of titan_fast.model, its parameters passed in."""
-    names = ("rms_norm", "add_rms_norm", "rope", "swiglu")
-    ops: Ops = replace(
-        REFERENCE,
-        carry_residual=case.op == "block_carried",
-        **{name: _required(operators, name) for name in names},
-    )
+def block_ops(case: Case, provider: Provider, device: torch.device) -> Ops:
+    """Chosen as a run on this device chooses them, attention included.
+
+    Raises:
+        Unavailable: auto takes no kernel here, and so is the reference.
+    """
+    shape = model_shape(case)
+    workload = Workload(shape, case.tokens, case.tensor_parallel, LOSS_CHUNK, compiled=provider.compiled)
+    ops = build_ops(_kernels(provider, case.op == "block_carried"), device, workload)
+    if provider.is_auto and all(choice == "reference" for name, choice, _ in ops.reasons if name != "attention"):
+        raise Unavailable("auto is the reference of every operator here: compiled is its time")
+    return ops
+
+
+def _block(case: Case, provider: Provider, device: torch.device) -> Function:
+    """A whole decoder block of titan_fast.model, its parameters passed in; with tensor parallelism one rank's part of
+    it without the communication, over all tokens."""
     with torch.device("meta"):
-        block = Block(model_shape(case), ops)
-    parameter_names = [name for name, _ in block.named_parameters()]
+        block = Block(model_shape(case), block_ops(case, provider, device))
+    names = [name for name, _ in block.named_parameters()]
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        parameters = dict(zip(parameter_names, inputs, strict=False))
-        cos, sin, x, *residual = inputs[len(parameter_names) :]
+        parameters = dict(zip(names, inputs, strict=False))
+        cos, sin, x, *residual = inputs[len(names) :]
         arguments = (x, residual[0] if residual else None, (cos, sin))
         outputs = torch.func.functional_call(block, parameters, arguments)
         return tuple(output for output in outputs if output is not None)
@@ -292,41 +282,88 @@ def _block_function(case: Case, operators: Operators) -> Function:
     return run
 
 
-def _loss_function(case: Case, provider: Provider, operators: Operators, backend: str) -> Function:
-    if case.context == "block" and provider.name == "torch":
-        return _torch_linear_cross_entropy()
+def loss_ops(provider: Provider, backend: str) -> Ops:
+    """The cross entropies that a run would have: what `[compile]` makes of the reference's, the reference's or ours."""
     if provider.compiled:
-        compiled = torch.compile(_reference_loss, fullgraph=True, dynamic=False, backend=backend)
-        loss_and_grad = _differentiate(compiled)
+        return compilation.compiled_cross_entropy(REFERENCE, _compiler(backend))
+    if not provider.kernels:
+        return REFERENCE
+    return replace(
+        REFERENCE,
+        cross_entropy_with_grad_=titan_kernels.cross_entropy_with_grad_,
+        cross_entropy_stats=titan_kernels.cross_entropy_stats,
+        cross_entropy_grad_=titan_kernels.cross_entropy_grad_,
+    )
+
+
+def _loss(case: Case, provider: Provider, backend: str) -> Function:
+    """logits, labels, scale -> losses and gradient, which takes the logits' place."""
+    if provider.is_peer:
+        assert provider.operators is not None
+        loss = provider.operators().loss
+        assert loss is not None
+        return functools.partial(_differentiate, loss)
+    ops = loss_ops(provider, backend)
+
+    @torch.no_grad()
+    def whole(logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        return ops.cross_entropy_with_grad_(logits, labels, scale, -100, 0.0).sum(), logits
+
+    offset = case.model.vocab * (case.tensor_parallel // 2)
+
+    @torch.no_grad()
+    def sharded(logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        """What one rank does before and after the ranks exchange their statistics; its own stand for everybody's."""
+        peak, total, target = ops.cross_entropy_stats(logits, labels, offset)
+        logsumexp = peak + torch.log(total)
+        ops.cross_entropy_grad_(logits, labels, offset, logsumexp, scale, -100, 0.0)
+        return (logsumexp - target).sum(), logits
+
+    return sharded if case.op == "cross_entropy_sharded" else whole
+
+
+def _differentiate(
+    loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor, scale: Tensor
+) -> tuple[Tensor, ...]:
+    logits = logits.detach().requires_grad_()
+    total = loss(logits, labels)
+    return total.detach(), torch.autograd.grad(total, logits)[0]  # scale is 1
+
+
+def _head(provider: Provider, backend: str) -> Function:
+    """The head's matrix products and the loss, a chunk at a time, as titan_fast.loss has them."""
+    if provider.is_peer:
+        if not has_torch_loss():
+            raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
+        loss: Callable[..., Tensor] = torch_linear_cross_entropy
     else:
-        loss_and_grad = _required(operators, "loss_and_grad")
-    if case.context == "alone":
-        return loss_and_grad
+        loss = LinearCrossEntropy(loss_ops(provider, backend), LOSS_CHUNK)
 
-    def head(x: Tensor, labels: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
-        logits = F.linear(x.detach(), matrix.detach()).requires_grad_()
-        loss, dlogits = loss_and_grad(logits, labels)
-        return loss, dlogits @ matrix.detach(), dlogits.t() @ x.detach()
-
-    return head
-
-
-def _torch_linear_cross_entropy() -> Function:
-    fused = getattr(F, "linear_cross_entropy", None)
-    if fused is None:
-        raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
-
-    def head(x: Tensor, labels: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
-        loss = fused(x, matrix, labels, reduction="sum")
-        return loss.detach(), *torch.autograd.grad(loss, (x, matrix))
+    def head(x: Tensor, matrix: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        total = loss(x, matrix, labels, scale)
+        return total.detach(), *torch.autograd.grad(total, (x, matrix))
 
     return head
 
 
 def model_shape(case: Case) -> ModelShape:
-    model = case.model
+    """One block of the whole model: a rank's part of it is in the parameters."""
+    model = case.whole
     sizes = (model.width, 1, model.n_heads, model.n_kv_heads, model.ffn_width, model.vocab)
     return ModelShape(*sizes, max_seq_len=case.seq_len)
+
+
+def parameter_sizes(case: Case) -> list[tuple[int, ...]]:
+    """Of a block's parameters in their order; of one rank's part of them."""
+    with torch.device("meta"):
+        named = dict(Block(model_shape(case), REFERENCE).named_parameters())
+    degree = case.tensor_parallel
+    cut = {"qkv": (degree, 1), "gate": (degree, 1), "up": (degree, 1), "out": (1, degree), "down": (1, degree)}
+    sizes = []
+    for name, parameter in named.items():
+        divisors = cut.get(name.split(".")[-2], (1,))
+        sizes.append(tuple(size // divisor for size, divisor in zip(parameter.shape, divisors, strict=True)))
+    return sizes
 
 
 def make_inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
@@ -343,34 +380,23 @@ def make_inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 
     model, rows = case.model, case.rows
     batch, seq_len = case.tokens // case.seq_len, case.seq_len
-    # A shard has fewer heads than its width would hold; the tables depend on the head's dimension alone.
-    heads = replace(model_shape(case), dim=model.n_heads * model.head_dim)
-    cos, sin = rope_tables(heads, seq_len, device)
-    packed = (model.n_heads + 2 * model.n_kv_heads) * model.head_dim
+    cos, sin = rope_tables(model_shape(case), seq_len, device)
     if case.op.startswith("block"):
-        with torch.device("meta"):
-            parameters = list(Block(model_shape(case), REFERENCE).parameters())
-        weights = [matrix(*p.shape) if p.dim() == 2 else normal(*p.shape) for p in parameters]
+        weights = [matrix(*size) if len(size) == 2 else normal(*size) for size in parameter_sizes(case)]
         streams = [normal(batch, seq_len, model.width) for _ in range(2 if case.op == "block_carried" else 1)]
         return (*weights, cos, sin, *streams)
-    if case.op == "cross_entropy":
-        labels = torch.randint(0, model.vocab, (rows,), generator=generator, device=device)
-        if case.context == "alone":
-            return normal(rows, model.vocab), labels
-        return normal(rows, model.width), labels, matrix(model.vocab, model.width)
+    scale = torch.ones((), device=device)
+    labels = torch.randint(0, case.whole.vocab, (rows,), generator=generator, device=device)
+    if case.op == "head":
+        return normal(rows, model.width), matrix(model.vocab, model.width), labels, scale
+    if case.op.startswith("cross_entropy"):
+        return normal(rows, model.vocab).detach(), labels, scale
     if case.op == "rope":
-        if case.context == "alone":
-            return normal(batch, seq_len, packed), cos, sin
-        return normal(batch, seq_len, model.width), cos, sin, matrix(packed, model.width)
-    if case.op == "swiglu" and case.context == "alone":
-        return normal(rows, model.ffn_width), normal(rows, model.ffn_width)
-    x = normal(rows, model.width)
-    up, down = (model.ffn_width, model.width), (model.width, model.ffn_width)
-    if case.op == "swiglu":
-        return x, matrix(*up), matrix(*up), matrix(*down)
-    if case.op == "reemit":
-        return x, normal(rows, model.width), normal(model.width), matrix(*up), matrix(*up), matrix(*down)
+        return normal(batch, seq_len, (model.n_heads + 2 * model.n_kv_heads) * model.head_dim), cos, sin
+    if case.op.startswith("swiglu"):
+        down = (matrix(model.width, model.ffn_width),) if case.op == "swiglu_linear" else ()
+        return normal(rows, model.ffn_width), normal(rows, model.ffn_width), *down
     if case.op == "rms_norm":
-        return (x, normal(model.width)) + ((matrix(packed, model.width),) if case.context == "block" else ())
-    tail = (matrix(model.width, model.width), matrix(*up)) if case.context == "block" else ()
-    return x, normal(rows, model.width), normal(model.width), *tail
+        return normal(rows, model.width), normal(model.width)
+    after = (matrix(model.ffn_width, model.width),) if case.op == "norm_linear" else ()
+    return normal(rows, model.width), normal(rows, model.width), normal(model.width), *after

@@ -1,23 +1,30 @@
-"""What is measured: operators at the sizes of Llama models, alone and between the matrix products they live with."""
+"""What is measured: operators at the sizes of Llama models, alone and in the decoder block that they live in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from titan_kernels.llama_shapes import LLAMA, LlamaShape
 from titan_kernels.traffic import TRAFFIC, Traffic
 
 Context = Literal["alone", "block"]
-"""`alone`: the operator by itself. `block`: the piece of a decoder block around it, matrix products included."""
+"""`alone`: the operator by itself. `block`: a whole decoder block, or for the loss the head's matrix products too."""
 
-OPERATORS = ("rms_norm", "add_rms_norm", "rope", "swiglu", "cross_entropy", "reemit", "block", "block_carried")
-SEQ_LEN = 2048  # of each sequence; 8192 tokens are four. Attention in the piece around rope stays small this way.
+ALONE = ("rms_norm", "add_rms_norm", "rope", "swiglu", "cross_entropy", "cross_entropy_sharded")
+BLOCKS = ("block", "block_carried")
+"""A decoder block as titan_fast.model has it; carried: the residual goes from block to block as a pair."""
+OPERATORS = (*ALONE, *BLOCKS, "head")
+UNITS = ("norm_linear", "swiglu_linear")
+"""Measured for what a call costs the host; on the device, as part of a block."""
+
+DTYPE = "bfloat16"
+SEQ_LEN = 2048  # of each sequence; 8192 tokens are four. Attention stays a small part of a block this way.
 LOSS_CHUNK = 2048  # rows of logits that exist at a time
 SMOKE_MODEL = LlamaShape("smoke", width=64, ffn_width=96, n_heads=4, n_kv_heads=2, head_dim=16, vocab=160)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one shape, on one rank."""
+    """One operator, block or head at one shape, on one rank."""
 
     op: str
     model: LlamaShape
@@ -35,11 +42,18 @@ class Case:
         """Norms run on a share of the tokens under tensor parallelism (sequence parallel), the loss on a chunk."""
         if self.op in ("rms_norm", "add_rms_norm"):
             return self.tokens // self.tensor_parallel
-        return min(self.tokens, LOSS_CHUNK) if self.op == "cross_entropy" else self.tokens
+        return min(self.tokens, LOSS_CHUNK) if self.op.startswith("cross_entropy") else self.tokens
 
     @property
     def seq_len(self) -> int:
         return min(self.tokens, SEQ_LEN)
+
+    @property
+    def whole(self) -> LlamaShape:
+        """The model of which `model` is one rank's part."""
+        model, degree = self.model, self.tensor_parallel
+        divided = ("ffn_width", "n_heads", "n_kv_heads", "vocab")
+        return replace(model, **{name: degree * getattr(model, name) for name in divided})
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -57,45 +71,55 @@ class Case:
     @property
     def traffic(self) -> Traffic | None:
         """The least bytes of the operator; None where matrix products are what mostly moves."""
-        return TRAFFIC[self.op](**self.sizes) if self.context == "alone" else None
-
-    @property
-    def switch(self) -> tuple[str, dict[str, int]] | None:
-        """The switch of titan_kernels.choice that this case informs, and the call's sizes in its terms. Whole blocks
-        inform none: they check what the switches choose together."""
-        if self.op.startswith("block"):
+        if self.context != "alone" or self.op in UNITS:
             return None
-        if self.op == "reemit":
-            return "reemit", {"rows": self.rows, "width": self.model.width, "ffn_width": self.model.ffn_width}
-        op = "rms_norm" if self.op == "add_rms_norm" else self.op
-        return op, {name: size for name, size in self.sizes.items() if name != "seq_len"}
+        return (
+            sharded_cross_entropy(**self.sizes)
+            if self.op == "cross_entropy_sharded"
+            else TRAFFIC[self.op](**self.sizes)
+        )
+
+
+def sharded_cross_entropy(rows: int, vocab: int, element_size: int = 2) -> Traffic:
+    """`cross_entropy_stats`, then `cross_entropy_grad_`, over one slice of the vocabulary. Between the two the ranks
+    exchange the statistics, so that the logits are read twice: logits, labels -> three numbers a row; logits, labels,
+    logsumexp -> gradient. All counted as forward, as `titan_kernels.traffic.cross_entropy` does."""
+    logits, label, number = rows * vocab * element_size, rows * 8, rows * 4
+    return Traffic(forward=3 * logits + 2 * label + 4 * number, backward=0)
 
 
 def cases(smoke: bool) -> list[Case]:
-    """Alone: three models, whole and one of eight shards, two batch sizes. In a block: the corners of that.
-
-    Compilation, not measurement, is what a full run spends its time on; the block cases are few for that reason.
-    """
+    """Alone: three models, whole and one of eight shards, two batch sizes. Blocks and head: see `_is_measured`."""
     if smoke:
-        return [Case(op, SMOKE_MODEL, 1, 8, context) for op in OPERATORS for context in _contexts(op)]
+        whole = [Case(op, SMOKE_MODEL, 1, 8, _context(op)) for op in OPERATORS if op != "cross_entropy_sharded"]
+        shard = SMOKE_MODEL.shard(2)
+        sharded = ("rms_norm", "add_rms_norm", "cross_entropy_sharded", "block")
+        return whole + [Case(op, shard, 2, 8, _context(op)) for op in sharded]
     found = []
     for op in OPERATORS:
         for name in ("llama3_8b", "llama2_13b", "llama3_70b"):
             for degree in (1, 8):
                 for tokens in (8192, 2048):
-                    for context in _contexts(op):
-                        if context == "alone" or _is_corner(op, name, degree, tokens):
-                            found.append(Case(op, LLAMA[name].shard(degree), degree, tokens, context))
+                    if _is_measured(op, name, degree, tokens):
+                        found.append(Case(op, LLAMA[name].shard(degree), degree, tokens, _context(op)))
     return found
 
 
-def _contexts(op: str) -> tuple[Context, ...]:
-    return ("block",) if op in ("reemit", "block", "block_carried") else ("alone", "block")
+def _context(op: str) -> Context:
+    return "alone" if op in ALONE or op in UNITS else "block"
 
 
-def _is_corner(op: str, name: str, degree: int, tokens: int) -> bool:
-    if op.startswith("block") and degree > 1:
-        return False  # a shard of a block is joined by communication, which is not measured here
-    if tokens == 2048:
-        return name == "llama3_8b" and degree == 1
-    return name != "llama2_13b" or degree == 1
+def _is_measured(op: str, name: str, degree: int, tokens: int) -> bool:
+    """Compilation, not measurement, is what a full run spends its time on; blocks are few for that reason."""
+    if op.startswith("cross_entropy"):
+        # A chunk has the same rows whatever the batch, and Llama 3 one vocabulary.
+        return (degree > 1) == (op == "cross_entropy_sharded") and tokens == 8192 and name != "llama3_70b"
+    if op == "head":
+        return name == "llama3_8b" and degree == 1 and tokens == 8192
+    if op == "block_carried":
+        return name != "llama2_13b" and degree == 1 and tokens == 8192
+    if op == "block":
+        if tokens == 2048:
+            return name == "llama3_8b" and degree == 1
+        return degree == 1 or name != "llama2_13b"
+    return True

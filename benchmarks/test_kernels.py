@@ -1,11 +1,12 @@
 """The kernel suite: `pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/<name>.json`.
 
 Each test replays to pytest-benchmark what was measured on the device: all providers of a case are checked and timed
-together, in rotated order, when the first of them is asked for. `-k llama3_8b`, `-k "swiglu and alone"` and the like
-run parts, whose results `python -m benchmarks.plot` merges.
+together, in rotated order, when the first of them is asked for. `python -m benchmarks.kernel_plan` names the parts that
+a run is divided into, with the minutes planned for each; `python -m benchmarks.plot` merges their results.
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -37,19 +38,23 @@ CLOCK = Replay()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "cell" not in metafunc.fixturenames:
-        return
-    from benchmarks.measurement import directions
-    from benchmarks.providers import providers
-    from benchmarks.shapes import cases
+    smoke = bool(metafunc.config.getoption("--smoke"))
+    if "cell" in metafunc.fixturenames:
+        from benchmarks.measurement import directions
+        from benchmarks.providers import providers
+        from benchmarks.shapes import cases
 
-    cells = [
-        pytest.param((case, direction, provider.name), id=f"{case.key}-{direction}-{provider.name}")
-        for case in cases(bool(metafunc.config.getoption("--smoke")))
-        for direction in directions(case)
-        for provider in providers(case)
-    ]
-    metafunc.parametrize("cell", cells)
+        cells = [
+            pytest.param((case, direction, provider.name), id=f"{case.key}-{direction}-{provider.name}")
+            for case in cases(smoke)
+            for direction in directions(case)
+            for provider in providers(case)
+        ]
+        metafunc.parametrize("cell", cells)
+    if "host_call" in metafunc.fixturenames:
+        from benchmarks.host_calls import HOST_CALLS
+
+        metafunc.parametrize("host_call", HOST_CALLS, ids=str)
 
 
 @pytest.fixture(scope="session")
@@ -66,9 +71,9 @@ def copy_speed(device: torch.device) -> float:
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest, device: torch.device) -> Callable[..., Any]:
-    """Measures a case when it is first asked for: the providers whose tests were selected, and no others. Only the last
-    case is kept."""
-    from benchmarks.measurement import measure_case
+    """Measures a case when it is first asked for: the providers whose tests were selected, and those that they are
+    compared with. Only the last case is kept; one that was interrupted is not tried again."""
+    from benchmarks.measurement import EFFORT, DeviceLost, measure_case
 
     smoke = bool(request.config.getoption("--smoke"))
     selected: dict[str, set[str]] = {}
@@ -79,18 +84,23 @@ def measured(request: pytest.FixtureRequest, device: torch.device) -> Callable[.
             selected.setdefault(case.key, set()).add(provider)
     last: dict[str, Any] = {}
 
-    def get(case: Any, provider: str) -> Any:
+    def get(case: Any) -> Any:
         if case.key not in last:
             last.clear()
-            calls = 1 if smoke else 10 if case.context == "alone" else 4
+            last[case.key] = None
+            passes, calls = (1, 1) if smoke else EFFORT[case.context]
+            backend = "aot_eager" if smoke else "inductor"
             # Buffers that the backward pass gives away cannot be used by a second one; training gives them away.
             with functorch_config.patch(donated_buffer=False):
-                backend = "aot_eager" if smoke else "inductor"
-                passes = 1 if smoke else 5
-                last[case.key] = measure_case(case, selected[case.key], device, backend, passes, calls)
+                try:
+                    last[case.key] = measure_case(case, selected[case.key], device, backend, passes, calls)
+                except DeviceLost as error:
+                    pytest.exit(f"the device answers no more; start again from {case.key} on. {error}", returncode=1)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        return last[case.key][provider]
+        if last[case.key] is None:
+            pytest.fail("measuring this case was interrupted by an earlier test's time limit")
+        return last[case.key]
 
     return get
 
@@ -98,12 +108,18 @@ def measured(request: pytest.FixtureRequest, device: torch.device) -> Callable[.
 @pytest.mark.timeout(600)
 @pytest.mark.benchmark(timer=CLOCK)
 def test_operator(benchmark: Any, cell: tuple[Any, str, str], measured: Callable[..., Any], copy_speed: float) -> None:
-    case, direction, provider = cell
-    found = measured(case, provider)
-    if found.wrong:
-        pytest.fail(f"{provider} is wrong: {found.problem}")
+    from benchmarks.contests import contests
+    from benchmarks.providers import providers
+    from benchmarks.shapes import DTYPE
+
+    case, direction, name = cell
+    of_case = measured(case)
+    found = of_case.providers[name]
+    provider = next(p for p in providers(case) if p.name == name)
+    if found.failed and not provider.is_peer:
+        pytest.fail(f"{name}: {found.problem}", pytrace=False)
     if found.problem:
-        pytest.skip(found.problem)
+        pytest.skip(f"{name}: {found.problem}")
     samples = found.samples[direction]
     benchmark.group = f"{case.key}-{direction}"
     benchmark.extra_info.update(
@@ -112,15 +128,21 @@ def test_operator(benchmark: Any, cell: tuple[Any, str, str], measured: Callable
         tensor_parallel=case.tensor_parallel,
         tokens=case.tokens,
         context=case.context,
+        dtype=DTYPE,
         direction=direction,
-        provider=provider,
-        switch=case.switch,
+        provider=name,
         median_us=samples.median * 1e6,
         p10_us=samples.quantile(0.1) * 1e6,
         p90_us=samples.quantile(0.9) * 1e6,
         queued=samples.queued,
+        against={
+            rival: {"slower_by_us": d.seconds * 1e6, "error_us": d.error * 1e6, "queued": d.queued}
+            for rival, d in found.against[direction].items()
+        },
+        decides=[asdict(contest) for contest in contests(case, name)],
         peak_bytes=found.peak_bytes,
         copy_gb_per_s=copy_speed / 1e9,
+        case_seconds=of_case.seconds,
     )
     if case.traffic is not None:
         moved = case.traffic.backward if direction == "backward" else case.traffic.forward
@@ -129,58 +151,23 @@ def test_operator(benchmark: Any, cell: tuple[Any, str, str], measured: Callable
     CLOCK.play(benchmark, samples.seconds)
 
 
-def _host_calls() -> dict[str, Callable[[torch.device], Callable[[], object]]]:
-    """Name -> a call at a size where the kernel is nothing: what is left is Python and the dispatcher."""
-    import titan_kernels
-    from titan_kernels import reference
-    from titan_kernels.rms_norm import rms_norm_op
-
-    def tensors(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        return (
-            torch.randn(4, 128, device=device, dtype=torch.bfloat16, requires_grad=True),
-            torch.ones(128, device=device, dtype=torch.bfloat16, requires_grad=True),
-        )
-
-    def of(function: Callable[..., object]) -> Callable[[torch.device], Callable[[], object]]:
-        def bind(device: torch.device) -> Callable[[], object]:
-            x, weight = tensors(device)
-            return lambda: function(x, weight)
-
-        return bind
-
-    def swiglu(x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        return titan_kernels.swiglu(x, x)
-
-    def without_autograd(x: torch.Tensor, weight: torch.Tensor) -> object:
-        with torch.no_grad():
-            return titan_kernels.rms_norm(x, weight, 1e-5)
-
-    return {
-        "rms_norm": of(lambda x, weight: titan_kernels.rms_norm(x, weight, 1e-5)),
-        "rms_norm-no_grad": of(without_autograd),
-        "rms_norm-custom_op": of(lambda x, weight: rms_norm_op(x, weight, 1e-5)),
-        "rms_norm-reference": of(lambda x, weight: reference.rms_norm(x, weight, 1e-5)),
-        "swiglu": of(swiglu),
-        "swiglu-reference": of(lambda x, _: reference.swiglu(x, x)),
-    }
-
-
-HOST_CALLS = ("rms_norm", "rms_norm-no_grad", "rms_norm-custom_op", "rms_norm-reference", "swiglu", "swiglu-reference")
-
-
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("name", HOST_CALLS)
-def test_host_overhead(benchmark: Any, name: str, request: pytest.FixtureRequest, device: torch.device) -> None:
+def test_host_overhead(benchmark: Any, host_call: Any, request: pytest.FixtureRequest, device: torch.device) -> None:
     """Host microseconds of one eager call, which the GPU must not wait for: below 30 is the aim."""
     from benchmarks.timing import host_seconds
 
     smoke = bool(request.config.getoption("--smoke"))
-    call = _host_calls()[name](device)
+    call = host_call.bind(device)
     host_seconds(call, device, 2 if smoke else 50)
     seconds = host_seconds(call, device, 3 if smoke else 500)
     ordered = sorted(seconds)
-    benchmark.group = "host_overhead"
+    benchmark.group = f"host-{host_call.op}-{host_call.direction}"
     benchmark.extra_info.update(
-        op=name, context="host", provider=name, direction="forward", median_us=ordered[len(ordered) // 2] * 1e6
+        op=host_call.op,
+        context="host",
+        provider=host_call.provider,
+        direction=host_call.direction,
+        variant=host_call.variant,
+        median_us=ordered[len(ordered) // 2] * 1e6,
     )
     CLOCK.play(benchmark, tuple(seconds))

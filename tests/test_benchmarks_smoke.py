@@ -1,25 +1,35 @@
-"""The kernel suite from end to end without a GPU, and that it catches wrong kernels and decides as it says."""
+"""The kernel suite from end to end without a GPU, that it catches wrong and failing kernels, and that what it times is
+what a run would run."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import titan_kernels
 import torch
+import torch._functorch.config as functorch_config
 from titan_kernels import reference
-from titan_kernels.choice import Table
+from titan_kernels.choice import SHAPE_KEYS, VARIANTS, Table
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import plot
-from benchmarks.measurement import measure_case
-from benchmarks.shapes import OPERATORS, Case, cases
+from benchmarks import kernel_plan, measurement, providers, test_kernels, timing
+from benchmarks.contests import contests
+from benchmarks.measurement import DeviceLost, Measured, MeasuredCase, directions, gradients_like, measure_case
+from benchmarks.shapes import OPERATORS, Case, cases, sharded_cross_entropy
+from titan_fast import compilation
+from titan_fast.flavors import FLAVORS
+from titan_fast.ops import Workload
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are stood in for on the CPU")
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -35,16 +45,22 @@ def test_suite_then_plot(tmp_path: Path) -> None:
     options = ("--benchmark-only", "--smoke", f"--benchmark-json={results}", "-q", "-p", "no:cacheprovider")
     suite = run("-m", "pytest", "benchmarks", *options)
     assert suite.returncode == 0, suite.stdout[-3000:]
-    infos = [benchmark["extra_info"] for benchmark in json.loads(results.read_text())["benchmarks"]]
+    benchmarks = json.loads(results.read_text())["benchmarks"]
+    infos = [benchmark["extra_info"] for benchmark in benchmarks]
     assert {info["op"] for info in infos} >= set(OPERATORS)
-    assert {"eager", "compiled", "ours", "ours_compiled", "torch"} <= {info["provider"] for info in infos}
     assert all(info["median_us"] > 0 for info in infos)
+    measured_tests = {b["name"] for b in benchmarks if b["name"].startswith("test_operator")}
+    planned = {test: provider for case in cases(smoke=True) for test, provider in kernel_plan.cells(case)}
+    needs_gpu = {test for test, provider in planned.items() if provider.name in ("liger", "quack", "auto")}
+    assert measured_tests | needs_gpu == planned.keys()
 
     drawn = run("-m", "benchmarks.plot", str(results), "--picture", str(picture), "--measured", str(measured))
     assert drawn.returncode == 0, drawn.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
     table = Table.from_json((measured / "cpu.json").read_text())
-    assert {cell.op for cell in table.cells} == {"rms_norm", "rope", "swiglu", "cross_entropy", "reemit"}
+    assert {(cell.op, cell.compiled) for cell in table.cells} == {(op, c) for op in SHAPE_KEYS for c in (True, False)}
+    assert {cell.variant for cell in table.cells} == {"", *VARIANTS}
+    assert "not decided" not in drawn.stdout
     refused = run("-m", "benchmarks.plot", str(results))
     assert "must not decide anything" in refused.stderr
 
@@ -71,57 +87,274 @@ def wrong_gradient(gate: Tensor, up: Tensor) -> Tensor:
     return reference.swiglu(gate, up * 1.05 - up.detach() * 0.05)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the wrong kernels are stood in for on the CPU")
+def measured(case: Case, names: set[str], **changes: Any) -> dict[str, Measured]:
+    arguments: dict[str, Any] = {"device": CPU, "backend": "aot_eager", "passes": 1, "calls": 1, **changes}
+    return measure_case(case, names, **arguments).providers
+
+
+def smoke_case(op: str, degree: int = 1) -> Case:
+    return next(case for case in cases(smoke=True) if (case.op, case.tensor_parallel) == (op, degree))
+
+
+@on_cpu
 @pytest.mark.parametrize(
     ("operator", "wrong"), [(wrong_result, True), (wrong_gradient, True), (reference.swiglu, False)]
 )
 def test_a_wrong_provider_is_not_timed(operator: Any, wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(titan_kernels, "swiglu", operator)
-    found = measure_case(swiglu_case(), {"ours", "eager"}, CPU, "aot_eager", passes=1, calls=1)
-    assert found["ours"].wrong == wrong
+    found = measured(swiglu_case(), {"ours", "eager"})
+    assert found["ours"].failed == found["ours"].problem.startswith("wrong: ") == wrong
     assert bool(found["ours"].samples) != wrong
     assert found["eager"].samples.keys() == {"forward", "backward"}
 
 
-def info(provider: str, context: str, direction: str, median: float, op: str = "rms_norm") -> dict[str, Any]:
-    return {
-        "op": op,
-        "model": "llama3_8b",
-        "tensor_parallel": 1,
-        "tokens": 8192,
-        "context": context,
-        "direction": direction,
-        "provider": provider,
-        "switch": ["rms_norm", {"rows": 8192, "width": 4096}],
-        "median_us": median,
-        "p10_us": median - 1,
-        "p90_us": median + 3,
-    }
+def raises_at(call: int) -> Any:
+    """swiglu that fails in its `call`-th call: the first checks it, some later one times it."""
+    calls = []
+
+    def operator(gate: Tensor, up: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+        return reference.swiglu(gate, up)
+
+    return operator
 
 
-def write(path: Path, infos: list[dict[str, Any]], device: str = "Example GPU") -> Path:
-    machine = {"device": device, "architecture": "sm_99", "versions": {}, "commit": "0", "smoke": False}
-    path.write_text(json.dumps({"machine_info": machine, "benchmarks": [{"extra_info": i} for i in infos]}))
-    return path
+class FailingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        return reference.swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 1 GiB")
 
 
-def test_parts_merge_into_one_decision(tmp_path: Path) -> None:
-    """Forward and backward of both norms, from two files, against the compiled reference in a block."""
-    first = write(tmp_path / "a.json", [info("compiled", "block", d, 100.0) for d in ("forward", "backward")])
-    ours = [info("ours_compiled", "block", "forward", 90.0), info("ours_compiled", "block", "backward", 50.0)]
-    more = [info("ours_compiled", "block", "forward", 10.0, "add_rms_norm"), info("ours", "block", "forward", 1.0)]
-    rest = [info("compiled", "block", "forward", 20.0, "add_rms_norm"), info("compiled", "alone", "forward", 1.0)]
-    second = write(tmp_path / "b.json", ours + more + rest)
-    (cell,) = plot.decision_table(plot.load([first, second])).cells
-    assert (cell.op, cell.compiled, cell.shape) == ("rms_norm", True, {"rows": 8192, "width": 4096})
-    assert cell.triton_us == 150.0
-    assert cell.reference_us == 220.0
-    assert cell.spread_us == 6.0
-    assert cell.triton_wins
+@on_cpu
+@pytest.mark.parametrize("operator", [raises_at(1), raises_at(2), raises_at(3), FailingBackward.apply])
+def test_a_failing_provider_leaves_the_others(operator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(titan_kernels, "swiglu", operator)
+    found = measured(swiglu_case(), {"ours", "eager", "compiled"})
+    assert found["ours"].failed
+    assert "OutOfMemoryError: tried to allocate 1 GiB" in found["ours"].problem
+    for other in ("eager", "compiled"):
+        assert not found[other].problem
+        assert found[other].samples.keys() == {"forward", "backward"}
 
 
-def test_results_of_two_devices_do_not_merge(tmp_path: Path) -> None:
-    infos = [info("ours", "alone", "forward", 1.0)]
-    files = [write(tmp_path / "a.json", infos), write(tmp_path / "b.json", infos, "Another GPU")]
-    with pytest.raises(ValueError, match="of Another GPU, the files before it of Example GPU"):
-        plot.load(files)
+@on_cpu
+def test_a_library_that_cannot_be_imported_is_a_problem_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "_need", lambda package, installed_as: None)
+    found = measured(swiglu_case(), {"liger", "eager"})
+    assert found["liger"].failed
+    assert "No module named 'liger_kernel'" in found["liger"].problem
+    assert found["eager"].samples
+
+
+@on_cpu
+def test_without_a_reference_the_whole_case_has_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+
+    monkeypatch.setattr(measurement, "make_inputs", out_of_memory)
+    found = measured(swiglu_case(), {"ours", "eager"})
+    assert all(m.failed and "tried to allocate" in m.problem for m in found.values())
+
+
+@on_cpu
+def test_a_lost_device_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def illegal_access(_: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(measurement, "_wait", illegal_access)
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        measured(swiglu_case(), {"ours"})
+
+
+def test_ours_failing_fails_a_test_and_a_peer_failing_skips_it() -> None:
+    case = swiglu_case()
+
+    def failed(_: Case) -> MeasuredCase:
+        problem = Measured(problem="RuntimeError: no", failed=True)
+        return MeasuredCase({"ours": problem, "liger": problem}, 1.0)
+
+    with pytest.raises(pytest.fail.Exception, match="RuntimeError: no"):
+        test_kernels.test_operator(None, (case, "forward", "ours"), failed, 1.0)
+    with pytest.raises(pytest.skip.Exception, match="RuntimeError: no"):
+        test_kernels.test_operator(None, (case, "forward", "liger"), failed, 1.0)
+
+
+def test_nothing_but_the_provider_allocates_while_its_peak_is_taken() -> None:
+    """What runs between the two readings of the allocator makes no gradients of outputs."""
+    case, seen = smoke_case("rope"), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    inputs = providers.make_inputs(case, CPU)
+    function = providers.build(case, providers.EAGER, "eager", CPU)
+    gradients = gradients_like(function(*inputs))
+    with Watch():
+        measurement.results(case, function, inputs, gradients)
+    assert any("mul" in name for name in seen)
+    assert not any("rand" in name or "normal" in name for name in seen)
+
+
+def test_gradients_of_heads_come_token_by_token() -> None:
+    case = smoke_case("rope")
+    outputs = providers.build(case, providers.EAGER, "eager", CPU)(*providers.make_inputs(case, CPU))
+    for gradient in gradients_like(outputs):
+        assert gradient.transpose(1, 2).is_contiguous()
+        assert not gradient.is_contiguous()
+
+
+def test_what_decides_is_in_the_terms_of_a_run() -> None:
+    """The sizes of every deciding case are those that a run of this model at this degree asks for; no two cases but the
+    two norms decide the same; and each switch has cells both ways at the 8B and the 70B."""
+    found: Counter[str] = Counter()
+    parts: dict[str, int] = {}
+    variants: set[tuple[str, str]] = set()
+    for case in cases(smoke=False):
+        flavor = FLAVORS[case.model.name]
+        sizes = Workload(flavor, case.tokens, case.tensor_parallel, 2048, compiled=True).sizes()
+        for provider in providers.providers(case):
+            for contest in contests(case, provider.name):
+                assert contest.shape == sizes[contest.op]
+                variants.add((contest.op, contest.variant))
+                key = repr((contest.op, contest.compiled, contest.variant, contest.shape))
+                found[key] += len(directions(case))
+                parts[key] = contest.parts
+                names = {p.name for p in providers.providers(case)}
+                assert contest.against[0] in names
+    assert found == parts
+    assert {variant for _, variant in variants} == {"", *VARIANTS}
+    assert ("rms_norm", "sequence sharded") in variants
+    for op in SHAPE_KEYS:
+        for compiled in (True, False):
+            assert any(key.startswith(repr((op, compiled))[:-1]) for key in found)
+
+
+def test_compiled_operators_are_judged_in_blocks() -> None:
+    """Except the norms of a sequence shard and the loss, which have no neighbours to be fused with."""
+    for case in cases(smoke=False):
+        for provider in providers.providers(case):
+            for contest in contests(case, provider.name):
+                if contest.compiled and contest.op != "cross_entropy":
+                    sharded_norm = contest.op == "rms_norm" and case.tensor_parallel > 1
+                    assert case.op.startswith("block") != sharded_norm
+                    assert sharded_norm == (contest.variant == "sequence sharded")
+    block = smoke_case("block")
+    *_, x = providers.make_inputs(block, CPU)
+    assert x.dim() == 3  # the compiler folds the residual add of flattened activations into a matrix product
+    assert {p.name for p in providers.providers(block)} >= {"ours_compiled", "compiled+reemit", "auto"}
+
+
+def test_reemit_is_judged_against_the_reference_that_a_run_has() -> None:
+    """At the compiler's own choice of what to save; the smaller budget is a provider of its own."""
+    case, budgets = smoke_case("block"), {}
+    inputs = providers.make_inputs(case, CPU)
+    (contest,) = contests(case, "compiled+reemit")
+    budget = f"compiled_budget_{providers.REEMIT_BUDGET}"
+    compiling = ""
+
+    def note(graph: Any, _: Any) -> Any:  # one backend for all, as in a run, so that compiled code could be shared
+        budgets[compiling] = functorch_config.activation_memory_budget
+        return graph.forward
+
+    torch._dynamo.reset()
+    for provider in providers.providers(case):
+        if provider.name not in (*contest.against, budget):
+            continue
+
+        compiling = provider.name
+        providers.build(case, provider, note, CPU)(*inputs)  # pyright: ignore[reportArgumentType]
+    assert budgets == {**dict.fromkeys(contest.against, 1.0), budget: 0.7}
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("op", "degree", "module", "name", "provider"),
+    [
+        ("cross_entropy", 1, titan_kernels, "cross_entropy_with_grad_", "ours"),
+        ("cross_entropy", 1, compilation, "cross_entropy_with_grad_", "compiled"),
+        ("cross_entropy_sharded", 2, titan_kernels, "cross_entropy_stats", "ours"),
+        ("cross_entropy_sharded", 2, titan_kernels, "cross_entropy_grad_", "ours"),
+        ("cross_entropy_sharded", 2, compilation, "cross_entropy_grad_", "compiled"),
+    ],
+)
+def test_the_loss_is_timed_as_it_runs(
+    op: str, degree: int, module: Any, name: str, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The function that a run would take fails, and with it this provider alone."""
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("the one that a run takes")
+
+    monkeypatch.setattr(module, name, broken)
+    found = measured(smoke_case(op, degree), {"eager", "compiled", "ours"}, backend="eager")
+    assert {name for name, m in found.items() if m.problem} == {provider}
+    assert "the one that a run takes" in found[provider].problem
+
+
+def test_the_sharded_loss_reads_its_logits_twice() -> None:
+    rows, vocab = 6, 50
+    logits, labels = torch.randn(rows, vocab).bfloat16(), torch.zeros(rows, dtype=torch.int64)
+    statistics = reference.cross_entropy_stats(logits, labels)
+    logsumexp, gradient = statistics[0], logits
+    tensors = (logits, labels, *statistics, logits, labels, logsumexp, gradient)
+    assert sharded_cross_entropy(rows, vocab).total == sum(x.numel() * x.element_size() for x in tensors)
+
+
+def test_a_shard_of_a_block_is_that_part_of_it() -> None:
+    """Sizes against the whole's: heads, feed-forward columns and their matrices are divided, norms are not."""
+    whole, part = (providers.parameter_sizes(smoke_case("block", degree)) for degree in (1, 2))
+    assert whole == [(64,), (128, 64), (64, 64), (64,), (96, 64), (96, 64), (64, 96)]
+    assert part == [(64,), (64, 64), (64, 32), (64,), (48, 64), (48, 64), (64, 48)]
+
+
+def test_differences_are_of_the_same_pass() -> None:
+    """A drift that both share cancels out, and the error is of what is left."""
+    drift = [1.0, 1.0, 2.0, 2.0, 5.0, 5.0, 9.0, 9.0]
+    mine = timing.Samples(tuple(x + 0.25 for x in drift), True, per_pass=2)
+    theirs = timing.Samples(tuple(drift), True, per_pass=2)
+    assert timing.difference(mine, theirs) == timing.Difference(0.25, 0.0, True)
+    noisy = timing.Samples(
+        tuple(x + d for x, d in zip(drift, (0, 0, 1, 1, 2, 2, 3, 3), strict=True)), False, per_pass=2
+    )
+    found = timing.difference(noisy, theirs)
+    assert found.seconds == 1.5
+    assert found.error == pytest.approx(1.2533 * 1.4826 * 1.0 / 2)  # half the root of the four passes
+    assert not found.queued
+
+
+def test_every_cell_is_in_one_part_and_every_part_is_short() -> None:
+    for case in cases(smoke=False):
+        for test, provider in kernel_plan.cells(case):
+            parts = [part.name for part in kernel_plan.PARTS if part.selects(test)]
+            assert len(parts) == (0 if provider.is_auto else 1), (test, parts)
+            assert kernel_plan.AUTO.selects(test) == provider.is_auto
+    for part in (*kernel_plan.PARTS, kernel_plan.AUTO):
+        assert 60 < kernel_plan.planned_seconds(part) < 60 * kernel_plan.MINUTES
+
+
+def test_the_notes_plan_is_the_calculated_one() -> None:
+    notes = (ROOT / "benchmarks" / "NOTES.md").read_text()
+    for part in (*kernel_plan.PARTS, kernel_plan.AUTO):
+        (minutes,) = re.findall(rf"^\| {part.name} \|.*\| ([\d.]+) \|$", notes, re.MULTILINE)
+        assert float(minutes) == round(kernel_plan.planned_seconds(part) / 60, 1), part.name
+        expression = " and ".join(part.words)
+        assert f"suite {part.name} {expression}\n" in notes.replace('"', "")
+
+
+def test_parts_are_what_pytest_selects() -> None:
+    """pytest's own -k on the suite's own tests."""
+    part = kernel_plan.PARTS[0]
+    expression = " and ".join(part.words)
+    listed = run(
+        "-m", "pytest", "benchmarks/test_kernels.py", "--collect-only", "-q", "--benchmark-only", "-k", expression
+    )
+    found = {line.split("::")[1] for line in listed.stdout.splitlines() if "::" in line}
+    assert found == {test for case in cases(False) for test, _ in kernel_plan.cells(case) if part.selects(test)}

@@ -9,7 +9,7 @@ import importlib.resources
 import importlib.util
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,10 @@ SHAPE_KEYS: dict[str, tuple[str, ...]] = {
 
 SETTINGS = ("auto", "triton", "reference")
 
+VARIANTS = ("residual carried", "residual not carried", "sequence sharded", "vocabulary sharded", "vocabulary whole")
+"""What a cell may speak for alone: norms in a block that takes and hands on the residual as a pair, or not; norms
+between the collectives of tensor parallelism; the loss on a rank's slice of the vocabulary, or on all of it."""
+
 # A measurement speaks for shapes whose every size is within this factor of its own.
 REACH = 2.0
 
@@ -36,9 +40,8 @@ REACH = 2.0
 class Cell:
     """Forward and backward of one operator at one shape, both implementations timed alternately in one run.
 
-    `compiled` cells time a compiled piece of a block, the operator between the matrix multiplications that it lives
-    with; eager cells time the operator alone. `spread_us` is half the distance from the 10th to the 90th percentile,
-    of the noisier of the two.
+    Eager cells time the operator alone. Compiled cells time the whole decoder block with and without the kernel, where
+    the operator has neighbours that the compiler fuses with it; benchmarks/contests.py says for which that is.
     """
 
     op: str
@@ -46,7 +49,12 @@ class Cell:
     shape: dict[str, int]
     triton_us: float
     reference_us: float
-    spread_us: float
+    """triton_us less the difference, which was taken pass by pass."""
+    noise_us: float
+    """Twice the standard error of the difference."""
+    dtype: str = "bfloat16"
+    variant: str = ""
+    """One of VARIANTS where the operator has several forms, or surroundings that matter; empty: it speaks for all."""
 
     @property
     def speedup(self) -> float:
@@ -55,7 +63,7 @@ class Cell:
     @property
     def triton_wins(self) -> bool:
         """Whether the kernel is faster by more than the noise."""
-        return self.reference_us - self.triton_us > self.spread_us
+        return self.reference_us - self.triton_us > self.noise_us
 
 
 @dataclass(frozen=True)
@@ -110,13 +118,16 @@ def choose(
     compiled: bool,
     interpreted: bool,
     shape: Mapping[str, int],
+    dtype: str = "bfloat16",
+    variants: Collection[str] = (),
     table: Table | None = None,
 ) -> Choice:
     """The implementation of `op` for one setting of its switch.
 
     op: a key of SHAPE_KEYS. setting: "auto", "triton" or "reference". architecture: `current_architecture()`, None
     where tensors are not on a GPU. compiled: whether the operator runs inside torch.compile. interpreted: whether
-    Triton runs its interpreter. shape: the sizes named by SHAPE_KEYS[op]. table: in place of the committed one.
+    Triton runs its interpreter. shape: the sizes named by SHAPE_KEYS[op]. dtype: of activations, "bfloat16" and the
+    like. variants: those of VARIANTS that are at hand. table: in place of the committed one.
 
     Raises:
         ValueError: an unknown op or setting, sizes that do not fit the op, or "triton" where Triton cannot run.
@@ -138,7 +149,7 @@ def choose(
         return Choice("reference", "no GPU")
     if not installed:
         return Choice("reference", "triton is not installed")
-    return _by_measurement(op, architecture, compiled, shape, table or load_table(architecture))
+    return _by_measurement(op, architecture, compiled, variants, dtype, shape, table or load_table(architecture))
 
 
 def _check(op: str, setting: str, shape: Mapping[str, int]) -> None:
@@ -153,17 +164,27 @@ def _check(op: str, setting: str, shape: Mapping[str, int]) -> None:
 
 
 def _by_measurement(
-    op: str, architecture: str, compiled: bool, shape: Mapping[str, int], table: Table | None
+    op: str,
+    architecture: str,
+    compiled: bool,
+    variants: Collection[str],
+    dtype: str,
+    shape: Mapping[str, int],
+    table: Table | None,
 ) -> Choice:
-    context = "inside a compiled block" if compiled else "in eager mode"
+    context = "compiled" if compiled else "in eager mode"
     if table is None:
         return Choice("reference", f"not measured on {architecture}")
     if table.architecture != architecture:
         raise ValueError(f"the table is of {table.architecture}, the device is {architecture}")
-    cells = [cell for cell in table.cells if cell.op == op and cell.compiled == compiled]
+    cells = [cell for cell in table.cells if (cell.op, cell.compiled, cell.dtype) == (op, compiled, dtype)]
+    cells = [cell for cell in cells if not cell.variant or cell.variant in variants]
     nearest = min(cells, key=lambda cell: _distance(cell, shape), default=None)
     if nearest is None:
-        return Choice("reference", f"not measured {context} on {architecture}")
+        among = f" ({', '.join(variants)})" if variants else ""
+        return Choice("reference", f"not measured {context} in {dtype} on {architecture}{among}")
+    if nearest.variant:
+        context += f" ({nearest.variant})"
     at = " x ".join(f"{name} {size}" for name, size in nearest.shape.items())
     if any(max(size / shape[name], shape[name] / size) > REACH for name, size in nearest.shape.items()):
         return Choice("reference", f"not measured {context} on {architecture} near this shape (nearest: {at})")

@@ -11,10 +11,14 @@ from titan_kernels import choice
 from titan_kernels.choice import Cell, Choice, Table, choose
 
 CELLS = (
-    Cell("rms_norm", True, {"rows": 8192, "width": 4096}, triton_us=100.0, reference_us=95.0, spread_us=1.0),
-    Cell("rms_norm", True, {"rows": 8192, "width": 8192}, triton_us=100.0, reference_us=180.0, spread_us=1.0),
-    Cell("rms_norm", False, {"rows": 8192, "width": 4096}, triton_us=100.0, reference_us=400.0, spread_us=1.0),
-    Cell("swiglu", True, {"rows": 8192, "width": 14336}, triton_us=99.0, reference_us=100.0, spread_us=2.0),
+    Cell("rms_norm", True, {"rows": 8192, "width": 4096}, triton_us=100.0, reference_us=95.0, noise_us=1.0),
+    Cell("rms_norm", True, {"rows": 8192, "width": 8192}, triton_us=100.0, reference_us=180.0, noise_us=1.0),
+    Cell("rms_norm", False, {"rows": 8192, "width": 4096}, triton_us=100.0, reference_us=400.0, noise_us=1.0),
+    Cell("rms_norm", True, {"rows": 1024, "width": 8192}, 100.0, 150.0, 1.0, variant="sequence sharded"),
+    Cell("rms_norm", True, {"rows": 8192, "width": 16384}, 100.0, 90.0, 1.0, variant="residual carried"),
+    Cell("rms_norm", True, {"rows": 8192, "width": 16384}, 100.0, 120.0, 1.0, variant="residual not carried"),
+    Cell("rms_norm", True, {"rows": 8192, "width": 4096}, 100.0, 300.0, 1.0, dtype="float32"),
+    Cell("swiglu", True, {"rows": 8192, "width": 14336}, triton_us=99.0, reference_us=100.0, noise_us=2.0),
 )
 TABLE = Table("sm_99", "Example GPU", {"torch": "0"}, "0000000", CELLS)
 HERE: dict[str, Any] = {"architecture": "sm_99", "compiled": True, "interpreted": False, "table": TABLE}
@@ -26,7 +30,7 @@ def norm(setting: str = "auto", rows: int = 8192, width: int = 8192, **changes: 
 
 def test_auto_follows_the_nearest_measured_shape() -> None:
     assert norm() == Choice(
-        "triton", "the kernel is 1.80x the reference inside a compiled block at rows 8192 x width 8192 on Example GPU"
+        "triton", "the kernel is 1.80x the reference compiled at rows 8192 x width 8192 on Example GPU"
     )
     assert norm(width=4096).implementation == "reference"
     assert "0.95x" in norm(width=4096).reason
@@ -40,6 +44,24 @@ def test_auto_tells_compiled_from_eager() -> None:
     assert "4.00x the reference in eager mode" in eager.reason
 
 
+def test_a_measurement_speaks_for_its_own_dtype() -> None:
+    assert norm(width=4096).implementation == "reference"
+    assert norm(width=4096, dtype="float32").implementation == "triton"
+
+
+def test_a_measurement_speaks_for_its_own_variant() -> None:
+    """The nearest shape is of a variant that is not at hand; what is left is too far."""
+    assert norm(width=16384, variants=("residual carried", "vocabulary whole")).implementation == "reference"
+    uncarried = norm(width=16384, variants=("residual not carried", "vocabulary whole"))
+    assert uncarried.implementation == "triton"
+    assert "1.20x the reference compiled (residual not carried)" in uncarried.reason
+    assert norm(rows=1024, variants=("sequence sharded",)).implementation == "triton"
+    assert "near this shape" in norm(rows=1024, variants=("residual carried",)).reason
+    only = replace(TABLE, cells=tuple(cell for cell in CELLS if cell.variant == "sequence sharded"))
+    left = norm(rows=1024, variants=("residual carried",), table=only)
+    assert left == Choice("reference", "not measured compiled in bfloat16 on sm_99 (residual carried)")
+
+
 def test_a_win_within_the_noise_is_no_win() -> None:
     swiglu = choose("swiglu", "auto", shape={"rows": 8192, "width": 14336}, **HERE)
     assert swiglu.implementation == "reference"
@@ -51,9 +73,10 @@ def test_a_win_within_the_noise_is_no_win() -> None:
     [
         ({"architecture": None}, "no GPU"),
         ({"architecture": None, "interpreted": True}, "no GPU"),
-        ({"rows": 100}, "not measured inside a compiled block on sm_99 near this shape"),
+        ({"rows": 100}, "not measured compiled on sm_99 near this shape"),
+        ({"dtype": "float16"}, "not measured compiled in float16 on sm_99"),
         ({"architecture": "sm_98", "table": None}, "not measured on sm_98"),
-        ({"table": replace(TABLE, cells=())}, "not measured inside a compiled block on sm_99"),
+        ({"table": replace(TABLE, cells=())}, "not measured compiled in bfloat16 on sm_99"),
     ],
 )
 def test_auto_without_a_measurement_is_the_reference(changes: dict[str, Any], reason: str) -> None:

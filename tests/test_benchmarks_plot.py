@@ -1,0 +1,154 @@
+"""From made-up results to the table that `auto` follows."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import conftest, plot
+
+MACHINE = {"device": "Example GPU", "architecture": "sm_99", "versions": {"torch": "2"}, "commit": "0", "smoke": False}
+SHAPE = {"rows": 8192, "width": 4096}
+
+
+def info(
+    provider: str, direction: str, median: float, against: dict[str, float], *, op: str = "block", **changes: Any
+) -> dict[str, Any]:
+    """One measurement; `against`: rival -> microseconds more than it, each with a standard error of 3."""
+    switch = provider.partition("+")[2]
+    contest = {
+        "op": changes.pop("switch", switch),
+        "compiled": True,
+        "variant": "residual carried",
+        "shape": SHAPE,
+        "dtype": "bfloat16",
+        "against": list(against),
+        "parts": changes.pop("parts", 2),
+    }
+    queued = changes.pop("queued", True)
+    return {
+        "op": op,
+        "model": "llama3_8b",
+        "tensor_parallel": 1,
+        "tokens": 8192,
+        "context": "block",
+        "direction": direction,
+        "provider": provider,
+        "median_us": median,
+        "peak_bytes": 0,
+        "queued": queued,
+        "against": {r: {"slower_by_us": d, "error_us": 3.0, "queued": queued} for r, d in against.items()},
+        "decides": [contest] if contest["op"] else [],
+        **changes,
+    }
+
+
+def write(path: Path, infos: list[dict[str, Any]], **machine: Any) -> Path:
+    content = {"machine_info": {**MACHINE, **machine}, "benchmarks": [{"extra_info": i} for i in infos]}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def norms(forward: float, backward: float, **changes: Any) -> list[dict[str, Any]]:
+    """A block with our norms, by how much longer it takes."""
+    each = {"forward": forward, "backward": backward}
+    return [info("compiled+rms_norm", way, 1000.0, {"compiled": more}, **changes) for way, more in each.items()]
+
+
+def test_parts_merge_into_one_decision(tmp_path: Path) -> None:
+    """Forward and backward, from two files: 30 us more and 50 less, each known to 3."""
+    files = [write(tmp_path / f"{i}.json", [part]) for i, part in enumerate(norms(30.0, -50.0))]
+    table, undecided = plot.decision_table(plot.load(files))
+    (cell,) = table.cells
+    assert not undecided
+    assert (cell.op, cell.compiled, cell.variant, cell.dtype) == ("rms_norm", True, "residual carried", "bfloat16")
+    assert (cell.shape, cell.triton_us, cell.reference_us) == (SHAPE, 2000.0, 2020.0)
+    assert cell.noise_us == pytest.approx(2 * 18**0.5, abs=0.01)
+    assert cell.triton_wins
+    slower = write(tmp_path / "slower.json", norms(30.0, -38.0))  # 8 us: less than the noise of 8.49
+    assert not plot.decision_table(plot.load([slower]))[0].cells[0].triton_wins
+
+
+def test_two_operators_of_one_switch_are_summed(tmp_path: Path) -> None:
+    both = [
+        info("ours", way, 10.0, {"eager": -1.0}, op=op, context="alone", switch="rms_norm", parts=4)
+        for op in ("rms_norm", "add_rms_norm")
+        for way in ("forward", "backward")
+    ]
+    (cell,) = plot.decision_table(plot.load([write(tmp_path / "a.json", both)]))[0].cells
+    assert (cell.triton_us, cell.reference_us) == (40.0, 44.0)
+
+
+def test_the_fastest_rival_counts(tmp_path: Path) -> None:
+    """Faster than the reference by 200, slower by 2 than the kernels that it takes the place of."""
+    against = {"compiled": -100.0, "compiled+rms_norm": 1.0}
+    infos = [info("compiled+reemit", way, 1000.0, against) for way in ("forward", "backward")]
+    (cell,) = plot.decision_table(plot.load([write(tmp_path / "a.json", infos)]))[0].cells
+    assert (cell.triton_us, cell.reference_us) == (2000.0, 1998.0)
+    assert not cell.triton_wins
+
+
+@pytest.mark.parametrize(
+    ("infos", "reason"),
+    [
+        (norms(-500.0, -500.0, queued=False), "the GPU waited for the host"),
+        (norms(-500.0, -500.0)[:1], "not all of its operators and directions"),
+        (
+            [i | {"against": {}} for i in norms(-500.0, -500.0)],
+            "compiled was not measured beside it",
+        ),
+    ],
+)
+def test_what_cannot_decide_says_why(infos: list[dict[str, Any]], reason: str, tmp_path: Path) -> None:
+    results = plot.load([write(tmp_path / "a.json", infos)])
+    table, undecided = plot.decision_table(results)
+    assert not table.cells
+    assert reason in undecided[0]
+    assert "rms_norm compiled residual carried bfloat16 rows=8192" in plot.decisions(table, undecided)
+
+
+def test_times_that_are_the_hosts_are_marked(tmp_path: Path) -> None:
+    liger = info("liger", "step", 5.0, {}, op="cross_entropy", queued=False)
+    text = plot.markdown(plot.load([write(tmp_path / "a.json", [liger, *norms(1.0, 1.0)])]))
+    assert "| 5.0* |" in text
+    assert "* the GPU waited for the host" in text
+    assert "| compiled+rms_norm | compiled | +1.0 +- 6.0 |" in text
+    assert "* the GPU" not in plot.markdown(plot.load([write(tmp_path / "b.json", norms(1.0, 1.0))]))
+
+
+@pytest.mark.parametrize(
+    ("machine", "message"),
+    [
+        ({"device": "Another GPU"}, "is of device Another GPU, the files before it of Example GPU"),
+        ({"commit": "1"}, "is of commit 1, the files before it of 0"),
+        ({"versions": {"torch": "3"}}, "is of versions torch 3, the files before it of torch 2"),
+    ],
+)
+def test_what_does_not_belong_together_does_not_merge(machine: dict[str, Any], message: str, tmp_path: Path) -> None:
+    files = [write(tmp_path / "a.json", norms(1.0, 1.0)), write(tmp_path / "b.json", norms(1.0, 1.0), **machine)]
+    with pytest.raises(ValueError, match=message):
+        plot.load(files)
+
+
+def test_writing_results_does_not_change_the_commit_that_they_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.com")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    result, code = tmp_path / "benchmarks" / "results" / "a.json", tmp_path / "benchmarks" / "conftest.py"
+    result.parent.mkdir(parents=True)
+    result.write_text("old")
+    code.write_text("old")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    monkeypatch.setattr(conftest, "__file__", str(code))
+    clean = conftest.commit()
+    result.write_text("new")
+    assert conftest.commit() == clean
+    code.write_text("new")
+    assert conftest.commit() == f"{clean}+"
