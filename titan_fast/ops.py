@@ -61,6 +61,11 @@ class Workload:
     tensor_degree: int
     loss_chunk: int
     compiled: bool
+    """Whether decoder blocks are."""
+    loss_compiled: bool = False
+    """Whether the loss on a chunk of logits is."""
+    dtype: str = "bfloat16"
+    """Of activations on a GPU, which is where choices are by measurement."""
 
     def sizes(self) -> dict[str, dict[str, int]]:
         """For each operator with a switch, the sizes of a call."""
@@ -169,7 +174,7 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload, archit
     chosen: dict[str, Any] = {"attention": attention_with(backends), "carry_residual": kernels.carry_residual}
     reasons = [("attention", attention, why)]
     for operator, sizes in workload.sizes().items():
-        choice = _choose_kernel(operator, getattr(kernels, operator), architecture, workload.compiled, sizes)
+        choice = _choose_kernel(operator, kernels, architecture, workload, sizes)
         if operator == "reemit" and workload.tensor_degree > 1:
             choice = Choice("reference", "not with tensor parallelism")
         reasons.append((operator, choice.implementation, choice.reason))
@@ -178,17 +183,26 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload, archit
     return dataclasses.replace(REFERENCE, **chosen, reasons=tuple(reasons))
 
 
+def _variants(kernels: Kernels, workload: Workload) -> tuple[str, ...]:
+    """Which measurements of norms and loss speak for this run, in the words of titan_kernels.choice."""
+    if workload.tensor_degree > 1:
+        return "sequence sharded", "vocabulary sharded"
+    return "residual carried" if kernels.carry_residual else "residual not carried", "vocabulary whole"
+
+
 def _choose_kernel(
-    operator: str, setting: str, architecture: str | None, compiled: bool, sizes: dict[str, int]
+    operator: str, kernels: Kernels, architecture: str | None, workload: Workload, sizes: dict[str, int]
 ) -> Choice:
     try:
         return choose(
             operator,
-            setting,
+            getattr(kernels, operator),
             architecture=architecture,
-            compiled=compiled,
+            compiled=workload.loss_compiled if operator == "cross_entropy" else workload.compiled,
             interpreted=os.environ.get("TRITON_INTERPRET") == "1",
             shape=sizes,
+            dtype=workload.dtype,
+            variants=_variants(kernels, workload),
         )
     except ValueError as error:
         raise ConfigError(f"kernels.{error}", "change [kernels]") from error

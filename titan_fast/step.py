@@ -36,7 +36,16 @@ class Batch(Protocol):
 def workload(config: Config, shape: ModelShape, degrees: MeshDegrees) -> Workload:
     """What one device computes in a pass, for the choice of kernels."""
     tokens = config.training.local_batch_size * config.training.seq_len
-    return Workload(shape, tokens, degrees.tensor, config.loss.chunk_size, compiled=config.compile.enable)
+    compiled = set(config.compile.components) if config.compile.enable else set()
+    return Workload(
+        shape,
+        tokens,
+        degrees.tensor,
+        config.loss.chunk_size,
+        compiled=bool(compiled & {"blocks", "model"}),
+        loss_compiled=bool(compiled & {"loss", "model"}),
+        dtype=str(precision(config.training, torch.device("cuda")).param).removeprefix("torch."),
+    )
 
 
 def meta_model(config: Config, shape: ModelShape, ops: Ops) -> Llama:

@@ -1,0 +1,103 @@
+"""What a config tells the choice of kernels, and what a run takes from a made-up table."""
+
+from typing import Any
+
+import pytest
+import titan_kernels
+import torch
+from shapes import LLAMA3
+from titan_kernels import choice
+from titan_kernels.choice import Cell, Table
+
+from titan_fast.config import Config, MeshDegrees, mesh_degrees, parse
+from titan_fast.ops import REFERENCE, Ops, Workload, build_ops
+from titan_fast.step import workload
+
+CPU = torch.device("cpu")
+ONE = MeshDegrees(1, 1, 1)
+
+
+def config_of(**options: str) -> Config:
+    arguments = [part for key, value in options.items() for part in (f"--{key.replace('__', '.')}", *value.split())]
+    return parse(arguments)
+
+
+def of(**options: str) -> Workload:
+    return workload(config_of(**options), LLAMA3, ONE)
+
+
+@pytest.mark.parametrize(
+    ("enable", "components", "blocks", "loss"),
+    [
+        ("False", "blocks loss", False, False),
+        ("True", "blocks", True, False),
+        ("True", "blocks norm loss", True, True),
+        ("True", "norm loss", False, True),
+        ("True", "model", True, True),
+        ("True", "optimizer", False, False),
+    ],
+)
+def test_each_operator_is_chosen_as_it_is_compiled(enable: str, components: str, blocks: bool, loss: bool) -> None:
+    found = of(compile__enable=enable, compile__components=components)
+    assert (found.compiled, found.loss_compiled) == (blocks, loss)
+
+
+def test_the_dtype_is_that_of_activations_on_a_gpu() -> None:
+    assert of().dtype == "bfloat16"
+    assert of(training__mixed_precision_param="float32").dtype == "float32"
+
+
+def table(workload: Workload, **changes: Any) -> Table:
+    """The kernel wins the loss and loses the norm compiled; eager it is the other way around."""
+    sizes = workload.sizes()
+
+    def cell(op: str, compiled: bool, wins: bool) -> Cell:
+        return Cell(op, compiled, sizes[op], 100.0, 200.0 if wins else 50.0, 1.0, **changes)
+
+    contents = (("cross_entropy", True, True), ("cross_entropy", False, False))
+    contents += (("rms_norm", True, False), ("rms_norm", False, True))
+    return Table("sm_99", "Example GPU", {}, "0", tuple(cell(*content) for content in contents))
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, **options: str) -> Ops:
+    config = config_of(**options)
+    found = workload(config, LLAMA3, ONE)
+    monkeypatch.setattr(choice, "load_table", lambda architecture: table(found))
+    return build_ops(config.kernels, CPU, found, "sm_99")
+
+
+def test_blocks_compiled_and_the_loss_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = chosen(monkeypatch, compile__enable="True", compile__components="blocks")
+    assert mixed.add_rms_norm is REFERENCE.add_rms_norm
+    assert mixed.cross_entropy_with_grad_ is REFERENCE.cross_entropy_with_grad_
+    compiled = chosen(monkeypatch, compile__enable="True", compile__components="blocks loss")
+    assert compiled.add_rms_norm is REFERENCE.add_rms_norm
+    assert compiled.cross_entropy_grad_ is titan_kernels.cross_entropy_grad_
+    eager = chosen(monkeypatch, compile__enable="False")
+    assert eager.add_rms_norm is titan_kernels.add_rms_norm
+    assert eager.cross_entropy_stats is REFERENCE.cross_entropy_stats
+
+
+def test_a_run_in_float32_does_not_follow_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = chosen(monkeypatch, training__mixed_precision_param="float32")
+    assert found.add_rms_norm is REFERENCE.add_rms_norm
+    assert "not measured in eager mode in float32" in {op: why for op, _, why in found.reasons}["rms_norm"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "degree"),
+    [
+        ("residual carried", {"kernels__carry_residual": "True"}, 1),
+        ("residual not carried", {}, 1),
+        ("sequence sharded", {"parallelism__tensor_parallel_degree": "2"}, 2),
+    ],
+)
+def test_norms_follow_the_variant_that_runs(
+    variant: str, options: dict[str, str], degree: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(**options)
+    found = workload(config, LLAMA3, mesh_degrees(config.parallelism, degree))
+    for measured in ("residual carried", "residual not carried", "sequence sharded"):
+        monkeypatch.setattr(choice, "load_table", lambda architecture, v=measured: table(found, variant=v))
+        ops = build_ops(config.kernels, CPU, found, "sm_99")
+        assert (ops.rms_norm is titan_kernels.rms_norm) == (measured == variant)
