@@ -14,17 +14,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from titan_kernels.launch import Launch
+from titan_kernels.launch import MAX_BLOCKS, Launch
 
 REGISTER_FILE = 65536  # 32-bit registers per multiprocessor, all three parts
+MAX_THREADS = 2048  # that a multiprocessor holds at once, all three parts
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one block may use, by compute capability (CUDA C++ Programming Guide, table of technical
-specifications)."""
+specifications). A multiprocessor has 1 KiB more, and takes as much from it for each block."""
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+CACHE = {80: 40 << 20, 90: 50 << 20, 100: 126 << 20}
+"""Bytes of level-2 cache of an A100, an H100 SXM and a B200 (NVIDIA's tuning guides for the three architectures)."""
 
-WIDE_SHARE = 0.5
+WIDE_SHARE = 0.7
 """Below this share, too much goes in narrow accesses. Statistics, labels and table entries are narrow of necessity."""
 
-_ACCESS = re.compile(r"\b(ld|st)\.global((?:\.\w+(?:::\w+)*)*)")
+_ACCESS = re.compile(r"\b(ld|st)\.global((?:\.\w+(?:::\w+)*)*)([^;]*)")
 _COPY_TO_SHARED = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\],[^;]*?\],\s*(\w+)")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
@@ -32,7 +36,8 @@ _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 @dataclass(frozen=True)
 class Cost:
     """What one compiled launch uses. The shares are of the bytes that a thread's global loads and stores move as they
-    stand in the PTX text, loops counted once: those that go in pieces of 128 bits or more. 1.0 where there are none."""
+    stand in the PTX text, loops and loads of the same address counted once: those that go in pieces of 128 bits or
+    more. 1.0 where there are none."""
 
     registers: int
     stack_bytes: int
@@ -41,8 +46,27 @@ class Cost:
     wide_load_share: float
     wide_store_share: float
     double_precision: bool
+    bytes_read_twice: int = 0
+    """By one block; this and the next as in `Launch`."""
+    max_resident: int = MAX_BLOCKS
 
-    def violations(self, architecture: int, allow_narrow_stores: bool = False) -> list[str]:
+    def resident_blocks(self, architecture: int) -> int:
+        """How many blocks a multiprocessor holds at once. Registers are handed out by 8 a thread."""
+        registers = -(-self.registers // 8) * 8 * self.threads
+        shared = (SHARED_MEMORY[architecture] + 1024) // (self.shared_bytes + 1024)
+        return min(REGISTER_FILE // registers, MAX_THREADS // self.threads, self.max_resident, shared)
+
+    def cached_bytes(self, architecture: int) -> int:
+        """What the level-2 cache must hold for every second read of a full device to come from it."""
+        return MULTIPROCESSORS[architecture] * self.resident_blocks(architecture) * self.bytes_read_twice
+
+    def violations(
+        self,
+        architecture: int,
+        least_wide_loads: float = WIDE_SHARE,
+        least_wide_stores: float = WIDE_SHARE,
+        allow_uncached: bool = False,
+    ) -> list[str]:
         """What no launch of this package may do, in words; empty for a sound one."""
         found = []
         if self.stack_bytes:
@@ -51,10 +75,15 @@ class Cost:
             found.append(f"{self.registers} registers x {self.threads} threads exceed the file of {REGISTER_FILE}")
         if self.shared_bytes > SHARED_MEMORY[architecture]:
             found.append(f"{self.shared_bytes} bytes of shared memory exceed {SHARED_MEMORY[architecture]}")
-        if self.wide_load_share < WIDE_SHARE:
+        if self.wide_load_share < least_wide_loads:
             found.append(f"only {self.wide_load_share:.0%} of the loaded bytes in 128-bit loads")
-        if self.wide_store_share < WIDE_SHARE and not allow_narrow_stores:
+        if self.wide_store_share < least_wide_stores:
             found.append(f"only {self.wide_store_share:.0%} of the stored bytes in 128-bit stores")
+        if self.cached_bytes(architecture) > CACHE[architecture] and not allow_uncached:
+            found.append(
+                f"reads {self.cached_bytes(architecture) / 1e6:.0f} MB twice at a time, more than the cache's "
+                f"{CACHE[architecture] / 1e6:.0f} MB"
+            )
         if self.double_precision:
             found.append("arithmetic in double precision")
         return found
@@ -83,6 +112,8 @@ def compile_launch(launch: Launch, architecture: int) -> Cost:
         wide_load_share=_wide_share(_widths(ptx, "ld") + _copy_widths(ptx)),
         wide_store_share=_wide_share(_widths(ptx, "st")),
         double_precision=".f64" in ptx,
+        bytes_read_twice=launch.bytes_read_twice,
+        max_resident=launch.max_resident,
     )
 
 
@@ -111,10 +142,15 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def _widths(ptx: str, kind: str) -> list[int]:
     """Bits that each global load ("ld") or store ("st") instruction of the text moves per thread."""
-    widths = []
+    widths, loaded = [], set()
     for found in _ACCESS.finditer(ptx):
         if found[1] != kind:
             continue
+        # A tensor of one column is loaded once for each column of its neighbour in the layout, from one address.
+        if kind == "ld" and (address := found[3].rpartition("[")[2]) in loaded:
+            continue
+        if kind == "ld":
+            loaded.add(address)
         modifiers = found[2].split(".")
         bits = int(re.sub(r"\D", "", modifiers[-1]))
         vector = next((int(modifier[1:]) for modifier in modifiers if re.fullmatch(r"v\d", modifier)), 1)

@@ -9,8 +9,9 @@ per lane as the row is read once, rescaled whenever a lane meets a new maximum; 
 
 Three ways to use it:
 - `cross_entropy`: autograd, out of place, mutates nothing;
-- `cross_entropy_with_grad_`: losses, and the logits become their own gradient; the second read of a row follows its
-  first at once, so that it comes from cache;
+- `cross_entropy_with_grad_`: losses, and the logits become their own gradient. Each row is read twice, the second time
+  as soon as the first is done, so that the second read can come from the level-2 cache, where the rows of all programs
+  at work fit it together (`titan_kernels.inspect` computes whether they do; how often it does has not been measured);
 - `cross_entropy_stats` and `cross_entropy_grad_`: the same in two steps, between which ranks that each hold a part of
   the vocabulary reduce the statistics.
 """
@@ -33,11 +34,24 @@ _LOWEST = tl.constexpr(-3.4e38)  # below every finite logit; -inf would make the
 
 # ---- launch: 16 elements per thread and step
 
+# Two blocks of 8192 columns fit a multiprocessor of an H100. At a vocabulary of 128,256 their rows, 2 x 132 x 256.5 kB
+# = 68 MB in bfloat16, would push each other out of its 50 MB of cache, and the second read would be a third pass over
+# memory. One block of twice the threads has as much under way and half the rows: 34 MB. Float32 logits of that size,
+# 68 MB even so, are read from memory twice. 16 elements of float16 per thread would spill there on sm_100.
+_LARGE_VOCABULARY = 65536
+
 
 def _block(vocab: int) -> tuple[int, int]:
-    """(columns per step, warps)."""
+    """(columns per step, warps) where a row is read once."""
     block = min(power_of_two(vocab), 8192)
     return block, max(block // 512, 1)
+
+
+def _block_read_twice(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(columns per step, warps) where a row is read twice."""
+    if vocab < _LARGE_VOCABULARY:
+        return _block(vocab)
+    return 8192 if dtype == torch.float16 else 16384, 32
 
 
 def _signature(names: str, dtype: torch.dtype) -> dict[str, str]:
@@ -46,12 +60,22 @@ def _signature(names: str, dtype: torch.dtype) -> dict[str, str]:
     return {name: special.get(name, "*fp32" if name.isupper() else "i32") for name in names.split()}
 
 
-def _make(name: str, kernel: Any, names: str, vocab: int, dtype: torch.dtype, **constexprs: Any) -> Launch:
-    block, warps = _block(vocab)
+def _make(
+    name: str, kernel: Any, names: str, vocab: int, dtype: torch.dtype, reads_twice: bool = False, **constexprs: Any
+) -> Launch:
+    block, warps = _block_read_twice(vocab, dtype) if reads_twice else _block(vocab)
     signature = _signature(names, dtype)
     numbers = ("logits_stride", "dlogits_stride") if vocab % 16 == 0 else ()
     aligned = tuple(name for name in signature if name.isupper() or name in numbers)
-    return Launch(name, kernel, signature, {"VOCAB": vocab, **constexprs, "BLOCK": block}, warps, aligned=aligned)
+    return Launch(
+        name=name,
+        kernel=kernel,
+        signature=signature,
+        constexprs={"VOCAB": vocab, **constexprs, "BLOCK": block},
+        num_warps=warps,
+        aligned=aligned,
+        bytes_read_twice=vocab * dtype.itemsize if reads_twice else 0,
+    )
 
 
 @cache
@@ -65,7 +89,7 @@ def _forward_launch(vocab: int, dtype: torch.dtype, ignore_index: int, z_loss: f
     names = "LOGITS LABELS LOSS MAXIMUM LOG_SUM SCALE logits_stride"
     name = "cross_entropy_with_grad" if gradient else "cross_entropy_forward"
     constexprs = {"IGNORE_INDEX": ignore_index, "Z_LOSS": z_loss, "GRADIENT": gradient}
-    return _make(name, _forward_kernel, names, vocab, dtype, **constexprs)
+    return _make(name, _forward_kernel, names, vocab, dtype, reads_twice=gradient, **constexprs)
 
 
 @cache
@@ -89,13 +113,15 @@ def launches(vocab: int, dtype: torch.dtype, ignore_index: int = -100, z_loss: f
 
 
 @triton.jit
-def _row_stats(logits, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """(max, sum of exp(x - max)) of one row."""
+def _row_stats(logits, VOCAB: tl.constexpr, BLOCK: tl.constexpr, EVICTION: tl.constexpr):
+    """(max, sum of exp(x - max)) of one row. EVICTION: what the cache is told of it, "evict_last" to keep it."""
     columns = tl.arange(0, BLOCK)
     maximum = tl.full((BLOCK,), _LOWEST, tl.float32)
     sum_exp = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, VOCAB, BLOCK):
-        x = tl.load(logits + start + columns, mask=start + columns < VOCAB, other=-float("inf")).to(tl.float32)
+        inside = start + columns < VOCAB
+        x = tl.load(logits + start + columns, mask=inside, other=-float("inf"), eviction_policy=EVICTION)
+        x = x.to(tl.float32)
         # One of exp(x - new) and exp(old - new) is 1; the other is this.
         smaller = tl.exp(-tl.abs(x - maximum))
         sum_exp = tl.where(x > maximum, sum_exp * smaller + 1, sum_exp + smaller)
@@ -133,7 +159,8 @@ def _forward_kernel(
                 zeros = tl.zeros((BLOCK,), LOGITS.dtype.element_ty)
                 tl.store(logits + start + columns, zeros, mask=start + columns < VOCAB)
     else:
-        maximum, sum_exp = _row_stats(logits, VOCAB, BLOCK)  # pyright: ignore
+        # A row that is read again is kept in cache until then; after that, what is done goes first.
+        maximum, sum_exp = _row_stats(logits, VOCAB, BLOCK, "evict_last" if GRADIENT else "")  # pyright: ignore
         log_sum = tl.log(sum_exp)
         logsumexp = maximum + log_sum
         known = (label >= 0) & (label < VOCAB)
@@ -150,9 +177,10 @@ def _forward_kernel(
             scale = tl.load(SCALE)
             for start in range(0, VOCAB, BLOCK):
                 inside = start + columns < VOCAB
-                x = tl.load(logits + start + columns, mask=inside, other=0.0).to(tl.float32)
-                dx = _gradient(x, start + columns, label, maximum, log_sum, scale, Z_LOSS)
-                tl.store(logits + start + columns, dx.to(LOGITS.dtype.element_ty), mask=inside)
+                x = tl.load(logits + start + columns, mask=inside, other=0.0, eviction_policy="evict_first")
+                dx = _gradient(x.to(tl.float32), start + columns, label, maximum, log_sum, scale, Z_LOSS)
+                dx = dx.to(LOGITS.dtype.element_ty)
+                tl.store(logits + start + columns, dx, mask=inside, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["vocab_offset"])
@@ -162,7 +190,7 @@ def _stats_kernel(
     """One program per row of a shard of the vocabulary."""
     row = tl.program_id(0).to(tl.int64)
     logits = LOGITS + row * logits_stride
-    maximum, sum_exp = _row_stats(logits, VOCAB, BLOCK)  # pyright: ignore
+    maximum, sum_exp = _row_stats(logits, VOCAB, BLOCK, "")  # pyright: ignore
     column = tl.load(LABELS + row) - vocab_offset
     target = tl.load(logits + column, mask=(column >= 0) & (column < VOCAB), other=0.0).to(tl.float32)
     tl.store(MAXIMUM + row, maximum)
@@ -386,7 +414,7 @@ def cross_entropy_with_grad_(
     device -> [N] float32. Takes no part in autograd: the caller uses the gradient.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or columns that are not adjacent.
+        ValueError: a shape, dtype or device that does not fit, columns that are not adjacent, or rows that overlap.
     """
     _check("cross_entropy_with_grad_", logits, labels)
     _check_in_place("cross_entropy_with_grad_", logits, scale)
@@ -426,7 +454,7 @@ def cross_entropy_grad_(
     logits: [N, V_shard] with adjacent columns; labels: [N] int64; logsumexp: [N] float32; scale: 0-dim float32.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or columns that are not adjacent.
+        ValueError: a shape, dtype or device that does not fit, columns that are not adjacent, or rows that overlap.
     """
     _check("cross_entropy_grad_", logits, labels)
     _check_in_place("cross_entropy_grad_", logits, scale, logsumexp)
@@ -454,6 +482,11 @@ def _check_in_place(operator: str, logits: Tensor, scale: Tensor, logsumexp: Ten
     if logits.stride(1) != 1:
         raise ValueError(
             f"{operator}: logits of shape {shape(logits)} have strides {logits.stride()}, not adjacent columns"
+        )
+    if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"{operator}: logits of shape {shape(logits)} have strides {logits.stride()}: rows that overlap cannot "
+            "each become a gradient"
         )
     if scale.dtype != torch.float32 or scale.dim() != 0:
         raise ValueError(f"{operator}: scale of shape {shape(scale)} is {scale.dtype}; needs one number in float32")

@@ -2,11 +2,15 @@
 
     python -m titan_kernels.inspect [--arch 80 90 100] [--shapes llama3_8b ...] [--json]
 
-Exits with status 1 if any launch spills, uses double precision, has no 128-bit loads or stores, or does not fit the
-part; see `titan_kernels.ahead_of_time.Cost.violations`.
+The column "read twice" is what all programs that a device holds at once read for a second time, and the level-2 cache
+that this should come from.
+
+Exits with status 1 if any launch spills, uses double precision, has too few 128-bit loads or stores, does not fit the
+part, or reads twice what does not fit its cache; see `titan_kernels.ahead_of_time.Cost.violations`.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import sys
@@ -16,19 +20,31 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from titan_kernels.ahead_of_time import SHARED_MEMORY, Cost, compile_launch
+from titan_kernels.ahead_of_time import CACHE, SHARED_MEMORY, WIDE_SHARE, Cost, compile_launch
 from titan_kernels.launch import Launch
 from titan_kernels.llama_shapes import LLAMA
 
-TENSOR_PARALLEL_DEGREES = (1, 8)
-DTYPE = torch.bfloat16  # what these models train in
+TENSOR_PARALLEL_DEGREES = (1, 2, 4, 8)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+Z_LOSS = 1e-4  # PaLM's
 
-# Launches that store little, so that the width of their stores is of no matter, and why.
-NARROW_STORES = {
-    "rms_norm_sum_partials": "reads hundreds of rows of partial sums and writes one",
-    "cross_entropy_forward": "writes two numbers a row",
-    "cross_entropy_stats": "writes three numbers a row",
+# Launches with less of their bytes in wide accesses than the rest: the least share, and why.
+NARROW_LOADS = {
+    "cross_entropy_backward": (0.6, "a label and three numbers of the row beside a thread's 32 bytes of logits"),
+    "cross_entropy_grad": (0.6, "a label and two numbers of the row beside a thread's 32 bytes of logits"),
+    "cross_entropy_with_grad": (0.65, "in float16 a label, its logit and the scale beside 32 bytes of logits"),
 }
+NARROW_STORES = {
+    "rms_norm_sum_partials": (0.0, "reads hundreds of rows of partial sums and writes one"),
+    "cross_entropy_forward": (0.0, "writes two numbers a row"),
+    "cross_entropy_stats": (0.0, "writes three numbers a row"),
+}
+UNCACHED = {
+    ("cross_entropy_with_grad", "*fp32"): "a row of 128,256 float32 logits for each multiprocessor is 68 MB",
+    ("rms_norm_backward", "*fp32"): "four rows of two float32 tensors",
+}
+"""Launches whose second read is not expected to come from cache, by the start of their name and the type of their first
+pointer, and why."""
 
 Key = tuple[str, str, str, str, int, int]
 
@@ -38,6 +54,7 @@ class Finding:
     """One launch on one architecture."""
 
     launch: str
+    types: str
     sizes: str
     architecture: int
     cost: Cost
@@ -45,16 +62,21 @@ class Finding:
 
 
 def llama_launches(shapes: Iterable[str] = tuple(LLAMA)) -> list[Launch]:
-    """Every launch of the named shapes, whole and as one of eight tensor-parallel shards, equal ones once."""
+    """Every launch of the named shapes in bfloat16, whole and as a tensor-parallel shard, equal ones once; and of the
+    whole ones what else a configuration can ask for: float16, float32, float32 norm weights, a z-loss."""
     found: dict[Key, Launch] = {}
     for name in shapes:
-        for degree in TENSOR_PARALLEL_DEGREES:
-            for launch in _shape_launches(name, degree):
-                found.setdefault(_key(launch), launch)
+        asked = [_shape_launches(name, degree, BF16) for degree in TENSOR_PARALLEL_DEGREES]
+        asked += [_shape_launches(name, 1, dtype) for dtype in (FP16, FP32)]
+        asked.append(_shape_launches(name, 1, BF16, norm_weights=FP32, z_loss=Z_LOSS))
+        for launch in itertools.chain.from_iterable(asked):
+            found.setdefault(_key(launch), launch)
     return list(found.values())
 
 
-def _shape_launches(name: str, degree: int) -> list[Launch]:
+def _shape_launches(
+    name: str, degree: int, dtype: torch.dtype, norm_weights: torch.dtype | None = None, z_loss: float = 0.0
+) -> list[Launch]:
     # The modules' names are shadowed in the package by the operators of the same name.
     from titan_kernels.cross_entropy import launches as cross_entropy_launches
     from titan_kernels.rms_norm import launches as rms_norm_launches
@@ -63,10 +85,10 @@ def _shape_launches(name: str, degree: int) -> list[Launch]:
 
     shape = LLAMA[name].shard(degree)
     return [
-        *rms_norm_launches(shape.width, DTYPE),
-        *rope_launches(shape.n_heads, shape.n_kv_heads, shape.head_dim, DTYPE),
-        *swiglu_launches(DTYPE),
-        *cross_entropy_launches(shape.vocab, DTYPE),
+        *rms_norm_launches(shape.width, dtype, norm_weights),
+        *rope_launches(shape.n_heads, shape.n_kv_heads, shape.head_dim, dtype),
+        *swiglu_launches(dtype),
+        *cross_entropy_launches(shape.vocab, dtype, z_loss=z_loss),
     ]
 
 
@@ -86,14 +108,33 @@ def inspect(launches: Sequence[Launch], architecture: int) -> list[Finding]:
     findings = []
     for launch in launches:
         cost = compile_launch(launch, architecture)
-        violations = cost.violations(architecture, allow_narrow_stores=launch.name in NARROW_STORES)
-        findings.append(Finding(launch.name, _sizes(launch), architecture, cost, tuple(violations)))
+        violations = cost.violations(
+            architecture,
+            least_wide_loads=NARROW_LOADS.get(launch.name, (WIDE_SHARE, ""))[0],
+            least_wide_stores=NARROW_STORES.get(launch.name, (WIDE_SHARE, ""))[0],
+            allow_uncached=_is_uncached(launch),
+        )
+        types = _types(launch)
+        findings.append(Finding(launch.name, types, _sizes(launch), architecture, cost, tuple(violations)))
     return findings
 
 
+def _is_uncached(launch: Launch) -> bool:
+    first = next(iter(launch.signature.values()))
+    return any(launch.name.startswith(name) and first == pointer for name, pointer in UNCACHED)
+
+
+def _types(launch: Launch) -> str:
+    """The dtype of the activations, and that of a weight that has another."""
+    first, *others = launch.signature.items()
+    weight = dict(others).get("WEIGHT", first[1])
+    return first[1].lstrip("*") + (f", weight {weight.lstrip('*')}" if weight != first[1] else "")
+
+
 def _sizes(launch: Launch) -> str:
-    """The constexprs that tell launches of one name apart: the integers that are no switches."""
+    """The constexprs that tell launches of one name apart: the integers that are no switches, a z-loss."""
     values = {key: value for key, value in launch.constexprs.items() if type(value) is int}
+    values |= {key: value for key, value in launch.constexprs.items() if key == "Z_LOSS" and value}
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
@@ -114,6 +155,7 @@ def table(findings: Sequence[Finding]) -> str:
     """One line a launch."""
     header: tuple[str, ...] = (
         "kernel",
+        "types",
         "sizes",
         "sm",
         "threads",
@@ -122,14 +164,17 @@ def table(findings: Sequence[Finding]) -> str:
         "shared",
         "128-bit loads",
         "128-bit stores",
+        "read twice",
         "verdict",
     )
     rows: list[tuple[str, ...]] = [header]
-    for finding in sorted(findings, key=lambda f: (f.launch, f.architecture, f.sizes)):
-        cost = finding.cost
-        numbers = (finding.architecture, cost.threads, cost.registers, cost.stack_bytes, cost.shared_bytes)
+    for finding in sorted(findings, key=lambda f: (f.launch, f.architecture, f.types, f.sizes)):
+        cost, arch = finding.cost, finding.architecture
+        numbers = (arch, cost.threads, cost.registers, cost.stack_bytes, cost.shared_bytes)
         wide = (f"{cost.wide_load_share:.0%}", f"{cost.wide_store_share:.0%}")
-        rows.append((finding.launch, finding.sizes, *map(str, numbers), *wide, "; ".join(finding.violations) or "ok"))
+        twice = f"{cost.cached_bytes(arch) / 1e6:.0f} of {CACHE[arch] / 1e6:.0f} MB" if cost.bytes_read_twice else ""
+        verdict = "; ".join(finding.violations) or "ok"
+        rows.append((finding.launch, finding.types, finding.sizes, *map(str, numbers), *wide, twice, verdict))
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
@@ -150,7 +195,7 @@ def report(findings: Sequence[Finding], as_json: bool) -> int:
     text = json.dumps([asdict(finding) for finding in findings], indent=1) if as_json else table(findings)
     sys.stdout.write(text + "\n")
     for finding in failed:
-        where = f"{finding.launch} ({finding.sizes}) on sm_{finding.architecture}"
+        where = f"{finding.launch} ({finding.types}; {finding.sizes}) on sm_{finding.architecture}"
         sys.stderr.write(f"violation: {where}: {'; '.join(finding.violations)}\n")
     sys.stderr.write(f"{len(findings)} launches compiled, {len(failed)} with violations\n")
     return 1 if failed else 0

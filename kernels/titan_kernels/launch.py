@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from triton import JITFunction
 
+MAX_BLOCKS = 32  # that a multiprocessor of any of the three architectures can hold at once
+
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
 """Triton's name for a pointer to each dtype that a kernel takes."""
 
@@ -31,6 +33,10 @@ class Launch:
     num_stages: int = 1
     aligned: tuple[str, ...] = ()
     """Arguments divisible by 16 for contiguous tensors of this shape: pointers as addresses, integers as values."""
+    bytes_read_twice: int = 0
+    """What one program reads from memory and, when that is done, once more, counting on the level-2 cache."""
+    max_resident: int = MAX_BLOCKS
+    """The most blocks of a grid for each multiprocessor, where the grid is sized by their number."""
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch with `arguments` in the order of `signature`, on the device that holds the first of them."""

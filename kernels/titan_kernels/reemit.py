@@ -24,7 +24,7 @@ from titan_kernels.swiglu import check as check_swiglu
 from titan_kernels.swiglu import run_backward as run_swiglu_backward
 from titan_kernels.swiglu import run_backward_emit as run_swiglu_backward_emit
 from titan_kernels.swiglu import run_swiglu
-from titan_kernels.validation import shape
+from titan_kernels.validation import require_one_device, shape
 
 
 def _weight_gradient(dout: Tensor, y: Tensor) -> Tensor:
@@ -95,6 +95,9 @@ def norm_linear(
     x, residual: [..., D] of one dtype; weight: [D] in that dtype or float32; linear_weights: [out_i, D] in x's dtype.
     -> (out_1 [..., out_1], ..., new_residual [..., D]), in x's dtype; new_residual is x itself without a residual.
 
+    x and residual may be one tensor, or two of `linear_weights`, but not under torch 2.13's `compile(fullgraph=True)`,
+    which refuses an autograd.Function that is given a tensor twice.
+
     Raises:
         ValueError: a shape, dtype or device that does not fit.
     """
@@ -108,7 +111,11 @@ def norm_linear(
 
 
 def swiglu_linear(gate: Tensor, up: Tensor, down_weight: Tensor) -> Tensor:
-    """`(silu(gate) * up) @ down_weight^T`; the product is not saved.
+    """`(silu(gate) * up) @ down_weight^T`; the gated product is not saved.
+
+    Inside a checkpoint the whole unit is computed again, the matrix product too, where the two operators apart would
+    stop before it.
+
 
     gate, up: [..., F]; down_weight: [out, F], all of one dtype -> [..., out].
 
@@ -128,3 +135,4 @@ def _check_matrix(operator: str, x: Tensor, matrix: Tensor) -> None:
         )
     if matrix.dtype != x.dtype:
         raise ValueError(f"{operator}: a matrix of shape {shape(matrix)} is {matrix.dtype}, x is {x.dtype}")
+    require_one_device(operator, x, matrix)

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from titan_kernels.dispatch import eager_function, is_plain_eager, unrecorded_dispatch
-from titan_kernels.launch import POINTER, Launch, as_rows, blocks, empty_rows, power_of_two
+from titan_kernels.launch import MAX_BLOCKS, POINTER, Launch, as_rows, blocks, empty_rows, power_of_two
 from titan_kernels.sharding import ROWS, SUM, WHOLE, no_matrix_product, register_row_sharding
 from titan_kernels.validation import require_device, require_dtypes, shape
 
 MAX_WIDTH = 65536
 _WHOLE_ROW_FORWARD = 16384  # wider rows do not fit the registers of one program
 _WHOLE_ROW_BACKWARD = 8192
-_WIDE_ROWS = 4  # rows that a program takes at a time where they are wider than that
+_PROGRAM_ROWS = 4  # rows that a program of the backward kernel has at least, at once where they are wider than that
 _SUM_COLUMNS = 32
 
 # ---- launch: block width, warps and what else depends on the width alone
@@ -56,13 +56,15 @@ def _forward_launch(width: int, dtype: torch.dtype, weight_dtype: torch.dtype, e
         },
         constexprs={"WIDTH": width, "EPS": eps, "ADD": add, "BLOCK": block},
         num_warps=warps,
+        bytes_read_twice=(1 + add) * width * dtype.itemsize if width > block else 0,
         aligned=_aligned(width, "X RESIDUAL WEIGHT Y NEW_RESIDUAL SCALE", "x_stride residual_stride"),
     )
 
 
-def _backward_warps(block: int) -> int:
-    """8 elements per thread in narrow rows, where 16 spill on sm_100; 16 in rows of 4096 columns and more."""
-    return min(max(block // 512, min(block // 256, 8), 1), 16)
+def _backward_warps(block: int, dtype: torch.dtype) -> int:
+    """8 elements per thread in narrow rows, where 16 spill on sm_100; 16 in rows of 4096 columns and more (float32:
+    of more than 4096, where 16 spill on sm_90)."""
+    return min(max(block // 512, min(block // 256, 16 if dtype == torch.float32 else 8), 1), 16)
 
 
 @cache
@@ -70,6 +72,9 @@ def _backward_launch(width: int, dtype: torch.dtype, weight_dtype: torch.dtype, 
     """`add`: the residual's gradient is added; `emit`: the normalised output is written again."""
     whole = width <= _WHOLE_ROW_BACKWARD
     block = power_of_two(width) if whole else 2048
+    # Chosen so that nothing spills on sm_80, sm_90 and sm_100: ptxas aims at a number of threads, not at none spilled.
+    stages = 3 if dtype == torch.float16 and block <= 4096 else 2
+    wide_warps = 8 if dtype == torch.float32 else 16
     pointer = POINTER[dtype]
     return Launch(
         name="rms_norm_backward" + "_add" * add + "_emit" * emit,
@@ -83,9 +88,11 @@ def _backward_launch(width: int, dtype: torch.dtype, weight_dtype: torch.dtype, 
             **dict.fromkeys(("dy_stride", "s_stride", "dresidual_stride", "n_rows"), "i32"),
         },
         constexprs={"WIDTH": width, "ADD": add, "EMIT": emit, "BLOCK": block}
-        | ({"STAGES": 2} if whole else {"ROWS": _WIDE_ROWS}),
-        num_warps=_backward_warps(block) if whole else 16,
+        | ({"STAGES": stages} if whole else {"ROWS": _PROGRAM_ROWS}),
+        num_warps=_backward_warps(block, dtype) if whole else wide_warps,
         aligned=_aligned(width, "DY S WEIGHT SCALE DRESIDUAL DS Y PARTIALS", "dy_stride s_stride dresidual_stride"),
+        bytes_read_twice=0 if whole else _PROGRAM_ROWS * 2 * width * dtype.itemsize,  # dy and s
+        max_resident=MAX_BLOCKS if whole else 1,
     )
 
 
@@ -106,10 +113,13 @@ def _aligned(width: int, pointers: str, strides: str) -> tuple[str, ...]:
 
 
 def _n_partials(n_rows: int, width: int, device: torch.device) -> int:
-    """Programs of the backward kernel: as many as a device holds at once, and none without a row."""
-    if width > _WHOLE_ROW_BACKWARD:
-        return min(blocks(n_rows, _WIDE_ROWS), _multiprocessors(device))
-    return min(n_rows, _multiprocessors(device) * min(8, 8192 // power_of_two(width)))
+    """Programs of the backward kernel: as many as a device holds at once, but none for fewer than `_PROGRAM_ROWS` rows.
+
+    A program writes a float32 row of dW that the sum reads: 8 bytes a column, where each of its bfloat16 rows costs 6,
+    with a residual 8. A row per program would so double the traffic; at 4 rows it is a quarter to a third more.
+    """
+    programs = _multiprocessors(device) * (1 if width > _WHOLE_ROW_BACKWARD else min(8, 8192 // power_of_two(width)))
+    return min(blocks(n_rows, _PROGRAM_ROWS), programs)
 
 
 @cache
@@ -150,7 +160,8 @@ def _forward_kernel(
     X, RESIDUAL, WEIGHT, Y, NEW_RESIDUAL, SCALE, x_stride, residual_stride,
     WIDTH: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row. A row wider than BLOCK is read twice, the second time from cache."""
+    """One program per row. A row wider than BLOCK is read twice, the second time at once after the first, for the
+    level-2 cache to still have it."""
     row = tl.program_id(0).to(tl.int64)
     x = X + row * x_stride
     residual = RESIDUAL + row * residual_stride
@@ -245,8 +256,9 @@ def _backward_wide_kernel(
     DY, S, WEIGHT, SCALE, DRESIDUAL, DS, Y, PARTIALS, dy_stride, s_stride, dresidual_stride, n_rows,
     WIDTH: tl.constexpr, ADD: tl.constexpr, EMIT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """For rows that do not fit: ROWS at a time, read in blocks of columns, first for the mean, then (from cache) for
-    the gradients. The partial sum of dW stands in the program's own row of PARTIALS, added to once per ROWS rows."""
+    """For rows that do not fit: ROWS at a time, read in blocks of columns, first for the mean, then for the gradients,
+    from cache while the rows of all programs fit it: on an H100 in bfloat16 up to a width of about 24,000. The partial
+    sum of dW stands in the program's own row of PARTIALS, added to once per ROWS rows."""
     program = tl.program_id(0)
     partials = PARTIALS + program.to(tl.int64) * WIDTH
     columns = tl.arange(0, BLOCK)

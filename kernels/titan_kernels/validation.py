@@ -27,14 +27,19 @@ def require_dtypes(operator: str, x: Tensor, *others: Tensor) -> None:
             )
 
 
+def require_one_device(operator: str, x: Tensor, *others: Tensor) -> None:
+    """All tensors are on one device."""
+    for other in others:
+        if other.device != x.device:
+            raise ValueError(
+                f"{operator}: tensors of shape {shape(x)} on {x.device} and {shape(other)} on {other.device}"
+            )
+
+
 def require_device(operator: str, kernel: Any, x: Tensor, *others: Tensor) -> None:
     """All tensors are on one device, and the kernel can run there or need not, the tensors being fake."""
+    require_one_device(operator, x, *others)
     device = x.device
-    for other in others:
-        if other.device != device:
-            raise ValueError(
-                f"{operator}: tensors of shape {shape(x)} on {device} and {shape(other)} on {other.device}"
-            )
     runs = device.type in ("cuda", "meta") or (device.type == "cpu" and is_interpreted(kernel))
     if not runs and not isinstance(x, FakeTensor):
         raise ValueError(

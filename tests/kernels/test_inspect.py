@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from titan_kernels.ahead_of_time import REGISTER_FILE, SHARED_MEMORY, Cost
+from titan_kernels.ahead_of_time import _widths as widths
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -35,10 +37,17 @@ def test_launches_of_llama3_8b_on_hopper_are_sound() -> None:
     assert result.returncode == 0, result.stderr
     findings = json.loads(result.stdout)
     names = {finding["launch"] for finding in findings}
+    assert {finding["types"] for finding in findings} >= {"bf16", "fp16", "fp32", "bf16, weight fp32"}
+    assert {"Z_LOSS" in finding["sizes"] for finding in findings} == {True, False}
+    # Rows of the whole vocabulary, read twice by 132 programs at a time.
+    assert {
+        f["cost"]["bytes_read_twice"] for f in findings if "VOCAB=128256" in f["sizes"] and "with_grad" in f["launch"]
+    } == {256512, 513024}
     for operator in ("rms_norm", "add_rms_norm", "rope", "swiglu", "cross_entropy"):
         assert f"{operator}_forward" in names
     for finding in findings:
         assert 16 <= finding["cost"]["registers"] <= 255
+        assert finding["cost"]["stack_bytes"] == 0
         assert finding["cost"]["threads"] % 32 == 0
         assert not finding["violations"]
 
@@ -59,7 +68,7 @@ def test_unsound_launches_are_reported() -> None:
     assert violations["double"] == "arithmetic in double precision"
     assert "only 0% of the loaded bytes in 128-bit loads" in violations["scattered"]
     assert "only 0% of the stored bytes in 128-bit stores" in violations["scattered"]
-    assert "violation: double (BLOCK=1024) on sm_90: arithmetic in double precision" in result.stderr
+    assert "violation: double (fp32; BLOCK=1024) on sm_90: arithmetic in double precision" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -68,6 +77,9 @@ def test_unsound_launches_are_reported() -> None:
         ("registers", REGISTER_FILE // 256 + 1, "exceed the file of 65536"),
         ("shared_bytes", SHARED_MEMORY[80] + 1, "bytes of shared memory exceed"),
         ("stack_bytes", 8, "spills 8 bytes per thread"),
+        ("wide_load_share", 0.69, "only 69% of the loaded bytes in 128-bit loads"),
+        ("wide_store_share", 0.69, "only 69% of the stored bytes in 128-bit stores"),
+        ("bytes_read_twice", 100_000, "reads 43 MB twice at a time, more than the cache's 42 MB"),
     ],
 )
 def test_each_limit_is_checked(field: str, value: int, words: str) -> None:
@@ -75,6 +87,28 @@ def test_each_limit_is_checked(field: str, value: int, words: str) -> None:
     broken = Cost(**{**vars(SOUND), field: value})
     (violation,) = broken.violations(80)
     assert words in violation
+
+
+def test_how_many_blocks_a_multiprocessor_holds() -> None:
+    assert SOUND.resident_blocks(90) == 4  # 64 registers x 256 threads
+    assert replace(SOUND, registers=33).resident_blocks(90) == 6  # 40 registers are handed out
+    assert replace(SOUND, registers=16).resident_blocks(90) == 8  # 2048 threads
+    assert replace(SOUND, registers=16, threads=32).resident_blocks(90) == 32
+    assert replace(SOUND, shared_bytes=100 * 1024).resident_blocks(90) == 2
+    assert replace(SOUND, max_resident=1).resident_blocks(90) == 1
+    assert replace(SOUND, bytes_read_twice=1000).cached_bytes(90) == 132 * 4 * 1000
+
+
+def test_loads_of_one_address_are_counted_once() -> None:
+    text = """
+        @%p1 ld.global.b32 { %r1 }, [ %rd1 + 0 ];
+        @%p1 ld.global.b32 { %r2 }, [ %rd1 + 0 ];
+        @%p1 ld.global.v4.b32 { %r3, %r4, %r5, %r6 }, [ %rd2 + 0 ];
+        @%p1 st.global.b32 [ %rd3 + 0 ], { %r1 };
+        @%p1 st.global.v2.b32 [ %rd3 + 0 ], { %r1, %r2 };
+    """
+    assert widths(text, "ld") == [32, 128]
+    assert widths(text, "st") == [32, 64]
 
 
 def test_interpreted_kernels_are_refused() -> None:
