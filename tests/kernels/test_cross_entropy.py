@@ -14,7 +14,7 @@ from titan_kernels import (
     reference,
 )
 
-from tests.kernels.tolerance import Result, assert_accurate, compare, evaluate
+from tests.kernels.tolerance import Result, assert_accurate, assert_accurate_logits_gradient, evaluate
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 IGNORED = -100
@@ -28,6 +28,7 @@ SIZES = [
     (3, 4096, BF16, 0.0),
     (3, 9001, FP32, 1e-4),  # more than one step of the loop
     (3, 20000, BF16, 1e-4),
+    (2, 70000, BF16, 1e-4),  # the block of large vocabularies
 ]
 
 
@@ -51,14 +52,13 @@ def loss_terms(logits: Tensor) -> Tensor:
 
 
 def check(logits: Tensor, labels: Tensor, dloss: Tensor, z_loss: float) -> None:
-    compare(
-        lambda x: cross_entropy(x, labels, IGNORED, z_loss),
-        lambda x: reference.cross_entropy(x, labels, IGNORED, z_loss),
-        (logits,),
-        (dloss,),
-        # softmax - 1 cancels at the label.
-        {"out0": Result(loss_terms(logits)), "grad0": Result(dloss.double().abs()[:, None])},
+    (ours,), (gradient,) = evaluate(lambda x: cross_entropy(x, labels, IGNORED, z_loss), (logits,), (dloss,))
+    yardstick, truth = (
+        evaluate(lambda x: reference.cross_entropy(x, labels, IGNORED, z_loss), (x,), (d,))
+        for x, d in ((logits, dloss), (logits.double(), dloss.double()))
     )
+    assert_accurate("loss", ours, yardstick[0][0], truth[0][0], Result(loss_terms(logits)))
+    assert_accurate_logits_gradient(gradient, yardstick[1][0], truth[1][0], labels, dloss)
 
 
 @pytest.mark.parametrize(("rows", "vocab", "dtype", "z_loss"), SIZES)
@@ -78,7 +78,7 @@ def test_with_grad_in_place(rows: int, vocab: int, dtype: torch.dtype, z_loss: f
         lambda x: reference.cross_entropy(x, labels, IGNORED, z_loss), (truth,), (scale.double().expand(rows),)
     )
     assert_accurate("loss", loss, yardstick_loss, true_loss[0], Result(loss_terms(logits)))
-    assert_accurate("gradient", ours, yardstick, true_gradient, Result(scale.reshape(1, 1)))
+    assert_accurate_logits_gradient(ours, yardstick, true_gradient, labels, scale.expand(rows))
     assert torch.equal(loss == 0, labels == IGNORED) or vocab == 1
     assert not ours[labels == IGNORED].any()
 
@@ -219,6 +219,8 @@ def test_bad_input(logits: Tensor, labels: Tensor, message: str, device: torch.d
     ("logits", "logsumexp", "scale", "message"),
     [
         (torch.ones(4, 2).t(), torch.ones(2), torch.ones(()), "not adjacent columns"),
+        (torch.ones(4).expand(2, 4), torch.ones(2), torch.ones(()), r"strides \(0, 1\): rows that overlap"),
+        (torch.ones(7).as_strided((2, 4), (3, 1)), torch.ones(2), torch.ones(()), "rows that overlap"),
         (torch.ones(2, 4), torch.ones(2), torch.ones(1), r"scale of shape \[1\]"),
         (torch.ones(2, 4), torch.ones(2), torch.ones(()).double(), "torch.float64; needs one number in float32"),
         (torch.ones(2, 4), torch.ones(3), torch.ones(()), r"logsumexp of shape \[3\]"),
@@ -228,7 +230,22 @@ def test_bad_input(logits: Tensor, labels: Tensor, message: str, device: torch.d
 def test_bad_input_in_place(
     logits: Tensor, logsumexp: Tensor, scale: Tensor, message: str, device: torch.device
 ) -> None:
-    logits = logits if logits.requires_grad else logits.to(device)
+    memory = logits.detach().new_ones(8).to(device)
+    logits = memory.as_strided(logits.shape, logits.stride()).requires_grad_(logits.requires_grad)
     labels = torch.zeros(2, dtype=torch.int64, device=logits.device)
     with pytest.raises(ValueError, match=message):
         cross_entropy_grad_(logits, labels, 0, logsumexp.to(device), scale.to(device))
+    if "logsumexp" not in message:
+        with pytest.raises(ValueError, match=message):
+            cross_entropy_with_grad_(logits, labels, scale.to(device))
+
+
+def test_one_row_overlaps_with_none(device: torch.device) -> None:
+    """What a chunk of one token is, whatever its stride."""
+    logits, labels = torch.randn(1, 4, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    expected = logits.clone()
+    loss = cross_entropy_with_grad_(logits.as_strided((1, 4), (0, 1)), labels, torch.ones((), device=device))
+    torch.testing.assert_close(
+        loss, reference.cross_entropy_with_grad_(expected, labels, torch.ones((), device=device))
+    )
+    torch.testing.assert_close(logits, expected)

@@ -12,7 +12,7 @@ from titan_kernels import add_rms_norm, norm_linear, reference, rms_norm, swiglu
 from tests.kernels.tolerance import Result, compare, evaluate
 
 EPS = 1e-5
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +20,47 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def through_products(dtype: torch.dtype, terms: float, count: int) -> dict[str, Result]:
-    """Each result is a matrix product, or computed from one that was rounded to `dtype`: sums of signed terms."""
-    result = Result(torch.tensor(terms), rows=8, through=dtype)
+def through_products(dtype: torch.dtype, count: int) -> dict[str, Result]:
+    """Each result is a matrix product, or computed from one that was rounded to `dtype`: sums of signed terms, each of
+    about the size 1."""
+    result = Result(torch.tensor(1.0), through=dtype)
     return {f"{kind}{i}": result for kind in ("out", "grad") for i in range(count)}
+
+
+def matrices_for(width: int, outs: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Whose products with rows of numbers of size 1 are of size 1."""
+    return [torch.randn(out, width, dtype=dtype, device=device) / width**0.5 for out in outs]
+
+
+def check_norm_linear(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    matrices: list[Tensor],
+    gradients: list[Tensor],
+    dresidual: Tensor,
+) -> None:
+    dtype = x.dtype
+    if residual is not None:
+        compare(
+            lambda x, residual, weight, *matrices: norm_linear(x, residual, weight, EPS, matrices),
+            lambda x, residual, weight, *matrices: reference.norm_linear(x, residual, weight, EPS, matrices),
+            (x, residual, weight, *matrices),
+            (*gradients, dresidual),
+            through_products(dtype, 5),
+        )
+    else:
+        compare(
+            lambda x, weight, *matrices: norm_linear(x, None, weight, EPS, matrices),
+            lambda x, weight, *matrices: reference.norm_linear(x, None, weight, EPS, matrices),
+            (x, weight, *matrices),
+            (*gradients, dresidual),
+            through_products(dtype, 4),
+        )
+
+
+def check_swiglu_linear(gate: Tensor, up: Tensor, matrix: Tensor, dout: Tensor) -> None:
+    compare(swiglu_linear, reference.swiglu_linear, (gate, up, matrix), (dout,), through_products(gate.dtype, 3))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -32,32 +69,65 @@ def through_products(dtype: torch.dtype, terms: float, count: int) -> dict[str, 
 def test_norm_linear(dtype: torch.dtype, n_matrices: int, with_residual: bool, device: torch.device) -> None:
     x, residual, dresidual = (torch.randn(2, 5, 64, dtype=dtype, device=device) for _ in range(3))
     weight = torch.randn(64, dtype=dtype, device=device)
-    matrices = [torch.randn(out, 64, dtype=dtype, device=device) / 8 for out in (24, 40)[:n_matrices]]
+    matrices = matrices_for(64, (24, 40)[:n_matrices], dtype, device)
     gradients = [torch.randn(2, 5, len(matrix), dtype=dtype, device=device) for matrix in matrices]
-    if with_residual:
-        compare(
-            lambda x, residual, weight, *matrices: norm_linear(x, residual, weight, EPS, matrices),
-            lambda x, residual, weight, *matrices: reference.norm_linear(x, residual, weight, EPS, matrices),
-            (x, residual, weight, *matrices),
-            (*gradients, dresidual),
-            through_products(dtype, 1.0, 5),
-        )
-    else:
-        compare(
-            lambda x, weight, *matrices: norm_linear(x, None, weight, EPS, matrices),
-            lambda x, weight, *matrices: reference.norm_linear(x, None, weight, EPS, matrices),
-            (x, weight, *matrices),
-            (*gradients, dresidual),
-            through_products(dtype, 1.0, 4),
-        )
+    check_norm_linear(x, residual if with_residual else None, weight, matrices, gradients, dresidual)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_swiglu_linear(dtype: torch.dtype, device: torch.device) -> None:
     gate, up = (torch.randn(2, 5, 64, dtype=dtype, device=device) for _ in range(2))
-    matrix = torch.randn(24, 64, dtype=dtype, device=device) / 8
     dout = torch.randn(2, 5, 24, dtype=dtype, device=device)
-    compare(swiglu_linear, reference.swiglu_linear, (gate, up, matrix), (dout,), through_products(dtype, 1.0, 3))
+    check_swiglu_linear(gate, up, matrices_for(64, (24,), dtype, device)[0], dout)
+
+
+WIDTHS = [
+    (1, 1, FP32),
+    (3, 7, BF16),
+    (64, 127, FP16),
+    (3, 129, FP32),
+    (3, 1000, BF16),
+    (2, 4096, BF16),
+    (5, 8193, FP32),
+]
+
+
+@pytest.mark.parametrize(("rows", "width", "dtype"), WIDTHS)
+def test_other_widths(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    x, residual, dresidual = (torch.randn(rows, width, dtype=dtype, device=device) for _ in range(3))
+    weight = torch.randn(width, dtype=FP32 if rows == 3 else dtype, device=device)
+    matrices = matrices_for(width, (9, 16), dtype, device)
+    gradients = [torch.randn(rows, len(matrix), dtype=dtype, device=device) for matrix in matrices]
+    check_norm_linear(x, residual, weight, matrices, gradients, dresidual)
+    check_swiglu_linear(x, residual, matrices[0], gradients[0])
+
+
+@pytest.mark.parametrize("layout", ["columns", "transposed", "three_dims", "one_row"])
+def test_strided_inputs(layout: str, device: torch.device) -> None:
+    def tensor(width: int = 100) -> Tensor:
+        if layout == "columns":
+            return torch.randn(6, 2 * width, device=device)[:, :width]
+        if layout == "transposed":
+            return torch.randn(width, 6, device=device).t()
+        if layout == "three_dims":
+            return torch.randn(3, 2, width, device=device).transpose(0, 1)
+        return torch.randn(width, device=device).expand(6, width)
+
+    matrices = matrices_for(100, (16, 24), FP32, device)
+    strided = [torch.randn(100, out, device=device).t() / 10 for out in (16, 24)]
+    gradients = [tensor(16), tensor(24)]
+    for chosen in (matrices, strided):
+        check_norm_linear(tensor(), tensor(), torch.randn(200, device=device)[::2], chosen, gradients, tensor())
+        check_norm_linear(tensor(), None, torch.randn(100, device=device), chosen, gradients, tensor())
+        check_swiglu_linear(tensor(), tensor(), chosen[0], gradients[0])
+
+
+def test_expanded_gradients(device: torch.device) -> None:
+    x, residual = (torch.randn(6, 100, device=device) for _ in range(2))
+    matrices = matrices_for(100, (16, 24), FP32, device)
+    same = [torch.randn((), device=device).expand(6, width) for width in (16, 24, 100)]
+    check_norm_linear(x, residual, torch.randn(100, device=device), matrices, same[:2], same[2])
+    check_swiglu_linear(x, residual, matrices[0], same[0])
 
 
 def test_equal_bits_as_the_parts(device: torch.device) -> None:
@@ -173,6 +243,10 @@ def test_bad_input(device: torch.device) -> None:
         norm_linear(x, None, weight, EPS, (torch.ones(3, 7, device=device),))
     with pytest.raises(ValueError, match=r"is torch\.bfloat16, x is torch\.float32"):
         norm_linear(x, None, weight, EPS, (torch.ones(3, 8, dtype=BF16, device=device),))
+    with pytest.raises(ValueError, match=r"norm_linear: tensors of shape \[2, 8\] on .* and \[3, 8\] on meta"):
+        norm_linear(x, None, weight, EPS, (torch.ones(4, 8, device=device), torch.ones(3, 8, device="meta")))
+    with pytest.raises(ValueError, match=r"swiglu_linear: tensors of shape \[2, 8\] on .* and \[3, 8\] on meta"):
+        swiglu_linear(x, x, torch.ones(3, 8, device="meta"))
     with pytest.raises(ValueError, match=r"norm_linear: weight has shape \[7\]"):
         norm_linear(x, None, weight[:7], EPS, (torch.ones(3, 8, device=device),))
     with pytest.raises(ValueError, match=r"swiglu_linear: gate has shape \[2, 8\], up has \[2, 7\]"):

@@ -1,5 +1,7 @@
 """RMSNorm and add + RMSNorm against the reference in float64. N rows, D width."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from tests.kernels.tolerance import Result, compare, evaluate
 
 EPS = 1e-5
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# Pairs of rows and widths that each meet several dtypes; the last two do not fit a program's registers.
+# Pairs of rows and widths that each meet several dtypes; the last three do not fit a program's registers.
 SIZES = [
     (1, 1, FP32),
     (64, 1, BF16),
@@ -28,8 +30,10 @@ SIZES = [
     (3, 1000, BF16),
     (1, 4096, BF16),
     (3, 4096, FP16),
+    (64, 4096, FP32),
     (5, 8193, FP32),
     (3, 20000, BF16),
+    (1, 65536, FP16),
 ]
 
 
@@ -41,7 +45,13 @@ def seed() -> None:
 def terms(s: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
     """What cancels in ds: r * w * dy."""
     r = torch.rsqrt(s.double().square().mean(-1, keepdim=True) + EPS)
-    return (r * weight.double() * dy.double()).abs().amax(-1, keepdim=True)
+    return (r * weight.double() * dy.double()).abs()
+
+
+def dweight_terms(s: Tensor, dy: Tensor) -> Tensor:
+    """The size that a sum over rows of dy * s * r has where the signs are random."""
+    r = torch.rsqrt(s.double().square().mean(-1, keepdim=True) + EPS)
+    return (dy.double() * s.double() * r).flatten(0, -2).square().sum(0).sqrt()
 
 
 def check_norm(x: Tensor, weight: Tensor, dy: Tensor) -> None:
@@ -50,12 +60,12 @@ def check_norm(x: Tensor, weight: Tensor, dy: Tensor) -> None:
         reference.rms_norm,
         (x, weight, EPS),
         (dy,),
-        {"grad0": Result(terms(x, weight, dy)), "grad1": Result(rows=x[..., 0].numel(), through=x.dtype)},
+        {"grad0": Result(terms(x, weight, dy)), "grad1": Result(dweight_terms(x, dy))},
     )
 
 
 def check_add(x: Tensor, residual: Tensor, weight: Tensor, dy: Tensor, dresidual: Tensor) -> None:
-    largest = torch.maximum(terms(x + residual, weight, dy), dresidual.double().abs().amax(-1, keepdim=True))
+    largest = torch.maximum(terms(x + residual, weight, dy), dresidual.double().abs())
     compare(
         add_rms_norm,
         reference.add_rms_norm,
@@ -64,7 +74,7 @@ def check_add(x: Tensor, residual: Tensor, weight: Tensor, dy: Tensor, dresidual
         {
             "grad0": Result(largest),
             "grad1": Result(largest),
-            "grad2": Result(rows=x[..., 0].numel(), through=x.dtype),
+            "grad2": Result(dweight_terms(x + residual, dy), through=x.dtype),
         },
     )
 
@@ -81,6 +91,25 @@ def test_add_rms_norm(rows: int, width: int, dtype: torch.dtype, device: torch.d
     # A float32 weight beside a narrower input is what mixed precision without FSDP has.
     weight = torch.randn(width, dtype=FP32 if rows == 3 else dtype, device=device)
     check_add(tensors[0], tensors[1], weight, tensors[2], tensors[3])
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "multiprocessors", "partials"),
+    [
+        (333, 24, 10, 80),  # as many programs as fit, each with several rows; a last round of the sum that is not full
+        (333, 24, 40, 84),  # as many as have four rows
+        (137, 8200, 33, 33),  # rows that do not fit a program
+    ],
+)
+def test_as_many_partial_sums_as_a_gpu_makes(
+    rows: int, width: int, multiprocessors: int, partials: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel that sums them takes 32 at a time; the interpreter's two multiprocessors would never make more."""
+    module = sys.modules["titan_kernels.rms_norm"]
+    monkeypatch.setattr(module, "_multiprocessors", lambda device: multiprocessors)
+    assert module._n_partials(rows, width, device) == partials
+    x, residual, dy, dresidual = (torch.randn(rows, width, device=device) for _ in range(4))
+    check_add(x, residual, torch.randn(width, device=device), dy, dresidual)
 
 
 def test_new_residual_is_the_rounded_sum(device: torch.device) -> None:

@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from titan_kernels import reference, rope
 
-from tests.kernels.tolerance import Result, compare, evaluate
+from tests.kernels.tolerance import compare, evaluate
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # batch, sequence, heads, key/value heads, head dimension: multi-head, grouped, multi-query; widths that fill no block
@@ -35,18 +35,15 @@ def tables(seq_len: int, head_dim: int, device: torch.device) -> tuple[Tensor, T
 
 
 def check(qkv: Tensor, n_heads: int, n_kv_heads: int, gradients: tuple[Tensor, ...]) -> None:
-    """The tables are no inputs here: neither implementation is asked for their gradient."""
+    """The tables are no inputs here: neither implementation is asked for their gradient. A pair's two products may
+    cancel in one of its halves, but not in both, and the rule is by heads."""
     head_dim = qkv.shape[-1] // (n_heads + 2 * n_kv_heads)
     cos, sin = tables(qkv.shape[1], head_dim, qkv.device)
-    sizes = [gradient.double().abs().amax(-1, keepdim=True) for gradient in gradients]
-    packed_size = torch.stack([size.max() for size in sizes]).max().reshape(1, 1, 1)
-    size = qkv.double().abs().max().reshape(1, 1, 1, 1)  # a pair's two products may cancel
     compare(
         lambda qkv: rope(qkv, cos, sin, n_heads, n_kv_heads),
         lambda qkv: reference.rope(qkv, cos, sin, n_heads, n_kv_heads),
         (qkv,),
         gradients,
-        {"out0": Result(size), "out1": Result(size), "grad0": Result(packed_size)},
     )
 
 
