@@ -1,0 +1,21 @@
+"""Where there is a GPU, the tests that take `device` are GPU tests: `-m gpu` runs the same numerics on CUDA.
+
+Without one they run on the CPU through Triton's interpreter, which tests/conftest.py switches on, and carry no mark.
+"""
+
+import os
+
+import pytest
+import torch
+
+if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "0":
+    raise pytest.UsageError("TRITON_INTERPRET is set: the kernels would be interpreted, not run by the GPU; unset it")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by mark
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        return
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
