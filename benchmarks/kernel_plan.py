@@ -93,7 +93,7 @@ def _case_seconds(case: Case, chosen: list[Provider], seen: set[tuple[str, str, 
             total += SECONDS["quack" if provider.name == "quack" else "kernel"]
         seen.add(kernel)
         total += passes * len(directions(case)) * SECONDS["pass"]
-        total += (passes * calls + 4) * _call_seconds(case, provider)  # 4: check, peak, warm-up
+        total += ((passes + 1) * calls + 2) * _call_seconds(case, provider)  # a warm-up pass, the check, the peak
     return total + _matmul_flops(case) / FLOPS_FLOAT32 + 3 * _call_seconds(case, chosen[0])
 
 

@@ -119,7 +119,9 @@ def _host_pass(run: Run, calls: int, flush: Callable[[], object], delay: float) 
 
 def _cuda_pass(run: Run, calls: int, flush: Callable[[], object], delay: float) -> tuple[list[float], bool, float]:
     """One queue of calls behind a delay. If the device caught up with the host it was too short: again, behind a longer
-    one, which is returned for the next pass."""
+    one. The delay that was long enough is returned for the next pass; where none was, as for a call that itself waits
+    for the device, the one that was given, for longer ones would only grow."""
+    given = delay
     for _ in range(4):
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
         free = torch.cuda.Event()
@@ -140,7 +142,7 @@ def _cuda_pass(run: Run, calls: int, flush: Callable[[], object], delay: float) 
         if queued:
             break
         delay = 2 * host_seconds
-    return [before.elapsed_time(after) * 1e-3 for before, after in events], queued, delay
+    return [before.elapsed_time(after) * 1e-3 for before, after in events], queued, delay if queued else given
 
 
 def _cache_flush(device: torch.device, working_set: int) -> Callable[[], object]:

@@ -330,6 +330,35 @@ def test_differences_are_of_the_same_pass() -> None:
     assert not found.queued
 
 
+@pytest.mark.parametrize(
+    ("ran_dry", "queued", "longer"), [([False], True, 1), ([True, False], True, 2), ([True] * 4, False, 1)]
+)
+def test_a_queue_that_ran_dry_is_tried_again_behind_a_longer_delay(
+    ran_dry: list[bool], queued: bool, longer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a stand-in for the device. A delay that never suffices is not kept: it would double with each pass."""
+    answers, delays = iter(ran_dry), []
+
+    class Event:
+        def __init__(self, enable_timing: bool = False) -> None: ...
+
+        def record(self) -> None: ...
+
+        def query(self) -> bool:
+            return next(answers)
+
+        def elapsed_time(self, other: Any) -> float:
+            return 5.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", delays.append)
+    monkeypatch.setattr(timing.time, "perf_counter", iter(range(100)).__next__)  # a second between readings
+    seconds, found, delay = timing._cuda_pass(timing.Run(lambda: None), 3, lambda: None, 1.0)
+    assert (seconds, found, delay) == ([5e-3] * 3, queued, float(longer))
+    assert len(delays) == len(ran_dry)
+
+
 def test_every_cell_is_in_one_part_and_every_part_is_short() -> None:
     for case in cases(smoke=False):
         for test, provider in kernel_plan.cells(case):
