@@ -32,6 +32,7 @@ MODES: dict[str, ActivationCheckpoint] = {
     "none": ActivationCheckpoint(),
     "full": ActivationCheckpoint("full"),
     "selective op": ActivationCheckpoint("selective", "op"),
+    "selective attention": ActivationCheckpoint("selective", "attention"),
     "selective 2": ActivationCheckpoint("selective", "2"),
     "pointwise": ActivationCheckpoint("pointwise"),
     "memory_budget 0.5": ActivationCheckpoint("memory_budget", memory_budget=0.5),

@@ -138,7 +138,7 @@ def test_weights_that_moved_are_noticed(world: World) -> None:
     ("options", "device", "sentence"),
     [
         ({}, "cpu", "the device is cpu"),
-        (BFLOAT16, "cuda", "FSDP2 gathers them anew"),
+        (BFLOAT16 | {"parallelism.single_device": "fsdp"}, "cuda", "FSDP2 gathers them anew"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(options: dict[str, str], device: str, sentence: str) -> None:

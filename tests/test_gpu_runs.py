@@ -10,15 +10,15 @@ from titan_fast import loop
 
 pytestmark = [pytest.mark.timeout(300)]
 WAYS: dict[str, dict[str, Any]] = {
-    "FSDP2": {},
+    "as it is": {},
+    "FSDP2": {"parallelism__single_device": "fsdp"},
     "offloaded": {"training__enable_cpu_offload": True},
     "foreach": {"optimizer__implementation": "foreach"},
     "for-loop": {"optimizer__implementation": "for-loop"},
-    "masters": {"parallelism__single_device": "masters"},
-    "masters, two passes": {"parallelism__single_device": "masters", "training__global_batch_size": 4},
-    "masters, recorded": {"parallelism__single_device": "masters", "training__cuda_graph": True},
+    "two passes": {"training__global_batch_size": 4},
+    "recorded": {"training__cuda_graph": True},
     "bfloat16": {"parallelism__single_device": "bfloat16"},
-    "compiled": {"compile__enable": True, "parallelism__single_device": "masters"},
+    "compiled": {"compile__enable": True},
     "saved in the background": {"checkpoint__async_mode": "async_with_pinned_mem"},
 }
 

@@ -30,6 +30,7 @@ from titan_fast.step import build_model, forward_backward, one_over_valid_tokens
 CPU = torch.device("cpu")
 STEPS, BATCH, SEQ_LEN = 30, 4, 16
 BFLOAT16 = {"training.mixed_precision_param": "bfloat16"}
+FSDP = {"parallelism.single_device": "fsdp", **BFLOAT16}
 MASTERS = {"parallelism.single_device": "masters", **BFLOAT16}
 
 
@@ -112,7 +113,7 @@ COMPILED = {"compile.enable": True}
 @pytest.mark.parametrize("passes", [1, 2])
 def test_masters_train_as_fsdp_does(world: World, passes: int) -> None:
     """Bit for bit: the same float32 sums, moments and weights, and the same rounding to bfloat16."""
-    fsdp, masters = train(BFLOAT16, passes), train(MASTERS, passes)
+    fsdp, masters = train(FSDP, passes), train(MASTERS, passes)
     assert any(isinstance(module, FSDPModule) for module in fsdp.model.modules())
     assert not any(isinstance(module, FSDPModule) for module in masters.model.modules())
     assert {p.dtype for p in masters.model.parameters()} == {torch.bfloat16}
@@ -172,6 +173,22 @@ def test_a_bad_step_changes_no_master(world: World, components: str, bad_at: int
     assert all(torch.equal(before[name], tensor) for name, tensor in trained.weights().items())
     one_step(trained, config, batches)
     assert not any(torch.equal(before[name], tensor) for name, tensor in trained.weights().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "devices", "kept"),
+    [
+        (BFLOAT16, 1, "masters"),
+        (BFLOAT16, 2, "fsdp"),
+        (BFLOAT16 | {"training.enable_cpu_offload": True}, 1, "fsdp"),
+        (BFLOAT16 | {"optimizer.implementation": "foreach"}, 1, "fsdp"),
+        (FSDP, 1, "fsdp"),
+        ({}, 1, "fsdp"),
+    ],
+)
+def test_what_a_device_keeps_of_weights(options: dict[str, Any], devices: int, kept: str) -> None:
+    config = config_of(options)
+    assert parallel.weights_kept(config, devices, parallel.precision(config.training, CPU)) == kept
 
 
 def test_masters_and_weights_change_places(world: World) -> None:
@@ -236,7 +253,7 @@ class Waits(TorchDispatchMode):
 
 
 PATHS = {
-    "fsdp": BFLOAT16,
+    "fsdp": FSDP,
     "masters": MASTERS,
     "masters, one pass": MASTERS | COMPILED | {"compile.components": ["optimizer"]},
     "float32": {},
@@ -290,7 +307,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "masters of two devices": (MASTERS, 2, "masters is for one device, and there are 2"),
     "masters in float32": ({"parallelism.single_device": "masters"}, 1, "computes in float32"),
     "masters and offload": (MASTERS | {"training.enable_cpu_offload": True}, 1, "enable_cpu_offload"),
-    "model with FSDP": (BFLOAT16 | COMPILED | {"compile.components": ["model"]}, 1, "FSDP2 gathers weights"),
+    "model with FSDP": (FSDP | COMPILED | {"compile.components": ["model"]}, 1, "FSDP2 gathers weights"),
     "foreach with masters": (MASTERS | {"optimizer.implementation": "foreach"}, 1, "masters has a step of its own"),
     "for-loop compiled": (COMPILED | {"compile.components": ["optimizer"], "optimizer.implementation": "for-loop"}, 1,
                           "implementation is for-loop, and compile.components with optimizer"),
@@ -320,7 +337,9 @@ def test_compiled_code_is_kept_where_it_is_wanted(tmp_path: Path, monkeypatch: p
         monkeypatch.setenv(name, "elsewhere")
     torch._dynamo.reset()
     model = Llama(LLAMA3)
-    compilation.compile_model(model, Compile(enable=True, components=("norm",), cache_folder=str(tmp_path)))
+    settings = Compile(enable=True, components=("norm",), cache_folder=str(tmp_path))
+    compilation.keep_code(settings)
+    compilation.compile_model(model, settings)
     with torch.no_grad():
         model.norm(torch.randn(2, 3, LLAMA3.dim))
     assert any(path.is_file() for path in (tmp_path / "inductor").rglob("*"))

@@ -56,8 +56,12 @@ def assert_same_run(a: Path, b: Path, step: int, processes: int = 1) -> None:
 
 ONE_PROCESS: dict[str, dict[str, Any]] = {
     "float32": {},
-    "bfloat16, FSDP2": {"training__mixed_precision_param": "bfloat16", **runs.MEASURED},
-    "masters": {"training__mixed_precision_param": "bfloat16", "parallelism__single_device": "masters"},
+    "bfloat16, FSDP2": {
+        "training__mixed_precision_param": "bfloat16",
+        "parallelism__single_device": "fsdp",
+        **runs.MEASURED,
+    },
+    "bfloat16, masters": {"training__mixed_precision_param": "bfloat16", **runs.MEASURED},
     "compiled": {"compile__enable": True},
 }
 

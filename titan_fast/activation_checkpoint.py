@@ -68,9 +68,18 @@ def all_but_pointwise() -> Policy:
     return _keeping(range(1, _PRODUCTS_OF_A_BLOCK))
 
 
+def attention_whole() -> Policy:
+    """`selective` with "attention": qkv and the attention output are kept, the other products run again."""
+    return _keeping((1,))
+
+
 def attention_alone() -> Policy:
     """`full` where attention must not run again."""
     return _keeping(())
+
+
+SELECTIVE = {"op": every_second_product, "attention": attention_whole}
+"""Policies by the `selective_ac_option` that means them; other options are numbers."""
 
 
 def checkpoint_block(block: Block, make_policy: Callable[[], Policy] | None = None) -> None:
@@ -97,7 +106,7 @@ def check(settings: config.ActivationCheckpoint, compiles: bool, n_layers: int) 
             "enable compile, or take pointwise, selective or full",
         )
     option = settings.selective_ac_option
-    if settings.mode == "selective" and option != "op" and int(option) > n_layers:
+    if settings.mode == "selective" and option not in SELECTIVE and int(option) > n_layers:
         raise ConfigError(
             f"activation_checkpoint.selective_ac_option {option} is more than the model's {n_layers} blocks, so that "
             "none would be checkpointed",
@@ -122,7 +131,7 @@ def apply(model: Llama, settings: config.ActivationCheckpoint, keeps_attention: 
             checkpoint_block(block, whole)
         elif settings.mode == "pointwise":
             checkpoint_block(block, all_but_pointwise)
-        elif settings.mode == "selective" and settings.selective_ac_option == "op":
-            checkpoint_block(block, every_second_product)
+        elif settings.mode == "selective" and settings.selective_ac_option in SELECTIVE:
+            checkpoint_block(block, SELECTIVE[settings.selective_ac_option])
         elif settings.mode == "selective" and (i + 1) % int(settings.selective_ac_option) == 0:
             checkpoint_block(block, whole)

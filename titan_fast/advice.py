@@ -18,6 +18,7 @@ _RECOMPUTE: tuple[dict[str, str], ...] = (
     {"mode": "pointwise"},
     {"mode": "selective", "selective_ac_option": "op"},
     {"mode": "selective", "selective_ac_option": "2"},
+    {"mode": "selective", "selective_ac_option": "attention"},
     {"mode": "full"},
 )
 _WORTH_DOUBLING = 1.01

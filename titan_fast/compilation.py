@@ -63,9 +63,10 @@ def optimizer_compiler(settings: config.Compile) -> Callable[[Any], Any] | None:
 
 def compile_model(model: Llama, settings: config.Compile) -> None:
     """Compiles in place what `[compile] components` names of the model."""
-    if settings.cache_folder is not None:
-        keep_code_in(Path(settings.cache_folder))
     if "model" in settings.components:
+        if isinstance(model.head.loss, LinearCrossEntropy):
+            ops = compiled_cross_entropy(model.head.loss.ops, lambda function: function)
+            model.head.loss = dataclasses.replace(model.head.loss, ops=ops)
         model.compile(**arguments(settings))
     if "blocks" in settings.components:
         for block in model.blocks:  # of one shape, and so of one graph
@@ -77,15 +78,20 @@ def compile_model(model: Llama, settings: config.Compile) -> None:
         model.head.loss = dataclasses.replace(model.head.loss, ops=ops)
 
 
-def keep_code_in(folder: Path) -> None:
-    """Lets Inductor and Triton read and write compiled code here: both look at the environment for it."""
+def keep_code(settings: config.Compile) -> None:
+    """Lets Inductor and Triton read and write compiled code in `cache_folder`, where there is one: both look at the
+    environment for it. To be called before anything is compiled."""
+    if not (settings.enable and settings.cache_folder):
+        return
+    folder = Path(settings.cache_folder)
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve() / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder.resolve() / "triton")
 
 
 def compiled_cross_entropy(ops: Ops, compile_function: Callable[[Any], Any]) -> Ops:
-    """`ops` with the reference's cross entropy compiled; kernels that are not the reference's stay as they are."""
+    """`ops` with the reference's cross entropy in the form that a compiler can fuse, and `compile_function` of it;
+    kernels that are not the reference's stay as they are."""
     changes = {}
     if ops.cross_entropy_with_grad_ is REFERENCE.cross_entropy_with_grad_:
         changes["cross_entropy_with_grad_"] = compile_function(cross_entropy_with_grad_)

@@ -118,8 +118,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Loss:
-    chunk_size: int = 2048
-    """Tokens per chunk of the head and cross entropy, so that the full logits never exist. 0: no chunks."""
+    chunk_size: int = 8192
+    """Tokens per chunk of the head and cross entropy, so that the full logits never exist. 0: no chunks. Where there
+    are several, the head's gradient is summed in float32: up to twice the model's width in tokens, one chunk takes
+    less memory than two, and less time always."""
     z_loss: float = 0.0
     """Weight of logsumexp^2, which keeps the logits near zero (PaLM)."""
     implementation: Literal["chunked", "torch"] = "chunked"
@@ -174,10 +176,11 @@ class Parallelism:
     """Let the compiler overlap tensor-parallel communication with matrix products. Needs CUDA and compile."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Whether gathered parameters are freed after a block's forward. default: all blocks but the last."""
-    single_device: Literal["fsdp", "masters", "bfloat16"] = "fsdp"
+    single_device: Literal["auto", "fsdp", "masters", "bfloat16"] = "auto"
     """What a single device that computes in bfloat16 keeps. fsdp: float32 weights, cast by FSDP2 in every step.
     masters: bfloat16 weights, and float32 ones that the optimizer updates and rounds into them; the same arithmetic
-    with fewer copies. bfloat16: bfloat16 weights and moments only, which loses small updates."""
+    bit for bit, with fewer copies. bfloat16: bfloat16 weights and moments only, which loses small updates. auto:
+    masters, but fsdp where weights are offloaded or `optimizer.implementation` is not fused."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +189,9 @@ class ActivationCheckpoint:
     """What the backward pass computes again. none: nothing; full: each block; selective: see selective_ac_option;
     pointwise: norms, rotary embedding and SiLU x mul, no matrix product; memory_budget: the compiler's choice."""
     selective_ac_option: str = "op"
-    """With selective: an integer N (every Nth block in full), or "op" (attention outputs and every second matrix
-    product are kept)."""
+    """With selective: an integer N (every Nth block in full), "op" (attention outputs and every second matrix product
+    are kept), or "attention" (attention's inputs and outputs are kept: less memory than op, and attention does not run
+    twice as in full)."""
     memory_budget: float = 0.5
     """With memory_budget: 0 keeps only block inputs, 1 is the compiler's own choice."""
 
@@ -196,7 +200,7 @@ class ActivationCheckpoint:
 class Compile:
     enable: bool = False
     """Compile what `components` names with torch.compile(fullgraph=True)."""
-    components: tuple[CompileComponent, ...] = ("blocks",)
+    components: tuple[CompileComponent, ...] = ("blocks", "norm", "loss")
     """blocks: each decoder block. norm: the last norm. loss: cross entropy on a chunk of logits, where it is the
     reference's. optimizer: clipping and AdamW, one pass over each tensor. model: the whole model with its loss as one
     graph instead of blocks, norm and loss; without FSDP2."""
@@ -532,10 +536,11 @@ def validate(config: Config) -> None:
             "start that many processes with torchrun, or add --job.dry_run True",
         )
     option = config.activation_checkpoint.selective_ac_option
-    if option != "op" and not (option.isdecimal() and int(option) > 0):
+    if option not in ("op", "attention") and not (option.isdecimal() and int(option) > 0):
         problems.add(
-            f"activation_checkpoint.selective_ac_option {option!r} is neither a positive integer nor 'op'",
-            "write an integer N for every Nth block, or op",
+            f"activation_checkpoint.selective_ac_option {option!r} is neither a positive integer nor 'op' nor "
+            "'attention'",
+            "write an integer N for every Nth block, or op, or attention",
         )
     problems.refuse()
 

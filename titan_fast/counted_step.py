@@ -17,11 +17,11 @@ from titan_fast.compilation import optimizer_compiler
 from titan_fast.compiled_graph import Counter
 from titan_fast.config import Config, MeshDegrees
 from titan_fast.flavors import ModelShape
-from titan_fast.masters import gradient_of, keep_masters, master_of
+from titan_fast.masters import gradient_of, master_of, narrow
 from titan_fast.model import Llama
 from titan_fast.ops import Ops
 from titan_fast.optim import build_optimizer, clip_gradients
-from titan_fast.parallel import build_mesh, parallelize, precision
+from titan_fast.parallel import build_mesh, parallelize, precision, weights_kept
 from titan_fast.step import forward_backward, meta_model, one_over_valid_tokens
 from titan_fast.step_record import Segment, StepRecorder, mark_units, recording
 
@@ -83,11 +83,7 @@ def count_step(
         if shape.tied:
             model.tie()
         model.init_buffers()
-        if config.parallelism.single_device == "masters":
-            keep_masters(model, accumulates=passes > 1)
-        elif config.parallelism.single_device == "bfloat16":
-            for parameter in model.parameters():
-                parameter.data = parameter.data.bfloat16()
+        narrow(model, weights_kept(config, degrees.data * degrees.tensor, dtypes), accumulates=passes > 1)
         mark_units(model, units_of(model), recorder)
         optimizer = build_optimizer(model, config.optimizer, optimizer_compiler(config.compile))
         batches = [_fake_batch(config, shape) for _ in range(passes)]

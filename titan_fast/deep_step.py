@@ -31,7 +31,7 @@ class DeepStep:
 def period(settings: ActivationCheckpoint) -> int:
     """After how many blocks the pattern repeats: with every Nth one recomputed, N."""
     option = settings.selective_ac_option
-    return int(option) if settings.mode == "selective" and option != "op" else 1
+    return int(option) if settings.mode == "selective" and option.isdecimal() else 1
 
 
 def deep_step(

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_fast import canary, checkpointer, distributed, out_of_memory, parallel, rehearsal
+from titan_fast import canary, checkpointer, compilation, distributed, out_of_memory, parallel, rehearsal
 from titan_fast.agreement import Agreed, Agreement
 from titan_fast.checkpoint import Progress, gather_data_state, own_data_state
 from titan_fast.checkpointer import Checkpointer
-from titan_fast.compilation import optimizer_compiler
 from titan_fast.compile_report import CompileReport
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape
 from titan_fast.cuda_graph import CudaRecorder, RecordedPasses
@@ -70,10 +69,11 @@ class Run:
         self.config, self.degrees, self.world, self.run_dir, self.ops = config, degrees, world, run_dir, ops
         self.shape = model_shape(config.model)
         device = world.device
+        compilation.keep_code(config.compile)
         canary.check(config, self.shape, ops, device)
         self.compile_report = CompileReport()
         self.model = build_model(config, self.shape, ops, degrees, device)
-        self.optimizer = build_optimizer(self.model, config.optimizer, optimizer_compiler(config.compile))
+        self.optimizer = build_optimizer(self.model, config.optimizer, compilation.optimizer_compiler(config.compile))
         if rehearsal.is_wanted(config, device):
             rehearsal.rehearse(self.model, self.optimizer, config, degrees, device)
         self.tokenizer = build_tokenizer(config, run_dir, self.shape.vocab_size, world.is_main, world.barrier)

@@ -85,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x) if wants_x else None
         # Several chunks are summed in float32: a bfloat16 sum would lose a bit with each.
         sum_dtype = torch.float32 if rows > step and weight.dtype != torch.float64 else weight.dtype
-        grad_weight = torch.zeros(weight.shape, dtype=sum_dtype, device=weight.device) if wants_weight else None
+        grad_weight: Tensor | None = None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         for start in range(0, rows, step):
             chunk, chunk_labels = x[start : start + step], labels[start : start + step]
@@ -95,11 +95,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[start : start + step])
-            if grad_weight is not None:
-                if sum_dtype == weight.dtype:
-                    grad_weight.addmm_(logits.T, chunk)
-                else:
-                    grad_weight += logits.T @ chunk
+            if not wants_weight:
+                continue
+            if grad_weight is None:
+                grad_weight = (logits.T @ chunk).to(sum_dtype)
+            elif sum_dtype == weight.dtype:
+                grad_weight.addmm_(logits.T, chunk)
+            else:
+                grad_weight += logits.T @ chunk
+        if wants_weight and grad_weight is None:  # no token at all
+            grad_weight = torch.zeros_like(weight)
         if grad_x is not None and loss.vocab_group is not None:
             dist.all_reduce(grad_x, dist.ReduceOp.SUM, loss.vocab_group)
         ctx.save_for_backward(grad_x, grad_weight)
@@ -112,6 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         if grad_x is not None:
             grad_x = grad_x * grad
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
+        if grad_weight is not None:  # scaled and rounded in one pass
+            rounded = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
+            grad_weight = torch.mul(grad_weight, grad, out=rounded)
         return grad_x, grad_weight, None, None, None

@@ -18,6 +18,15 @@ BUCKET_NUMEL = 2**27
 """Gradients widened to float32 at a time where the update is not compiled: 512 MiB of them."""
 
 
+def narrow(model: nn.Module, kept: str, accumulates: bool) -> None:
+    """Makes the weights what `parallel.weights_kept` says: bfloat16 with masters, bfloat16 alone, or as they are."""
+    if kept == "masters":
+        keep_masters(model, accumulates)
+    elif kept == "bfloat16":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+
+
 def keep_masters(model: nn.Module, accumulates: bool) -> None:
     """Rounds the float32 parameters of `model` to bfloat16 in place, and keeps the float32 values as the attribute
     `master` of each. With `accumulates`, gradients of several backward passes are summed in float32, as the attribute

@@ -5,7 +5,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -114,17 +114,25 @@ def parallelize(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Con
 
 
 def uses_fsdp(settings: Config, world_size: int, dtypes: Precision) -> bool:
-    """A single float32 device needs nothing of FSDP; one that computes in bfloat16 has its float32 masters from it,
-    unless `single_device` says otherwise."""
+    """A single float32 device needs nothing of FSDP; one that computes in bfloat16 keeps what `single_device` says."""
     if world_size > 1 or settings.training.enable_cpu_offload:
         return True
-    return dtypes.param != torch.float32 and settings.parallelism.single_device == "fsdp"
+    return dtypes.param != torch.float32 and weights_kept(settings, world_size, dtypes) == "fsdp"
+
+
+def weights_kept(settings: Config, world_size: int, dtypes: Precision) -> Literal["fsdp", "masters", "bfloat16"]:
+    """`parallelism.single_device` with auto resolved; "fsdp" also where that has nothing to do."""
+    choice = settings.parallelism.single_device
+    if choice != "auto":
+        return choice
+    alone = world_size == 1 and dtypes.param == torch.bfloat16 and not settings.training.enable_cpu_offload
+    return "masters" if alone and settings.optimizer.implementation == "fused" else "fsdp"
 
 
 def check_single_device(settings: Config, degrees: MeshDegrees, dtypes: Precision) -> None:
     """ConfigError where `single_device` asks for what is not a single bfloat16 device."""
     choice, devices = settings.parallelism.single_device, degrees.data * degrees.tensor
-    if choice == "fsdp":
+    if choice in ("auto", "fsdp"):
         return
     where, hint = f"parallelism.single_device {choice}", "take fsdp"
     if devices > 1:
@@ -323,6 +331,8 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Conf
             # Without this a divide factor becomes a PREMUL_SUM, which gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
     _prefetch(model)
+    if isinstance(model.embedding, FSDPModule):  # its gradient needs no weight
+        model.embedding.set_unshard_in_backward(False)
     # FSDP warns of what in-place operators would do to such an output; the model has none.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps
 from titan_fast.flavors import ModelShape
 from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy, torch_linear_cross_entropy
-from titan_fast.masters import keep_masters
+from titan_fast.masters import narrow
 from titan_fast.model import Llama, init_weights
 from titan_fast.ops import Ops, Workload
 from titan_fast.parallel import (
@@ -20,6 +20,7 @@ from titan_fast.parallel import (
     parallelize,
     precision,
     replicate_only_after_last,
+    weights_kept,
 )
 
 
@@ -68,11 +69,8 @@ def build_model(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegree
     model.tie()
     init_weights(model, config.debug.seed)
     model.cos, model.sin = model.cos.to(device), model.sin.to(device)  # offloading is for parameters only
-    if config.parallelism.single_device == "masters":
-        keep_masters(model, accumulates=grad_accum_steps(config.training, degrees.data) > 1)
-    elif config.parallelism.single_device == "bfloat16":
-        for parameter in model.parameters():
-            parameter.data = parameter.data.bfloat16()
+    kept = weights_kept(config, degrees.data * degrees.tensor, dtypes)
+    narrow(model, kept, accumulates=kept == "masters" and grad_accum_steps(config.training, degrees.data) > 1)
     return model
 
 
