@@ -10,7 +10,9 @@ Nothing of them is imported before it is asked for; one that is absent or fails 
 """
 
 import dataclasses
+import gc
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -22,34 +24,73 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import step_timing
-from benchmarks.step_profile import breakdown
-from benchmarks.step_timing import Timed
-from benchmarks.train_cell import How, RandomTokens, Rows, failures_into
-from benchmarks.workloads import Cell, config_of, shape_of
+from benchmarks.random_tokens import RandomTokens
+from benchmarks.train_cell import RECOMPILE_LIMIT
+from benchmarks.variants import COLLECT_EVERY, How, Row, Rows, time_variants
+from benchmarks.workloads import Cell, Variant, config_of, shape_of
 from titan_fast.config import Config
 from titan_fast.flavors import ModelShape
 from titan_fast.hf import hf_config
 from titan_fast.loader import Batch, Loader
 
 
-@dataclasses.dataclass
-class PeerStep:
+@dataclasses.dataclass(frozen=True)
+class Made:
     """A training step of somebody else's."""
 
+    train_on: Callable[[Loader], None]
+    """Takes the steps that follow from this loader, whose batches may be of another size."""
     step: Callable[[], None]
     loss: Callable[[], float]
     """Of the last step. Waits for the device."""
     versions: dict[str, str]
 
 
-Peer = Callable[[Config, ModelShape, Loader, torch.device], PeerStep]
+class PeerStep:
+    """A peer as a contender of `time_variants`; its variants differ in their batch alone."""
+
+    def __init__(self, made: Made, device: torch.device, new_loader: Callable[[Variant], Loader]) -> None:
+        self.made, self.device, self.new_loader = made, device, new_loader
+        self.loader: Loader | None = None
+
+    def what_runs(self, variant: Variant) -> object:
+        return variant.name
+
+    def switch_to(self, variant: Variant) -> Row:
+        """Another batch. What was compiled for the last one is forgotten: the compiler would else make code for
+        batches of any size, which is slower."""
+        if self.loader is not None:
+            self.loader.close()
+            torch._dynamo.reset()
+        self.loader = self.new_loader(variant)
+        self.made.train_on(self.loader)
+        return {"versions": self.made.versions}
+
+    def face(self) -> None:
+        return None
+
+    def put_on(self, face: None) -> None:
+        pass
+
+    def step(self) -> None:
+        self.made.step()
+
+    def last_loss(self) -> float:
+        return self.made.loss()
+
+    def close(self) -> None:
+        if self.loader is not None:
+            self.loader.close()
 
 
-def hugging_face(config: Config, shape: ModelShape, loader: Loader, device: torch.device, liger: bool) -> PeerStep:
+Peer = Callable[[Config, ModelShape, torch.device], Made]
+
+
+def hugging_face(config: Config, shape: ModelShape, device: torch.device, liger: bool) -> Made:
     """transformers' Llama in bfloat16, compiled block by block; with Liger's kernels in place of its own where wanted,
-    the fused linear cross entropy included."""
+    the fused linear cross entropy included. Attention by the same backend as ours, the fastest on this device."""
     import transformers
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -74,18 +115,37 @@ def hugging_face(config: Config, shape: ModelShape, loader: Loader, device: torc
         model.parameters(), lr=config.optimizer.lr, betas=(config.optimizer.beta1, config.optimizer.beta2),
         eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay, fused=True,
     )  # fmt: skip
+    backends = attention_backends(device)
+    source: list[Loader] = []
     last: list[Tensor] = []
+    done = itertools.count(1)
 
     def step() -> None:
-        (batch,) = next(loader)
-        loss = _hugging_face_loss(model, batch, liger)
-        loss.backward()
+        (batch,) = next(source[0])
+        with sdpa_kernel(backends, set_priority=True):
+            loss = _hugging_face_loss(model, batch, liger)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.max_norm, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         last[:] = [loss.detach()]
+        if next(done) % COLLECT_EVERY == 0:
+            gc.collect(1)
 
-    return PeerStep(step, lambda: last[0].item(), versions)
+    def train_on(loader: Loader) -> None:
+        source[:] = [loader]
+
+    return Made(train_on, step, lambda: last[0].item(), versions)
+
+
+def attention_backends(device: torch.device) -> list[SDPBackend]:
+    """In order of preference, as titan_fast.ops and torchtitan have it: cuDNN's first from Hopper on."""
+    if device.type != "cuda":
+        return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    if torch.cuda.get_device_capability(device) >= (9, 0):
+        order.reverse()
+    return [*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _hugging_face_loss(model: Any, batch: Batch, liger: bool) -> Tensor:
@@ -95,7 +155,7 @@ def _hugging_face_loss(model: Any, batch: Batch, liger: bool) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
 
 
-def torchtitan(config: Config, shape: ModelShape, loader: Loader, device: torch.device, as_shipped: bool) -> PeerStep:
+def torchtitan(config: Config, shape: ModelShape, device: torch.device, as_shipped: bool) -> Made:
     """torchtitan's Trainer on one device. as_shipped: float32 weights under autocast, as it runs there by itself;
     otherwise its pure bfloat16."""
     if device.type == "cpu":
@@ -110,7 +170,7 @@ def torchtitan(config: Config, shape: ModelShape, loader: Loader, device: torch.
     spec = dataclasses.replace(llama3.get_train_spec(), build_tokenizer_fn=None, build_dataloader_fn=None)
     train_spec.register_train_spec(name, spec)
     trainer = trainer_class(manager.parse_args(_torchtitan_arguments(config, name, as_shipped)))
-    batches = _as_torchtitan_wants(loader)
+    batches: list[Iterator[tuple[dict[str, Tensor], Tensor]]] = []
     losses: list[Tensor] = []
     trainer.step = 1  # it logs step 1, and every log_freq; logging waits for the device
     whole = trainer.forward_backward_step
@@ -124,9 +184,12 @@ def torchtitan(config: Config, shape: ModelShape, loader: Loader, device: torch.
     def step() -> None:
         trainer.step += 1
         trainer.gc_handler.run(trainer.step)
-        trainer.train_step(batches)
+        trainer.train_step(batches[0])
 
-    return PeerStep(step, lambda: losses[0].item(), {"torchtitan": version})
+    def train_on(loader: Loader) -> None:
+        batches[:] = [_as_torchtitan_wants(loader)]
+
+    return Made(train_on, step, lambda: losses[0].item(), {"torchtitan": version})
 
 
 def _torchtitan_args(llama3: Any, shape: ModelShape) -> Any:
@@ -162,9 +225,14 @@ def _torchtitan_arguments(config: Config, name: str, as_shipped: bool) -> list[s
 
 
 def _as_torchtitan_wants(loader: Loader) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Its step moves batches from the host to the device itself; ours are read ahead there, so these are as well."""
+    """Its step counts the labels on the host and moves the batch to the device itself, so it gets host tensors."""
     for (batch,) in loader:
         yield {"input": batch.tokens}, batch.labels
+
+
+def home_of_batches(peer: str, device: torch.device) -> torch.device:
+    """Where a peer's step wants its batches."""
+    return torch.device("cpu") if peer.startswith("torchtitan") else device
 
 
 def _let_torchtitan_run_on_cpu() -> None:
@@ -221,29 +289,25 @@ def _alone(peer: str) -> Iterator[None]:
 
 
 def run_peer(cell: Cell, device: torch.device, how: How) -> Rows:
-    """One row: the peer's figures, or why there are none."""
-    row: dict[str, Any] = {"variant": cell.variants[0].name, "options": {}}
-    options = {"compile.enable": True} if cell.variants[0].name == "compiled" else {}
-    config, shape = config_of(cell.workload, options, how.smoke), shape_of(cell.workload, how.smoke)
-    training = config.training
-    loader = Loader(RandomTokens(training.local_batch_size, training.seq_len, shape.vocab_size), device)
+    """A row for each variant of a peer's cell, as `time_variants` gives it."""
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    first = cell.variants[0]
+    config, shape = config_of(cell.workload, first.options, how.smoke), shape_of(cell.workload, how.smoke)
+    home = home_of_batches(cell.peer, device)
+
+    def new_loader(variant: Variant) -> Loader:
+        training = config_of(cell.workload, variant.options, how.smoke).training
+        return Loader(RandomTokens(training.local_batch_size, training.seq_len, shape.vocab_size), home)
+
     arguments = sys.argv
     try:
         sys.argv = arguments[:1]
-        with failures_into(row), _alone(cell.peer):
-            peer = PEERS[cell.peer](config, shape, loader, device)
-            row["versions"] = peer.versions
-            peer.step()
-            row["first_loss"] = peer.loss()
-            found, steps = step_timing.warm_up(peer.step, device, how.length, is_first=True)
-            timed = Timed(warm_up=steps)
-            for _, count in step_timing.turns([cell.peer], {cell.peer: found}):
-                step_timing.run_block(peer.step, device, count, timed)
-            row["step_seconds"], row["peak_bytes"] = timed.as_json(), timed.peak_bytes
-            row["last_loss"] = peer.loss()
-            if how.profiles:
-                row["profile"] = breakdown(peer.step, device)
+        with _alone(cell.peer):
+            made = PEERS[cell.peer](config, shape, device)
+            peer = PeerStep(made, device, new_loader)
+            try:
+                return time_variants(peer, cell.variants, how, cell.searches)
+            finally:
+                peer.close()
     finally:
         sys.argv = arguments
-        loader.close()
-    return [row]

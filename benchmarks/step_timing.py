@@ -23,6 +23,8 @@ class Length:
 
 
 FULL, SLOW = Length(20, 50, 10), Length(5, 15, 5)
+SEARCH = Length(3, 6, 6)
+"""Of a batch that is only tried."""
 
 
 @dataclass
@@ -32,7 +34,9 @@ class Timed:
     seconds: list[float] = field(default_factory=list)
     """Of each timed step, from the end of the one before it to its own, on the device's time line."""
     wall_seconds: float = 0.0
-    """Of all timed steps by the host's clock, synchronised at both ends of each block."""
+    """Of all blocks by the host's clock, synchronised at both ends of each."""
+    wall_steps: int = 0
+    """In those blocks; the step that runs before a block is one of them."""
     peak_bytes: int = 0
     warm_up: int = 0
 
@@ -46,7 +50,7 @@ class Timed:
             "median": samples.median,
             "p10": samples.quantile(0.1),
             "p90": samples.quantile(0.9),
-            "mean_by_wall_clock": self.wall_seconds / len(self.seconds),
+            "mean_by_wall_clock": self.wall_seconds / self.wall_steps,
             "timed": len(self.seconds),
             "warm_up": self.warm_up,
         }
@@ -57,19 +61,12 @@ Contender = Callable[[], None]
 
 
 LATER_WARM_UP = 5
-"""Steps of a contender that is not the first of its process: clocks and allocator are warm, its code is not. No step is
-timed before all contenders have warmed up, the first by FULL.warm_up steps."""
+"""Steps of a contender that is not the first of its process: clocks and allocator are warm by then, its code is not."""
 
 
-def warm_up(
-    step: Contender,
-    device: torch.device,
-    length: Length | None,
-    is_first: bool,
-    at_ten: Callable[[], None] | None = None,
-) -> tuple[Length, int]:
+def warm_up(step: Contender, device: torch.device, length: Length | None, is_first: bool) -> tuple[Length, int]:
     """Warms `step`, which has run once, up; (how long to time it, steps that were run). The length is `length`, or by
-    the duration of a step when None. at_ten: called after the tenth step where there is one."""
+    the duration of a step when None."""
     done = 1
     synchronize(device)
     started = time.perf_counter()
@@ -85,39 +82,43 @@ def warm_up(
     while done < (FULL.warm_up if is_first else LATER_WARM_UP):
         step()
         done += 1
-        if done == 10 and at_ten is not None:
-            synchronize(device)
-            at_ten()
+    synchronize(device)
     return FULL, done
 
 
 def run_block(step: Contender, device: torch.device, count: int, into: Timed) -> None:
     """`count` timed steps. One more runs before them where steps are short: the first after a pause waits for the host
     alone, as no step of a run does."""
-    if count >= FULL.block:
-        step()
+    synchronize(device)
+    before = 1 if count >= FULL.block else 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        _cuda_block(step, count, into)
+        _cuda_block(step, before, count, into)
         into.peak_bytes = max(into.peak_bytes, torch.cuda.max_memory_allocated(device))
         return
-    for _ in range(count):
+    for i in range(before + count):
         started = time.perf_counter()
         step()
-        into.seconds.append(time.perf_counter() - started)
-        into.wall_seconds += into.seconds[-1]
+        seconds = time.perf_counter() - started
+        into.seconds += [seconds] if i >= before else []
+        into.wall_seconds += seconds
+        into.wall_steps += 1
 
 
-def _cuda_block(step: Contender, count: int, into: Timed) -> None:
+def _cuda_block(step: Contender, before: int, count: int, into: Timed) -> None:
+    """The host does not wait between the step before the timed ones and the first of them, or that one would start on
+    an empty queue again."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    events[0].record()
-    events[0].synchronize()
     started = time.perf_counter()
+    for _ in range(before):
+        step()
+    events[0].record()
     for event in events[1:]:
         step()
         event.record()
     torch.cuda.synchronize()
     into.wall_seconds += time.perf_counter() - started
+    into.wall_steps += before + count
     into.seconds += [a.elapsed_time(b) * 1e-3 for a, b in itertools.pairwise(events)]
 
 

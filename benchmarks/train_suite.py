@@ -1,47 +1,44 @@
-"""What `bench_train` does: parts, processes, files, plans. Its manual is the text of `bench_train --help`."""
+"""What `bench_train` does: parts, processes, files. Its manual is the text of `bench_train --help`."""
 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import limits
+from benchmarks import launch_time, limits
 from benchmarks.conftest import environment
-from benchmarks.limits import ASSUMED_H100, Limits, least_step, slug
-from benchmarks.step_profile import PROFILED_STEPS
-from benchmarks.step_timing import FULL, LATER_WARM_UP, SLOW, SLOW_STEP_SECONDS, Length
-from benchmarks.train_cell import How, Rows, run_cell
-from benchmarks.workloads import (
-    COMPILED_AUTO,
-    COMPILED_REFERENCE,
-    PARTS,
-    TABLE_PARTS,
-    Cell,
-    cells,
-    config_of,
-    rehearsed,
-    shape_of,
+from benchmarks.device_state import device_name
+from benchmarks.step_timing import Length
+from benchmarks.train_cell import run_cell
+from benchmarks.train_cells import PARTS, TABLE_PARTS, cells
+from benchmarks.train_plan import plan
+from benchmarks.train_process import (
+    LIMIT_SECONDS,
+    SILENCE_SECONDS,
+    Answer,
+    Run,
+    end_on_sigterm,
+    end_with_parent,
+    leftovers,
+    watched,
 )
-from titan_fast.flops import FORMULAS, flops_per_token, mfu, peak_flops
+from benchmarks.train_record import known_limits, record
+from benchmarks.variants import How, Rows, sentence
+from benchmarks.workloads import Cell, rehearsed
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 CACHE = ROOT / "outputs" / "bench_train_cache"
 """Compiled code, shared by all processes."""
-PROCESS_LIMIT_SECONDS = 460
 SMOKE_LENGTH = Length(1, 2, 1)
-
-# For a plan only: how near to the least step a kind of run is taken to come, and what a process and a variant cost.
-_EFFICIENCY = {"compiled": 0.8, "eager": 0.5}
-_START_SECONDS, _COMPILE_SECONDS, _LIMITS_SECONDS = 15.0, 12.0, 75.0
+LIMITS_LIMIT_SECONDS = 300.0
 
 
 def main(description: str, argv: Sequence[str] | None = None) -> int:
@@ -50,16 +47,21 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
     parts = PARTS if options.parts == "all" else tuple(options.parts.split(","))
     if unknown := [part for part in parts if part not in PARTS]:
         sys.exit(f"bench_train: unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
+    if options.commit:
+        os.environ["BENCHMARK_COMMIT"] = options.commit
+    options.out, options.cache = options.out.resolve(), options.cache.resolve()
+    if options.smoke:
+        torch.set_num_threads(1)  # enough for models of that size, and more would wait for each other
     if options.child is not None:
         return _child(options)
     if options.plan:
-        sys.stdout.write("\n".join(plan(parts, _known_limits(options.out))) + "\n")
+        sys.stdout.write("\n".join(plan(parts, known_limits(options.out))) + "\n")
         return 0
     if not options.smoke and not torch.cuda.is_available():
         sys.exit("bench_train: measures a GPU, and torch sees none here; --smoke rehearses on the CPU")
-    if "limits" in parts:
-        _run_limits(options)
-    _run_parts(options, parts)
+    options.out.mkdir(parents=True, exist_ok=True)
+    end_on_sigterm()
+    Suite(options).run(parts)
     return 0
 
 
@@ -75,7 +77,8 @@ def _arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--no-profile", action="store_true", help="leave out the breakdown of a step")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=CACHE, help="where compiled code is kept")
-    for name in ("--child", "--variants", "--answer", "--launched"):  # what a process is told by the one that starts it
+    parser.add_argument("--commit", help="what the results are of, where the code lies without its .git")
+    for name in ("--child", "--variants", "--answer"):  # what a process is told by the one that starts it
         parser.add_argument(name, help=argparse.SUPPRESS)
     return parser
 
@@ -89,81 +92,96 @@ def chosen_cells(parts: tuple[str, ...], only: str = "", per_part: int | None = 
     return found
 
 
-# Running
+class Suite:
+    """Cells one after the other. Every row is in its part's file as soon as there is something in it."""
 
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.environment: dict[str, Any] = {"device": "CPU", "smoke": True} if options.smoke else {"device": "unknown"}
 
-def _run_limits(options: argparse.Namespace) -> None:
-    out = ["--out", str(options.out / "limits-cpu.json")] if options.smoke else []
-    if options.smoke:
-        limits.main(["--smoke", *out])
-        return
-    command = [sys.executable, "-m", "benchmarks.limits"]
-    done = subprocess.run(command, cwd=ROOT, env=_environment_of_children(options.cache), check=False)
-    if done.returncode:
-        sys.stdout.write(f"limits failed with status {done.returncode}; the rest goes on without fractions\n")
+    def run(self, parts: tuple[str, ...]) -> None:
+        for path, answer in leftovers(self.options.out):
+            self.record(cells(PARTS)[answer["cell"]], answer)
+            path.unlink()
+        if "limits" in parts:
+            self._limits()
+        selected = chosen_cells(parts, self.options.only, self.options.cells)
+        for number, cell in enumerate(selected, 1):
+            started = time.time()
+            answer = self.finish(cell)
+            head = f"[{number}/{len(selected)}] {cell.part}: {cell.name}, {time.time() - started:.0f} s"
+            say(head, answer)
+        if "launch" in parts:
+            self._launch()
 
+    def finish(self, cell: Cell) -> Answer:
+        """All rows of `cell`, recorded."""
+        once = self._in_this_process if self.options.smoke else self._in_a_child
+        run = Run(cell, lambda names, told: once(cell, names, told), lambda a: self.record(cell, a), self.environment)
+        answer = run.finish()
+        self.environment = answer["environment"]
+        return answer
 
-def _run_parts(options: argparse.Namespace, parts: tuple[str, ...]) -> None:
-    selected = chosen_cells(parts, options.only, options.cells)
-    for number, cell in enumerate(selected, 1):
-        started = time.time()
-        answer = run_in_process(cell, options) if options.smoke else run_in_child(cell, options)
-        path = record(cell, answer, options.out, _known_limits(options.out, answer["environment"]["device"]))
-        _say(f"[{number}/{len(selected)}] {cell.part}: {cell.name}, {time.time() - started:.0f} s, {path.name}", answer)
+    def record(self, cell: Cell, answer: Answer) -> None:
+        if answer["environment"].get("device", "unknown") == "unknown":
+            answer["environment"] |= environment_from_outside()
+        record(cell, answer, self.options.out, known_limits(self.options.out, answer["environment"]["device"]))
 
+    def _in_this_process(self, cell: Cell, names: list[str], told: Callable[[Answer], None]) -> tuple[Answer, str]:
+        """A rehearsal."""
+        how = How(smoke=True, length=SMOKE_LENGTH, profiles=not self.options.no_profile)
+        rows = rows_of(rehearsed(only(cell, names)), torch.device("cpu"), how)
+        return {"environment": environment(True), "rows": rows}, ""
 
-def run_in_process(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
-    """A rehearsal."""
-    how = How(smoke=True, length=SMOKE_LENGTH, profiles=not options.no_profile, launched=time.time())
-    return {"environment": environment(True), "rows": _rows_of(rehearsed(cell), torch.device("cpu"), how), "gpu": []}
+    def _in_a_child(self, cell: Cell, names: list[str], told: Callable[[Answer], None]) -> tuple[Answer, str]:
+        number = cells(PARTS).index(cell)
+        path = self.options.out / f".answer-{os.getpid()}-{number}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "benchmarks.bench_train", "--child", str(number), "--answer", str(path)]
+        command += ["--variants", "|".join(names)]
+        command += [flag for flag in ("--no-profile", "--smoke") if getattr(self.options, flag[2:].replace("-", "_"))]
+        found: Answer = {"environment": {}, "rows": []}
 
+        def heard() -> None:
+            nonlocal found
+            if path.exists():
+                found = json.loads(path.read_text())
+                told(found)
 
-def run_in_child(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
-    """The cell in a process of its own; once more with the variants that are left where memory ran out."""
-    answer: dict[str, Any] = {"environment": {"device": "unknown"}, "rows": [], "gpu": []}
-    left = [variant.name for variant in cell.variants]
-    while left:
-        found = _one_child(cell, left, options)
-        answer = found | {"rows": answer["rows"] + found["rows"]}
-        had = {row["variant"] for row in found["rows"]}
-        if not had & set(left):
-            break
-        left = [name for name in left if name not in had]
-    return answer
+        silence = SILENCE_SECONDS + cell.extra_seconds
+        surroundings = environment_of_children(self.options.cache)
+        problem = watched(command, surroundings, ROOT, path, heard, LIMIT_SECONDS, silence)
+        path.unlink(missing_ok=True)
+        return found, problem
 
-
-def _one_child(cell: Cell, variants: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    answer = options.out / f".answer-{os.getpid()}.json"
-    answer.parent.mkdir(parents=True, exist_ok=True)
-    answer.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.bench_train", "--child", str(cells(PARTS).index(cell))]
-    command += ["--variants", "|".join(variants), "--answer", str(answer), "--launched", str(time.time())]
-    command += [flag for flag in ("--no-profile", "--smoke") if getattr(options, flag[2:].replace("-", "_"))]
-    problem = ""
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=_environment_of_children(options.cache), timeout=PROCESS_LIMIT_SECONDS, check=False
+    def _limits(self) -> None:
+        options = self.options
+        if options.smoke:
+            limits.main(["--smoke", "--out", str(options.out)])
+            return
+        command = [sys.executable, "-m", "benchmarks.limits", "--out", str(options.out)]
+        surroundings = environment_of_children(options.cache)
+        problem = watched(
+            command, surroundings, ROOT, options.out, limit=LIMITS_LIMIT_SECONDS, silence=LIMITS_LIMIT_SECONDS
         )
-        if done.returncode:
-            problem = f"the process ended with status {done.returncode}"
-    except subprocess.TimeoutExpired:
-        problem = f"stopped after {PROCESS_LIMIT_SECONDS} s"
-    found: dict[str, Any] = {"environment": {"device": "unknown"}, "rows": [], "gpu": []}
-    if answer.exists():
-        found = json.loads(answer.read_text())
-        answer.unlink()
-    if problem:
-        had = {row["variant"]: row for row in found["rows"]}
-        for name in variants:
-            row = had.get(name)
-            if row is None:
-                found["rows"].append({"variant": name, "options": {}, "error": problem})
-            elif "step_seconds" not in row and "parity" not in row:
-                row.setdefault("error", problem)
-    return found
+        if problem:
+            sys.stdout.write(f"limits: {problem}; the rest goes on without fractions\n")
+
+    def _launch(self) -> None:
+        if self.environment["device"] == "unknown":
+            self.environment |= environment_from_outside()
+        surroundings = environment_of_children(self.options.cache)
+        say("launch", launch_time.measure(self.options.out, surroundings, self.environment, self.options.smoke))
 
 
-def _environment_of_children(cache: Path) -> dict[str, str]:
+def only(cell: Cell, names: list[str]) -> Cell:
+    """The cell with these of its variants."""
+    return replace(cell, variants=tuple(variant for variant in cell.variants if variant.name in names))
+
+
+def environment_of_children(cache: Path) -> dict[str, str]:
+    """This process's own, this checkout on the path, and where compiled code is kept."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     return os.environ | {
         "PYTHONPATH": path.rstrip(os.pathsep),
@@ -173,150 +191,70 @@ def _environment_of_children(cache: Path) -> dict[str, str]:
     }
 
 
-def _child(options: argparse.Namespace) -> int:
-    cell = cells(PARTS)[int(options.child)]
-    wanted = options.variants.split("|")
-    cell = replace(cell, variants=tuple(variant for variant in cell.variants if variant.name in wanted))
-    answer: dict[str, Any] = {"environment": environment(options.smoke), "rows": [], "gpu": [gpu_state()]}
+def environment_from_outside() -> dict[str, Any]:
+    """Of a machine on which no process got so far as to say: without a look at the GPU by this one."""
+    return environment(True) | {"device": device_name(), "architecture": "unknown", "smoke": False}
 
-    def save(rows: Rows) -> None:
+
+def _child(options: argparse.Namespace) -> int:
+    """One process of a cell. What it knows is in its answer from the beginning: the machine, then each row."""
+    end_with_parent()
+    cell = only(cells(PARTS)[int(options.child)], options.variants.split("|"))
+    answer: Answer = {"environment": environment(options.smoke), "cell": int(options.child), "rows": []}
+
+    def save(**more: Any) -> None:
+        answer.update(more)
         written = Path(options.answer + ".new")
-        written.write_text(json.dumps(answer | {"rows": rows}))
+        written.write_text(json.dumps(answer))
         written.replace(options.answer)
 
-    how = How(profiles=not options.no_profile, launched=float(options.launched), save=save)
+    save()
+    how = How(profiles=not options.no_profile, save=lambda rows, at: save(rows=rows, at=at))
     device = torch.device("cuda", 0)
     if options.smoke:
         cell, device = rehearsed(cell), torch.device("cpu")
         how = replace(how, smoke=True, length=SMOKE_LENGTH)
-    answer["rows"] = _rows_of(cell, device, how)
-    answer["gpu"].append(gpu_state())
-    save(answer["rows"])
+    rows = rows_of(cell, device, how)
+    save(rows=rows if rows else answer["rows"])
     return 0
 
 
-def _rows_of(cell: Cell, device: torch.device, how: How) -> Rows:
-    if cell.peer:
+def rows_of(cell: Cell, device: torch.device, how: How) -> Rows:
+    """A row for each variant that was reached; where nothing could be built, the reason in each."""
+    saved: list[Rows] = []
+
+    def save(rows: Rows, at: str) -> None:
+        saved[:] = [rows]
+        how.save(rows, at)
+
+    try:
+        if not cell.peer:
+            return run_cell(cell, device, replace(how, save=save))
         from benchmarks.peers import run_peer
 
-        return run_peer(cell, device, how)
-    try:
-        return run_cell(cell, device, how)
-    except torch.OutOfMemoryError as error:  # the model itself does not fit
-        words = f"OutOfMemoryError: {str(error).splitlines()[0]}"[:500]
-        return [{"variant": v.name, "options": v.options, "error": words} for v in cell.variants]
+        return run_peer(cell, device, replace(how, save=save))
+    except Exception as error:
+        if saved:  # it was while things were put away
+            sys.stderr.write(f"after the last step: {sentence(error)}\n")
+            return saved[0]
+        return [
+            {"variant": v.name, "options": v.options, "error": sentence(error),
+             "out_of_memory": isinstance(error, torch.OutOfMemoryError)}
+            for v in cell.variants
+        ]  # fmt: skip
 
 
-def gpu_state() -> dict[str, str]:
-    """Clocks, power and temperature as nvidia-smi has them at this moment; empty where it cannot be asked."""
-    fields = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return {}
-    return dict(zip(fields, (word.strip() for word in answer.split(",")), strict=False))
-
-
-# Recording
-
-
-def record(cell: Cell, answer: dict[str, Any], out: Path, known: Limits | None) -> Path:
-    """Adds the rows to the part's file, in place of earlier ones of the same cell and variant."""
-    device = answer["environment"]["device"]
-    path = out / f"train-{slug(device)}-{cell.part}.json"
-    before = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    smoke = bool(answer["environment"].get("smoke"))
-    rows = [described(cell, row, answer, known, smoke) for row in answer["rows"]]
-    new = {(row["cell"], row["variant"]) for row in rows}
-    kept = [row for row in before["rows"] if (row["cell"], row["variant"]) not in new]
-    limits.write({"environment": answer["environment"], "part": cell.part, "rows": kept + rows}, path)
-    return path
-
-
-def described(
-    cell: Cell, row: dict[str, Any], answer: dict[str, Any], known: Limits | None, smoke: bool
-) -> dict[str, Any]:
-    """The row with all that its figures mean nothing without, and what follows from them."""
-    cell = rehearsed(cell) if smoke else cell
-    work = cell.workload
-    variant = next(variant for variant in cell.variants if variant.name == row["variant"])
-    peer = cell.peer
-    config, shape = config_of(work, {} if peer else variant.options, smoke), shape_of(work, smoke)
-    mode = config.activation_checkpoint
-    full = {
-        "cell": cell.name, "part": cell.part, "workload": work.name, "kind": work.kind, "peer": peer,
-        "label": cell.label, "flavor": work.flavor, "layers": shape.n_layers, "seq_len": work.seq_len,
-        "batch": work.batch, "tokens_per_step": work.tokens, "world": work.world,
-        "communication": "none" if work.world == 1 else "left out: collectives copy this rank's own shard",
-        "activation_checkpoint": mode.mode + (f" {mode.selective_ac_option}" if mode.mode == "selective" else ""),
-        "commit": answer["environment"].get("commit"), "gpu": answer["gpu"],
-    } | row  # fmt: skip
-    if "step_seconds" in row:
-        seconds = row["step_seconds"]["median"]
-        full["tokens_per_second"] = work.tokens / seconds
-        peak = peak_flops(answer["environment"]["device"])
-        if peak is not None:
-            per_token = {name: flops_per_token(shape, work.seq_len, name) for name in FORMULAS}
-            full["mfu"] = {name: mfu(work.tokens / seconds, flops, peak) for name, flops in per_token.items()}
-        if known is not None:
-            full["least_step"] = least_step(known, config, shape, work.world)
-            full["fraction_of_limit"] = full["least_step"]["total"] / seconds
-    return full
-
-
-def _known_limits(out: Path, device: str | None = None) -> Limits | None:
-    """Of `device`; without one, of the only device that was measured."""
-    paths = sorted(out.glob("limits-*.json")) if device is None else [out / f"limits-{slug(device)}.json"]
-    if len(paths) != 1 or not paths[0].exists():
-        return None
-    return limits.limits_from(json.loads(paths[0].read_text()))
-
-
-def _say(head: str, answer: dict[str, Any]) -> None:
+def say(head: str, answer: Answer) -> None:
+    """A line for each row."""
     lines = [head]
     for row in answer["rows"]:
         figures = row.get("error", "")
         if "step_seconds" in row:
-            figures = f"{row['step_seconds']['median'] * 1e3:.1f} ms"
+            figures = f"{row['step_seconds']['median'] * 1e3:.1f} ms {row.get('stopped', '')}"
         elif "parity" in row:
             figures = f"losses within {row['parity']['largest']:.1e}"
+        elif "seconds_to_step_10" in row:
+            figures = f"{row['seconds_to_step_10']:.1f} s to step 10"
         lines.append(f"    {row['variant']:<36} {figures}")
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
-
-
-# Planning
-
-
-def estimated_seconds(cell: Cell, known: Limits) -> float:
-    """How long the cell should take, compile caches cold."""
-    total = _START_SECONDS
-    for variant in cell.variants:
-        if variant is COMPILED_REFERENCE and COMPILED_AUTO in cell.variants:
-            continue  # auto is the reference as long as no measurement says otherwise, and nothing runs twice
-        config, shape = config_of(cell.workload, variant.options, False), shape_of(cell.workload, False)
-        compiled = config.compile.enable or variant.name == "compiled"
-        step = least_step(known, config, shape, cell.workload.world)["total"]
-        step /= _EFFICIENCY["compiled" if compiled else "eager"]
-        length = SLOW if step > SLOW_STEP_SECONDS else FULL
-        first = variant is cell.variants[0]
-        warm_up = length.warm_up + PROFILED_STEPS if first else min(length.warm_up, LATER_WARM_UP)
-        steps = cell.parity_steps or warm_up + length.timed + (length.timed // length.block if length is FULL else 0)
-        total += steps * step + (_COMPILE_SECONDS if compiled else 1.0)
-    return total
-
-
-def plan(parts: tuple[str, ...], known: Limits | None) -> list[str]:
-    """What would run, with estimates from the measured limits, or from those assumed for an H100."""
-    used = known or ASSUMED_H100
-    lines = [f"estimates from {'measured limits' if known else 'rates assumed for an H100 SXM'}, caches cold"]
-    whole = 0.0
-    for part in parts:
-        own = chosen_cells((part,))
-        estimates = [estimated_seconds(cell, used) for cell in own]
-        seconds = _LIMITS_SECONDS if part == "limits" else sum(estimates)
-        whole += seconds
-        lines.append(f"{part:<12} {len(own):>3} processes  {seconds / 60:5.1f} min")
-        lines += [f"    {cell.name:<64} {s:4.0f} s" for cell, s in zip(own, estimates, strict=True)]
-    return [*lines, f"{'all':<12} {'':>13}  {whole / 60:5.1f} min"]

@@ -7,7 +7,6 @@ for them. Where no device has been, the tables say "not measured".
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,8 +16,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.limits import Limits, least_step, limits_from, slug
-from benchmarks.workloads import RANK0, SLICE_LAYERS, cells, config_of, shape_of
+from benchmarks.launch_time import PART as LAUNCH
+from benchmarks.launch_time import STARTS, STEP
+from benchmarks.least_step import Limits
+from benchmarks.result_files import read, slug
+from benchmarks.train_cells import AS_SHIPPED, BASE, PARTS, cells
+from benchmarks.train_record import fraction_of_limit, known_limits, settings_of
+from benchmarks.workloads import RANK0, SLICE_LAYERS, Cell, shape_of
 
 NOT_MEASURED = "not measured"
 Row = dict[str, Any]
@@ -41,33 +45,28 @@ def load(folder: Path, rehearsal: bool) -> list[Device]:
     """Every device's rows, the parts merged; of rehearsals or of real devices."""
     devices: dict[str, Device] = {}
     for path in sorted(folder.glob("train-*.json")):
-        content = json.loads(path.read_text())
-        environment = content["environment"]
+        content = read(path) or {}
+        environment = content.get("environment", {})
         if bool(environment.get("smoke")) != rehearsal or "rows" not in content:
             continue
         device = devices.setdefault(environment["device"], Device(environment["device"], environment))
         device.rows |= {(row["cell"], row["variant"]): row for row in content["rows"]}
     for device in devices.values():
-        path = folder / f"limits-{slug(device.name)}.json"
-        if path.exists():
-            _add_fractions(device, limits_from(json.loads(path.read_text())))
+        known = known_limits(folder, device.name)
+        if known is not None and not rehearsal:
+            _add_fractions(device, known)
     return list(devices.values())
 
 
 def _add_fractions(device: Device, limits: Limits) -> None:
     """For rows that were measured before the limits were."""
-    if device.environment.get("smoke"):
-        return
-    by_name = {(cell.name, cell.part): cell for cell in cells(tuple({row["part"] for row in device.rows.values()}))}
+    by_name = {(cell.name, cell.part): cell for cell in cells(PARTS)}
     for row in device.rows.values():
         cell = by_name.get((row["cell"], row["part"]))
         if cell is None or "step_seconds" not in row or "fraction_of_limit" in row:
             continue
-        options = next((variant.options for variant in cell.variants if variant.name == row["variant"]), {})
-        parts = least_step(
-            limits, config_of(cell.workload, options, False), shape_of(cell.workload, False), row["world"]
-        )
-        row["least_step"], row["fraction_of_limit"] = parts, parts["total"] / row["step_seconds"]["median"]
+        config, shape = settings_of(cell, row["variant"], False), shape_of(cell.workload, False)
+        row |= fraction_of_limit(limits, config, shape, row["world"], row["step_seconds"]["median"])
 
 
 # Tables
@@ -86,14 +85,13 @@ def _figures(row: Row | None) -> list[str]:
     """tokens/s, its spread, MFU, fraction of the limit, memory."""
     if row is None:
         return [NOT_MEASURED] * 5
-    if "error" in row:
-        return [row["error"].replace("|", "/"), "", "", "", ""]
     if "step_seconds" not in row:
-        return [NOT_MEASURED] * 5
+        return [row["error"].replace("|", "/"), "", "", "", ""] if "error" in row else [NOT_MEASURED] * 5
     seconds = row["step_seconds"]
     tokens = row["tokens_per_step"]
+    stopped = f" ({seconds['timed']} steps, then {row['stopped'].replace('|', '/')})" if "stopped" in row else ""
     return [
-        f"{row['tokens_per_second']:,.0f}",
+        f"{row['tokens_per_second']:,.0f}{stopped}",
         f"{tokens / seconds['p90']:,.0f} to {tokens / seconds['p10']:,.0f}",
         _number(row.get("mfu", {}).get("titan"), ".1%"),
         _number(row.get("fraction_of_limit"), ".1%"),
@@ -104,72 +102,136 @@ def _figures(row: Row | None) -> list[str]:
 _HEAD = ("tokens/s", "p90 to p10 step", "MFU (titan)", "of the limit", "peak GiB")
 
 
+def _row(device: Device | None, cell: Cell, variant: str | None = None) -> Row | None:
+    """Of this variant of the cell, the first one where None."""
+    return device.rows.get((cell.name, variant or cell.variants[0].name)) if device else None
+
+
+def _speed(row: Row | None) -> float | None:
+    return row.get("tokens_per_second") if row else None
+
+
 def models_table(device: Device | None) -> str:
-    """Every workload of the table with each of its variants."""
+    """Every workload with each of its variants: what the one command runs, and what it leaves out."""
     lines = []
-    wanted = [cell for cell in cells(("single", "rank0", "rank0-70b", "slices")) if not cell.peer]
-    for cell in wanted:
+    parts = [part for part in PARTS if not part.startswith(("peers", "levers", "parity", "best"))]
+    for cell in sorted(cells(tuple(parts)), key=lambda cell: _order(cell)):
         for variant in cell.variants:
-            row = device.rows.get((cell.name, variant.name)) if device else None
             what = "rank 0 of 64, no communication" if cell.workload.world > 1 else "one GPU"
-            lines.append([cell.workload.name, what, variant.name, *_figures(row)])
-    return _table(("model", "as", "variant", *_HEAD), lines)
+            mode = settings_of(cell, variant.name, False).activation_checkpoint
+            words = mode.mode + (f" {mode.selective_ac_option}" if mode.mode == "selective" else "")
+            batch = f"{cell.workload.batch} x {cell.workload.seq_len}"
+            figures = _figures(_row(device, cell, variant.name))
+            lines.append([cell.workload.name, what, batch, words, variant.name, *figures])
+    return _table(("model", "as", "batch", "recomputation", "variant", *_HEAD), lines)
+
+
+def _order(cell: Cell) -> tuple[int, int]:
+    """A workload's cells side by side, in the order in which the workloads first come."""
+    everything = cells(PARTS)
+    names = [f"{one.workload.name} {one.workload.batch}" for one in everything]
+    return names.index(f"{cell.workload.name} {cell.workload.batch}"), everything.index(cell)
 
 
 def peers_table(device: Device | None) -> str:
-    """Each comparison with ours, as a ratio of tokens/s; drift is what ours moved between its first and last run."""
+    """Each comparison with ours, as a ratio of tokens/s; drift is what ours moved between its first and last run.
+    torchtitan as it is shipped keeps float32 weights: where ours with masters ran, it is compared with that."""
     lines = []
-    parts = list(dict.fromkeys(cell.part for cell in cells(_peer_parts())))
-    for part in parts:
+    for part in [part for part in PARTS if part.startswith("peers")]:
         own = cells((part,))
-        ours = [device.rows.get((own[0].name, own[0].variants[0].name)), _last(device, own)] if device else [None, None]
-        speeds = [row["tokens_per_second"] for row in ours if row and "tokens_per_second" in row]
-        mean = statistics.mean(speeds) if speeds else None
+        before, after = _speed(_row(device, own[0])), _speed(_row(device, own[-1]))
+        speeds = [speed for speed in (before, after) if speed]
+        pure = statistics.mean(speeds) if speeds else None
+        masters = next((cell for cell in own if cell.label == "masters"), None)
         for cell in own[:-1]:
-            row = device.rows.get((cell.name, cell.variants[0].name)) if device else None
-            theirs = row.get("tokens_per_second") if row else None
-            ratio = mean / theirs if mean and theirs and cell.peer else None
-            said = _number(ratio, ".2f") if cell.peer else ""
-            lines.append([cell.workload.name, cell.peer or f"titan_fast, {cell.label}", *_figures(row), said])
-        drift = speeds[1] / speeds[0] - 1 if len(speeds) == 2 else None
+            row = _row(device, cell)
+            fair = _speed(_row(device, masters)) if masters and cell.peer == AS_SHIPPED else pure
+            theirs = _speed(row)
+            ratio = _number(fair / theirs if fair and theirs else None, ".2f") if cell.peer else ""
+            lines.append([cell.workload.name, cell.peer or f"titan_fast, {cell.label}", *_figures(row), ratio])
+        drift = after / before - 1 if before and after else None
         lines.append([own[0].workload.name, "drift of ours", _number(drift, "+.1%"), "", "", "", "", ""])
     return _table(("model", "who", *_HEAD, "ours / theirs"), lines)
 
 
-def _peer_parts() -> tuple[str, ...]:
-    return ("peers", "peers-batch-4", "peers-3b", "peers-8b")
-
-
-def _last(device: Device, own: Sequence[Any]) -> Row | None:
-    return device.rows.get((own[-1].name, own[-1].variants[0].name))
+def best_table(device: Device | None) -> str:
+    """The largest batch that fits and the fastest of those that do, for each peer and kind of recomputation; and our
+    fastest of all against the fastest of each peer."""
+    lines = []
+    best: dict[str, float] = {}
+    for cell in [cell for cell in cells(PARTS) if cell.searches]:
+        rows = [row for variant in cell.variants if (row := _row(device, cell, variant.name))]
+        fit = [row for row in rows if "step_seconds" in row]
+        fastest = max(fit, key=lambda row: row["tokens_per_second"], default=None)
+        if fastest is not None:
+            best[cell.peer] = max(best.get(cell.peer, 0.0), fastest["tokens_per_second"])
+        then = next((row for row in rows if "error" in row), None)
+        limit = NOT_MEASURED
+        if then is not None:
+            limit = f"{then['batch']} does not" if then.get("out_of_memory") else f"{then['batch']}: {then['error']}"
+        largest = str(max(row["batch"] for row in fit)) if fit else "none" if then else NOT_MEASURED
+        words = cell.label.removeprefix("largest batch, ")
+        fastest_batch = str(fastest["batch"]) if fastest else NOT_MEASURED
+        who = cell.peer or "titan_fast, pure bfloat16"
+        lines.append([cell.workload.name, who, words, largest, limit, fastest_batch, *_figures(fastest)])
+    ours = best.get("")
+    for peer in dict.fromkeys(cell.peer for cell in cells(PARTS) if cell.searches and cell.peer):
+        ratio = ours / best[peer] if ours and peer in best else None
+        lines.append(["", f"ours / {peer}, each at its best", "", "", "", "", _number(ratio, ".2f"), "", "", "", ""])
+    head = ("model", "who", "recomputation", "largest batch that fits", "the next one", "fastest batch", *_HEAD)
+    return _table(head, lines)
 
 
 def levers_table(device: Device | None) -> str:
-    """What each change by itself is worth, against the first variant of its process."""
-    parts = ("levers", "levers-memory", "levers-optimizer", "levers-graph", "levers-autotune")
+    """What each change by itself is worth, against the base of its own process, or where a process has none (the change
+    needs another optimizer, or is the whole process's) against that of the same model."""
     lines = []
-    for cell in cells(parts):
-        base = device.rows.get((cell.name, cell.variants[0].name)) if device else None
+    found = cells(tuple(part for part in PARTS if part.startswith("levers")))
+    for cell in found:
+        base = _base_of(cell, found, device)
         for variant in cell.variants:
-            row = device.rows.get((cell.name, variant.name)) if device else None
-            delta = None
-            if base and row and "tokens_per_second" in base and "tokens_per_second" in row:
-                delta = row["tokens_per_second"] / base["tokens_per_second"] - 1
-            lines.append([cell.workload.name, f"{cell.label}: {variant.name}", _number(delta, "+.1%"), *_figures(row)])
+            row = _row(device, cell, variant.name)
+            was, now = _speed(base), _speed(row)
+            delta = _number(now / was - 1 if was and now else None, "+.1%")
+            lines.append([cell.workload.name, f"{cell.label}: {variant.name}", delta, *_figures(row)])
     return _table(("model", "change", "tokens/s", *_HEAD), lines)
 
 
+def _base_of(cell: Cell, found: Sequence[Cell], device: Device | None) -> Row | None:
+    if len(cell.variants) > 1:
+        return _row(device, cell)
+    same = [one for one in found if one.workload.name == cell.workload.name and len(one.variants) > 1]
+    alike = [one for one in same if one.variants[0].name == BASE.name] or same
+    return _row(device, alike[0]) if alike else None
+
+
 def parity_table(device: Device | None) -> str:
-    """How far losses come to lie from those of plain eager PyTorch."""
-    (cell,) = cells(("parity",))
+    """How far losses come to lie from those of plain eager PyTorch. Where they did not fall, nothing was compared."""
     lines = []
-    for variant in cell.variants:
-        row = device.rows.get((cell.name, variant.name)) if device else None
-        parity = row.get("parity") if row else None
-        error = row.get("error", "") if row else ""
-        figures = [_number(parity[key] if parity else None, ".1e") for key in ("largest", "last tenth")]
-        lines.append([variant.name, *([error, ""] if error else figures)])
-    return _table(("variant", "largest relative difference of a step's loss", "of the mean of the last tenth"), lines)
+    for cell in [cell for cell in cells(PARTS) if cell.parity_steps]:
+        for variant in cell.variants:
+            row = _row(device, cell, variant.name) or {}
+            parity = row.get("parity", {})
+            course = NOT_MEASURED
+            if parity:
+                course = f"{parity['first']:.2f} to {parity['last']:.2f}" + (
+                    "" if parity["learnt"] else ", no training"
+                )
+            figures = [_number(parity.get(key), ".1e") for key in ("largest", "last tenth")]
+            said = [row["error"].replace("|", "/"), ""] if "error" in row else figures
+            lines.append([f"{cell.label}: {variant.name}", course, *said])
+    head = ("variant", "loss", "largest relative difference of a step's loss", "of the mean of the last tenth")
+    return _table(head, lines)
+
+
+def launch_table(device: Device | None) -> str:
+    """From the command to a step of a real run."""
+    lines = []
+    for start in STARTS:
+        row = (device.rows.get((LAUNCH, start)) if device else None) or {}
+        figures = [_number(row.get(f"seconds_to_step_{step}"), ".1f") for step in (1, STEP)]
+        lines.append([start, *([row["error"].replace("|", "/"), ""] if "error" in row else figures)])
+    return _table(("python -m titan_fast.train, Llama 3.2 1B", "seconds to step 1", f"to step {STEP}"), lines)
 
 
 @dataclass(frozen=True)
@@ -235,6 +297,8 @@ def markdown(device: Device | None) -> str:
     sections = {
         "Models": models_table(device),
         "Peers, on the same device": peers_table(device),
+        "Each at its best": best_table(device),
+        "From the command to a step": launch_table(device),
         "Slices against full depth": slices_table(device),
         "One change at a time": levers_table(device),
         "Losses over 200 steps": parity_table(device),
@@ -245,14 +309,24 @@ def markdown(device: Device | None) -> str:
 
 def _provenance(device: Device) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in device.environment.get("versions", {}).items())
-    states = [state for row in device.rows.values() for state in row.get("gpu", []) if state]
-    clocks = sorted({state["clocks.sm"] for state in states})
-    power = sorted({state["power.limit"] for state in states})
+    states = [row["gpu"] for row in device.rows.values() if row.get("gpu")]
     commits = ", ".join(sorted({str(row.get("commit")) for row in device.rows.values()}))
+    slowed = sorted({word for state in states for word in state.get("slowed_by", ())})
     return (
-        f"{device.name}; {versions}; commit {commits}; power limit {', '.join(power) or 'unknown'}; SM clock "
-        f"{' to '.join([clocks[0], clocks[-1]]) if clocks else 'unknown'}. Random tokens, whole steps, medians."
+        f"{device.name}; {versions}; commit {commits}; power limit {_range(states, 'watts_limit', 'W')}; while steps "
+        f"were timed: SM clock {_range(states, 'sm_mhz', 'MHz')}, power {_range(states, 'watts', 'W')}, temperature "
+        f"{_range(states, 'celsius', 'C')}{', slowed by ' + ' and '.join(slowed) if slowed else ''}. Random tokens, "
+        "whole steps, medians."
     )
+
+
+def _range(states: list[Row], name: str, unit: str) -> str:
+    """Of the rows' medians."""
+    medians = [state[name][1] for state in states if name in state]
+    if not medians:
+        return "unknown"
+    low, high = min(medians), max(medians)
+    return f"{low:.0f} {unit}" if low == high else f"{low:.0f} to {high:.0f} {unit}"
 
 
 def draw(device: Device, path: Path) -> None:

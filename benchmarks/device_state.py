@@ -1,0 +1,150 @@
+"""Clocks, power and temperature of a GPU, read by a thread while steps run on it: before and after them it is idle, and
+says nothing about the speed at which they ran."""
+
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+Reading = dict[str, float]
+Reader = Callable[[], Reading]
+
+# Why a GPU runs slower than it could: bits of NVML's clock event reasons.
+_SLOWED_BY = {0x4: "power limit", 0x8: "hardware", 0x20: "temperature", 0x40: "temperature", 0x80: "power brake"}
+_SMI_FIELDS = {
+    "clocks.sm": "sm_mhz",
+    "clocks.mem": "memory_mhz",
+    "power.draw": "watts",
+    "temperature.gpu": "celsius",
+    "power.limit": "watts_limit",
+    "clocks.max.sm": "sm_mhz_max",
+}
+_SMI_TIMEOUT_SECONDS = 10.0
+
+
+def reader_of(device: torch.device) -> tuple[Reader, float] | None:
+    """(what reads `device` once, seconds between readings that disturb nothing): through NVML where its Python package
+    (nvidia-ml-py) is there, else by nvidia-smi; None where neither answers."""
+    if device.type != "cuda":
+        return None
+    identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    for make, interval in ((_nvml_reader, 0.25), (_smi_reader, 2.0)):
+        try:
+            reader = make(identity)
+            reader()
+        except Exception:  # a package, a library or a program that is not there, each with an exception of its own
+            continue
+        return reader, interval
+    return None
+
+
+def _nvml_reader(identity: str) -> Reader:
+    import pynvml  # type: ignore[import-not-found]
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByUUID(identity)
+    fixed = {
+        "watts_limit": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
+        "sm_mhz_max": float(pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+    }
+
+    def read() -> Reading:
+        return fixed | {
+            "sm_mhz": float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+            "memory_mhz": float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)),
+            "watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+            "celsius": float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
+            "reasons": float(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
+        }
+
+    return read
+
+
+def _smi_reader(identity: str) -> Reader:
+    command = ["nvidia-smi", f"--id={identity}", f"--query-gpu={','.join(_SMI_FIELDS)}"]
+
+    def read() -> Reading:
+        answer = subprocess.run(
+            [*command, "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, check=True, timeout=_SMI_TIMEOUT_SECONDS,
+        ).stdout  # fmt: skip
+        return parsed_smi(answer)
+
+    return read
+
+
+def parsed_smi(line: str) -> Reading:
+    """The numbers in nvidia-smi's answer; what it does not know ("[N/A]") is left out."""
+    found = {}
+    for name, word in zip(_SMI_FIELDS.values(), line.strip().split(","), strict=True):
+        try:
+            found[name] = float(word)
+        except ValueError:
+            continue
+    return found
+
+
+def device_name() -> str:
+    """As nvidia-smi has it, which is torch's name too: for a process that must not touch the GPU."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SMI_TIMEOUT_SECONDS)
+        return done.stdout.splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+class DeviceWatch:
+    """Reads the device from the beginning of a `with` to its end; without a reader it does nothing."""
+
+    def __init__(self, source: tuple[Reader, float] | None) -> None:
+        self._source = source
+        self._readings: list[tuple[float, Reading]] = []
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="device watch", daemon=True)
+
+    def __enter__(self) -> "DeviceWatch":
+        if self._source is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _read(self) -> None:
+        assert self._source is not None
+        reader, interval = self._source
+        while not self._stopping.wait(interval):
+            try:
+                self._readings.append((time.perf_counter(), reader()))
+            except Exception:  # a reading that is missing must not cost the measurement
+                continue
+
+    def during(self, spans: Iterable[tuple[float, float]]) -> dict[str, Any]:
+        """Of the readings within `spans`, which are of time.perf_counter: {quantity: [least, median, most]}, how many
+        there were, and what slowed the clock down. Empty where there was none."""
+        wanted = list(spans)
+        readings = [r for at, r in list(self._readings) if any(start <= at <= end for start, end in wanted)]
+        return summary(readings)
+
+
+def summary(readings: list[Reading]) -> dict[str, Any]:
+    """What `DeviceWatch.during` says of these readings."""
+    if not readings:
+        return {}
+    found: dict[str, Any] = {"readings": len(readings)}
+    for name in (*_SMI_FIELDS.values(),):
+        values = [reading[name] for reading in readings if name in reading]
+        if values:
+            found[name] = [min(values), statistics.median(values), max(values)]
+    reasons = 0
+    for reading in readings:
+        reasons |= int(reading.get("reasons", 0))
+    found["slowed_by"] = sorted({word for bit, word in _SLOWED_BY.items() if reasons & bit})
+    return found

@@ -1,0 +1,101 @@
+"""How long it takes from the command to the tenth step of a real run of `python -m titan_fast.train`, with all that
+it does first (imports, the check of compiled gradients, the rehearsed step, tokenizer and text).
+
+Three starts: without any compiled code; with it; and with it where text and tokenizer are prepared too, as they are for
+every start of a long training but the first.
+"""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.result_files import slug, write
+from benchmarks.train_process import watched
+from benchmarks.workloads import LLAMA_1B
+
+PART = "launch"
+STEP = 10
+LIMIT_SECONDS = 200.0
+STARTS = ("cold caches", "compiled code kept", "compiled code and text kept")
+ONE_GPU = {
+    "model.flavor": LLAMA_1B.flavor,
+    "training.seq_len": LLAMA_1B.seq_len,
+    "training.local_batch_size": LLAMA_1B.batch,
+    "training.mixed_precision_param": "bfloat16",
+    "parallelism.single_device": "masters",
+    "compile.enable": True,
+    "compile.components": "blocks norm loss optimizer",
+}
+TINY = {
+    "model.dim": 32, "model.n_layers": 1, "model.n_heads": 4, "model.n_kv_heads": 2, "model.ffn_dim": 48,
+    "training.seq_len": 32, "training.local_batch_size": 1, "training.global_batch_size": 1,
+}  # fmt: skip
+COMMON = {
+    "training.steps": STEP,
+    "metrics.log_freq": STEP,
+    "metrics.sample_prompt": "",
+    "checkpoint.enable": False,
+    "validation.enable": False,
+}
+
+
+def command(run_dir: Path, prepared: Path | None, smoke: bool) -> list[str]:
+    """One start. prepared: the run directory of an earlier one, whose text and tokenizer are used."""
+    options: dict[str, Any] = ((TINY if smoke else ONE_GPU) | COMMON) | {"job.dump_folder": run_dir}
+    if prepared is not None:
+        (shards,) = (path.parent for path in prepared.glob("data/**/index.json"))
+        options |= {"training.dataset_path": shards, "model.tokenizer_path": prepared / "tokenizer.model"}
+    words = [word for key, value in options.items() for word in (f"--{key}", *_words(value))]
+    return [sys.executable, "-m", "titan_fast.train", *words]
+
+
+def _words(value: Any) -> list[str]:
+    return str(value).split(" ") if value != "" else [""]
+
+
+def measure(out: Path, environment: dict[str, str], machine: dict[str, Any], smoke: bool) -> dict[str, Any]:
+    """Rows of all starts, which are written to the part's file one by one. environment: of the processes; machine: what
+    is known of it."""
+    folder = Path(environment["TORCHINDUCTOR_CACHE_DIR"]).parent / "launch"
+    shutil.rmtree(folder, ignore_errors=True)
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
+    answer: dict[str, Any] = {"environment": machine, "part": PART, "rows": []}
+    for number, start in enumerate(STARTS):
+        row = {"cell": PART, "part": PART, "variant": start, "commit": machine.get("commit")}
+        row["model"] = "a tiny one" if smoke else LLAMA_1B.name
+        prepared = folder / "run-0" if number == 2 else None
+        try:
+            row |= one_start(command(folder / f"run-{number}", prepared, smoke), folder, environment | cache)
+        except (OSError, ValueError) as error:
+            row["error"] = f"{type(error).__name__}: {error}"
+        answer["rows"].append(row)
+        write(answer, out / f"train-{slug(machine['device'])}-{PART}.json")
+    return answer
+
+
+def one_start(words: list[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Seconds until `metrics.jsonl` has the tenth step, by when the device has done it: its loss is in there."""
+    run_dir = Path(words[words.index("--job.dump_folder") + 1])
+    metrics = run_dir / "metrics.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    started = time.monotonic()
+
+    def heard() -> None:
+        for step in steps_of(metrics):
+            found.setdefault(f"seconds_to_step_{step}", time.monotonic() - started)
+
+    problem = watched(words, environment, folder, metrics, heard, LIMIT_SECONDS, LIMIT_SECONDS)
+    if f"seconds_to_step_{STEP}" not in found:
+        found["error"] = problem or f"it ended without step {STEP}"
+    return found
+
+
+def steps_of(metrics: Path) -> list[int]:
+    """The steps that metrics.jsonl has whole lines of."""
+    text = metrics.read_text() if metrics.exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [line["step"] for line in map(json.loads, lines) if "step" in line]

@@ -1,0 +1,82 @@
+"""Does a switch change the training? Losses over many steps, from the same weights on the same few batches."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from benchmarks.variants import DeviceLost, How, Row, Rows, failures_into, garbage_kept
+from benchmarks.workloads import Cell, Variant
+
+HAS_LEARNT = 0.9
+"""The mean loss of the last tenth must be below this part of the first: else no gradient was put to the test."""
+
+
+class Trained(Protocol):
+    """A model and its step."""
+
+    loss: Tensor
+
+    def switch_to(self, variant: Variant) -> Row: ...
+    def step(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def compare_losses(cell: Cell, build: Callable[[Cell], Trained], how: How) -> Rows:
+    """A row for each variant: its losses and how they differ from the first variant's (relative): the largest
+    difference of a step, and of the mean over the last tenth. `build` makes a new model of a cell with one variant."""
+    rows: Rows = []
+    steps = how.length.timed if how.length is not None else cell.parity_steps
+    expected: Tensor | None = None
+    with garbage_kept():
+        for variant in cell.variants:
+            row: Row = {"variant": variant.name, "options": variant.options}
+            rows.append(row)
+            how.save(rows, variant.name)
+            try:
+                found = _losses(build, dataclasses.replace(cell, variants=(variant,)), row, steps)
+            except DeviceLost:
+                break
+            if found is None:
+                continue
+            expected = found if variant is cell.variants[0] else expected
+            row["losses"] = [round(loss, 5) for loss in found.tolist()]
+            if expected is not None:
+                row["parity"] = difference(found, expected)
+                row["complete"] = True
+        how.save(rows, "")
+    return rows
+
+
+def _losses(build: Callable[[Cell], Trained], cell: Cell, row: Row, steps: int) -> Tensor | None:
+    """Of each step, float64 on the CPU; None where the variant was refused, which the row then says."""
+    trained = None
+    try:
+        with failures_into(row, ends_process=False):
+            trained = build(cell)
+            trained.switch_to(cell.variants[0])
+            losses = []
+            for _ in range(steps):
+                trained.step()
+                losses.append(trained.loss.clone())
+            return torch.stack(losses).double().cpu()
+    finally:
+        if trained is not None:
+            trained.close()
+    return None
+
+
+def difference(found: Tensor, expected: Tensor) -> dict[str, float | bool]:
+    """How far `found` lies from `expected`, both [steps], and whether there was any training to compare."""
+    tail = max(1, len(found) // 10)
+    last = found[-tail:].mean()
+    return {
+        "steps": len(found),
+        "first": found[0].item(),
+        "last": last.item(),
+        "learnt": bool(last < HAS_LEARNT * found[0]),
+        "largest": ((found - expected).abs() / expected).max().item(),
+        "last tenth": abs(last / expected[-tail:].mean() - 1).item(),
+    }

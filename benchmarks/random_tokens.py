@@ -1,0 +1,39 @@
+"""Uniformly random tokens as a source of the training loader: its thread, its pinned copies, nothing to tokenize."""
+
+from typing import Any
+
+import numpy as np
+
+from titan_fast.loader import Step
+
+
+class RandomTokens:
+    """A `titan_fast.loader.Source`. cycle: so many steps, which are then repeated; None: new tokens in every step."""
+
+    documents = None
+    tokens_per_epoch = None
+
+    def __init__(self, batch: int, seq_len: int, vocab_size: int, cycle: int | None = None) -> None:
+        self.identity: dict[str, Any] = {"kind": "random"}
+        self.size, self.vocab_size, self.cycle = (batch, seq_len + 1), vocab_size, cycle
+        self.generator = np.random.default_rng(0)
+        self.steps = 0
+
+    def describe(self) -> str:
+        return "random tokens"
+
+    def next_step(self, stopping: Any) -> Step:
+        if self.cycle is not None:
+            self.generator = np.random.default_rng(self.steps % self.cycle)
+        self.steps += 1
+        text = self.generator.integers(self.vocab_size, size=self.size, dtype=np.int64)
+        return Step([(text[:, :-1].copy(), text[:, 1:].copy())], {}, None)
+
+    def state(self) -> None:
+        return None
+
+    def load_state(self, state: Any) -> None:
+        return None
+
+    def state_to_json(self, state: Any) -> dict[str, Any]:
+        return {}

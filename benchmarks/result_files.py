@@ -1,0 +1,24 @@
+"""Results as JSON, a file per device and part; a file is always whole, whatever kills its writer."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def slug(name: str) -> str:
+    """The name of a device or a cell as part of a file name."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def write(content: dict[str, Any], path: Path) -> None:
+    """In place of what `path` holds, at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(path)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,271 @@
+"""Every process of the end-to-end benchmark, by parts: what the README's table shows, and what goes beyond it."""
+
+from dataclasses import replace
+
+from benchmarks.workloads import (
+    COMPILED,
+    COMPILED_AUTO,
+    COMPILED_KERNELS,
+    COMPILED_REFERENCE,
+    EAGER_KERNELS,
+    EAGER_REFERENCE,
+    FULL,
+    LLAMA_1B,
+    LLAMA_3B,
+    NONE,
+    OPERATORS,
+    POINTWISE,
+    PURE,
+    RANK0,
+    REFERENCE,
+    SELECTIVE_LAYER,
+    SELECTIVE_OP,
+    SHORT_1B,
+    TWO_BY_TWO,
+    Cell,
+    Options,
+    Variant,
+    Workload,
+    slice_of,
+    untied,
+)
+
+
+def _per_operator() -> tuple[Variant, ...]:
+    alone = tuple(
+        Variant(f"compiled, {op} alone", COMPILED | REFERENCE | {f"kernels.{op}": "triton"}) for op in OPERATORS
+    )
+    return (COMPILED_REFERENCE, *alone)
+
+
+def _recorded() -> tuple[Variant, ...]:
+    return tuple(
+        Variant(f"{variant.name}, CUDA graph", variant.options | {"training.cuda_graph": True})
+        for variant in (COMPILED_AUTO, EAGER_REFERENCE)
+    )
+
+
+def _lever(name: str, options: Options) -> Variant:
+    return Variant(name, COMPILED | options)
+
+
+BASE = _lever("base", {})
+ATTENTION_LEVERS = (
+    _lever("attention cudnn", {"kernels.attention": "cudnn"}),
+    _lever("attention flash", {"kernels.attention": "flash"}),
+)
+# Torch's flash attention becomes another one for the whole process: each has its own.
+NEW_FLASH_LEVERS = (
+    _lever("attention fa3", {"kernels.attention": "fa3"}),
+    _lever("attention fa4", {"kernels.attention": "fa4"}),
+)
+SCOPE_LEVERS = (
+    _lever("blocks alone", {"compile.components": ["blocks"]}),
+    _lever("blocks and loss", {"compile.components": ["blocks", "loss"]}),
+    _lever("blocks, loss and norm", {"compile.components": ["blocks", "loss", "norm"]}),
+    _lever("carried residual", {"kernels.carry_residual": True}),
+)
+LOSS_LEVERS = (
+    _lever("chunk 1024", {"loss.chunk_size": 1024}),
+    _lever("chunk 4096", {"loss.chunk_size": 4096}),
+    _lever("chunk 0", {"loss.chunk_size": 0}),
+    _lever("torch's linear cross entropy", {"loss.implementation": "torch"}),
+)
+NO_CLIPPING = _lever("no clipping", {"training.max_norm": 0.0})
+TUNING_LEVERS = (
+    _lever("coordinate descent", {"compile.coordinate_descent": True}),
+    _lever("max autotune", {"compile.max_autotune": True}),
+)
+TUNING_SECONDS = 130.0
+"""What coordinate descent (about 25 kernels, each timed with a dozen settings) or autotuning (15 products, 20 kernels
+each) is taken to cost."""
+MEMORY_LEVERS = (
+    BASE,
+    _lever("pointwise", POINTWISE),
+    _lever("selective op", SELECTIVE_OP),
+    _lever("selective layer", SELECTIVE_LAYER),
+    _lever("full", FULL),
+)
+FSDP: Options = {"parallelism.single_device": "fsdp"}
+WITHOUT_OPTIMIZER: Options = {"compile.components": ["blocks", "norm", "loss"]}
+OPTIMIZER_LEVERS = (
+    _lever("FSDP2, one-pass AdamW", FSDP),
+    _lever("FSDP2, fused AdamW", FSDP | WITHOUT_OPTIMIZER),
+    _lever("FSDP2, foreach AdamW", FSDP | WITHOUT_OPTIMIZER | {"optimizer.implementation": "foreach"}),
+    _lever("FSDP2, bfloat16 reduction", FSDP | {"training.mixed_precision_reduce": "bfloat16"}),
+    _lever("FSDP2, always reshard", FSDP | {"parallelism.fsdp_reshard_after_forward": "always"}),
+    _lever("AdamW by buckets", WITHOUT_OPTIMIZER),
+    _lever("whole model", {"compile.components": ["model", "optimizer"]}),
+)
+
+
+def _with(workload: Workload, options: Options, words: str) -> Workload:
+    return replace(workload, name=f"{workload.name}, {words}", options=workload.options | options)
+
+
+def _table_cells() -> list[Cell]:
+    """What the README shows."""
+    eight, seventy = RANK0["8b"], RANK0["70b"]
+    return [
+        Cell("single", LLAMA_1B, TWO_BY_TWO),
+        Cell("single", LLAMA_3B, (COMPILED_AUTO,)),
+        Cell("rank0", eight, (COMPILED_AUTO, COMPILED_KERNELS)),
+        Cell("rank0", RANK0["13b"], (COMPILED_AUTO,)),
+        *_peers("peers", untied(LLAMA_1B), (PEERS[0], PEERS[1], PEERS[2]), untied(LLAMA_1B)),
+        Cell("slices", slice_of(eight, 4), TWO_BY_TWO),
+        *(Cell("slices", slice_of(eight, layers), (COMPILED_AUTO,)) for layers in (2, 8)),
+        *(Cell("slices", slice_of(seventy, layers), (COMPILED_AUTO,)) for layers in (2, 4)),
+        Cell("rank0-70b", seventy, (COMPILED_AUTO,)),
+    ]
+
+
+def _more_cells() -> list[Cell]:
+    """What the 25 minutes leave out: the rest of the 2x2, larger batches, every switch by itself. The eager reference
+    keeps most for its backward pass: at full depth it may not fit, so it comes last, in a process of its own."""
+    eight, thirteen, slice4 = RANK0["8b"], RANK0["13b"], slice_of(RANK0["8b"], 4)
+    batch4 = replace(untied(LLAMA_1B), batch=4, name="Llama 3.2 1B untied, batch 4")
+    seventy = slice_of(RANK0["70b"], 4)
+    return [
+        *_searches("best", ((PEERS[0], NONE), (PEERS[2], NONE), ("", NONE))),
+        *_searches("best-recomputed", ((PEERS[0], SELECTIVE_OP), ("", POINTWISE), ("", SELECTIVE_OP))),
+        Cell("rest-8b", eight, (COMPILED_REFERENCE, EAGER_KERNELS), label="rest"),
+        Cell("rest-8b", _with(eight, SELECTIVE_OP, "selective op"), (COMPILED_AUTO,)),
+        Cell("rest-8b", eight, (EAGER_REFERENCE,), label="eager reference"),
+        Cell("rest-13b", thirteen, (COMPILED_REFERENCE, COMPILED_KERNELS), label="rest"),
+        Cell("rest-13b-eager", thirteen, (EAGER_KERNELS,), label="eager"),
+        Cell("rest-13b-eager", thirteen, (EAGER_REFERENCE,), label="eager reference"),
+        Cell("rest-3b", LLAMA_3B, (COMPILED_REFERENCE, COMPILED_KERNELS, EAGER_KERNELS), label="rest"),
+        Cell("rest-3b", LLAMA_3B, (EAGER_REFERENCE,), label="eager reference"),
+        Cell("rest-70b", RANK0["2-70b"], (COMPILED_AUTO,)),
+        Cell("rest-70b", RANK0["2-70b-2"], (COMPILED_AUTO,), label="batch 2"),
+        Cell("rest-70b-slice", seventy, (COMPILED_REFERENCE, EAGER_KERNELS), label="rest"),
+        Cell("rest-70b-slice", slice_of(RANK0["70b"], 8), (COMPILED_AUTO,)),
+        Cell("rest-70b-slice", seventy, (EAGER_REFERENCE,), label="eager reference"),
+        Cell("levers", slice4, (BASE, *ATTENTION_LEVERS, *SCOPE_LEVERS), label="attention and scope"),
+        Cell("levers", slice4, (BASE, *LOSS_LEVERS, NO_CLIPPING), label="loss and clipping"),
+        *(Cell("levers", slice4, (lever,), label=lever.name.removeprefix("attention ")) for lever in NEW_FLASH_LEVERS),
+        Cell("levers-memory", slice4, MEMORY_LEVERS, label="one kind of recomputation each"),
+        *_fsdp_policies("levers-memory", slice4),
+        Cell("levers-kernels", slice4, _per_operator(), label="one kernel each"),
+        *_single_device_paths("levers-optimizer", LLAMA_1B),
+        Cell("levers-graph", SHORT_1B, (COMPILED_AUTO, EAGER_REFERENCE, *_recorded()), label="recorded"),
+        *_tuning(slice4),
+        *_peers("peers-batch-4", batch4, (PEERS[0], PEERS[1], PEERS[2])),
+        *_peers("peers-3b", untied(LLAMA_3B), (PEERS[0], PEERS[1], PEERS[2], PEERS[3]), untied(LLAMA_3B)),
+        *_peers("peers-8b", _on_one_device(slice4), (PEERS[0], PEERS[2])),
+        *_parity(),
+    ]
+
+
+def _on_one_device(workload: Workload) -> Workload:
+    return replace(workload, name=f"{workload.name}, one device", kind="single")
+
+
+def _single_device_paths(part: str, workload: Workload) -> list[Cell]:
+    """What is kept of weights, and how AdamW runs: another optimizer each."""
+    fsdp = replace(workload, options=workload.options | FSDP)
+    whole = Variant("whole model", {"compile.enable": True, "compile.components": ["model", "optimizer"]})
+    fused = Variant("fused AdamW", COMPILED | WITHOUT_OPTIMIZER)
+    foreach = Variant("foreach AdamW", fused.options | {"optimizer.implementation": "foreach"})
+    return [
+        Cell(part, workload, (COMPILED_AUTO, whole), label="masters, one-pass AdamW"),
+        Cell(part, workload, (fused,), label="masters, AdamW by buckets"),
+        Cell(part, fsdp, (fused,), label="FSDP2 on one device"),
+        Cell(part, fsdp, (foreach,), label="FSDP2 on one device, foreach"),
+    ]
+
+
+def _fsdp_policies(part: str, workload: Workload) -> list[Cell]:
+    changes = {
+        "never reshard": {"parallelism.fsdp_reshard_after_forward": "never"},
+        "bfloat16 reduction": {"training.mixed_precision_reduce": "bfloat16"},
+    }
+    return [
+        Cell(part, workload, (Variant(label, BASE.options | options),), label=label)
+        for label, options in changes.items()
+    ]
+
+
+def _tuning(workload: Workload) -> list[Cell]:
+    """Each beside the base, in parts of their own: the compiler takes minutes."""
+    parts = ("levers-descent", "levers-autotune")
+    return [
+        Cell(part, workload, (BASE, lever), label=lever.name, extra_seconds=TUNING_SECONDS)
+        for part, lever in zip(parts, TUNING_LEVERS, strict=True)
+    ]
+
+
+PEERS = ("torchtitan pure bfloat16", "torchtitan as shipped", "Hugging Face + Liger", "Hugging Face")
+AS_SHIPPED = PEERS[1]
+PEER_COMPILED: Options = {"compile.enable": True}
+
+
+def _peers(part: str, workload: Workload, peers: tuple[str, ...], masters: Workload | None = None) -> list[Cell]:
+    """Peers in pure bfloat16 (but for torchtitan as it is shipped) and ours in it before and after them: what that
+    moves in between is drift. `masters`: ours with float32 masters, to be compared with torchtitan as shipped."""
+    pure = replace(workload, options=workload.options | PURE | NONE)
+    ours = Cell(part, pure, (COMPILED_AUTO,), label="pure bfloat16")
+    cells = [ours, *(Cell(part, pure, (Variant("compiled", PEER_COMPILED),), peer=peer) for peer in peers)]
+    if masters is not None:
+        cells.append(Cell(part, masters, (COMPILED_AUTO,), label="masters"))
+    return [*cells, replace(ours, label="pure bfloat16, again")]
+
+
+SEARCHED_BATCHES = {"none": (2, 4, 8, 16), "recomputed": (4, 8, 16, 32)}
+
+
+def _searches(part: str, contenders: tuple[tuple[str, Options], ...]) -> list[Cell]:
+    """The largest batch that fits, and the fastest one, of (peer or ours, activation checkpointing)."""
+    work = untied(LLAMA_1B)
+    found = []
+    for peer, checkpointing in contenders:
+        words = checkpoint_words(checkpointing)
+        own = replace(work, options=work.options | PURE | checkpointing)
+        compiled = PEER_COMPILED if peer else COMPILED
+        sizes = SEARCHED_BATCHES["none" if checkpointing == NONE else "recomputed"]
+        batches = tuple(Variant(f"batch {n}", compiled | {"training.local_batch_size": n}) for n in sizes)
+        found.append(Cell(part, own, batches, peer=peer, label=f"largest batch, {words}", searches=True))
+    return found
+
+
+def checkpoint_words(options: Options) -> str:
+    """The activation checkpointing of `options`, as a reader calls it."""
+    mode = str(options["activation_checkpoint.mode"])
+    return f"{mode} {options['activation_checkpoint.selective_ac_option']}" if mode == "selective" else mode
+
+
+PARITY_STEPS = 200
+PARITY: Options = {"optimizer.lr": 3e-4, "lr_scheduler.warmup_steps": 20}
+
+
+def _parity() -> list[Cell]:
+    """Plain eager PyTorch first in each process; the rest is compared with it. Two blocks of the 1B, whose losses fall
+    from ln(vocabulary) as it learns four batches by heart."""
+    two = replace(slice_of(LLAMA_1B, 2), kind="single", seq_len=2048)
+    two = replace(two, options=two.options | PARITY)
+    plain = replace(EAGER_REFERENCE, name="plain")
+    alone = _per_operator()[1:]
+    parts = {
+        "parity": (*TWO_BY_TWO[:3], EAGER_KERNELS, *ATTENTION_LEVERS, *alone),
+        "parity-compile": (*SCOPE_LEVERS, *LOSS_LEVERS, *_recorded(), *MEMORY_LEVERS[1:]),
+        "parity-optimizer": (*OPTIMIZER_LEVERS, TUNING_LEVERS[0]),
+    }
+    found = [
+        Cell(part, two, (plain, *variants), label=part, parity_steps=PARITY_STEPS) for part, variants in parts.items()
+    ]
+    found[-1] = replace(found[-1], extra_seconds=TUNING_SECONDS)
+    flash = [
+        Cell("parity", two, (plain, lever), label=lever.name, parity_steps=PARITY_STEPS) for lever in NEW_FLASH_LEVERS
+    ]
+    return [*found, *flash]
+
+
+TABLE_PARTS = ("limits", "single", "rank0", "peers", "slices", "rank0-70b")
+"""What one command runs, the most telling first; `limits` has no cells."""
+PARTS = (*TABLE_PARTS, "launch", *dict.fromkeys(cell.part for cell in _more_cells()))
+"""`launch` has no cells either: it starts training itself."""
+
+
+def cells(parts: tuple[str, ...]) -> list[Cell]:
+    """What `parts` consist of."""
+    return [cell for cell in (*_table_cells(), *_more_cells()) if cell.part in parts]

@@ -1,0 +1,195 @@
+"""A cell in processes of its own: watched, ended when it hangs, and started again for what an error left undone."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from benchmarks.result_files import read
+from benchmarks.workloads import Cell
+
+LIMIT_SECONDS = 460.0
+"""Of one process."""
+SILENCE_SECONDS = 180.0
+"""A process that saves nothing for so long hangs: it saves after each first step (which compiles) and each block."""
+_POLL_SECONDS = 0.1
+_SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+
+Row = dict[str, Any]
+Answer = dict[str, Any]
+
+
+def watched(
+    command: Sequence[str],
+    environment: dict[str, str],
+    folder: Path,
+    answer: Path,
+    heard: Callable[[], None] = lambda: None,
+    limit: float = LIMIT_SECONDS,
+    silence: float = SILENCE_SECONDS,
+) -> str:
+    """Runs `command` in `folder` until it ends, `limit` seconds are over, or `answer`, the file that it writes, has not
+    changed for `silence` seconds. heard: called after each change. All that it started ends with it, also when this
+    process is told to end. Returns what went wrong; "" for nothing."""
+    started = changed = time.monotonic()
+    seen, problem = 0, ""
+    with TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stderr=errors, process_group=0)
+        try:
+            while process.poll() is None and not problem:
+                time.sleep(_POLL_SECONDS)
+                now, stamp = time.monotonic(), answer.stat().st_mtime_ns if answer.exists() else 0
+                if stamp != seen:
+                    seen, changed = stamp, now
+                    heard()
+                if now - started > limit:
+                    problem = f"stopped after {limit:.0f} s"
+                elif now - changed > silence:
+                    problem = f"stopped: nothing was heard of it for {silence:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):  # the compiler's workers too
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        heard()
+        if problem or process.returncode == 0:
+            return problem
+        return f"{_ending(process.returncode)}{_last_words(errors)}"
+
+
+def _ending(status: int) -> str:
+    if status < 0:
+        return f"the process was ended by {signal.Signals(-status).name}"
+    return f"the process ended with status {status}"
+
+
+def _last_words(errors: Any) -> str:
+    """The last line of what it wrote to its error stream, which for Python is the exception."""
+    errors.seek(0)
+    text = errors.read()[-20_000:]
+    sys.stderr.write("".join(f"    | {line}\n" for line in text.splitlines()[-30:]))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f": {lines[-1]}"[:400] if lines else ""
+
+
+def end_with_parent() -> None:
+    """To be called by a process that must not outlive the one that started it, however that ends. On Linux."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before it was asked for
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_on_sigterm() -> None:
+    """Makes SIGTERM an exception in this process, so that what it started is ended and what is known is kept."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+@dataclass
+class Run:
+    """A cell through as many processes as it needs."""
+
+    cell: Cell
+    once: Callable[[list[str], Callable[[Answer], None]], tuple[Answer, str]]
+    """Runs these variants in one process, which is told to whom to say what is known so far; (all that it found, what
+    went wrong)."""
+    told: Callable[[Answer], None]
+    """Called with all that is known whenever that is more."""
+    environment: dict[str, Any]
+    """Of this machine, as far as it is known before the first process says more."""
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    def finish(self) -> Answer:
+        """All rows; each has figures or an error."""
+        left = [variant.name for variant in self.cell.variants]
+        while left:
+            answer, problem = self.once(self._with_base(left), self._merge)
+            self._merge(answer)
+            self._blame(answer, left, problem)
+            still = [name for name in left if not is_finished(self.rows.get(name, {}))]
+            if len(still) == len(left) or self.cell.searches:
+                self._give_up(still, problem or "was not reached")
+                break
+            left = still
+        self.told(self.answer())
+        return self.answer()
+
+    def answer(self) -> Answer:
+        names = [variant.name for variant in self.cell.variants]
+        return {"environment": self.environment, "rows": [self.rows[name] for name in names if name in self.rows]}
+
+    def _with_base(self, left: list[str]) -> list[str]:
+        """Losses are compared with those of the first variant, which therefore runs in every process."""
+        first = self.cell.variants[0].name
+        return [first, *left] if self.cell.parity_steps and first not in left else left
+
+    def _merge(self, answer: Answer) -> None:
+        if answer["environment"].get("device") not in (None, "unknown"):
+            self.environment = answer["environment"]
+        for row in answer["rows"]:
+            before = self.rows.get(row["variant"], {})
+            if is_finished(before):
+                continue
+            if timed_steps(row) >= timed_steps(before):
+                self.rows[row["variant"]] = row
+            elif "error" in row:  # what an earlier process has timed of it stands
+                before["stopped"] = row["error"]
+        self.told(self.answer())
+
+    def _blame(self, answer: Answer, left: list[str], problem: str) -> None:
+        """A process that ended badly did so by the variant that was at work; before the first one, by all of them; and
+        after the last one it does not matter."""
+        if not problem:
+            return
+        for name in left if "at" not in answer else filter(None, [answer["at"]]):
+            row = self.rows.setdefault(name, {"variant": name, "options": {}})
+            if is_finished(row):
+                continue
+            row["stopped" if "step_seconds" in row else "error"] = problem
+
+    def _give_up(self, names: list[str], words: str) -> None:
+        for name in names:
+            row = self.rows.setdefault(name, {"variant": name, "options": {}})
+            if "step_seconds" in row:
+                row.setdefault("stopped", words)
+            elif not self.cell.searches:  # beyond the largest batch that fits there is nothing to say
+                row.setdefault("error", words)
+
+
+def is_finished(row: Row) -> bool:
+    """Whether another process has nothing to add."""
+    return bool(row.get("complete")) or "error" in row or "stopped" in row
+
+
+def timed_steps(row: Row) -> int:
+    return row.get("step_seconds", {}).get("timed", 0)
+
+
+def leftovers(folder: Path) -> list[tuple[Path, Answer]]:
+    """What processes wrote whose parent was killed before it read it."""
+    found = []
+    for path in sorted(folder.glob(".answer-*.json")):
+        parent = int(path.stem.split("-")[1])
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(parent, 0)
+            continue
+        try:
+            answer = read(path)
+        except json.JSONDecodeError:
+            answer = None
+        if answer is not None:
+            found.append((path, answer))
+    return found

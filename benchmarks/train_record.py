@@ -1,0 +1,85 @@
+"""Rows of the end-to-end benchmark as they are kept: with all that their figures mean nothing without."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.least_step import Limits, least_step, limits_from
+from benchmarks.result_files import read, slug, write
+from benchmarks.train_cells import AS_SHIPPED, checkpoint_words
+from benchmarks.workloads import MASTERS, Cell, config_of, rehearsed, shape_of
+from titan_fast.config import Config
+from titan_fast.flavors import ModelShape
+from titan_fast.flops import FORMULAS, flops_per_token, mfu, peak_flops
+
+Answer = dict[str, Any]
+"""What a process found: its environment, and the rows of its cell."""
+OUTCOMES = ("step_seconds", "parity", "error")
+"""Keys one of which a row has as soon as it says anything."""
+
+
+def record(cell: Cell, answer: Answer, out: Path, known: Limits | None) -> Path:
+    """Adds the rows that say something to the part's file, in place of earlier ones of the same cell and variant."""
+    path = out / f"train-{slug(answer['environment']['device'])}-{cell.part}.json"
+    before = read(path) or {"rows": []}
+    rows = [described(cell, row, answer["environment"], known) for row in answer["rows"] if has_outcome(row)]
+    new = {(row["cell"], row["variant"]) for row in rows}
+    kept = [row for row in before["rows"] if (row["cell"], row["variant"]) not in new]
+    if rows:
+        write({"environment": answer["environment"], "part": cell.part, "rows": kept + rows}, path)
+    return path
+
+
+def has_outcome(row: dict[str, Any]) -> bool:
+    return any(key in row for key in OUTCOMES)
+
+
+def described(cell: Cell, row: dict[str, Any], environment: dict[str, Any], known: Limits | None) -> dict[str, Any]:
+    """The row with its model, batch and commit, and what follows from its figures."""
+    smoke = bool(environment.get("smoke"))
+    cell = rehearsed(cell) if smoke else cell
+    work = cell.workload
+    config, shape = settings_of(cell, row["variant"], smoke), shape_of(work, smoke)
+    batch, mode = config.training.local_batch_size, config.activation_checkpoint
+    options = {
+        "activation_checkpoint.mode": mode.mode,
+        "activation_checkpoint.selective_ac_option": mode.selective_ac_option,
+    }
+    full = {
+        "cell": cell.name, "part": cell.part, "workload": work.name, "kind": work.kind, "peer": cell.peer,
+        "label": cell.label, "flavor": work.flavor, "layers": shape.n_layers, "seq_len": work.seq_len,
+        "batch": batch, "tokens_per_step": batch * work.seq_len, "world": work.world,
+        "communication": "none" if work.world == 1 else "left out: collectives copy this rank's own shard",
+        "activation_checkpoint": checkpoint_words(options), "commit": environment.get("commit"),
+    } | row  # fmt: skip
+    if "step_seconds" in row:
+        per_second = full["tokens_per_step"] / row["step_seconds"]["median"]
+        full["tokens_per_second"] = per_second
+        peak = peak_flops(environment["device"])
+        if peak is not None:
+            per_token = {name: flops_per_token(shape, work.seq_len, name) for name in FORMULAS}
+            full["mfu"] = {name: mfu(per_second, flops, peak) for name, flops in per_token.items()}
+        if known is not None:
+            full |= fraction_of_limit(known, config, shape, work.world, row["step_seconds"]["median"])
+    return full
+
+
+def settings_of(cell: Cell, variant: str, smoke: bool) -> Config:
+    """What the variant of this name runs with. torchtitan as it is shipped keeps float32 weights, which for the least
+    step is what masters are."""
+    options = next(one.options for one in cell.variants if one.name == variant)
+    return config_of(cell.workload, options | (MASTERS if cell.peer == AS_SHIPPED else {}), smoke)
+
+
+def fraction_of_limit(known: Limits, config: Config, shape: ModelShape, world: int, seconds: float) -> dict[str, Any]:
+    """The least step of a row's settings, and how much of `seconds` that is."""
+    least = least_step(known, config, shape, world)
+    return {"least_step": least, "fraction_of_limit": least["total"] / seconds}
+
+
+def known_limits(out: Path, device: str | None = None) -> Limits | None:
+    """Of `device`; without one, of the only device that was measured. None unless they were measured to the end."""
+    paths = sorted(out.glob("limits-*.json")) if device is None else [out / f"limits-{slug(device)}.json"]
+    content = read(paths[0]) if len(paths) == 1 else None
+    if content is None or not content.get("complete", True):
+        return None
+    return limits_from(content)

@@ -1,0 +1,114 @@
+"""The training steps of others: they are driven as they want to be, and run where they can."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks import peers, train_cell
+from benchmarks.peers import PEERS, Made, attention_backends, hugging_face, run_peer
+from benchmarks.step_timing import Length
+from benchmarks.train_cells import cells
+from benchmarks.variants import How
+from benchmarks.workloads import Cell, config_of, rehearsed, shape_of
+from titan_fast.loader import Loader
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+HOW = How(smoke=True, length=Length(1, 2, 1), profiles=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models of this size are slower with more, and very much so on a machine that is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def cell_of(peer: str, part: str = "peers") -> Cell:
+    return rehearsed(next(cell for cell in cells((part,)) if cell.peer == peer))
+
+
+@pytest.mark.parametrize(
+    ("peer", "home"),
+    [("torchtitan pure bfloat16", CPU), ("torchtitan as shipped", CPU), ("Hugging Face + Liger", META)],
+)
+def test_batches_come_where_the_peers_step_wants_them(
+    monkeypatch: pytest.MonkeyPatch, peer: str, home: torch.device
+) -> None:
+    """torchtitan counts labels into a tensor on the host, and moves the batch itself. The device here is `meta`, which
+    like CUDA is another one than the host."""
+    seen: list[torch.device] = []
+    loaders: list[Loader] = []
+
+    def make(*_: object) -> Made:
+        def step() -> None:
+            (batch,) = next(loaders[-1])
+            seen.extend((batch.tokens.device, batch.labels.device))
+            valid = torch.tensor(0)
+            if peer.startswith("torchtitan"):
+                valid += (batch.labels != -100).sum()  # as its train_step does
+
+        return Made(loaders.append, step, lambda: 1.0, {})
+
+    monkeypatch.setitem(PEERS, peer, make)
+    monkeypatch.setattr(peers, "RECOMPILE_LIMIT", train_cell.RECOMPILE_LIMIT)
+    (row,) = run_peer(cell_of(peer), META, HOW)
+    assert "error" not in row and set(seen) == {home}
+
+
+def test_hugging_face_compiles_each_layer_with_one_graph() -> None:
+    cell = cell_of("Hugging Face", "peers-3b")
+    cell = dataclasses.replace(
+        cell, workload=dataclasses.replace(cell.workload, options=cell.workload.options | {"model.n_layers": 12})
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    (row,) = run_peer(cell, CPU, HOW)
+    assert "error" not in row and row["complete"] and row["versions"]["transformers"]
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert torch._dynamo.config.recompile_limit == train_cell.RECOMPILE_LIMIT
+
+
+def test_a_search_gives_a_peer_larger_batches() -> None:
+    cell = dataclasses.replace(cell_of("Hugging Face + Liger", "best"), peer="Hugging Face")
+    sizes: list[tuple[int, ...]] = []
+    honest = peers._hugging_face_loss
+
+    def seen(model: object, batch: peers.Batch, liger: bool) -> torch.Tensor:
+        sizes.append(tuple(batch.tokens.shape))
+        return honest(model, batch, liger)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(peers, "_hugging_face_loss", seen)
+        rows = run_peer(cell, CPU, HOW)
+    assert [row["variant"] for row in rows] == ["batch 2", "batch 4", "batch 8", "batch 16"]
+    assert all(row["complete"] for row in rows)
+    assert list(dict.fromkeys(sizes)) == [(2, 8), (4, 8), (8, 8), (16, 8)]
+
+
+def test_hugging_face_takes_the_attention_that_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    first, *_ = attention_backends(torch.device("cuda"))
+    assert first == torch.nn.attention.SDPBackend.CUDNN_ATTENTION
+    capability = (8, 0)
+    first, *_ = attention_backends(torch.device("cuda"))
+    assert first == torch.nn.attention.SDPBackend.FLASH_ATTENTION
+
+
+def test_what_a_peer_lacks_is_said() -> None:
+    work = cell_of("Hugging Face + Liger").workload
+    with pytest.raises(RuntimeError, match="need a GPU"):
+        hugging_face(config_of(work, {}, True), shape_of(work, True), CPU, liger=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed")
+@pytest.mark.parametrize(("peer", "part"), [("torchtitan pure bfloat16", "best"), ("torchtitan as shipped", "peers")])
+def test_torchtitans_trainer_trains(peer: str, part: str) -> None:
+    rows = run_peer(cell_of(peer, part), CPU, HOW)
+    assert all("error" not in row and row["complete"] for row in rows), rows

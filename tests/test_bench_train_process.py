@@ -1,0 +1,374 @@
+"""Whatever happens to a process of the end-to-end benchmark, what it had measured is kept and the rest is run again."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import conftest, launch_time, train_process, train_suite, variants
+from benchmarks.device_state import DeviceWatch, parsed_smi, summary
+from benchmarks.step_timing import Length
+from benchmarks.train_cells import PARTS, cells
+from benchmarks.train_process import Answer, Run, watched
+from benchmarks.variants import How, Row, time_variants
+from benchmarks.workloads import LLAMA_1B, Cell, Variant
+
+CPU = torch.device("cpu")
+HOW = How(smoke=True, length=Length(1, 4, 2), profiles=False)
+A, B, C = (Variant(name) for name in "abc")
+
+
+class Scripted:
+    """A contender whose variants do as told: raise at a step, counted from 1, or wait."""
+
+    device = CPU
+
+    def __init__(self, raises: Mapping[str, tuple[int, Exception]]) -> None:
+        self.raises, self.at, self.steps, self.order = raises, "", dict.fromkeys("abc", 0), ""
+
+    def what_runs(self, variant: Variant) -> object:
+        return variant.name
+
+    def switch_to(self, variant: Variant) -> Row:
+        self.at = variant.name
+        return {}
+
+    def face(self) -> str:
+        return self.at
+
+    def put_on(self, face: str) -> None:
+        self.at = face
+
+    def step(self) -> None:
+        self.steps[self.at] += 1
+        self.order += self.at
+        limit, error = self.raises.get(self.at, (0, None))
+        if error is not None and self.steps[self.at] >= limit:
+            raise error
+
+    def last_loss(self) -> float:
+        return 1.0
+
+
+def rows_by_name(rows: list[Row]) -> dict[str, Row]:
+    return {row["variant"]: row for row in rows}
+
+
+def test_a_variant_is_timed_as_soon_as_it_is_warm_and_the_base_beside_it() -> None:
+    scripted = Scripted({})
+    rows = time_variants(scripted, [A, B, C], HOW)
+    # A step to compile, then blocks of two: a's own, b's and a beside it, c's; then what is left of each.
+    assert scripted.order == "aaa" + "bbb" + "aa" + "ccc" + "aa" + "bb" + "cc"
+    assert [row["step_seconds"]["timed"] for row in rows] == [6, 4, 4] and all(row["complete"] for row in rows)
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError("illegal access"), torch.OutOfMemoryError("no room")])
+def test_after_an_error_within_a_step_nothing_more_is_timed(error: Exception) -> None:
+    scripted = Scripted({"b": (1, error)})
+    rows = rows_by_name(time_variants(scripted, [A, B, C], HOW))
+    assert rows["b"]["error"].startswith(type(error).__name__) and list(rows) == ["a", "b"]
+    assert rows["b"]["out_of_memory"] == isinstance(error, torch.OutOfMemoryError)
+    assert rows["a"]["step_seconds"]["timed"] == 2 and not rows["a"]["complete"]
+    assert scripted.order == "aaa" + "b"
+
+
+def test_one_that_breaks_late_keeps_what_was_timed() -> None:
+    rows = rows_by_name(time_variants(Scripted({"b": (4, RuntimeError("later"))}), [A, B], HOW))
+    assert rows["b"]["step_seconds"]["timed"] == 2 and rows["b"]["stopped"] == "RuntimeError: later"
+    assert "error" not in rows["b"]
+
+
+def test_a_search_times_each_batch_once_until_one_does_not_fit() -> None:
+    scripted = Scripted({"c": (1, torch.OutOfMemoryError("no room"))})
+    rows = time_variants(scripted, [A, B, C], HOW, searches=True)
+    assert scripted.order == "aaa" + "bbb" + "c" and rows[2]["out_of_memory"]
+
+
+def in_turn(cell: Cell, raises: Sequence[Mapping[str, tuple[int, Exception]]]) -> tuple[Answer, list[Answer]]:
+    """The cell through one `Scripted` after another."""
+    told: list[Answer] = []
+    left = list(raises)
+
+    def once(names: list[str], say: Callable[[Answer], None]) -> tuple[Answer, str]:
+        rows = time_variants(Scripted(left.pop(0)), train_suite.only(cell, names).variants, HOW)
+        return {"environment": {"device": "some GPU"}, "rows": rows, "at": ""}, ""
+
+    return Run(cell, once, told.append, {"device": "unknown"}).finish(), told
+
+
+def test_what_a_bad_variant_left_undone_runs_in_another_process() -> None:
+    lost = {"b": (1, torch.AcceleratorError("illegal access"))}
+    answer, told = in_turn(Cell("single", LLAMA_1B, (A, B, C)), [lost, {}])
+    rows = rows_by_name(answer["rows"])
+    assert rows["a"]["complete"] and rows["c"]["complete"] and "illegal" in rows["b"]["error"]
+    assert answer["environment"]["device"] == "some GPU"
+    assert rows_by_name(told[0]["rows"])["a"]["step_seconds"]["timed"] == 2  # said at once
+
+
+def test_figures_of_an_earlier_process_outlive_an_error_of_a_later_one() -> None:
+    lost = {"b": (1, RuntimeError("first"))}
+    broken = {"a": (1, RuntimeError("then"))}
+    answer, _ = in_turn(Cell("single", LLAMA_1B, (A, B, C)), [lost, broken, {}])
+    rows = rows_by_name(answer["rows"])
+    assert rows["a"]["step_seconds"]["timed"] == 2 and rows["a"]["stopped"] == "RuntimeError: then"
+    assert rows["c"]["complete"]
+
+
+def test_a_process_that_dies_is_the_fault_of_what_was_at_work() -> None:
+    half = {"variant": "a", "step_seconds": {"timed": 10}, "complete": False}
+    whole = {"variant": "a", "step_seconds": {"timed": 50}, "complete": True}
+    c = {"variant": "c", "step_seconds": {"timed": 50}, "complete": True}
+    known = {"device": "some GPU", "commit": "1"}
+    processes = [
+        ({"environment": known, "rows": [half, {"variant": "b"}], "at": "b"}, "stopped after 460 s"),
+        ({"environment": known, "rows": [whole, c], "at": ""}, "the process ended with status 1"),
+    ]
+    run = Run(Cell("single", LLAMA_1B, (A, B, C)), lambda names, say: processes.pop(0), lambda a: None, {"device": "?"})
+    answer = run.finish()
+    rows = rows_by_name(answer["rows"])
+    assert rows["b"]["error"] == "stopped after 460 s" and answer["environment"] == known
+    assert rows["a"] == whole and rows["c"] == c
+
+
+def test_a_process_that_dies_before_its_first_variant_is_the_row_of_all_and_keeps_the_environment() -> None:
+    words = "the process ended with status 1: ImportError: no such thing"
+    run = Run(Cell("single", LLAMA_1B, (A, B)), lambda n, s: ({"environment": {}, "rows": []}, words),
+              lambda a: None, {"device": "some GPU"})  # fmt: skip
+    answer = run.finish()
+    assert [row["error"] for row in answer["rows"]] == [words, words] and answer["environment"]["device"] == "some GPU"
+
+
+def script(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "script.py"
+    path.write_text(text)
+    return [sys.executable, str(path)]
+
+
+def test_a_process_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    answer, pids = tmp_path / "answer", tmp_path / "pids"
+    command = script(
+        tmp_path,
+        f"""
+import subprocess, sys, time, pathlib
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+pathlib.Path({str(pids)!r}).write_text(str(child.pid))
+pathlib.Path({str(answer)!r}).write_text("something")
+time.sleep(60)
+""",
+    )
+    heard: list[str] = []
+    started = time.monotonic()
+    words = watched(command, dict(os.environ), tmp_path, answer, lambda: heard.append("!"), 30, 1.5)
+    assert words == "stopped: nothing was heard of it for 2 s" and heard and time.monotonic() - started < 20
+    assert ended(int(pids.read_text()))
+
+
+def ended(pid: int) -> bool:
+    """Within seconds. A process that nobody waits for stays as a zombie where there is no init to do so."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+            os.kill(pid, 0)
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("raise ValueError('no such thing')", "the process ended with status 1: ValueError: no such thing"),
+        ("import os; os.kill(os.getpid(), 11)", "the process was ended by SIGSEGV"),
+        ("", ""),
+    ],
+)
+def test_the_end_of_a_process_is_told(tmp_path: Path, text: str, words: str) -> None:
+    assert watched(script(tmp_path, text), dict(os.environ), tmp_path, tmp_path / "answer") == words
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends children of dead parents on Linux only")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_child_ends_with_its_parent(tmp_path: Path, number: int) -> None:
+    root = Path(__file__).resolve().parents[1]
+    pid, child = tmp_path / "pid", tmp_path / "child.py"
+    child.write_text(f"""
+import os, pathlib, sys, time
+sys.path[:0] = {[str(root), str(root / "kernels")]!r}
+from benchmarks.train_process import end_with_parent
+end_with_parent()
+pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))
+time.sleep(60)
+""")
+    parent = script(
+        tmp_path,
+        f"""
+import os, pathlib, sys
+sys.path[:0] = {[str(root), str(root / "kernels")]!r}
+from benchmarks.train_process import end_on_sigterm, watched
+end_on_sigterm()
+watched([sys.executable, {str(child)!r}], dict(os.environ), pathlib.Path({str(tmp_path)!r}), pathlib.Path("none"))
+""",
+    )
+    process = subprocess.Popen(parent)
+    for _ in range(600):
+        if pid.exists() and pid.read_text():
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.wait(20)
+    assert ended(int(pid.read_text()))
+
+
+def test_what_a_killed_benchmark_left_is_recorded_by_the_next_one(tmp_path: Path) -> None:
+    number = next(i for i, cell in enumerate(cells(PARTS)) if cell.part == "rank0")
+    seconds = {"median": 1.0, "p10": 1.0, "p90": 1.0, "timed": 10}
+    row = {"variant": "compiled, auto", "step_seconds": seconds, "peak_bytes": 1}
+    environment = {"device": "some GPU", "smoke": False}
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getpid()):
+        text = json.dumps({"cell": number, "environment": environment, "rows": [row], "at": ""})
+        (tmp_path / f".answer-{pid}-{number}.json").write_text(text)
+    options = train_suite._arguments("").parse_args(["--out", str(tmp_path)])
+    train_suite.Suite(options).run(())
+    (found,) = json.loads((tmp_path / "train-some-gpu-rank0.json").read_text())["rows"]
+    assert found["tokens_per_second"] == 8192.0
+    assert [path.name for path in tmp_path.glob(".answer-*")] == [f".answer-{os.getpid()}-{number}.json"]
+
+
+def test_a_row_that_says_nothing_yet_replaces_nothing(tmp_path: Path) -> None:
+    cell = cells(("rank0",))[0]
+    seconds = {"median": 1.0, "p10": 1.0, "p90": 1.0, "timed": 10}
+    environment = {"device": "some GPU", "smoke": False}
+    suite = train_suite.Suite(train_suite._arguments("").parse_args(["--out", str(tmp_path)]))
+    for row in ({"step_seconds": seconds, "peak_bytes": 1}, {}):
+        suite.record(cell, {"environment": environment, "rows": [{"variant": "compiled, auto"} | row]})
+    (found,) = json.loads((tmp_path / "train-some-gpu-rank0.json").read_text())["rows"]
+    assert found["step_seconds"] == seconds
+
+
+def test_the_limits_go_where_the_rest_goes_and_may_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(train_suite, "watched", lambda *a, **k: calls.append((a, k)) or "")
+    train_suite.Suite(train_suite._arguments("").parse_args(["--out", str(tmp_path)])).run(("limits",))
+    ((positional, named),) = calls
+    assert positional[0][-2:] == ["--out", str(tmp_path)] and named["limit"] <= 300
+
+
+def test_a_tuned_cell_may_be_silent_for_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    silences: list[float] = []
+    monkeypatch.setattr(train_suite, "watched", lambda *a: silences.append(a[-1]) or "")
+    suite = train_suite.Suite(train_suite._arguments("").parse_args(["--out", str(tmp_path)]))
+    for part in ("levers-autotune", "rank0"):
+        suite._in_a_child(cells((part,))[0], ["base"], lambda answer: None)
+    assert silences[0] - silences[1] > 60
+
+
+def test_an_error_before_the_first_step_is_the_row_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the shards are not random\nat all")
+
+    monkeypatch.setattr(train_suite, "run_cell", refuse)
+    rows = train_suite.rows_of(cells(("rank0",))[0], CPU, HOW)
+    assert [row["error"] for row in rows] == ["AssertionError: the shards are not random"] * 2
+
+
+def test_an_error_after_the_last_step_takes_nothing_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(cell: Cell, device: torch.device, how: How) -> None:
+        how.save([{"variant": "a", "complete": True}], "")
+        raise RuntimeError("the process group is gone")
+
+    monkeypatch.setattr(train_suite, "run_cell", run)
+    assert train_suite.rows_of(cells(("rank0",))[0], CPU, HOW) == [{"variant": "a", "complete": True}]
+
+
+def test_the_commit_is_told_where_there_is_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("BENCHMARK_COMMIT", raising=False)
+    assert conftest.commit() == "unknown"
+    monkeypatch.setenv("BENCHMARK_COMMIT", "0123abc")
+    assert conftest.commit() == "0123abc"
+
+
+# Clocks
+
+
+def test_clocks_are_those_of_the_timed_steps() -> None:
+    clocks = iter(range(1000, 100_000))
+
+    def read() -> dict[str, float]:
+        return {"sm_mhz": float(next(clocks)), "reasons": 4.0}
+
+    with DeviceWatch((read, 0.005)) as watch:
+        time.sleep(0.1)
+        started = time.perf_counter()
+        time.sleep(0.1)
+        spans = [(started, time.perf_counter())]
+        time.sleep(0.1)
+    found = watch.during(spans)
+    assert 2 <= found["readings"] < 30 and found["sm_mhz"][0] > 1000 and found["slowed_by"] == ["power limit"]
+    assert found["sm_mhz"][0] <= found["sm_mhz"][1] <= found["sm_mhz"][2] < next(clocks) - 1
+    assert DeviceWatch(None).during(spans) == {}
+
+
+def test_clocks_are_numbers() -> None:
+    readings = [parsed_smi("1980, 2619, 512.3, 61, 700.00, 1980"), parsed_smi("345, 2619, [N/A], 40, 700.00, 1980")]
+    found = summary(readings)
+    assert found["sm_mhz"] == [345.0, 1162.5, 1980.0] and found["watts"] == [512.3] * 3
+
+
+# From the command to a step
+
+
+def test_the_time_to_a_step_is_when_its_line_is_written(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [*script(tmp_path, """
+import json, pathlib, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--job.dump_folder") + 1])
+folder.mkdir()
+with (folder / "metrics.jsonl").open("w", buffering=1) as file:
+    for step in (1, 10):
+        time.sleep(0.5)
+        file.write(json.dumps({"step": step}) + "\\n")
+time.sleep(0.5)
+"""), "--job.dump_folder", str(run)]  # fmt: skip
+    found = launch_time.one_start(words, tmp_path, dict(os.environ))
+    assert 0.4 < found["seconds_to_step_1"] < found["seconds_to_step_10"] - 0.3 and "error" not in found
+
+
+def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
+    words = [*script(tmp_path, "raise SystemExit('titan_fast: no such flavor')"), "--job.dump_folder", str(tmp_path)]
+    found = launch_time.one_start(words, tmp_path, dict(os.environ))
+    assert found == {"error": "the process ended with status 1: titan_fast: no such flavor"}
+
+
+def test_a_launch_is_a_config_that_parses(tmp_path: Path) -> None:
+    from titan_fast.config import parse
+
+    config = parse(launch_time.command(tmp_path, None, smoke=False)[3:])
+    assert config.model.flavor == "llama3_1b" and config.compile.components == ("blocks", "norm", "loss", "optimizer")
+    assert config.training.steps == 10 and not config.checkpoint.enable and config.metrics.sample_prompt == ""
+
+
+def test_garbage_is_kept_while_steps_are_timed() -> None:
+    import gc
+
+    class Looks(Scripted):
+        def step(self) -> None:
+            super().step()
+            assert not gc.isenabled()
+
+    rows = time_variants(Looks({}), [A], dataclasses.replace(HOW, length=Length(1, 2, 2)))
+    assert rows[0]["complete"] and gc.isenabled() and variants.COLLECT_EVERY == 50
+    assert train_process.is_finished(rows[0])

@@ -1,0 +1,287 @@
+"""The end-to-end benchmark's arithmetic: how long to time, the least step, the plan, and tables of invented figures."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import limits, step_timing, train_table
+from benchmarks.launch_time import STARTS
+from benchmarks.least_step import Limits, Matrix, least_step
+from benchmarks.result_files import write
+from benchmarks.step_timing import FULL, SLOW, Timed
+from benchmarks.train_cells import PARTS, TABLE_PARTS, cells
+from benchmarks.train_plan import estimated_seconds, plan
+from benchmarks.train_record import described, record
+from benchmarks.workloads import (
+    FULL as FULL_RECOMPUTATION,
+)
+from benchmarks.workloads import (
+    LLAMA_1B,
+    MASTERS,
+    NONE,
+    POINTWISE,
+    PURE,
+    RANK0,
+    SELECTIVE_OP,
+    Cell,
+    config_of,
+    shape_of,
+)
+from titan_fast.flops import flops_per_token, parameters
+
+CPU = torch.device("cpu")
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def test_contenders_take_turns_and_each_gets_its_steps() -> None:
+    order = step_timing.turns(["a", "b"], {"a": FULL, "b": SLOW})
+    assert sum(count for name, count in order if name == "a") == 50
+    assert sum(count for name, count in order if name == "b") == 15
+    assert [name for name, _ in order[:4]] == ["a", "b", "b", "a"]
+
+
+def test_warm_up_is_longer_for_short_steps() -> None:
+    calls = []
+    found = step_timing.warm_up(lambda: calls.append(1), CPU, None, is_first=True)
+    assert found == (FULL, 20) and len(calls) == 19  # one was run before
+    assert step_timing.warm_up(lambda: None, CPU, None, is_first=False) == (FULL, 5)
+    original, step_timing.SLOW_STEP_SECONDS = step_timing.SLOW_STEP_SECONDS, 0.01
+    try:
+        assert step_timing.warm_up(lambda: time.sleep(0.02), CPU, None, is_first=True) == (SLOW, 5)
+    finally:
+        step_timing.SLOW_STEP_SECONDS = original
+
+
+def test_the_least_step_computes_what_the_model_does() -> None:
+    """At a rate of one FLOP a second and endless bandwidth, seconds are FLOPs: those of the MFU formula."""
+    ones = Limits(1e30, {}, {}, assumed_gemm=1.0, assumed_attention=(1.0, 1.0))
+    for work in (LLAMA_1B, RANK0["8b"], RANK0["70b"]):
+        config, shape = config_of(work, {}, False), shape_of(work, False)
+        parts = least_step(ones, config, shape, work.world)
+        attention = flops_per_token(shape, work.seq_len, "titan") - 6 * parameters(shape).without_lookup
+        matrices = 6 * (parameters(shape).without_lookup - (2 * shape.n_layers + 1) * shape.dim)
+        assert parts["matrix products"] == pytest.approx(matrices * work.tokens)
+        # Formulas count the backward pass twice the forward one; it is two and a half times: QK^T is computed again.
+        assert parts["attention"] == pytest.approx(attention / 2 * 3.5 / 3 * work.tokens)
+        assert parts["total"] == pytest.approx(sum(v for k, v in parts.items() if k != "total"))
+
+
+def test_recomputation_costs_what_is_recomputed() -> None:
+    ones = Limits(1e30, {}, {}, assumed_gemm=1.0, assumed_attention=(1.0, 1.0))
+    work = RANK0["8b"]
+    shape = shape_of(work, False)
+    costs = {
+        name: least_step(ones, config_of(work, options, False), shape, 64)["recomputed"]
+        for name, options in {
+            "none": NONE,
+            "pointwise": POINTWISE,
+            "op": SELECTIVE_OP,
+            "full": FULL_RECOMPUTATION,
+        }.items()
+    }
+    per_token = 2 * shape.n_layers * shape.dim
+    assert costs["none"] == 0 and costs["pointwise"] < 1
+    assert costs["op"] == pytest.approx(per_token * (shape.dim + shape.ffn_dim) * work.tokens)
+    attention = shape.n_layers * 2 * shape.n_heads * shape.head_dim * work.seq_len * work.tokens
+    gemm = per_token * (shape.qkv_dim + shape.dim + 2 * shape.ffn_dim) * work.tokens
+    assert costs["full"] == pytest.approx(gemm + attention)
+
+
+def test_a_block_is_timed_after_a_step_that_is_not() -> None:
+    calls: list[int] = []
+    timed = Timed()
+    step_timing.run_block(lambda: calls.append(1), CPU, 10, timed)
+    step_timing.run_block(lambda: calls.append(1), CPU, 5, timed)
+    assert len(calls) == 11 + 5 and len(timed.seconds) == 15 and timed.wall_steps == 16
+    assert timed.as_json()["timed"] == 15
+
+
+def test_the_optimizer_moves_what_it_keeps() -> None:
+    """Bytes a parameter: pure bfloat16 has no masters, and moments of half the size."""
+    ones = Limits(1.0, {}, {}, assumed_gemm=1e30, assumed_attention=(1e30, 1e30))
+    shape = shape_of(LLAMA_1B, False)
+    for options, expected in ((MASTERS, 2 * 2 + 3 * 8 + 2), (PURE, 2 * 2 + 3 * 4), ({}, 30)):
+        found = least_step(ones, config_of(LLAMA_1B, options, False), shape, 1)["optimizer"]
+        assert found == expected * parameters(shape).total
+
+
+def test_a_matrix_that_was_not_measured_is_taken_for_the_same_weights() -> None:
+    def rates(value: float) -> dict[str, float]:
+        return dict.fromkeys(("forward", "grad_input", "grad_weight"), value)
+
+    known = Limits(1.0, {"1024x10x10": rates(1.0), "8192x10x10": rates(2.0), "8192x9x9": rates(9.0)}, {})
+    assert known.product_seconds(Matrix(65_536, 10, 10), "forward") == 2 * 65_536 * 100 / 2.0
+    assert known.product_seconds(Matrix(8192, 7, 7), "forward") == 2 * 8192 * 49 / 2.0  # the median
+
+
+def test_every_timed_shape_is_measured() -> None:
+    gemms, attention = limits.calls_of(smoke=False)
+    for cell in cells(PARTS):
+        if cell.searches or cell.parity_steps:
+            continue
+        work, shape = cell.workload, shape_of(cell.workload, False)
+        assert {m.key for m in limits.matrices(shape, work.tokens).values()} <= gemms.keys(), cell.name
+        assert limits.attention_call(shape, work.batch, work.seq_len).key in attention, cell.name
+
+
+def test_tuning_is_planned_for_what_the_compiler_takes() -> None:
+    ones = Limits(2.9e12, {}, {}, assumed_gemm=700e12, assumed_attention=(600e12, 500e12))
+    (cell,) = cells(("levers-autotune",))
+    assert estimated_seconds(cell, ones) > 150 and len(cell.variants) == 2
+
+
+def test_the_table_fits_into_its_time() -> None:
+    lines = plan(TABLE_PARTS, None)
+    assert lines[-1].startswith("all") and float(lines[-1].split()[-2]) < 25
+    minutes = {line.split()[0]: float(line.split()[-2]) for line in plan(PARTS, None) if line.endswith("min")}
+    assert set(PARTS) < set(minutes)
+    assert all(value < 8 for name, value in minutes.items() if name != "all")
+
+
+def test_every_cell_is_a_config_that_parses() -> None:
+    names = set()
+    for cell in cells(PARTS):
+        for variant in cell.variants:
+            config = config_of(cell.workload, variant.options, smoke=False)
+            assert config.training.seq_len == cell.workload.seq_len
+            names.add((cell.name, variant.name))  # which is how rows of all parts are told apart
+    assert len(names) == sum(len(cell.variants) for cell in cells(PARTS))
+
+
+# Tables of invented figures
+
+
+def timed(variant: str, seconds: float, **more: Any) -> dict[str, Any]:
+    figures = {"median": seconds, "p10": seconds, "p90": seconds, "timed": 50}
+    return {"variant": variant, "step_seconds": figures, "peak_bytes": 2**30} | more
+
+
+def save(tmp_path: Path, cell: Cell, *rows: dict[str, Any]) -> None:
+    environment = {"device": H100, "versions": {}, "smoke": False}
+    record(cell, {"environment": environment, "rows": list(rows)}, tmp_path, None)
+
+
+def written(tmp_path: Path, cell: Cell, variant: str, seconds: float) -> None:
+    save(tmp_path, cell, timed(variant, seconds))
+
+
+def test_mfu_is_that_of_the_published_row() -> None:
+    """Llama 3 8B at 10,682 tokens/s on an H100 is 62.5% by `titan` (NVIDIA's published 62.47)."""
+    cell, environment = cells(("rank0",))[0], {"device": H100, "versions": {}}
+    row = described(cell, timed("compiled, auto", 8192 / 10_682), environment, None)
+    assert row["mfu"]["titan"] == pytest.approx(0.625, abs=1e-3)
+
+
+def test_slices_predict_the_full_depth(tmp_path: Path) -> None:
+    for cell in cells(("slices",)):
+        if "8B" in cell.name:
+            layers = int(cell.workload.options["model.n_layers"])
+            written(tmp_path, cell, "compiled, auto", 0.050 + 0.020 * layers)
+    written(tmp_path, cells(("rank0",))[0], "compiled, auto", 0.700)
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    line = train_table.slices_table(device).splitlines()[2]
+    assert "| 20.00 | 690.0 | 700.0 | -1.4% |" in line
+    assert train_table.NOT_MEASURED in train_table.slices_table(device).splitlines()[3]
+
+
+def test_peers_are_compared_with_the_mean_of_ours_before_and_after(tmp_path: Path) -> None:
+    own = cells(("peers",))
+    for cell, seconds in zip(own, (0.30, 0.45, 0.60, 0.50, 0.31, 0.33), strict=True):
+        written(tmp_path, cell, cell.variants[0].name, seconds)
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    text = train_table.peers_table(device)
+    mean = (1 / 0.30 + 1 / 0.33) / 2
+    assert f"torchtitan pure bfloat16 | {16384 / 0.45:,.0f}" in text and f" {mean * 0.45:.2f} |" in text
+    assert f"| {0.30 / 0.33 - 1:+.1%} |" in text
+
+
+def test_torchtitan_as_shipped_is_compared_with_masters(tmp_path: Path) -> None:
+    own = cells(("peers",))
+    for cell, seconds in zip(own, (0.30, 0.45, 0.60, 0.50, 0.36, 0.30), strict=True):
+        written(tmp_path, cell, cell.variants[0].name, seconds)
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    line, *_ = [line for line in train_table.peers_table(device).splitlines() if "as shipped" in line and "1B" in line]
+    assert line.endswith(f"| {0.60 / 0.36:.2f} |")
+
+
+def test_each_is_compared_at_its_best_that_fits(tmp_path: Path) -> None:
+    ours, theirs = (next(c for c in cells(("best",)) if c.peer == who) for who in ("", "torchtitan pure bfloat16"))
+    no_room = {"error": "OutOfMemoryError: no room", "out_of_memory": True}
+    save(tmp_path, ours, timed("batch 2", 0.25), timed("batch 4", 0.40), {"variant": "batch 8"} | no_room)
+    save(tmp_path, theirs, timed("batch 2", 0.40), {"variant": "batch 4"} | no_room)
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    text = train_table.best_table(device)
+    assert f"| titan_fast, pure bfloat16 | none | 4 | 8 does not | 4 | {4 * 8192 / 0.40:,.0f} |" in text
+    assert f"| torchtitan pure bfloat16 | none | 2 | 4 does not | 2 | {2 * 8192 / 0.40:,.0f} |" in text
+    assert "| ours / torchtitan pure bfloat16, each at its best |  |  |  |  | 2.00 |" in text
+
+
+def test_a_lever_is_compared_with_the_base_of_its_process_or_of_its_model(tmp_path: Path) -> None:
+    attention, _, fa3, _ = cells(("levers",))
+    save(tmp_path, attention, timed("base", 0.10), timed("attention flash", 0.11))
+    save(tmp_path, fa3, timed("attention fa3", 0.08))
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    lines = train_table.levers_table(device).splitlines()
+    assert any("attention flash | -9.1% |" in line for line in lines)
+    assert any("attention fa3 | +25.0% |" in line for line in lines)
+
+
+def test_rows_beyond_the_one_command_are_shown_too(tmp_path: Path) -> None:
+    for part in ("rest-70b", "rest-8b"):
+        for cell in cells((part,)):
+            save(tmp_path, cell, *(timed(variant.name, 4096.0) for variant in cell.variants))
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    lines = train_table.models_table(device).splitlines()
+    assert any("Llama 2 70B |" in line and "| 2 x 4096 | full | compiled, auto | 2 |" in line for line in lines)
+    assert any("Llama 3 8B |" in line and "eager, reference | 2 |" in line for line in lines)
+
+
+def test_a_variant_that_was_stopped_shows_what_it_did(tmp_path: Path) -> None:
+    cell = cells(("rank0",))[0]
+    save(tmp_path, cell, timed("compiled, auto", 0.8192, stopped="OutOfMemoryError: no room"))
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    assert "| 10,000 (50 steps, then OutOfMemoryError: no room) |" in train_table.models_table(device)
+
+
+def test_clocks_of_the_timed_steps_stand_above_the_tables(tmp_path: Path) -> None:
+    cell = cells(("rank0",))[0]
+    for variant, clock in (("compiled, auto", 980.0), ("compiled, kernels", 1755.0)):
+        gpu = {"sm_mhz": [345.0, clock, 1980.0], "watts_limit": [700.0] * 3, "slowed_by": ["power limit"]}
+        save(tmp_path, cell, timed(variant, 0.8, gpu=gpu))
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    text = train_table.markdown(device)
+    assert "SM clock 980 to 1755 MHz" in text and "power limit 700 W" in text
+    assert "slowed by power limit" in text
+
+
+def test_losses_that_did_not_fall_are_marked(tmp_path: Path) -> None:
+    (cell,) = cells(("parity-compile",))
+    parity = {"steps": 200, "first": 11.7, "last": 11.6, "learnt": False, "largest": 1e-3, "last tenth": 1e-4}
+    save(tmp_path, cell, {"variant": "plain", "parity": parity})
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    assert "| 11.70 to 11.60, no training | 1.0e-03 | 1.0e-04 |" in train_table.parity_table(device)
+
+
+def test_the_time_to_a_step_is_shown(tmp_path: Path) -> None:
+    rows = [{"cell": "launch", "part": "launch", "variant": STARTS[1], "seconds_to_step_1": 9.0,
+             "seconds_to_step_10": 12.34}]  # fmt: skip
+    write({"environment": {"device": H100, "versions": {}}, "rows": rows}, tmp_path / "train-x-launch.json")
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    assert f"| {STARTS[1]} | 9.0 | 12.3 |" in train_table.launch_table(device)
+
+
+def test_a_part_run_again_replaces_its_rows(tmp_path: Path) -> None:
+    cell = cells(("rank0",))[0]
+    for variant, seconds in (("compiled, auto", 0.9), ("compiled, kernels", 0.8), ("compiled, auto", 0.7)):
+        written(tmp_path, cell, variant, seconds)
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    found = {row["variant"]: row["step_seconds"]["median"] for row in device.rows.values()}
+    assert found == {"compiled, auto": 0.7, "compiled, kernels": 0.8}
+
+
+def test_without_a_device_every_table_says_so() -> None:
+    text = train_table.markdown(None)
+    assert text.startswith("No device has been measured.") and text.count(train_table.NOT_MEASURED) > 100
