@@ -33,7 +33,7 @@ SIZES = [
     (64, 4096, FP32),
     (5, 8193, FP32),
     (3, 20000, BF16),
-    (1, 65536, FP16),
+    pytest.param(1, 65536, FP16, marks=pytest.mark.slow),
 ]
 
 
