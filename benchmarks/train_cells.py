@@ -18,6 +18,7 @@ from benchmarks.workloads import (
     PURE,
     RANK0,
     REFERENCE,
+    SELECTIVE_ATTENTION,
     SELECTIVE_LAYER,
     SELECTIVE_OP,
     SHORT_1B,
@@ -67,8 +68,8 @@ SCOPE_LEVERS = (
 )
 LOSS_LEVERS = (
     _lever("chunk 1024", {"loss.chunk_size": 1024}),
+    _lever("chunk 2048", {"loss.chunk_size": 2048}),
     _lever("chunk 4096", {"loss.chunk_size": 4096}),
-    _lever("chunk 0", {"loss.chunk_size": 0}),
     _lever("torch's linear cross entropy", {"loss.implementation": "torch"}),
 )
 NO_CLIPPING = _lever("no clipping", {"training.max_norm": 0.0})
@@ -83,6 +84,7 @@ MEMORY_LEVERS = (
     BASE,
     _lever("pointwise", POINTWISE),
     _lever("selective op", SELECTIVE_OP),
+    _lever("selective attention", SELECTIVE_ATTENTION),
     _lever("selective layer", SELECTIVE_LAYER),
     _lever("full", FULL),
 )

@@ -92,6 +92,7 @@ NONE: Options = {"activation_checkpoint.mode": "none"}
 POINTWISE: Options = {"activation_checkpoint.mode": "pointwise"}
 FULL: Options = {"activation_checkpoint.mode": "full"}
 SELECTIVE_OP: Options = {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "op"}
+SELECTIVE_ATTENTION: Options = SELECTIVE_OP | {"activation_checkpoint.selective_ac_option": "attention"}
 SELECTIVE_LAYER: Options = {
     "activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "2",
 }  # fmt: skip

@@ -279,30 +279,6 @@ def test_a_step_never_waits_for_the_device(world: World, options: dict[str, Any]
     assert len(waits.seen) == 2
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("single_device", ["fsdp", "masters"])
-def test_a_step_on_a_gpu_never_waits(single_device: str) -> None:
-    device = torch.device("cuda", 0)
-    with start(Comm(), device):
-        config = config_of({"parallelism.single_device": single_device, **BFLOAT16})
-        degrees = mesh_degrees(config.parallelism, 1)
-        ops = build_ops(config.kernels, device, workload(config, LLAMA3, degrees))
-        model = build_model(config, LLAMA3, ops, degrees, device)
-        trained = Trained([], model, build_optimizer(model, config.optimizer))
-        batches = [Batch(*(part.to(device) for part in batch)) for batch in batches_of(0, 1)]
-        bad = torch.zeros((), device=device)
-        for mode in ("default", "default", "error"):
-            torch.cuda.set_sync_debug_mode(mode)
-            try:
-                loss = forward_backward(model, batches, one_over_valid_tokens(batches, degrees))
-                clip_gradients(trained.optimizer, config.training.max_norm, loss)
-                step_unless(trained.optimizer, bad)
-                trained.optimizer.zero_grad(set_to_none=True)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        assert torch.isfinite(loss)
-
-
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "masters of two devices": (MASTERS, 2, "masters is for one device, and there are 2"),
     "masters in float32": ({"parallelism.single_device": "masters"}, 1, "computes in float32"),

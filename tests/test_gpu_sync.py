@@ -1,0 +1,98 @@
+"""The host never waits for the GPU in a step of training: whole runs by the real entry, with their loader, agreement,
+guard, compiled code and optimizer, while CUDA's sync debug mode makes every wait an error."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+
+from titan_fast import loop
+from titan_fast.config import parse
+
+WARM_UP_STEPS, STEPS = 4, 8
+"""Code is compiled, memory is taken and a CUDA graph recorded in the first of them."""
+COMPILED = ["--compile.enable", "True", "--compile.components", "blocks", "norm", "loss"]
+WAYS: dict[str, list[str]] = {
+    "eager": [],
+    "eager, FSDP2": ["--parallelism.single_device", "fsdp"],
+    "compiled": COMPILED,
+    "compiled, FSDP2": [*COMPILED, "--parallelism.single_device", "fsdp"],
+    "compiled, one-pass AdamW": [*COMPILED, "optimizer"],
+    "compiled, one-pass AdamW, FSDP2": [*COMPILED, "optimizer", "--parallelism.single_device", "fsdp"],
+    "compiled, pointwise": [*COMPILED, "optimizer", "--activation_checkpoint.mode", "pointwise"],
+    "two passes": [*COMPILED, "optimizer", "--training.global_batch_size", "8"],
+    "recorded": [*COMPILED, "optimizer", "--training.cuda_graph", "True"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.prepare(tmp_path_factory.mktemp("data"))
+
+
+def watched_run(words: list[str], set_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose later steps are watched: not what is done between steps, logging above all."""
+    true_step = loop.Run.step
+
+    def step(self: loop.Run, number: int) -> Any:
+        if number <= WARM_UP_STEPS:
+            return true_step(self, number)
+        set_mode("error")
+        try:
+            return true_step(self, number)
+        finally:
+            set_mode("default")
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    loop.train(parse(words))
+
+
+def words_of(data: Path, folder: Path, seq_len: int) -> list[str]:
+    """Where a GPU sums an embedding's gradients it takes another way from 3072 tokens on: 4 x 1024 are more."""
+    more = {"training__steps": STEPS, "training__seq_len": seq_len, "training__local_batch_size": 4}
+    more |= {"metrics__log_freq": 100, "checkpoint__enable": False, "compile__canary": False}
+    return runs.arguments(data, folder, **more, training__mixed_precision_param="bfloat16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_on_a_gpu_never_waits(way: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    words = [*words_of(data, tmp_path / "run", 1024), *WAYS[way]]
+    watched_run(words, torch.cuda.set_sync_debug_mode, monkeypatch)
+    assert runs.losses(tmp_path / "run").keys() == {1, STEPS}
+
+
+@pytest.mark.gpu
+def test_a_wait_in_a_step_is_noticed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = loop.learning_rate
+    ones = torch.ones(1, device="cuda")
+    monkeypatch.setattr(loop, "learning_rate", lambda *a: honest(*a) * ones.item())
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        watched_run(words_of(data, tmp_path / "run", 1024), torch.cuda.set_sync_debug_mode, monkeypatch)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A model of this size is slower with more, and very much so on a machine that is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("way", ["eager", "compiled, one-pass AdamW"])
+def test_the_later_steps_are_watched_and_nothing_between_them(
+    way: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same runs on the CPU, which has no such mode."""
+    torch._dynamo.reset()
+    modes: list[str] = []
+    words = [*words_of(data, tmp_path / "run", 16), *WAYS[way], "--compile.backend", "aot_eager"]
+    watched_run(words, modes.append, monkeypatch)
+    assert modes == ["error", "default"] * (STEPS - WARM_UP_STEPS)
+    assert runs.losses(tmp_path / "run").keys() == {1, STEPS}
