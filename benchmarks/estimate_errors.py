@@ -174,7 +174,7 @@ def line_of(plan: Plan, step: DeepStep, tokens_per_second: float) -> Line:
 def fit(lines: Sequence[Line]) -> Fitted:
     """The constants, in hundredths and within what is physically sensible, of the least mean absolute error."""
     grid = itertools.product(
-        [i / 100 for i in range(70, 101)], [i / 100 for i in range(40, 101, 5)], [i / 100 for i in range(0, 31, 5)]
+        [i / 100 for i in range(70, 101)], [i / 100 for i in range(40, 101, 5)], [i / 100 for i in range(0, 61, 5)]
     )
     return min((Fitted(*point) for point in grid), key=lambda f: sum(abs(line.error(f)) for line in lines))
 

@@ -58,6 +58,12 @@ def test_what_a_rank_holds(mesh: tuple[int, int, int, int], capsys: pytest.Captu
     assert parts["optimizer state"] == pytest.approx(8 * parameters, rel=0.04)
 
 
+def test_what_no_kernel_can_do_fails_here_too() -> None:
+    config = parse(words(job__world_size=2, parallelism__tensor_parallel_degree=2, kernels__reemit="triton"))
+    with pytest.raises(ConfigError, match="tensor_parallel_degree 2 puts a gather between them"):
+        dry_run(config)
+
+
 def test_recomputation_shows(capsys: pytest.CaptureFixture[str]) -> None:
     kept = {}
     for mode in ("none", "pointwise", "full"):

@@ -12,7 +12,7 @@ import torch
 
 from titan_fast.config import Profiling
 from titan_fast.errors import ConfigError
-from titan_fast.profiling import Profiler, check_profiling
+from titan_fast.profiling import Profiler, check_profiling, memory_history
 
 CPU = torch.device("cpu")
 
@@ -112,6 +112,15 @@ def test_memory_snapshot_when_memory_runs_out(
         raise error
     expected = str(tmp_path / "memory_snapshot" / "step-2-out-of-memory" / "rank-0.pickle")
     assert snapshots[1:-1] == [expected] * dumps
+    assert snapshots[-1] == {"enabled": None}
+
+
+def test_memory_snapshot_of_the_dry_step(tmp_path: Path, snapshots: list[Any]) -> None:
+    """Where memory that does not suffice runs out by default."""
+    wanted = Profiling(enable_memory_snapshot=True)
+    with pytest.raises(torch.OutOfMemoryError), memory_history(wanted, tmp_path, 0, lambda: "dry-step"):
+        raise torch.OutOfMemoryError
+    assert snapshots[1:-1] == [str(tmp_path / "memory_snapshot" / "dry-step-out-of-memory" / "rank-0.pickle")]
     assert snapshots[-1] == {"enabled": None}
 
 

@@ -229,7 +229,8 @@ class Kernels:
     cross_entropy: KernelChoice = "auto"
     """Cross entropy and its gradient on a chunk of logits."""
     reemit: KernelChoice = "auto"
-    """Norm + projection and SwiGLU + projection as units that save less and write it again in the backward pass."""
+    """Norm + projection and SwiGLU + projection as units that save less and write it again in the backward pass. With
+    pointwise recomputation, which they make needless, the down projection would run twice."""
     attention: Literal["auto", "cudnn", "flash", "fa3", "fa4", "efficient", "math"] = "auto"
     """Backend of scaled_dot_product_attention. auto: cuDNN first on Hopper and newer, flash first elsewhere. fa3, fa4:
     FlashAttention 3 or 4 through torch, where its package is installed."""

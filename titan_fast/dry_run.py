@@ -11,14 +11,14 @@ from collections.abc import Iterable
 
 import torch
 
-from titan_fast import checkpointer, distributed, parallel
+from titan_fast import checkpointer, distributed, ops, parallel
 from titan_fast.config import Config, Kernels, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape
 from titan_fast.counted_step import count_step, fake_world
 from titan_fast.deep_step import DeepStep, deep_step, period
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
 from titan_fast.flops import parameter_count
-from titan_fast.ops import Ops, build_ops
+from titan_fast.ops import Ops
 from titan_fast.profiling import check_profiling
 from titan_fast.step import workload
 
@@ -41,10 +41,11 @@ def dry_run(config: Config) -> None:
     check_profiling(config.profiling, GPU)
     parallel.check(config, shape, degrees, GPU)
     checkpointer.check(config, GPU)
+    ops.check(config.kernels, degrees.tensor)
     config = as_on_a_gpu(config)
-    ops = build_ops(config.kernels, torch.device("cpu"), workload(config, shape, degrees))
+    reference = ops.build_ops(config.kernels, torch.device("cpu"), workload(config, shape, degrees))
     with fake_world(size):
-        step = one_step(config, shape, ops, degrees, min(passes, 2))
+        step = one_step(config, shape, reference, degrees, min(passes, 2))
     for name, text in description(config, shape, degrees, step, time.perf_counter() - began):
         print(f"{name:<22} {text}", flush=True)  # noqa: T201
 

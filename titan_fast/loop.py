@@ -27,7 +27,7 @@ from titan_fast.masters import masters_as_weights
 from titan_fast.metrics import MetricsLogger
 from titan_fast.ops import Ops, build_ops
 from titan_fast.optim import build_optimizer, clip_gradients, learning_rate, step_unless
-from titan_fast.profiling import Profiler, check_profiling
+from titan_fast.profiling import Profiler, check_profiling, memory_history
 from titan_fast.run_directory import open_run_directory, write_config
 from titan_fast.run_lock import RunLock
 from titan_fast.signals import StopRequest, resume_command
@@ -75,7 +75,8 @@ class Run:
         self.model = build_model(config, self.shape, ops, degrees, device)
         self.optimizer = build_optimizer(self.model, config.optimizer, compilation.optimizer_compiler(config.compile))
         if rehearsal.is_wanted(config, device):
-            rehearsal.rehearse(self.model, self.optimizer, config, degrees, device)
+            with memory_history(config.profiling, run_dir, world.rank, lambda: "dry-step"):
+                rehearsal.rehearse(self.model, self.optimizer, config, degrees, device)
         self.tokenizer = build_tokenizer(config, run_dir, self.shape.vocab_size, world.is_main, world.barrier)
         self.loader = self._data(build_loader)
         self.validation_loader = self._data(build_validation_loader) if config.validation.enable else None

@@ -157,17 +157,22 @@ _FUNCTIONS = {
 }
 
 
+def check(kernels: Kernels, tensor_degree: int) -> None:
+    """ConfigError for what no device can do."""
+    if kernels.reemit == "triton" and tensor_degree > 1:
+        raise ConfigError(
+            f"kernels.reemit 'triton' joins a norm to the matrix after it, and tensor_parallel_degree "
+            f"{tensor_degree} puts a gather between them",
+            "take reemit reference, or no tensor parallelism",
+        )
+
+
 def build_ops(kernels: Kernels, device: torch.device, workload: Workload, architecture: str | None = None) -> Ops:
     """The operators that `[kernels]` asks for on this device, with the reason of each choice. `architecture`: of the
     GPU to choose for, where it is not this machine's and tensors are fake ("sm_90").
 
     Raises ConfigError where "triton" or an attention backend was asked for and cannot run here."""
-    if kernels.reemit == "triton" and workload.tensor_degree > 1:
-        raise ConfigError(
-            f"kernels.reemit 'triton' joins a norm to the matrix after it, and tensor_parallel_degree "
-            f"{workload.tensor_degree} puts a gather between them",
-            "take reemit reference, or no tensor parallelism",
-        )
+    check(kernels, workload.tensor_degree)
     if architecture is None and device.type == "cuda":
         architecture = current_architecture()
     backends, attention, why = _choose_attention(kernels.attention, device)

@@ -246,6 +246,10 @@ class PreparedTokens:
                     place = str(self.folder / name)
                     raise DataError("a file of the token shards has changed (sha256)", "prepare the data again", place)
 
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """How many tokens each document has, int64."""
+        return self.offsets[numbers + 1] - self.offsets[numbers]
+
     def document(self, number: int) -> np.ndarray:
         """The ids of a document, with BOS and EOS."""
         return next(iter(self.read_documents(np.array([number]))))
@@ -274,26 +278,29 @@ class SampleOrder:
     """
 
     def __init__(self, tokens: PreparedTokens, documents: np.ndarray, seq_len: int, seed: int) -> None:
-        self.tokens, self.documents, self.seq_len, self.seed = tokens, documents, seq_len, seed
-        self._lengths = tokens.offsets[documents + 1] - tokens.offsets[documents]
-        self.tokens_per_epoch = int(self._lengths.sum())
+        # Every rank holds these: 4 bytes a document here, and 12 in the order of an epoch.
+        self.documents = documents.astype(np.uint32 if tokens.documents < 2**32 else np.int64)
+        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        self.tokens_per_epoch = int(tokens.lengths(self.documents).sum())
         self.samples_per_epoch = max(0, self.tokens_per_epoch - 1) // seq_len
         self.dropped_tokens = self.tokens_per_epoch - min(self.tokens_per_epoch, self.samples_per_epoch * seq_len + 1)
         self._stride = _coprime_near(0.618034 * self.samples_per_epoch, self.samples_per_epoch)
-        self._epoch = lru_cache(maxsize=2)(self._permute)  # two: a step may lie across an epoch's end
+        self._epoch = lru_cache(maxsize=1)(self._permute)  # samples are asked for in their order
 
     def _permute(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(documents in the epoch's order, where each begins and the last ends)."""
         # Raw Philox output is fixed for ever; what Generator.permutation makes of it may change with numpy's version.
         keys = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.documents))
-        order = np.argsort(keys, kind="stable")
-        return self.documents[order], np.concatenate([[0], np.cumsum(self._lengths[order])])
+        documents = self.documents[np.argsort(keys, kind="stable")]
+        bounds = np.zeros(len(documents) + 1, np.int64)
+        np.cumsum(self.tokens.lengths(documents), out=bounds[1:])
+        return documents, bounds
 
     def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, labels) of samples `first` to `first + count`, int64 [count, seq_len] each."""
         rows = np.empty((count, self.seq_len + 1), np.int64)
         places = [self._place(sample) for sample in range(first, first + count)]
-        for epoch in {epoch for epoch, _ in places}:
+        for epoch in sorted({epoch for epoch, _ in places}):
             chosen = [i for i in range(count) if places[i][0] == epoch]
             starts = np.array([places[i][1] * self.seq_len for i in chosen])
             self._fill([rows[i] for i in chosen], epoch, starts)

@@ -6,8 +6,8 @@
 <run directory>/memory_snapshot/step-123-out-of-memory/...  the same when memory ran out in step 123
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 
@@ -53,6 +53,7 @@ class Profiler:
         self.start_step = self.steps_done = start_step
         self._in_traced_step = False
         self._profile = self._build() if profiling.enable_profiling else None
+        self._history = memory_history(profiling, run_dir, rank, lambda: f"step-{self.steps_done + 1}")
 
     def _build(self) -> profile:
         activities = [ProfilerActivity.CPU]
@@ -74,8 +75,7 @@ class Profiler:
             self._write_trace(trace)
 
     def __enter__(self) -> "Profiler":
-        if self.profiling.enable_memory_snapshot:
-            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)
+        self._history.__enter__()
         if self._profile is not None:
             self._profile.start()
         return self
@@ -85,10 +85,7 @@ class Profiler:
     ) -> None:
         if self._profile is not None:
             self._profile.stop()
-        if self.profiling.enable_memory_snapshot:
-            if isinstance(error, torch.OutOfMemoryError):
-                self._write_snapshot(f"step-{self.steps_done + 1}-out-of-memory")
-            torch.cuda.memory._record_memory_history(enabled=None)
+        self._history.__exit__(kind, error, traceback)
 
     def step(self) -> None:
         """A step is over."""
@@ -101,7 +98,7 @@ class Profiler:
             self._in_traced_step = False
         if self.profiling.enable_memory_snapshot and due:
             with self.pause():
-                self._write_snapshot(f"step-{self.steps_done}")
+                _write_snapshot(self.snapshots / f"step-{self.steps_done}", self.rank)
 
     def _write_trace(self, trace: profile) -> None:
         folder = self.traces / f"step-{self.steps_done}"
@@ -112,7 +109,24 @@ class Profiler:
             table = trace.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=80)
             (folder / "key_averages.txt").write_text(table, encoding="utf-8")
 
-    def _write_snapshot(self, name: str) -> None:
-        folder = self.snapshots / name
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.cuda.memory._dump_snapshot(str(folder / f"rank-{self.rank}.pickle"))
+
+@contextmanager
+def memory_history(profiling: Profiling, run_dir: Path, rank: int, where: Callable[[], str]) -> Iterator[None]:
+    """Records CUDA's allocations, where `[profiling]` wants them; when memory runs out inside, they are written under
+    the name that `where` gives."""
+    if not profiling.enable_memory_snapshot:
+        yield
+        return
+    torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        _write_snapshot(run_dir / profiling.save_memory_snapshot_folder / f"{where()}-out-of-memory", rank)
+        raise
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def _write_snapshot(folder: Path, rank: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.cuda.memory._dump_snapshot(str(folder / f"rank-{rank}.pickle"))
