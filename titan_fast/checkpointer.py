@@ -27,7 +27,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.tensor import DTensor
 
 from titan_fast import distributed, manifest
 from titan_fast.agreement import Agreement
@@ -38,6 +37,7 @@ from titan_fast.errors import CheckpointError, ConfigError, NumericsError
 from titan_fast.masters import round_masters
 from titan_fast.redaction import redacted
 from titan_fast.run_directory import differences
+from titan_fast.shards import local
 from titan_fast.signals import seconds_to_stop
 
 """How long one rank may wait for another's part of a save."""
@@ -173,10 +173,10 @@ class Checkpointer:
         by_device: dict[torch.device, list[str]] = {}
         for name, tensor in tensors.items():  # some implementations of AdamW count their steps in host memory
             if tensor.is_floating_point():
-                by_device.setdefault(_local(tensor).device, []).append(name)
+                by_device.setdefault(local(tensor).device, []).append(name)
         bad = []
         for names in by_device.values():
-            norms = torch.stack([norm.float() for norm in torch._foreach_norm([_local(tensors[n]) for n in names])])
+            norms = torch.stack([norm.float() for norm in torch._foreach_norm([local(tensors[n]) for n in names])])
             bad += [name for name, ok in zip(names, torch.isfinite(norms).tolist(), strict=True) if not ok]
         if found := [name for rank in self._together(lambda: bad) for name in rank]:
             raise NumericsError(
@@ -199,7 +199,7 @@ class Checkpointer:
         started = time.perf_counter()
         final = manifest.folder_of(self.folder, step)
         temporary = manifest.writing(final)
-        own = sum(_local(tensor).nbytes for tensor in tensors.values()) + sum(map(len, files.values()))
+        own = sum(local(tensor).nbytes for tensor in tensors.values()) + sum(map(len, files.values()))
         need = sum(self._together(lambda: own)) + _SPARE_BYTES
         try:
             self._together(lambda: self._begin(temporary, need))
@@ -429,10 +429,6 @@ def _fingerprint(path: Path) -> str:
         return hashlib.sha256((path / manifest.NAME).read_bytes()).hexdigest()
     except OSError:
         return "no manifest"
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan_fast.compilation import optimizer_compiler
@@ -22,6 +21,7 @@ from titan_fast.model import Llama
 from titan_fast.ops import Ops
 from titan_fast.optim import build_optimizer, clip_gradients
 from titan_fast.parallel import build_mesh, parallelize, precision, weights_kept
+from titan_fast.shards import local
 from titan_fast.step import forward_backward, meta_model, one_over_valid_tokens
 from titan_fast.step_record import Segment, StepRecorder, mark_units, recording
 
@@ -120,7 +120,7 @@ def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _local(tensors: Any) -> list[Tensor]:
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors if isinstance(t, Tensor)]
+    return [local(t) for t in tensors if isinstance(t, Tensor)]
 
 
 def _see_what_stays(recorder: StepRecorder, model: nn.Module, optimizer: Any, batches: list[FakeBatch]) -> None:

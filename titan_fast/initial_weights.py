@@ -13,19 +13,18 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titan_fast import manifest
 from titan_fast.checkpoint import cause, check_tensors, read_config
 from titan_fast.config import from_dict, model_shape
 from titan_fast.errors import CheckpointError
 from titan_fast.flavors import ModelShape
-from titan_fast.hf import Weights, Window, hf_names, our_sizes, read_parameter
+from titan_fast.hf import Weights, hf_names, our_sizes, read_parameter
 from titan_fast.hf_files import CONFIG, HuggingFaceFolder
 from titan_fast.meta_files import PARAMS, MetaFolder
 from titan_fast.model import Llama
 from titan_fast.safe_unpickle import SafeReader
+from titan_fast.shards import local, window
 
 # With another of these the same weights are another function. The rest of a shape decides the sizes, or is max_seq_len.
 _SAME_SIZES = ("rope_theta", "rope_scaling", "norm_eps")
@@ -130,7 +129,7 @@ def load_initial_weights(model: Llama, path: Path, shape: ModelShape, allow_chan
     _raise_together(error)
     assert weights is not None
     if isinstance(weights, CheckpointWeights):
-        weights.fill({_name(name): parameter for name, parameter in model.named_parameters()})
+        weights.fill(dict(model.named_parameters()))
         dtypes = set(weights.dtypes.values())
     else:
         dtypes = _fill(model, weights)
@@ -163,10 +162,10 @@ def _compare(weights: Weights | CheckpointWeights, model: Llama, shape: ModelSha
             str(weights.path),
         )
     for name, parameter in model.named_parameters():
-        dtype = _dtype(weights, _name(name))
+        dtype = _dtype(weights, name)
         if torch.promote_types(dtype, parameter.dtype) != parameter.dtype:
             raise CheckpointError(
-                f"{_name(name)} is {dtype} there and {parameter.dtype} here, which cannot hold every value",
+                f"{name} is {dtype} there and {parameter.dtype} here, which cannot hold every value",
                 "convert the weights first",
                 str(weights.path),
             )
@@ -182,27 +181,12 @@ def _dtype(weights: Weights | CheckpointWeights, name: str) -> torch.dtype:
 def _fill(model: Llama, weights: Weights) -> set[torch.dtype]:
     dtypes = set()
     for name, parameter in model.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if local.numel():  # an uneven sharding may leave a rank nothing
-            part = read_parameter(weights, _name(name), window_of(parameter))
-            local.copy_(part)
+        own = local(parameter)
+        if own.numel():  # an uneven sharding may leave a rank nothing
+            part = read_parameter(weights, name, window(parameter))
+            own.copy_(part)
             dtypes.add(part.dtype)
     return dtypes
-
-
-def window_of(parameter: Tensor) -> Window:
-    """The part of the whole tensor that this rank holds."""
-    if not isinstance(parameter, DTensor):
-        return tuple(slice(0, length) for length in parameter.shape)
-    lengths, starts = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    return tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
-
-
-def _name(name: str) -> str:
-    """A parameter's name without what wraps a module."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def _raise_together(error: CheckpointError | None) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from titan_fast.shards import local
 
 BUCKET_NUMEL = 2**27
 """Gradients widened to float32 at a time where the update is not compiled: 512 MiB of them."""
@@ -147,12 +148,12 @@ class OnePassAdamW(torch.optim.AdamW):
         assert self._update is not None
         for parameter in parameters:
             state = self.state[parameter]
-            weight = _local(parameter.detach()) if hasattr(parameter, "master") else None
-            moments = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
+            weight = local(parameter.detach()) if hasattr(parameter, "master") else None
+            moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
             gradient = gradient_of(parameter)
             assert gradient is not None
             self._update(
-                weight, _local(master_of(parameter)), _local(gradient), *moments, changing,
+                weight, local(master_of(parameter)), local(gradient), *moments, changing,
                 beta1, beta2, group["eps"], group["weight_decay"],
             )  # fmt: skip
 
@@ -160,16 +161,16 @@ class OnePassAdamW(torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         bad = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
         for bucket in _buckets(parameters):
-            wide = [_local(g).float() for g in map(gradient_of, bucket) if g is not None]
+            wide = [local(g).float() for g in map(gradient_of, bucket) if g is not None]
             if self.factor is not None:
                 # Not into a gradient that already is float32: `wide` may be the gradient itself.
                 wide = torch._foreach_mul(wide, self.factor)
-            masters = [_local(master_of(p)) for p in bucket]
+            masters = [local(master_of(p)) for p in bucket]
             states = [self.state[p] for p in bucket]
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1.0)
             torch._fused_adamw_(
-                masters, wide, [_local(s["exp_avg"]) for s in states], [_local(s["exp_avg_sq"]) for s in states], [],
+                masters, wide, [local(s["exp_avg"]) for s in states], [local(s["exp_avg_sq"]) for s in states], [],
                 steps, lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
                 eps=group["eps"], amsgrad=False, maximize=False, grad_scale=None, found_inf=bad,
             )  # fmt: skip
@@ -213,7 +214,3 @@ def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         bucket.append(parameter)
         numel += parameter.numel()
     yield bucket
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

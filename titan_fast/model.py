@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from titan_fast.flavors import ModelShape
 from titan_fast.ops import REFERENCE, Ops
+from titan_fast.shards import copy_shard
 
 # What the head calls when it is given labels: (x, weight, labels, scale) -> loss; see loss.py.
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -40,7 +41,7 @@ def rope_tables(shape: ModelShape, seq_len: int, device: torch.device | str | No
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, for one attention layer: [B, K, max_len, E] each."""
+    """Keys and values of the T positions seen so far, for one attention layer: [B, K, T, E] each."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
@@ -246,23 +247,6 @@ def init_values(name: str, like: torch.Size, shape: ModelShape, seed: int, devic
 def init_weights(model: Llama, seed: int) -> None:
     """Gives every parameter its initial values, sharded (DTensor) or whole. One whole parameter at a time is held."""
     for name, parameter in model.named_parameters():
-        clean = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-        values = init_values(clean, parameter.shape, model.shape, seed, parameter.device)
+        values = init_values(name, parameter.shape, model.shape, seed, parameter.device)
         copy_shard(parameter, values)
     model.init_buffers()
-
-
-def copy_shard(parameter: Tensor, whole: Tensor) -> None:
-    """Copies this rank's part of `whole` into `parameter`, a plain tensor or a DTensor of any even or uneven sharding.
-    No communication."""
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(whole)
-        return
-    local_shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    window = tuple(slice(start, start + length) for start, length in zip(offset, local_shape, strict=True))
-    parameter.to_local().copy_(whole[window])

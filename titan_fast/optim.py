@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from titan_fast import config
 from titan_fast.masters import OnePassAdamW, gradient_of
+from titan_fast.shards import local
 
 
 def build_optimizer(
@@ -77,7 +78,7 @@ def clip_grad_norm_(
     norm = global_norm(gradients, loss, summed)
     if max_norm and gradients:
         # With offloading, gradients are in host memory and their norm is not.
-        torch._foreach_mul_(_local(gradients), _clip_factor(norm, max_norm).to(gradients[0].device))
+        torch._foreach_mul_([local(g) for g in gradients], _clip_factor(norm, max_norm).to(gradients[0].device))
     return norm
 
 
@@ -99,7 +100,7 @@ def global_norm(gradients: list[Tensor], loss: Tensor, summed: Tensor | None = N
     total = loss.float() * 0.0
     # A number per group and not a tensor of numbers, which would be a copy to the device that the host waits for.
     for copies, group in by_copies.items():
-        norms = torch.stack(torch._foreach_norm(_local(group), 2, torch.float32))
+        norms = torch.stack(torch._foreach_norm([local(g) for g in group], 2, torch.float32))
         total = total + (norms.square().sum() / copies).to(total.device)
     if dist.is_initialized():
         shared = total[None] if summed is None else torch.cat([total[None], summed])
@@ -108,10 +109,6 @@ def global_norm(gradients: list[Tensor], loss: Tensor, summed: Tensor | None = N
         if summed is not None:
             summed.copy_(shared[1:])
     return total.sqrt()
-
-
-def _local(gradients: list[Tensor]) -> list[Tensor]:
-    return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
 
 
 def _copies(gradient: Tensor) -> int:

@@ -1,0 +1,23 @@
+"""What this rank holds of a tensor that may be spread over several."""
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def local(tensor: Tensor) -> Tensor:
+    """A DTensor's own part; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def window(tensor: Tensor) -> tuple[slice, ...]:
+    """Where this rank's part lies in the whole: of any sharding, even or uneven."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, length) for length in tensor.shape)
+    lengths, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
+
+
+def copy_shard(into: Tensor, whole: Tensor) -> None:
+    """Copies this rank's part of `whole` into `into`. No communication."""
+    local(into).copy_(whole[window(into)])
