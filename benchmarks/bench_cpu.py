@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.conftest import commit
 from benchmarks.cpu_rates import processor, spread, write
 from titan_fast.compilation import compile_model
 from titan_fast.config import Compile, CompileComponent, Optimizer
@@ -98,8 +99,8 @@ CONTENDERS: dict[str, Callable[[], Step]] = {
 }
 
 
-def measure(rounds: int, steps: int) -> dict[str, dict[str, int]]:
-    """tokens/s of each contender: median, 10th and 90th percentile over rounds, and its losses over the first steps."""
+def measure(rounds: int, steps: int) -> dict[str, list[float]]:
+    """tokens/s of each contender in each round, in which all take their turn."""
     generator = torch.Generator().manual_seed(0)
     data = torch.randint(SHAPE.vocab_size, (steps, BATCH, SEQ_LEN + 1), generator=generator)
     contenders = {name: build() for name, build in CONTENDERS.items()}
@@ -114,7 +115,7 @@ def measure(rounds: int, steps: int) -> dict[str, dict[str, int]]:
                 contenders[name](row[:, :-1], row[:, 1:])
             seconds[name].append(time.perf_counter() - started)
     tokens = steps * BATCH * SEQ_LEN
-    return {name: spread([tokens / value for value in values]) for name, values in seconds.items()}
+    return {name: [tokens / value for value in values] for name, values in seconds.items()}
 
 
 def _check_same_task(losses: dict[str, list[float]]) -> None:
@@ -145,9 +146,11 @@ def main() -> None:
         "shape": {"flavor": "debug", "batch": BATCH, "seq_len": SEQ_LEN, "loss_chunk": CHUNK},
         "rounds": arguments.rounds,
         "steps_per_round": arguments.steps,
-        "tokens_per_second": rates,
+        "commit": commit(),
+        "tokens_per_second": {name: spread(values) for name, values in rates.items()},
         "ratios": {
-            f"{ours} against {theirs}": rates[ours]["median"] / rates[theirs]["median"]
+            # Of one round each, since neighbours on the machine slow all of a round.
+            f"{ours} against {theirs}": spread([a / b for a, b in zip(rates[ours], rates[theirs], strict=True)], 3)
             for ours in rates
             for theirs in rates
             if ours.startswith("titan_fast") and theirs.startswith("Hugging Face")

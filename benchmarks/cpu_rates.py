@@ -16,10 +16,11 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def spread(rates: Sequence[float]) -> dict[str, int]:
-    """Median, 10th and 90th percentile."""
-    deciles = statistics.quantiles(rates, n=10, method="inclusive") if len(rates) > 1 else [rates[0]] * 9
-    return {"median": round(statistics.median(rates)), "p10": round(deciles[0]), "p90": round(deciles[-1])}
+def spread(values: Sequence[float], digits: int = 0) -> dict[str, float]:
+    """Median, 10th and 90th percentile, to so many digits after the point."""
+    deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
+    found = {"median": statistics.median(values), "p10": deciles[0], "p90": deciles[-1]}
+    return {name: round(value, digits or None) for name, value in found.items()}
 
 
 def write(result: dict[str, Any], path: Path | None) -> None:

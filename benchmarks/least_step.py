@@ -120,7 +120,7 @@ class Limits:
         return min(times, key=sum)
 
 
-# The figures of DESIGN's model of an H100 SXM, for a plan before anything is measured.
+# Assumed of an H100 SXM, for a plan before anything is measured.
 ASSUMED_H100 = Limits(2.9e12, {}, {}, assumed_gemm=700e12, assumed_attention=(600e12, 500e12))
 
 

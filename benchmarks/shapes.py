@@ -18,7 +18,7 @@ UNITS = ("norm_linear", "swiglu_linear")
 
 DTYPE = "bfloat16"
 SEQ_LEN = 2048  # of each sequence; 8192 tokens are four. Attention stays a small part of a block this way.
-LOSS_CHUNK = 2048  # rows of logits that exist at a time
+LOSS_CHUNK = 8192  # rows of logits that exist at a time, by default
 SMOKE_MODEL = LlamaShape("smoke", width=64, ffn_width=96, n_heads=4, n_kv_heads=2, head_dim=16, vocab=160)
 
 

@@ -24,6 +24,7 @@ from benchmarks.contests import contests
 from benchmarks.measurement import DeviceLost, Measured, MeasuredCase, directions, gradients_like, measure_case
 from benchmarks.shapes import OPERATORS, Case, cases, sharded_cross_entropy
 from titan_fast import compilation
+from titan_fast.config import Loss
 from titan_fast.flavors import FLAVORS
 from titan_fast.ops import Workload
 
@@ -219,7 +220,7 @@ def test_what_decides_is_in_the_terms_of_a_run() -> None:
     variants: set[tuple[str, str]] = set()
     for case in cases(smoke=False):
         flavor = FLAVORS[case.model.name]
-        sizes = Workload(flavor, case.tokens, case.tensor_parallel, 2048, compiled=True).sizes()
+        sizes = Workload(flavor, case.tokens, case.tensor_parallel, Loss().chunk_size, compiled=True).sizes()
         for provider in providers.providers(case):
             for contest in contests(case, provider.name):
                 assert contest.shape == sizes[contest.op]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import warnings
 import weakref
 from typing import Any, cast
@@ -65,6 +66,9 @@ TRACED = {"compile.enable": True, "compile.backend": "aot_eager"}
 POINTWISE = {"activation_checkpoint.mode": "pointwise"}
 RESHARD = "parallelism.fsdp_reshard_after_forward"
 
+# Tensors of the CPU take the kernels through the interpreter, which a process that may use a GPU has not.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 REFERENCES = [Layout(shape, 1, 0.0, mesh(1, 1, 1), shape) for shape in SHAPES]
 LAYOUTS = [
     Layout("2 passes", 1, 1e-6, mesh(1, 1, 1), passes=2),
@@ -95,6 +99,8 @@ LAYOUTS = [
     Layout("HSDP 2 x 2, 2 passes", 4, 1e-5, mesh(2, 2, 1), passes=2),
     Layout("HSDP 2 x 1 x TP 2", 4, 1e-5, mesh(2, 1, 2)),
 ]
+if not INTERPRETED:
+    LAYOUTS = [layout for layout in LAYOUTS if "triton" not in layout.options.values()]
 
 
 # Probes: what a layout does inside, and what it does when something is broken on purpose.
