@@ -31,41 +31,49 @@ def reader_of(device: torch.device) -> tuple[Reader, float] | None:
     (nvidia-ml-py) is there, else by nvidia-smi; None where neither answers."""
     if device.type != "cuda":
         return None
-    identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    number = str(device.index or 0)
+    names = (f"GPU-{torch.cuda.get_device_properties(device).uuid}", number)  # the number, where the other is not known
     for make, interval in ((_nvml_reader, 0.25), (_smi_reader, 2.0)):
-        try:
-            reader = make(identity)
-            reader()
-        except Exception:  # a package, a library or a program that is not there, each with an exception of its own
-            continue
-        return reader, interval
+        for name in names:
+            try:
+                reader = make(name)
+                if "sm_mhz" in reader():
+                    return reader, interval
+            except Exception:  # a package, a library or a program that is not there, each with an exception of its own
+                continue
     return None
 
 
-def _nvml_reader(identity: str) -> Reader:
-    import pynvml  # type: ignore[import-not-found]
+def _nvml_reader(name: str) -> Reader:
+    import pynvml as nvml  # type: ignore[import-not-found]
 
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByUUID(identity)
-    fixed = {
-        "watts_limit": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
-        "sm_mhz_max": float(pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+    nvml.nvmlInit()
+    handle = nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
+    questions: dict[str, Callable[[], float]] = {
+        "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+        "memory_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+        "watts": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+        "celsius": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+        "reasons": lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
+        "watts_limit": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
+        "sm_mhz_max": lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM),
     }
-
-    def read() -> Reading:
-        return fixed | {
-            "sm_mhz": float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
-            "memory_mhz": float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)),
-            "watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-            "celsius": float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
-            "reasons": float(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
-        }
-
-    return read
+    return lambda: answered(questions)
 
 
-def _smi_reader(identity: str) -> Reader:
-    command = ["nvidia-smi", f"--id={identity}", f"--query-gpu={','.join(_SMI_FIELDS)}"]
+def answered(questions: dict[str, Callable[[], float]]) -> Reading:
+    """What can be told; a virtual machine may not know its power, say."""
+    found: Reading = {}
+    for name, ask in questions.items():
+        try:
+            found[name] = float(ask())
+        except Exception:  # NVML has an exception of its own
+            continue
+    return found
+
+
+def _smi_reader(name: str) -> Reader:
+    command = ["nvidia-smi", f"--id={name}", f"--query-gpu={','.join(_SMI_FIELDS)}"]
 
     def read() -> Reading:
         answer = subprocess.run(
@@ -139,7 +147,7 @@ def summary(readings: list[Reading]) -> dict[str, Any]:
     if not readings:
         return {}
     found: dict[str, Any] = {"readings": len(readings)}
-    for name in (*_SMI_FIELDS.values(),):
+    for name in _SMI_FIELDS.values():
         values = [reading[name] for reading in readings if name in reading]
         if values:
             found[name] = [min(values), statistics.median(values), max(values)]

@@ -1,8 +1,7 @@
 """How long it takes from the command to the tenth step of a real run of `python -m titan_fast.train`, with all that
 it does first (imports, the check of compiled gradients, the rehearsed step, tokenizer and text).
 
-Three starts: without any compiled code; with it; and with it where text and tokenizer are prepared too, as they are for
-every start of a long training but the first.
+Text is prepared beforehand, as for every long training: two starts, without any compiled code and with it.
 """
 
 import json
@@ -16,10 +15,11 @@ from benchmarks.result_files import slug, write
 from benchmarks.train_process import watched
 from benchmarks.workloads import LLAMA_1B
 
+ROOT = Path(__file__).resolve().parents[1]
 PART = "launch"
 STEP = 10
 LIMIT_SECONDS = 200.0
-STARTS = ("cold caches", "compiled code kept", "compiled code and text kept")
+STARTS = ("cold caches", "compiled code kept")
 ONE_GPU = {
     "model.flavor": LLAMA_1B.flavor,
     "training.seq_len": LLAMA_1B.seq_len,
@@ -42,14 +42,21 @@ COMMON = {
 }
 
 
-def command(run_dir: Path, prepared: Path | None, smoke: bool) -> list[str]:
-    """One start. prepared: the run directory of an earlier one, whose text and tokenizer are used."""
-    options: dict[str, Any] = ((TINY if smoke else ONE_GPU) | COMMON) | {"job.dump_folder": run_dir}
-    if prepared is not None:
-        (shards,) = (path.parent for path in prepared.glob("data/**/index.json"))
-        options |= {"training.dataset_path": shards, "model.tokenizer_path": prepared / "tokenizer.model"}
+def command(run_dir: Path, text: Path, smoke: bool) -> list[str]:
+    """One start, on token shards with their tokenizer."""
+    options: dict[str, Any] = (TINY if smoke else ONE_GPU) | COMMON
+    options |= {"job.dump_folder": run_dir, "training.dataset_path": text}
     words = [word for key, value in options.items() for word in (f"--{key}", *_words(value))]
     return [sys.executable, "-m", "titan_fast.train", *words]
+
+
+def prepare_text(folder: Path, environment: dict[str, str]) -> Path:
+    """Token shards of this project's own code, with a small tokenizer: what the text is does not matter here."""
+    words = ["--training.dataset_path", str(ROOT / "titan_fast"), "--model.vocab_size", "1024"]
+    program = [sys.executable, "-m", "titan_fast.data", "prepare", *words, "--out", str(folder / "text")]
+    if problem := watched(program, environment, folder, folder / "text", limit=LIMIT_SECONDS):
+        raise RuntimeError(f"no text: {problem}")
+    return folder / "text"
 
 
 def _words(value: Any) -> list[str]:
@@ -62,14 +69,16 @@ def measure(out: Path, environment: dict[str, str], machine: dict[str, Any], smo
     folder = Path(environment["TORCHINDUCTOR_CACHE_DIR"]).parent / "launch"
     shutil.rmtree(folder, ignore_errors=True)
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
+    folder.mkdir(parents=True)
     answer: dict[str, Any] = {"environment": machine, "part": PART, "rows": []}
+    text: Path | None = None
     for number, start in enumerate(STARTS):
         row = {"cell": PART, "part": PART, "variant": start, "commit": machine.get("commit")}
         row["model"] = "a tiny one" if smoke else LLAMA_1B.name
-        prepared = folder / "run-0" if number == 2 else None
         try:
-            row |= one_start(command(folder / f"run-{number}", prepared, smoke), folder, environment | cache)
-        except (OSError, ValueError) as error:
+            text = text or prepare_text(folder, environment)
+            row |= one_start(command(folder / f"run-{number}", text, smoke), folder, environment | cache)
+        except (OSError, RuntimeError) as error:
             row["error"] = f"{type(error).__name__}: {error}"
         answer["rows"].append(row)
         write(answer, out / f"train-{slug(machine['device'])}-{PART}.json")
@@ -80,7 +89,6 @@ def one_start(words: list[str], folder: Path, environment: dict[str, str]) -> di
     """Seconds until `metrics.jsonl` has the tenth step, by when the device has done it: its loss is in there."""
     run_dir = Path(words[words.index("--job.dump_folder") + 1])
     metrics = run_dir / "metrics.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     started = time.monotonic()
 

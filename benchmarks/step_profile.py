@@ -46,12 +46,9 @@ def breakdown(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
     steps = PROFILED_STEPS - 1
     step()
     # The host is not watched on CUDA: that would slow it down, and show up as gaps between kernels.
-    with profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as trace:
-        for _ in range(steps):
-            step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    spans = _spans(trace, device)
+    spans = _spans(_traced(step, device, [_own_activity(device)]), device)
+    if not spans and device.type == "cuda":
+        spans = _spans(_traced(step, device, [ProfilerActivity.CPU, ProfilerActivity.CUDA]), device)
     if not spans:
         return {"steps": steps, "seconds": {}, "longest": []}
     by_kind: dict[str, float] = {}
@@ -63,6 +60,19 @@ def breakdown(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
     by_kind["idle"] = (last - first - busy) * 1e-6 / steps
     longest = sorted(by_name.items(), key=lambda item: -item[1])[:10]
     return {"steps": steps, "seconds": by_kind, "longest": [[name[:100], seconds] for name, seconds in longest]}
+
+
+def _own_activity(device: torch.device) -> ProfilerActivity:
+    return ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+
+
+def _traced(step: Callable[[], None], device: torch.device, activities: list[ProfilerActivity]) -> profile:
+    with profile(activities=activities) as trace:
+        for _ in range(PROFILED_STEPS - 1):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return trace
 
 
 def _spans(trace: profile, device: torch.device) -> list[tuple[str, float, float]]:

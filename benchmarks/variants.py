@@ -24,6 +24,8 @@ Row = dict[str, Any]
 Rows = list[Row]
 FOUND_BY_STEPS = ("step_seconds", "peak_bytes", "last_loss", "gpu", "complete")
 """Keys of a row that are of timed steps."""
+LOST = "ended_its_process"
+"""Key of a row after whose error nothing more was done in that process."""
 COLLECT_EVERY = 50
 """Steps between collections of Python's garbage, as in titan_fast.loop."""
 
@@ -97,6 +99,7 @@ def failures_into(row: Row, key: str = "error", ends_process: bool = True) -> It
         row[key] = sentence(error)
         row["out_of_memory"] = isinstance(error, torch.OutOfMemoryError)
         if ends_process or row["out_of_memory"] or isinstance(error, torch.AcceleratorError):
+            row[LOST] = True
             raise DeviceLost from error
 
 

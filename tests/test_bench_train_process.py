@@ -356,7 +356,7 @@ def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
 def test_a_launch_is_a_config_that_parses(tmp_path: Path) -> None:
     from titan_fast.config import parse
 
-    config = parse(launch_time.command(tmp_path, None, smoke=False)[3:])
+    config = parse(launch_time.command(tmp_path, tmp_path, smoke=False)[3:])
     assert config.model.flavor == "llama3_1b" and config.compile.components == ("blocks", "norm", "loss", "optimizer")
     assert config.training.steps == 10 and not config.checkpoint.enable and config.metrics.sample_prompt == ""
 
