@@ -12,8 +12,8 @@ from benchmarks.variants import DeviceLost, How, Row, Rows, failures_into, garba
 from benchmarks.workloads import Cell, Variant, shape_of
 
 HAS_LEARNT = 0.9
-"""The mean loss of the last tenth must be below this part of ln(vocabulary), which a model reaches without having learnt
-anything of the tokens: else no gradient was put to the test."""
+"""The mean loss of the last tenth must be below this part of ln(vocabulary), which a model reaches that has learnt
+nothing of the tokens: else no gradient was put to the test."""
 
 
 class Trained(Protocol):
