@@ -32,7 +32,8 @@ def reader_of(device: torch.device) -> tuple[Reader, float] | None:
     if device.type != "cuda":
         return None
     number = str(device.index or 0)
-    names = (f"GPU-{torch.cuda.get_device_properties(device).uuid}", number)  # the number, where the other is not known
+    identity = getattr(torch.cuda.get_device_properties(device), "uuid", "unknown")
+    names = (f"GPU-{identity}", number)  # the number, where the other is not known
     for make, interval in ((_nvml_reader, 0.25), (_smi_reader, 2.0)):
         for name in names:
             try:
