@@ -181,3 +181,22 @@ def test_help_is_a_manual_and_quick_to_come() -> None:
         [sys.executable, "-m", "titan_fast.train", "--help"], capture_output=True, text=True, timeout=60, check=True
     )
     assert "--training.seq_len INT" in done.stdout and "Tokens per sequence" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ([], "float32"),
+        (["--training.mixed_precision_param", "bfloat16"], "bfloat16, with float32 masters"),
+        (
+            ["--training.mixed_precision_param", "bfloat16", "--parallelism.single_device", "fsdp"],
+            "float32 shards, gathered as bfloat16 by FSDP2",
+        ),
+    ],
+)
+def test_the_first_lines_say_what_is_kept_of_weights(
+    options: list[str], weights: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop.train(parse([*arguments(text, tmp_path), *options, "--training.steps", "1"]))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weights")]
+    assert line.split(maxsplit=1)[1].startswith(weights)

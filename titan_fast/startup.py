@@ -14,7 +14,7 @@ from titan_fast.config import Config, Debug, MeshDegrees, grad_accum_steps
 from titan_fast.flavors import ModelShape
 from titan_fast.flops import parameter_count
 from titan_fast.ops import Ops
-from titan_fast.parallel import precision
+from titan_fast.parallel import precision, uses_fsdp, weights_kept
 from titan_fast.tokenizer import Tokenizer
 
 
@@ -53,7 +53,13 @@ def startup_lines(
     """(label, text) of the model, the data, the mesh, the batch with its multiplication, and every choice with its
     reason. `data` is the loader's own description."""
     training, compiles = config.training, config.compile
-    dtype = str(precision(training, device).param).removeprefix("torch.")
+    dtypes, devices = precision(training, device), degrees.data * degrees.tensor
+    dtype = str(dtypes.param).removeprefix("torch.")
+    kept = {
+        "fsdp": f"float32 shards, gathered as {dtype} by FSDP2" if uses_fsdp(config, devices, dtypes) else "float32",
+        "masters": "bfloat16, with float32 masters that the optimizer updates",
+        "bfloat16": "bfloat16 alone, as parallelism.single_device asks: small updates are lost",
+    }
     accumulation = grad_accum_steps(training, degrees.data)
     tokens = training.local_batch_size * training.seq_len * degrees.data * accumulation
     lines = [
@@ -61,6 +67,7 @@ def startup_lines(
         ("tokenizer", f"{tokenizer.kind}, {tokenizer.vocab_size:,} pieces, {tokenizer.path}"),
         ("data", data),
         ("mesh", f"{degrees.replicate} replicate x {degrees.shard} shard x {degrees.tensor} tensor on {device.type}"),
+        ("weights", kept[weights_kept(config, devices, dtypes)]),
         (
             "tokens per step",
             f"{training.local_batch_size} sequences x {training.seq_len} tokens x {degrees.data} data-parallel "
