@@ -171,7 +171,7 @@ def measure(rounds: int) -> dict[str, Any]:
     }
 
 
-def _rates(timed: list[tuple[int, Seconds]]) -> dict[str, dict[str, int]]:
+def _rates(timed: list[tuple[int, Seconds]]) -> dict[str, dict[str, float]]:
     return {
         "tokens_per_second": spread([tokens / seconds.clock for tokens, seconds in timed]),
         "tokens_per_processor_second": spread([tokens / seconds.processor for tokens, seconds in timed]),
