@@ -8,7 +8,7 @@ import runs
 
 from titan_fast import loop
 
-pytestmark = [pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 WAYS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "FSDP2": {"parallelism__single_device": "fsdp"},
