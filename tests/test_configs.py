@@ -63,7 +63,7 @@ def test_hybrid_sharding_of_the_7b() -> None:
     assert (degrees.replicate, degrees.shard) == (16, 8)
 
 
-@pytest.mark.parametrize("name", set(SETTINGS) - {"debug"})
+@pytest.mark.parametrize("name", sorted(set(SETTINGS) - {"debug"}))
 def test_header_says_hardware_and_speed(name: str) -> None:
     text = header(name)
     assert re.search(r"on (one|\d+) (GPUs?|A100)", text)
