@@ -1,6 +1,7 @@
 """Does a switch change the training? Losses over many steps, from the same weights on the same few batches."""
 
 import dataclasses
+import gc
 import math
 from collections.abc import Callable
 from typing import Protocol
@@ -68,6 +69,8 @@ def _losses(build: Callable[[Cell], Trained], cell: Cell, row: Row, steps: int) 
     finally:
         if trained is not None:
             trained.close()
+        del trained  # a compiled model is part of a cycle
+        gc.collect()
     return None
 
 

@@ -99,7 +99,8 @@ def hugging_face(config: Config, shape: ModelShape, device: torch.device, liger:
         if device.type != "cuda":
             raise RuntimeError("Liger's kernels are Triton's and need a GPU")
         kernels: Any = importlib.import_module("liger_kernel.transformers")
-        kernels.apply_liger_kernel_to_llama()
+        # Its rotary embedding keeps itself out of compiled code, and would cut each layer's graph into several.
+        kernels.apply_liger_kernel_to_llama(rope=not config.compile.enable)
         versions["liger-kernel"] = importlib.import_module("importlib.metadata").version("liger-kernel")
     words: dict[str, Any] = {"attn_implementation": "sdpa", "use_cache": False, "dtype": torch.bfloat16}
     settings = LlamaConfig(**hf_config(shape), **words)

@@ -49,7 +49,9 @@ class Bench:
             activation_checkpoint=dataclasses.replace(self.config.activation_checkpoint, mode="none"),
         )
         self.model = build_model(plain, self.shape, self._ops(plain), self.degrees, world.device)
-        compiled = compilation.optimizer_compiler(self.config.compile)
+        configs = [config_of(cell.workload, variant.options, smoke) for variant in cell.variants]
+        found = [compilation.optimizer_compiler(config.compile) for config in configs]
+        compiled = next((compiler for compiler in found if compiler is not None), None)
         self.optimizer = build_optimizer(self.model, self.config.optimizer, compiled)
         self.update = getattr(self.optimizer, "_update", None)
         self.recorded: RecordedPasses | None = None

@@ -170,7 +170,7 @@ def _single_device_paths(part: str, workload: Workload) -> list[Cell]:
     fused = Variant("fused AdamW", COMPILED | WITHOUT_OPTIMIZER)
     foreach = Variant("foreach AdamW", fused.options | {"optimizer.implementation": "foreach"})
     return [
-        Cell(part, workload, (COMPILED_AUTO, whole), label="masters, one-pass AdamW"),
+        Cell(part, workload, (COMPILED_AUTO, whole), label="masters, one-pass AdamW", extra_seconds=TUNING_SECONDS),
         Cell(part, workload, (fused,), label="masters, AdamW by buckets"),
         Cell(part, fsdp, (fused,), label="FSDP2 on one device"),
         Cell(part, fsdp, (foreach,), label="FSDP2 on one device, foreach"),

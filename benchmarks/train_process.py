@@ -21,6 +21,8 @@ LIMIT_SECONDS = 460.0
 """Of one process."""
 SILENCE_SECONDS = 180.0
 """A process that saves nothing for so long hangs: it saves after each first step (which compiles) and each block."""
+OUT_OF_TIME = "stopped after"
+"""Begins what `watched` says of a process that met the limit."""
 _POLL_SECONDS = 0.1
 _SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -52,7 +54,7 @@ def watched(
                     seen, changed = stamp, now
                     heard()
                 if now - started > limit:
-                    problem = f"stopped after {limit:.0f} s"
+                    problem = f"{OUT_OF_TIME} {limit:.0f} s"
                 elif now - changed > silence:
                     problem = f"stopped: nothing was heard of it for {silence:.0f} s"
         finally:
@@ -118,7 +120,9 @@ class Run:
         while left:
             answer, problem = self.once(self._with_base(left), self._merge)
             self._merge(answer)
-            self._blame(answer, left, problem)
+            done = any(is_finished(self.rows.get(name, {})) for name in left)
+            if not (done and problem.startswith(OUT_OF_TIME)):  # what is left was not slow, it came late
+                self._blame(answer, left, problem)
             still = [name for name in left if not is_finished(self.rows.get(name, {}))]
             if len(still) == len(left) or self.cell.searches:
                 self._give_up(still, problem or "was not reached")

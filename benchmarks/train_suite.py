@@ -149,9 +149,9 @@ class Suite:
                 found = json.loads(path.read_text())
                 told(found)
 
-        silence = SILENCE_SECONDS + cell.extra_seconds
+        limit, silence = LIMIT_SECONDS + cell.extra_seconds, SILENCE_SECONDS + cell.extra_seconds
         surroundings = environment_of_children(self.options.cache)
-        problem = watched(command, surroundings, ROOT, path, heard, LIMIT_SECONDS, silence)
+        problem = watched(command, surroundings, ROOT, path, heard, limit, silence)
         path.unlink(missing_ok=True)
         return found, problem
 

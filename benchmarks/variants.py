@@ -122,6 +122,12 @@ def garbage_kept() -> Iterator[None]:
             gc.enable()
 
 
+def _graphs() -> tuple[int, int]:
+    """How many graphs torch.compile has traced in this process, and how often it had to break one."""
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
 def time_variants(contender: Contender, variants: Sequence[Variant], how: How, searches: bool = False) -> Rows:
     """A row for each variant that was reached. searches: each is larger than the one before it, and they are timed
     once, one after the other, until one does not fit."""
@@ -177,9 +183,11 @@ class _Turns:
     def _start(self, variant: Variant, row: Row, started: float) -> _Running:
         """The first step, which compiles, and the warm-up."""
         contender, first = self.contender, not self.running
+        graphs, breaks = _graphs()
         contender.step()
         row["first_loss"] = contender.last_loss()
         row["first_step_seconds"] = time.perf_counter() - started
+        row["graphs"] = {"compiled": _graphs()[0] - graphs, "breaks": _graphs()[1] - breaks}
         self.how.save(self.rows, variant.name)
         wanted = step_timing.SEARCH if self.searches and self.how.length is None else self.how.length
         length, steps = step_timing.warm_up(contender.step, contender.device, wanted, first)

@@ -71,6 +71,7 @@ def test_hugging_face_compiles_each_layer_with_one_graph() -> None:
     assert "error" not in row and row["complete"] and row["versions"]["transformers"]
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert row["graphs"] == {"compiled": 1, "breaks": 0}
     assert torch._dynamo.config.recompile_limit == train_cell.RECOMPILE_LIMIT
 
 

@@ -139,6 +139,22 @@ def test_a_process_that_dies_is_the_fault_of_what_was_at_work() -> None:
     assert rows["a"] == whole and rows["c"] == c
 
 
+def test_what_the_limit_met_after_others_were_done_is_not_blamed_but_runs_again() -> None:
+    done = [{"variant": name, "step_seconds": {"timed": 50}, "complete": True} for name in "abc"]
+    known = {"device": "some GPU"}
+    processes = [
+        ({"environment": known, "rows": [done[0], {"variant": "b"}], "at": "b"}, "stopped after 460 s"),
+        ({"environment": known, "rows": [{"variant": "b"}], "at": "b"}, "stopped after 460 s"),
+        ({"environment": known, "rows": [done[2]], "at": ""}, ""),
+    ]
+    asked: list[list[str]] = []
+    run = Run(Cell("single", LLAMA_1B, (A, B, C)), lambda names, say: (asked.append(names), processes.pop(0))[1],
+              lambda a: None, known)  # fmt: skip
+    rows = rows_by_name(run.finish()["rows"])
+    assert asked == [["a", "b", "c"], ["b", "c"], ["c"]]
+    assert rows["a"]["complete"] and rows["c"]["complete"] and rows["b"]["error"] == "stopped after 460 s"
+
+
 def test_a_process_that_dies_before_its_first_variant_is_the_row_of_all_and_keeps_the_environment() -> None:
     words = "the process ended with status 1: ImportError: no such thing"
     run = Run(Cell("single", LLAMA_1B, (A, B)), lambda n, s: ({"environment": {}, "rows": []}, words),

@@ -237,6 +237,19 @@ def test_losses_that_do_not_fall_prove_nothing() -> None:
     assert not difference(flat, flat, 4.85)["learnt"]
 
 
+def test_a_process_that_begins_with_an_eager_variant_has_compiled_adamw_for_the_others() -> None:
+    whole = Variant("compiled optimizer", COMPILED | {"compile.components": ["blocks", "optimizer"]})
+    cell = rehearsed(Cell("levers-graph", LLAMA_1B, (EAGER_REFERENCE, whole)))
+    with world_of(cell, CPU, smoke=True) as world:
+        bench = Bench(cell, world, smoke=True)
+        updates = []
+        for variant in cell.variants:
+            bench.switch_to(variant)
+            updates.append(bench.optimizer._update)  # type: ignore[union-attr]
+        assert updates[0] is None and updates[1] is not None
+        bench.close()
+
+
 # Rank 0 of many
 
 

@@ -325,9 +325,11 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Conf
         fully_shard(model.embedding, reshard_after_forward=reshard != "never", **common)
         fully_shard([model.norm, model.head], reshard_after_forward=reshard == "always", **common)
     fully_shard(model, reshard_after_forward=reshard == "always", **common)
+    alone = mesh["replicate"].size() * mesh["shard"].size() == 1
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if not alone:  # one rank divides by nothing; told to divide by 1, it would make a divided copy
+                module.set_gradient_divide_factor(1.0)
             # Without this a divide factor becomes a PREMUL_SUM, which gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
     _prefetch(model)
