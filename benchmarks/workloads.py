@@ -86,7 +86,6 @@ COMPILED_REFERENCE = Variant("compiled, reference", COMPILED | REFERENCE)
 COMPILED_KERNELS = Variant("compiled, kernels", COMPILED | TRITON)
 COMPILED_AUTO = Variant("compiled, auto", COMPILED)
 TWO_BY_TWO = (COMPILED_AUTO, COMPILED_REFERENCE, COMPILED_KERNELS, EAGER_REFERENCE, EAGER_KERNELS)
-COMPILED_ONLY = (COMPILED_AUTO, COMPILED_REFERENCE, COMPILED_KERNELS)
 
 NONE: Options = {"activation_checkpoint.mode": "none"}
 POINTWISE: Options = {"activation_checkpoint.mode": "pointwise"}

@@ -21,9 +21,9 @@ import runs
 import torch
 from children import run_silently
 
-from titan_fast import checkpointer, guard, loop, manifest, signals, watchdog
+from titan_fast import checkpointer, dry_step, guard, loop, manifest, out_of_memory, signals, watchdog
 from titan_fast.checkpoint import tensors_of
-from titan_fast.config import parse
+from titan_fast.config import mesh_degrees, parse
 from titan_fast.errors import CheckpointError, ConfigError, NumericsError
 from titan_fast.out_of_memory import OutOfMemory
 from titan_fast.run_lock import NAME as LOCK
@@ -535,21 +535,38 @@ def test_out_of_memory_says_what_to_change(data: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(loop, "forward_backward", no_memory)
     with pytest.raises(OutOfMemory, match=r"out of memory: .*20.00 GiB.*weights, gradients and moments take") as caught:
-        runs.run(data, tmp_path / "run", loss__chunk_size=0)
+        runs.run(data, tmp_path / "run", training__local_batch_size=128, loss__chunk_size=0)
     text = str(caught.value)
-    order = ["1. --loss.chunk_size 2048", "--training.local_batch_size 1", "--activation_checkpoint.mode selective"]
+    order = [
+        "1. --loss.chunk_size 2048: the logits of 4,096 tokens",
+        "--training.local_batch_size 64",
+        "--activation_checkpoint.mode selective",
+    ]
     assert [text.index(words) for words in order] == sorted(text.index(words) for words in order)
     assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), 16),
+        (("--training.mixed_precision_param", "bfloat16"), 16),
+        (("--training.mixed_precision_param", "bfloat16", "--training.global_batch_size", "8"), 18),
+        (("--training.mixed_precision_param", "bfloat16", "--parallelism.single_device", "bfloat16"), 8),
+    ],
+)
+def test_bytes_of_a_parameter_are_what_training_holds(options: tuple[str, ...], expected: int) -> None:
+    config = parse(["--training.local_batch_size", "4", *options])
+    degrees = mesh_degrees(config.parallelism, 1)
+    assert out_of_memory.state_bytes(config, degrees, torch.device("cpu")) == expected
 
 
 def test_a_dry_step_finds_it_before_data_is_read(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*args: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    from titan_fast import rehearsal
-
     monkeypatch.setattr(loop, "build_tokenizer", lambda *args: pytest.fail("data was touched"))
-    monkeypatch.setattr(rehearsal, "forward_backward", no_memory)
+    monkeypatch.setattr(dry_step, "forward_backward", no_memory)
     with pytest.raises(OutOfMemory):
         runs.run(data, tmp_path / "run", training__dry_step="always")
 

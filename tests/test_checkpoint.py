@@ -313,10 +313,19 @@ def test_failed_saves_are_tolerated_as_told(
         runs.run(data, tmp_path / "c", checkpoint__interval=2)
 
 
+@pytest.mark.parametrize("stager", ["lasting", "closed after each use"])  # the latter is torch 2.11's
 def test_an_async_save_holds_the_values_of_its_step(
-    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stager: str, data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_write = checkpointer.Checkpointer._write_tensors
+    true_write, true_stage = checkpointer.Checkpointer._write_tensors, checkpointer.DefaultStager.stage
+
+    def stage_once(self: Any, tensors: Any) -> Any:
+        staged = true_stage(self, tensors)
+        self.close()
+        return staged
+
+    if stager == "closed after each use":
+        monkeypatch.setattr(checkpointer.DefaultStager, "stage", stage_once)
 
     def slow(self: Any, *args: Any) -> None:
         time.sleep(0.5)  # the run is steps ahead by now

@@ -23,9 +23,10 @@ SLACK = 3.0
 
 
 def check(config: Config, shape: ModelShape, ops: Ops, device: torch.device) -> None:
-    """`check_compiled_gradients` at the run's own sizes and dtype, where the config compiles and wants it."""
+    """`check_compiled_gradients` at the run's own sizes and dtype, where the config compiles blocks and wants it."""
     training, dtype = config.training, precision(config.training, device).param
-    if config.compile.enable and config.compile.canary:
+    of_blocks = {"blocks", "model"} & set(config.compile.components)
+    if config.compile.enable and config.compile.canary and of_blocks:
         size = training.local_batch_size, training.seq_len
         check_compiled_gradients(shape, ops, config.compile, dtype, device, *size)
 
@@ -59,7 +60,7 @@ def check_compiled_gradients(
             f"the compiled gradient of {name} in a block is off by {errors[name]:.2e} (relative; at most "
             f"{bounds[name]:.2e} would be rounding), with torch {torch.__version__}, triton {_triton_version()}, "
             f"backend {settings.backend!r}",
-            "do not train on it: set compile.enable or the kernels to eager and reference, or change torch's version; "
+            "do not train on it: set compile.enable False, or [kernels] to reference, or change torch's version; "
             "--compile.canary False turns this check off",
             where=f"{len(wrong)} of {len(errors)} gradients wrong on {device}",
         )

@@ -38,9 +38,8 @@ from titan_fast.masters import round_masters
 from titan_fast.redaction import redacted
 from titan_fast.run_directory import differences
 from titan_fast.shards import local
-from titan_fast.signals import seconds_to_stop
+from titan_fast.signals import may_wait_longer, seconds_to_stop
 
-"""How long one rank may wait for another's part of a save."""
 _SPARE_BYTES = 2**20  # beyond the tensors: the metadata, states, tokenizer
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -90,9 +89,7 @@ class Checkpointer:
         self._thread: ThreadPoolExecutor | None = None
         self._stager: DefaultStager | None = None
         if self.settings.async_mode != "disabled":
-            pinned = self.settings.async_mode == "async_with_pinned_mem"
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="titan_fast checkpoint")
-            self._stager = DefaultStager(StagingOptions(pinned, False, False, use_non_blocking_copy=pinned))
 
     def note(self, text: str) -> None:
         """Adds to what `notes` will give."""
@@ -120,16 +117,26 @@ class Checkpointer:
         tensors, files = tensors_of(model, optimizer), self._small_files(progress)
         self._refuse_non_finite(tensors, progress.step)
         self.saved_step = progress.step
-        if self._thread is not None and self._stager is not None:
-            staged = self._stager.stage(tensors)
-            assert isinstance(staged, dict)
-            self._pending = self._thread.submit(self._write, staged, files, progress.step)
+        if self._thread is not None:
+            self._pending = self._thread.submit(self._write, self._staged(tensors), files, progress.step)
             self._notes.append(f"step {progress.step}: the checkpoint is being written in the background")
         else:
             self._finish(lambda: self._write(tensors, files, progress.step), must_succeed)
         if must_succeed:
             self.settle(must_succeed)
         self.stall_seconds += time.monotonic() - started
+
+    def _staged(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """A copy in host memory."""
+        if self._stager is None:
+            pinned = self.settings.async_mode == "async_with_pinned_mem"
+            self._stager = DefaultStager(StagingOptions(pinned, False, False, use_non_blocking_copy=pinned))
+        staged = self._stager.stage(tensors)
+        assert isinstance(staged, dict)
+        # torch 2.11's closes itself after each use, and fails in the next.
+        if not getattr(getattr(self._stager, "_state_dict_stager", None), "_deepcopy_dispatch", True):
+            self._stager = None
+        return staged
 
     @property
     def is_time(self) -> bool:
@@ -250,10 +257,12 @@ class Checkpointer:
         whole = steps * self.step_seconds + seconds
         if (limit := seconds_to_stop()) is not None and whole > limit and not self._warned_of_limit:
             self._warned_of_limit = True
+            remedy = f"give torchrun --shutdown-timeout {2 * math.ceil(whole)}"
+            if not may_wait_longer():
+                remedy = "this torch's torchrun cannot wait longer, so save often: what is newer than a save is lost"
             self._notes.append(
                 f"WARNING: up to {steps} steps of {self.step_seconds:.1f} s and a save of {seconds:.0f} s follow a "
-                f"signal, and torchrun kills {limit:.0f} s after it: that save will not end in time; give torchrun "
-                f"--shutdown-timeout {2 * math.ceil(whole)}"
+                f"signal, and torchrun kills {limit:.0f} s after it: that save will not end in time; {remedy}"
             )
 
     def _translated(self, error: OSError | CheckpointError, need: int) -> CheckpointError:

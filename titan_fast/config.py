@@ -1,7 +1,8 @@
 """Settings: frozen dataclasses, read from a TOML file and the command line. `--help` is made from the docstrings here.
 
-Tables and keys are torchtitan 0.2's where it has them. `parse` checks names, types and every rule that needs no
-device; what depends on the number of processes is checked by `mesh_degrees` as soon as that is known.
+Tables and keys are torchtitan 0.2's where it has them, but `comm.timeout_seconds` and what `compile.components` takes.
+`parse` checks names, types and every rule that needs no device; what depends on the number of processes is checked by
+`mesh_degrees` as soon as that is known.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ class Job:
     dump_folder: str = "outputs/debug"
     """The run directory: log, metrics, checkpoints, tokenizer. Started again on the same one, a run goes on."""
     description: str = ""
-    """Free text for the log and the saved config."""
+    """Free text: the title of loss_curve.png."""
     print_config: bool = False
     """Print the resolved config and stop."""
     dry_run: bool = False
@@ -76,7 +77,7 @@ class Training:
     """stdlib (the text of this machine's Python standard library), c4 (streamed from the hub), or a hub data set's
     name. Not used when dataset_path is given."""
     dataset_path: str | None = None
-    """A local file or folder (.txt .md .jsonl .json .parquet .csv, also .gz or .zst), or a folder written by
+    """A local file or folder (.txt .md .py .jsonl .json .parquet .csv, also .gz or .zst), or a folder written by
     `python -m titan_fast.data prepare`."""
     dataset_config: str | None = None
     """The hub data set's configuration name, as "en" for c4 (which is c4's default here)."""
@@ -96,8 +97,8 @@ class Training:
     max_norm: float = 1.0
     """Gradients are clipped to this global L2 norm; 0 turns clipping off."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Dtype of parameters and activations in the computation; the optimizer's are float32. auto: bfloat16 on CUDA,
-    float32 on CPU."""
+    """Dtype of parameters and activations in the computation; the optimizer's are float32, unless
+    parallelism.single_device is bfloat16. auto: bfloat16 on CUDA, float32 on CPU."""
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over devices."""
     enable_cpu_offload: bool = False
@@ -119,9 +120,9 @@ class Training:
 @dataclass(frozen=True)
 class Loss:
     chunk_size: int = 8192
-    """Tokens per chunk of the head and cross entropy, so that the full logits never exist. 0: no chunks. Where there
-    are several, the head's gradient is summed in float32: up to twice the model's width in tokens, one chunk takes
-    less memory than two, and less time always."""
+    """Tokens per chunk of the head and cross entropy: the logits of so many exist at once. 0: of all. Several chunks
+    sum the head's gradient in float32, so they are slower, and save memory only where a pass has more than about twice
+    the model's width in tokens."""
     z_loss: float = 0.0
     """Weight of logsumexp^2, which keeps the logits near zero (PaLM)."""
     implementation: Literal["chunked", "torch"] = "chunked"
@@ -175,7 +176,8 @@ class Parallelism:
     enable_async_tensor_parallel: bool = False
     """Let the compiler overlap tensor-parallel communication with matrix products. Needs CUDA and compile."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Whether gathered parameters are freed after a block's forward. default: all blocks but the last."""
+    """Whether gathered parameters are freed after a block's forward. default: all blocks but the last,
+    and none where data_parallel_shard_degree is 1. Final norm and head stay gathered."""
     single_device: Literal["auto", "fsdp", "masters", "bfloat16"] = "auto"
     """What a single device that computes in bfloat16 keeps. fsdp: float32 weights, cast by FSDP2 in every step.
     masters: bfloat16 weights, and float32 ones that the optimizer updates and rounds into them; the same arithmetic
@@ -230,7 +232,7 @@ class Kernels:
     """Cross entropy and its gradient on a chunk of logits."""
     reemit: KernelChoice = "auto"
     """Norm + projection and SwiGLU + projection as units that save less and write it again in the backward pass. With
-    pointwise recomputation, which they make needless, the down projection would run twice."""
+    pointwise recomputation, which they make needless, the down projection runs twice; auto is the reference there."""
     attention: Literal["auto", "cudnn", "flash", "fa3", "fa4", "efficient", "math"] = "auto"
     """Backend of scaled_dot_product_attention. auto: cuDNN first on Hopper and newer, flash first elsewhere. fa3, fa4:
     FlashAttention 3 or 4 through torch, where its package is installed."""
@@ -264,8 +266,8 @@ class Checkpoint:
     strict: bool = False
     """Stop where the newest checkpoint is damaged, instead of going on from the one before."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """async: copy to host memory and write in the background; async_with_pinned_mem: through pinned memory that is
-    kept, which needs CUDA."""
+    """async: copy to host memory and write in the background; async_with_pinned_mem: through pinned memory, which needs
+    CUDA, and which torch 2.11 pins anew for each save."""
     on_save_error: Literal["abort", "continue"] = "abort"
     """What a failed save does to the run. The last one and one on a signal always end it with an error."""
     max_failed_saves: int = 3
@@ -290,7 +292,7 @@ class Validation:
 @dataclass(frozen=True)
 class Metrics:
     log_freq: int = 10
-    """Steps between log lines; only these wait for the device."""
+    """Steps between log lines. Each waits for the device, which other steps do not."""
     enable_tensorboard: bool = True
     """Write TensorBoard events."""
     save_tb_folder: str = "tb"
@@ -646,6 +648,16 @@ def grad_accum_steps(training: Training, data_degree: int) -> int:
             "change one of them",
         )
     return training.global_batch_size // per_pass
+
+
+def sequences_per_step(training: Training, data_degree: int) -> int:
+    """Of an optimizer step, over all devices."""
+    return training.local_batch_size * data_degree * grad_accum_steps(training, data_degree)
+
+
+def tokens_per_step(training: Training, data_degree: int) -> int:
+    """Of an optimizer step, over all devices."""
+    return sequences_per_step(training, data_degree) * training.seq_len
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

@@ -65,6 +65,10 @@ def is_main_process() -> bool:
     return _integer("RANK", 0) == 0
 
 
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def restart_count() -> int:
     """How often torchrun has restarted these processes."""
     return _integer("TORCHELASTIC_RESTART_COUNT", 0)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from titan_fast import checkpointer, distributed, ops, parallel
-from titan_fast.config import Config, Kernels, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape
+from titan_fast.config import Config, Kernels, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape, tokens_per_step
 from titan_fast.counted_step import count_step, fake_world
 from titan_fast.deep_step import DeepStep, deep_step, period
 from titan_fast.errors import ConfigError
@@ -82,7 +82,6 @@ def description(
     training, peak = config.training, step.peak
     size = degrees.replicate * degrees.shard * degrees.tensor
     passes = grad_accum_steps(training, degrees.data)
-    tokens = training.local_batch_size * training.seq_len * degrees.data * passes
     yield "dry run", f"rank 0 of {size}, nothing computed; {config.model.flavor}, {parameter_count(shape):,} parameters"
     yield "mesh", f"{degrees.replicate} replicate x {degrees.shard} shard x {degrees.tensor} tensor"
     yield "precision", f"{training.mixed_precision_param}, gradients summed in {training.mixed_precision_reduce}"
@@ -90,7 +89,7 @@ def description(
     yield (
         "tokens per step",
         f"{training.local_batch_size} sequences x {training.seq_len} tokens x {degrees.data} data-parallel x {passes} "
-        f"accumulated = {tokens:,}",
+        f"accumulated = {tokens_per_step(training, degrees.data):,}",
     )
     yield "sharded over", f"{degrees.shard * degrees.tensor} ranks: parameters, gradients and optimizer state of a rank"
     for part, nbytes in peak.peak.parts.items():

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_fast import canary, checkpointer, compilation, distributed, out_of_memory, parallel, rehearsal
+from titan_fast import canary, checkpointer, compilation, distributed, dry_step, out_of_memory, parallel
 from titan_fast.agreement import Agreed, Agreement
 from titan_fast.checkpoint import Progress, gather_data_state, own_data_state
 from titan_fast.checkpointer import Checkpointer
 from titan_fast.compile_report import CompileReport
-from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape
+from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape, tokens_per_step
 from titan_fast.cuda_graph import CudaRecorder, RecordedPasses
 from titan_fast.data import build_loader, build_tokenizer, build_validation_loader
 from titan_fast.distributed import World
@@ -74,9 +74,9 @@ class Run:
         self.compile_report = CompileReport()
         self.model = build_model(config, self.shape, ops, degrees, device)
         self.optimizer = build_optimizer(self.model, config.optimizer, compilation.optimizer_compiler(config.compile))
-        if rehearsal.is_wanted(config, device):
+        if dry_step.is_wanted(config, device):
             with memory_history(config.profiling, run_dir, world.rank, lambda: "dry-step"):
-                rehearsal.rehearse(self.model, self.optimizer, config, degrees, device)
+                dry_step.take(self.model, self.optimizer, config, degrees, device)
         self.tokenizer = build_tokenizer(config, run_dir, self.shape.vocab_size, world.is_main, world.barrier)
         self.loader = self._data(build_loader)
         self.validation_loader = self._data(build_validation_loader) if config.validation.enable else None
@@ -92,7 +92,7 @@ class Run:
             shape=self.shape,
             device=device,
             n_devices=world.size,
-            tokens_per_step=self.sequences_per_step() * config.training.seq_len,
+            tokens_per_step=tokens_per_step(config.training, self.degrees.data),
             start_step=self.progress.step,
             tokens_seen=self.progress.tokens_seen,
             elapsed_before=self.progress.elapsed_seconds,
@@ -104,16 +104,16 @@ class Run:
         self.patience = Limit(config.comm.init_timeout_seconds, "comm.init_timeout_seconds")
         self.save_is_owed = False  # one was due after a step that was not applied
 
-    def sequences_per_step(self) -> int:
-        training = self.config.training
-        return training.local_batch_size * self.degrees.data * grad_accum_steps(training, self.degrees.data)
+    @property
+    def dp_rank(self) -> int:
+        return self.world.rank // self.degrees.tensor
 
     def _data(self, build: Callable[..., Any]) -> Any:
         return build(
             self.config,
             self.tokenizer,
             vocab_size=self.shape.vocab_size,
-            dp_rank=self.world.rank // self.degrees.tensor,
+            dp_rank=self.dp_rank,
             dp_degree=self.degrees.data,
             device=self.world.device,
             run_dir=self.run_dir,
@@ -127,8 +127,7 @@ class Run:
             self._load_initial_weights()
             return Progress()
         try:
-            dp_rank = self.world.rank // self.degrees.tensor
-            self.loader.load_state_dict(own_data_state(found.data, dp_rank, self.degrees.data))
+            self.loader.load_state_dict(own_data_state(found.data, self.dp_rank, self.degrees.data))
         except CheckpointError as error:
             if self.config.checkpoint.data_state == "exact":
                 raise
@@ -256,7 +255,7 @@ class Run:
         step_unless(self.optimizer, skips)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step = step
-        self.progress.tokens_seen += self.sequences_per_step() * self.config.training.seq_len
+        self.progress.tokens_seen += tokens_per_step(self.config.training, self.degrees.data)
         return loss, norm, rate, agreed
 
     def _extra_metrics(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The head's matrix product and cross entropy in one, a chunk of tokens at a time: full logits never exist.
+"""The head's matrix product and cross entropy in one, a chunk of tokens at a time: no more logits exist at once.
 
 The gradient is made in the forward pass, in place of each chunk's logits, as soon as they are known (the idea of
 Liger and of "Cut your losses", arXiv:2411.09009); the backward pass only scales it. With tensor parallelism each rank

@@ -224,8 +224,9 @@ class Llama(nn.Module):
 
 def init_values(name: str, like: torch.Size, shape: ModelShape, seed: int, device: torch.device | str) -> Tensor:
     """The whole initial float32 tensor of the parameter `name`: a function of (seed, name) alone, so that every way of
-    sharding it cuts the same tensor. Values are torchtitan's: normal of deviation 0.02 cut at three deviations, the
-    two matrices that write to the residual stream scaled down with depth, the head by the width.
+    sharding it cuts the same tensor. Values are close to torchtitan's: normal of deviation 0.02, all cut at three
+    deviations, the two matrices that write to the residual stream scaled down with depth, the head by the width.
+    (torchtitan scales the up projection too, can scale layer by layer, and cuts only the head so.)
     """
     if name.endswith("norm.weight"):
         return torch.ones(like, device=device)

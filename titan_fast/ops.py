@@ -66,6 +66,8 @@ class Workload:
     """Whether the loss on a chunk of logits is."""
     dtype: str = "bfloat16"
     """Of activations on a GPU, which is where choices are by measurement."""
+    pointwise: bool = False
+    """Whether blocks compute again all but matrix products and attention."""
 
     def sizes(self) -> dict[str, dict[str, int]]:
         """For each operator with a switch, the sizes of a call."""
@@ -182,6 +184,8 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload, archit
         choice = _choose_kernel(operator, kernels, architecture, workload, sizes)
         if operator == "reemit" and workload.tensor_degree > 1:
             choice = Choice("reference", "not with tensor parallelism")
+        elif operator == "reemit" and workload.pointwise and kernels.reemit == "auto":
+            choice = Choice("reference", "pointwise recomputation saves as much")
         reasons.append((operator, choice.implementation, choice.reason))
         if choice.implementation == "triton":
             chosen |= {name: getattr(titan_kernels, name) for name in _FUNCTIONS[operator]}

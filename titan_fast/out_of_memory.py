@@ -5,12 +5,15 @@ from contextlib import contextmanager
 
 import torch
 
-from titan_fast.config import Config, MeshDegrees, grad_accum_steps
+from titan_fast.config import Config, MeshDegrees, grad_accum_steps, sequences_per_step
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
 from titan_fast.flops import parameter_count
+from titan_fast.parallel import precision, weights_kept
 
 GIB = 1024**3
+SMALL_CHUNK = 2048
+"""Tokens whose logits are few, and still enough for the head's product to be fast."""
 
 
 class OutOfMemory(ConfigError):
@@ -23,9 +26,10 @@ def explained(config: Config, shape: ModelShape, degrees: MeshDegrees, device: t
     try:
         yield
     except torch.OutOfMemoryError as error:
+        state, lines = state_text(config, shape, degrees, device), advice(config, shape, degrees, device)
         raise OutOfMemory(
-            f"out of memory: {_figures(device)}{str(error).splitlines()[0]}; {state_bytes(shape, degrees)}",
-            "in this order: " + "; ".join(f"{i}. {line}" for i, line in enumerate(advice(config, shape, degrees), 1)),
+            f"out of memory: {_figures(device)}{str(error).splitlines()[0]}; {state}",
+            "in this order: " + "; ".join(f"{i}. {line}" for i, line in enumerate(lines, 1)),
             where=str(device),
         ) from error
 
@@ -41,32 +45,43 @@ def _figures(device: torch.device) -> str:
     )
 
 
-def state_bytes(shape: ModelShape, degrees: MeshDegrees) -> str:
-    """Weights, gradients and moments of one device, all float32: what no batch size changes."""
-    own = 16 * parameter_count(shape) / (degrees.shard * degrees.tensor)
+def state_bytes(config: Config, degrees: MeshDegrees, device: torch.device) -> int:
+    """Of a parameter: weight, gradient and two moments, which no batch size changes."""
+    kept = weights_kept(config, degrees.data * degrees.tensor, precision(config.training, device))
+    if kept == "bfloat16":
+        return 8
+    # Beside a float32 sum a bfloat16 gradient exists for a moment only.
+    sums = kept == "masters" and grad_accum_steps(config.training, degrees.data) > 1
+    return 18 if sums else 16
+
+
+def state_text(config: Config, shape: ModelShape, degrees: MeshDegrees, device: torch.device) -> str:
+    each, devices = state_bytes(config, degrees, device), degrees.shard * degrees.tensor
     return (
-        f"weights, gradients and moments take {own / GIB:.2f} GiB of it (16 bytes x {parameter_count(shape):,} / "
-        f"{degrees.shard * degrees.tensor} devices)"
+        f"weights, gradients and moments take {each * parameter_count(shape) / devices / GIB:.2f} GiB of it "
+        f"({each} bytes x {parameter_count(shape):,} / {devices} devices)"
     )
 
 
-def advice(config: Config, shape: ModelShape, degrees: MeshDegrees) -> list[str]:
+def advice(config: Config, shape: ModelShape, degrees: MeshDegrees, device: torch.device) -> list[str]:
     """What to change for this config, in order of what it costs in speed."""
     training, lines = config.training, []
     batch, tokens = training.local_batch_size, training.local_batch_size * training.seq_len
-    if config.loss.chunk_size == 0:
-        whole = 4 * tokens * shape.vocab_size / degrees.tensor
-        lines.append(f"--loss.chunk_size 2048: the logits of all {tokens:,} tokens are {whole / GIB:.2f} GiB")
+    chunk = min(config.loss.chunk_size or tokens, tokens)
+    # Several chunks cost a float32 sum of the head's gradient, which fewer tokens than that do not win back.
+    if chunk > SMALL_CHUNK and tokens > 2 * shape.dim:
+        logits = precision(training, device).param.itemsize * chunk * shape.vocab_size / degrees.tensor
+        lines.append(f"--loss.chunk_size {SMALL_CHUNK}: the logits of {chunk:,} tokens are {logits / GIB:.2f} GiB")
     if degrees.replicate > 1:
         own, fewer = degrees.shard * degrees.tensor, degrees.data * degrees.tensor
         lines.append(
             f"--parallelism.data_parallel_replicate_degree 1: state over {fewer} devices instead of {own}, "
-            f"{16 * parameter_count(shape) / fewer / GIB:.2f} GiB each"
+            f"{state_bytes(config, degrees, device) * parameter_count(shape) / fewer / GIB:.2f} GiB each"
         )
     if config.parallelism.fsdp_reshard_after_forward == "never":
         lines.append("--parallelism.fsdp_reshard_after_forward default: gathered weights are freed after use")
     if batch > 1:
-        keep = training.local_batch_size * degrees.data * grad_accum_steps(training, degrees.data)
+        keep = sequences_per_step(training, degrees.data)
         lines.append(
             f"--training.local_batch_size {batch // 2} --training.global_batch_size {keep}: half the activations of "
             f"{tokens:,} tokens, the same batch"

@@ -43,7 +43,7 @@ def build_mesh(degrees: MeshDegrees, device: torch.device) -> DeviceMesh:
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes of the computation and of the gradients' reduction; the optimizer's are float32."""
+    """Dtypes of the computation and of the gradients' reduction; see `weights_kept` for the optimizer's."""
 
     param: torch.dtype
     reduce: torch.dtype

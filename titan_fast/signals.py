@@ -7,6 +7,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from titan_fast.distributed import under_torchrun
 from titan_fast.redaction import redact
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -36,7 +37,7 @@ class StopRequest:
 def resume_command() -> str:
     """The command that started this run, without what would take it back to an earlier step; that of torchrun where
     torchrun started it. Secrets in it are masked."""
-    words = _command_line(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid())
+    words = _command_line(os.getppid() if under_torchrun() else os.getpid())
     kept, skip = [], False
     for word in words:
         name = word.partition("=")[0].replace("-", "_")
@@ -52,7 +53,7 @@ def resume_command() -> str:
 def seconds_to_stop() -> float | None:
     """How long torchrun waits after a signal before it kills: its --shutdown-timeout, 30 s without one. None where
     torchrun did not start this process."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not under_torchrun():
         return None
     words = [word.replace("_", "-") for word in _command_line(os.getppid())]
     for word, following in zip(words, [*words[1:], ""], strict=True):
@@ -63,6 +64,13 @@ def seconds_to_stop() -> float | None:
             except ValueError:
                 break
     return 30.0
+
+
+def may_wait_longer() -> bool:
+    """Whether this torch's torchrun has --shutdown-timeout; 2.11's has not."""
+    from torch.distributed.run import get_args_parser
+
+    return "--shutdown-timeout" in get_args_parser().format_usage()
 
 
 def _command_line(process: int) -> list[str]:

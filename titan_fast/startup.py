@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from titan_fast.checkpoint import Progress
-from titan_fast.config import Config, Debug, MeshDegrees, grad_accum_steps
+from titan_fast.config import Config, Debug, MeshDegrees, grad_accum_steps, tokens_per_step
 from titan_fast.flavors import ModelShape
 from titan_fast.flops import parameter_count
 from titan_fast.ops import Ops
@@ -61,7 +61,6 @@ def startup_lines(
         "bfloat16": "bfloat16 alone, as parallelism.single_device asks: small updates are lost",
     }
     accumulation = grad_accum_steps(training, degrees.data)
-    tokens = training.local_batch_size * training.seq_len * degrees.data * accumulation
     lines = [
         ("model", f"{config.model.flavor}, {parameter_count(shape):,} parameters, computed in {dtype}"),
         ("tokenizer", f"{tokenizer.kind}, {tokenizer.vocab_size:,} pieces, {tokenizer.path}"),
@@ -71,7 +70,7 @@ def startup_lines(
         (
             "tokens per step",
             f"{training.local_batch_size} sequences x {training.seq_len} tokens x {degrees.data} data-parallel "
-            f"x {accumulation} accumulated = {tokens:,}",
+            f"x {accumulation} accumulated = {tokens_per_step(training, degrees.data):,}",
         ),
         (
             "compile",

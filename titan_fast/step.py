@@ -46,6 +46,7 @@ def workload(config: Config, shape: ModelShape, degrees: MeshDegrees) -> Workloa
         compiled=bool(compiled & {"blocks", "model"}),
         loss_compiled=bool(compiled & {"loss", "model"}),
         dtype=str(precision(config.training, torch.device("cuda")).param).removeprefix("torch."),
+        pointwise=config.activation_checkpoint.mode == "pointwise",
     )
 
 

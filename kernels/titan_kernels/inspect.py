@@ -21,8 +21,12 @@ from dataclasses import asdict, dataclass
 import torch
 
 from titan_kernels.ahead_of_time import CACHE, SHARED_MEMORY, WIDE_SHARE, Cost, compile_launch
+from titan_kernels.cross_entropy import launches as cross_entropy_launches
 from titan_kernels.launch import Launch
 from titan_kernels.llama_shapes import LLAMA
+from titan_kernels.rms_norm import launches as rms_norm_launches
+from titan_kernels.rope import launches as rope_launches
+from titan_kernels.swiglu import launches as swiglu_launches
 
 TENSOR_PARALLEL_DEGREES = (1, 2, 4, 8)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -77,12 +81,6 @@ def llama_launches(shapes: Iterable[str] = tuple(LLAMA)) -> list[Launch]:
 def _shape_launches(
     name: str, degree: int, dtype: torch.dtype, norm_weights: torch.dtype | None = None, z_loss: float = 0.0
 ) -> list[Launch]:
-    # The modules' names are shadowed in the package by the operators of the same name.
-    from titan_kernels.cross_entropy import launches as cross_entropy_launches
-    from titan_kernels.rms_norm import launches as rms_norm_launches
-    from titan_kernels.rope import launches as rope_launches
-    from titan_kernels.swiglu import launches as swiglu_launches
-
     shape = LLAMA[name].shard(degree)
     return [
         *rms_norm_launches(shape.width, dtype, norm_weights),

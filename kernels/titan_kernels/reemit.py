@@ -116,7 +116,6 @@ def swiglu_linear(gate: Tensor, up: Tensor, down_weight: Tensor) -> Tensor:
     Inside a checkpoint the whole unit is computed again, the matrix product too, where the two operators apart would
     stop before it.
 
-
     gate, up: [..., F]; down_weight: [out, F], all of one dtype -> [..., out].
 
     Raises:

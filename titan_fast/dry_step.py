@@ -15,7 +15,7 @@ def is_wanted(config: Config, device: torch.device) -> bool:
     return wish == "always" or (wish == "auto" and device.type == "cuda")
 
 
-def rehearse(
+def take(
     model: Llama, optimizer: torch.optim.Optimizer, config: Config, degrees: MeshDegrees, device: torch.device
 ) -> None:
     """Forward and backward of full batches, twice where gradients accumulate, and the optimizer's memory. The loss is
