@@ -157,7 +157,7 @@ def _label(contest: dict[str, Any]) -> str:
 def markdown(results: Results) -> str:
     """Microseconds of every provider, and the bandwidth of ours where bytes are known; then whole blocks; then the
     host's time."""
-    header = ["case", "direction", *PROVIDER_ORDER, "ours, % of copy"]
+    header = ["case", "direction", *PROVIDER_ORDER, "ours, % of a large copy, of one of as many bytes"]
     machine = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     title = f"{machine['device']}, {versions}, commit {machine['commit']}; microseconds, median"
@@ -167,7 +167,8 @@ def markdown(results: Results) -> str:
             continue
         times = [results.time(case, direction, provider) for provider in PROVIDER_ORDER]
         ours = results.cells.get((case, direction, "ours"), {})
-        percent = f"{ours['percent_of_copy']:.0f}" if "percent_of_copy" in ours else ""
+        keys = ("percent_of_copy", "percent_of_equal_copy")
+        percent = ", ".join(f"{ours[key]:.0f}" for key in keys if key in ours)
         lines.append("| " + " | ".join([case, direction, *times, percent]) + " |")
     if any(time.endswith(HOST_BOUND) for line in lines for time in line.split(" | ")):
         lines.append(f"\n{HOST_BOUND} the GPU waited for the host in some calls: an upper bound, which decides nothing")

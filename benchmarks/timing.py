@@ -146,18 +146,21 @@ def _cuda_pass(run: Run, calls: int, flush: Callable[[], object], delay: float) 
 
 
 def _cache_flush(device: torch.device, working_set: int) -> Callable[[], object]:
-    """Overwrites twice the level-2 cache, where the working set is less than four times it; else does nothing."""
+    """Copies twice the level-2 cache, where the working set is less than four times it; else does nothing. A copy, so
+    that half of what it leaves there has yet to be written back, as after a kernel; after a fill it would be all."""
     if device.type != "cuda":
         return lambda: None
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     if working_set > 4 * cache:
         return lambda: None
-    return torch.empty(2 * cache, dtype=torch.int8, device=device).zero_
+    source, target = torch.zeros(2, 2 * cache, dtype=torch.int8, device=device)
+    return lambda: target.copy_(source)
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written together, of a copy between two buffers far larger than any cache."""
-    size = 2**30 if device.type == "cuda" else 2**22
+def copy_bandwidth(device: torch.device, moved: int | None = None) -> float:
+    """Bytes per second, read and written together, of a copy that moves `moved` bytes; None: of one between two buffers
+    far larger than any cache. A small copy has its start and end in its time, as a kernel that moves as much has."""
+    size = moved // 2 if moved else 2**30 if device.type == "cuda" else 2**22
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     samples = measure({"copy": Run(lambda: target.copy_(source))}, device, 2 * size)

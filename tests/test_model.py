@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from titan_fast.flavors import FLAVORS, ModelShape
 from titan_fast.flops import parameter_count
-from titan_fast.generate import Sampling, generate, next_token
+from titan_fast.generate import Sampling, generate, generate_text, next_token
 from titan_fast.hf import hf_config, pack_qkv, to_hf, unpack_qkv
 from titan_fast.loss import LinearCrossEntropy
 from titan_fast.model import KVCache, Llama, init_values, init_weights, rope_tables
@@ -108,6 +108,25 @@ def test_greedy_text_equals_hugging_face() -> None:
     twin = hugging_face_twin(model)
     expected = cast(Any, twin).generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(torch.cat((prompt, new), dim=1), expected)
+
+
+def test_text_has_no_token_that_the_tokenizer_lacks() -> None:
+    class Few:
+        """A tokenizer of 5 ids for a model of many more."""
+
+        vocab_size, bos_id, eos_id = 5, None, 0
+
+        def encode(self, text: str) -> list[int]:
+            return [1]
+
+        def decode(self, ids: list[int]) -> str:
+            assert len(ids) > 1 and max(ids) < self.vocab_size
+            return "text"
+
+    model = build(LLAMA3)
+    model.head.weight.data[0] = 0.0
+    sampling = Sampling(temperature=100.0, top_k=0)
+    assert generate_text(model, cast(Any, Few()), "x", 20, sampling, torch.device("cpu")) == "text"
 
 
 def test_sampling_obeys_top_k_and_top_p() -> None:

@@ -49,9 +49,12 @@ def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -
 
 
 @torch.no_grad()
-def generate(model: Llama, prompt: Tensor, max_new_tokens: int, sampling: Sampling) -> Iterator[Tensor]:
-    """Yields the tokens that follow `prompt`, [B, S] int64, as [B, 1] each. The prompt is read in one pass, then each
-    token against the cached keys and values of all before it."""
+def generate(
+    model: Llama, prompt: Tensor, max_new_tokens: int, sampling: Sampling, vocab_size: int | None = None
+) -> Iterator[Tensor]:
+    """Yields the tokens that follow `prompt`, [B, S] int64, as [B, 1] each: of the first vocab_size of the model's
+    vocabulary, which may be larger than the tokenizer's. The prompt is read in one pass, then each token against the
+    cached keys and values of all before it."""
     if prompt.shape[1] + max_new_tokens > model.max_seq_len:
         raise ConfigError(
             f"{prompt.shape[1]} prompt tokens + {max_new_tokens} new ones are more than the {model.max_seq_len} "
@@ -61,7 +64,7 @@ def generate(model: Llama, prompt: Tensor, max_new_tokens: int, sampling: Sampli
     generator = torch.Generator(device=prompt.device).manual_seed(sampling.seed)
     caches, tokens, start = [KVCache() for _ in model.blocks], prompt, 0
     for _ in range(max_new_tokens):
-        logits = model(tokens, caches=caches, start=start)[:, -1]
+        logits = model(tokens, caches=caches, start=start)[:, -1, :vocab_size]
         start += tokens.shape[1]
         tokens = next_token(logits, sampling, generator)
         yield tokens
@@ -75,7 +78,8 @@ def generate_text(
     if not ids:
         ids = [tokenizer.eos_id]
     new = []
-    for token in generate(model, torch.tensor([ids], device=device), max_new_tokens, sampling):
+    prompt_ids = torch.tensor([ids], device=device)
+    for token in generate(model, prompt_ids, max_new_tokens, sampling, tokenizer.vocab_size):
         if (value := int(token)) == tokenizer.eos_id:
             break
         new.append(value)

@@ -73,7 +73,7 @@ def _backward_launch(width: int, dtype: torch.dtype, weight_dtype: torch.dtype, 
     whole = width <= _WHOLE_ROW_BACKWARD
     block = power_of_two(width) if whole else 2048
     # Chosen so that nothing spills on sm_80, sm_90 and sm_100: ptxas aims at a number of threads, not at none spilled.
-    stages = 3 if dtype == torch.float16 and block <= 4096 else 2
+    stages = 2 if dtype == torch.float32 or (dtype == torch.float16 and block > 4096) else 3
     wide_warps = 8 if dtype == torch.float32 else 16
     pointer = POINTER[dtype]
     return Launch(
@@ -227,8 +227,8 @@ def _backward_kernel(
     DY, S, WEIGHT, SCALE, DRESIDUAL, DS, Y, PARTIALS, dy_stride, s_stride, dresidual_stride, n_rows,
     WIDTH: tl.constexpr, ADD: tl.constexpr, EMIT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program p takes rows p, p + P, ...; weight and the partial sum of dW stay in registers, the next row is fetched
-    while this one is worked on."""
+    """Program p takes rows p, p + P, ...; weight and the partial sum of dW stay in registers. With 3 STAGES the next
+    row is fetched while this one is worked on; with 2 Triton keeps a single buffer, and each row is waited for."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH

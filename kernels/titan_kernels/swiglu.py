@@ -75,7 +75,7 @@ def _lay_out(*tensors: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
 @triton.jit
 def _forward_kernel(GATE, UP, H, gate_stride, up_stride, width, BLOCK: tl.constexpr):
     """One program per BLOCK columns of a row."""
-    n_blocks = tl.cdiv(width, BLOCK)
+    n_blocks = (width - 1) // BLOCK + 1  # tl.cdiv would add first, and pass 2^31
     row = (tl.program_id(0) // n_blocks).to(tl.int64)
     columns = (tl.program_id(0) % n_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -102,7 +102,7 @@ def _backward_kernel(
     DH, GATE, UP, DGATE, DUP, H, dh_stride, gate_stride, up_stride, width, EMIT: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program per BLOCK columns of a row."""
-    n_blocks = tl.cdiv(width, BLOCK)
+    n_blocks = (width - 1) // BLOCK + 1  # tl.cdiv would add first, and pass 2^31
     row = (tl.program_id(0) // n_blocks).to(tl.int64)
     columns = (tl.program_id(0) % n_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
