@@ -3,8 +3,8 @@
 Truth is the reference in float64. The yardstick is the reference in the dtype under test: in each row (the last
 dimension) the kernel's largest error may be twice the yardstick's plus one unit in the last place (the rule of
 flash-attention's tests), and the relative root-mean-square error over the whole tensor stays below a limit that the
-dtype sets. Both are relative, so they hold as they are for a sum over rows too: it grows with sqrt(rows), as its error
-does.
+dtype sets (float32: or twice the yardstick's, where that is more). Both are relative, so they hold as they are for a
+sum over rows too: it grows with sqrt(rows), as its error does.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,10 +70,10 @@ def assert_accurate(name: str, ours: Tensor, yardstick: Tensor, truth: Tensor, r
     )
     scale = size.square().mean().sqrt()
     if scale > info.smallest_normal:
-        relative = error.square().mean().sqrt() / scale
-        assert relative <= allowance.relative_rms, (
-            f"{name}: relative RMS error {relative:.3e}, allowed {allowance.relative_rms:.1e}"
-        )
+        relative, yardstick_relative = (e.square().mean().sqrt() / scale for e in (error, yardstick_error))
+        # A long float32 product alone is wrong by more than the limit, by torch's own kernels too.
+        allowed = max(allowance.relative_rms, 2 * yardstick_relative.item() if dtype == torch.float32 else 0.0)
+        assert relative <= allowed, f"{name}: relative RMS error {relative:.3e}, allowed {allowed:.1e}"
 
 
 def assert_accurate_logits_gradient(
