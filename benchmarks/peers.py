@@ -2,7 +2,7 @@
 
 torchtitan 0.2.2 is driven through its own Trainer: its model, parallelisation, compile, loss, clipping, AdamW and
 learning rate; only its reader of text is replaced by random tokens, so that neither side waits for a tokenizer. Hugging
-Face's LlamaForCausalLM gets Liger's kernels, torch.compile and torch's fused AdamW.
+Face's LlamaForCausalLM gets torch.compile, Liger's loss and torch's fused AdamW, or all of Liger's kernels uncompiled.
 
     pip install torchtitan==0.2.2 torchdata liger-kernel==0.8.5
 
@@ -89,18 +89,20 @@ Peer = Callable[[Config, ModelShape, torch.device], Made]
 
 
 def hugging_face(config: Config, shape: ModelShape, device: torch.device, liger: bool) -> Made:
-    """transformers' Llama in bfloat16, compiled block by block; with Liger's kernels in place of its own where wanted,
-    the fused linear cross entropy included. Attention by the same backend as ours, the fastest on this device."""
+    """transformers' Llama in bfloat16, compiled block by block, with Liger's fused linear cross entropy where wanted;
+    not compiled, with all of Liger's kernels. Attention by the same backend as ours, the fastest on this device."""
     import transformers
     from transformers import LlamaConfig, LlamaForCausalLM
 
     versions = {"transformers": transformers.__version__}
     if liger:
-        if device.type != "cuda":
-            raise RuntimeError("Liger's kernels are Triton's and need a GPU")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError("Liger's kernels are Triton's and need a GPU or TRITON_INTERPRET=1")
         kernels: Any = importlib.import_module("liger_kernel.transformers")
-        # Its rotary embedding keeps itself out of compiled code, and would cut each layer's graph into several.
-        kernels.apply_liger_kernel_to_llama(rope=not config.compile.enable)
+        # Compiled layers are faster without. Its rotary embedding cuts their graph; of its norm and SwiGLU torch 2.11
+        # believes that they write to what they read, and fails; torch 2.13 makes 22 kernels a layer of them, not 12.
+        layers = not config.compile.enable
+        kernels.apply_liger_kernel_to_llama(rope=layers, rms_norm=layers, swiglu=layers)
         versions["liger-kernel"] = importlib.import_module("importlib.metadata").version("liger-kernel")
     words: dict[str, Any] = {"attn_implementation": "sdpa", "use_cache": False, "dtype": torch.bfloat16}
     settings = LlamaConfig(**hf_config(shape), **words)
@@ -110,8 +112,8 @@ def hugging_face(config: Config, shape: ModelShape, device: torch.device, liger:
         model.to(torch.bfloat16)
     model.train()
     if config.compile.enable:
-        for layer in model.model.layers:
-            layer.compile(backend=config.compile.backend)
+        for module in (*model.model.layers, model.model.norm):
+            module.compile(backend=config.compile.backend)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.optimizer.lr, betas=(config.optimizer.beta1, config.optimizer.beta2),
         eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay, fused=True,

@@ -154,7 +154,7 @@ def _more_cells() -> list[Cell]:
         *_tuning(slice4),
         *_peers("peers-batch-4", batch4, (PEERS[0], PEERS[1], PEERS[2])),
         *_peers("peers-3b", untied(LLAMA_3B), (PEERS[0], PEERS[1], PEERS[2], PEERS[3]), untied(LLAMA_3B)),
-        *_peers("peers-8b", _on_one_device(slice4), (PEERS[0], PEERS[2])),
+        *_peers("peers-8b", _on_one_device(slice4), (PEERS[0], PEERS[2]), eager=PEERS[2]),
         *_parity(),
     ]
 
@@ -202,12 +202,17 @@ AS_SHIPPED = PEERS[1]
 PEER_COMPILED: Options = {"compile.enable": True}
 
 
-def _peers(part: str, workload: Workload, peers: tuple[str, ...], masters: Workload | None = None) -> list[Cell]:
+def _peers(
+    part: str, workload: Workload, peers: tuple[str, ...], masters: Workload | None = None, eager: str = ""
+) -> list[Cell]:
     """Peers in pure bfloat16 (but for torchtitan as it is shipped) and ours in it before and after them: what that
-    moves in between is drift. `masters`: ours with float32 masters, to be compared with torchtitan as shipped."""
+    moves in between is drift. `masters`: ours with float32 masters, to be compared with torchtitan as shipped. `eager`:
+    a peer that runs uncompiled too."""
     pure = replace(workload, options=workload.options | PURE | NONE)
     ours = Cell(part, pure, (COMPILED_AUTO,), label="pure bfloat16")
     cells = [ours, *(Cell(part, pure, (Variant("compiled", PEER_COMPILED),), peer=peer) for peer in peers)]
+    if eager:
+        cells.append(Cell(part, pure, (Variant("eager"),), peer=eager, label="eager"))
     if masters is not None:
         cells.append(Cell(part, masters, (COMPILED_AUTO,), label="masters"))
     return [*cells, replace(ours, label="pure bfloat16, again")]

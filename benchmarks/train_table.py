@@ -148,7 +148,8 @@ def peers_table(device: Device | None) -> str:
             fair = _speed(_row(device, masters)) if masters and cell.peer == AS_SHIPPED else pure
             theirs = _speed(row)
             ratio = _number(fair / theirs if fair and theirs else None, ".2f") if cell.peer else ""
-            lines.append([cell.workload.name, cell.peer or f"titan_fast, {cell.label}", *_figures(row), ratio])
+            who = ", ".join(word for word in (cell.peer or "titan_fast", cell.label) if word)
+            lines.append([cell.workload.name, who, *_figures(row), ratio])
         drift = after / before - 1 if before and after else None
         lines.append([own[0].workload.name, "drift of ours", _number(drift, "+.1%"), "", "", "", "", ""])
     return _table(("model", "who", *_HEAD, "ours / theirs"), lines)

@@ -60,7 +60,7 @@ def test_batches_come_where_the_peers_step_wants_them(
     assert "error" not in row and set(seen) == {home}
 
 
-def test_hugging_face_compiles_each_layer_with_one_graph() -> None:
+def test_hugging_face_compiles_all_layers_with_one_graph_and_the_last_norm_with_another() -> None:
     cell = cell_of("Hugging Face", "peers-3b")
     cell = dataclasses.replace(
         cell, workload=dataclasses.replace(cell.workload, options=cell.workload.options | {"model.n_layers": 12})
@@ -70,8 +70,8 @@ def test_hugging_face_compiles_each_layer_with_one_graph() -> None:
     (row,) = run_peer(cell, CPU, HOW)
     assert "error" not in row and row["complete"] and row["versions"]["transformers"]
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-    assert row["graphs"] == {"compiled": 1, "breaks": 0}
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert row["graphs"] == {"compiled": 2, "breaks": 0}
     assert torch._dynamo.config.recompile_limit == train_cell.RECOMPILE_LIMIT
 
 
@@ -103,7 +103,24 @@ def test_hugging_face_takes_the_attention_that_is_fastest(monkeypatch: pytest.Mo
     assert first == torch.nn.attention.SDPBackend.FLASH_ATTENTION
 
 
-def test_what_a_peer_lacks_is_said() -> None:
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
+def test_compiled_layers_are_not_cut_by_ligers_kernels_and_the_loss_is_ligers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", LlamaForCausalLM.forward)  # Liger replaces it for good
+    rows = []
+    for peer in ("Hugging Face", "Hugging Face + Liger"):
+        torch._dynamo.reset()
+        rows += run_peer(cell_of(peer, "peers-3b"), CPU, HOW)
+    plain, liger = rows
+    assert liger["graphs"] == plain["graphs"] == {"compiled": 2, "breaks": 0}
+    assert LlamaForCausalLM.forward.__module__.startswith("liger_kernel")
+    # Liger's is the mean without each sequence's last token, which is one of 8 here.
+    assert liger["last_loss"] == pytest.approx(plain["last_loss"], rel=5e-3)
+
+
+def test_what_a_peer_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     work = cell_of("Hugging Face + Liger").workload
     with pytest.raises(RuntimeError, match="need a GPU"):
         hugging_face(config_of(work, {}, True), shape_of(work, True), CPU, liger=True)
