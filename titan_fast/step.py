@@ -71,7 +71,7 @@ def build_model(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegree
     init_weights(model, config.debug.seed)
     model.cos, model.sin = model.cos.to(device), model.sin.to(device)  # offloading is for parameters only
     kept = weights_kept(config, degrees.data * degrees.tensor, dtypes)
-    narrow(model, kept, accumulates=kept == "masters" and grad_accum_steps(config.training, degrees.data) > 1)
+    narrow(model, kept, accumulates=grad_accum_steps(config.training, degrees.data) > 1)
     return model
 
 
