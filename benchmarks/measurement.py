@@ -188,12 +188,7 @@ def _checked(
 ) -> tuple[dict[str, Function], tuple[Tensor, ...]]:
     """(the functions of those providers that agree with the reference, the gradients of the outputs); the peaks of
     memory are noted."""
-    eager = build(case, EAGER, backend, device)
-    gradients: tuple[Tensor, ...] = ()
-    if directions(case) != ("step",):
-        gradients = gradients_like(eager(*fresh(inputs)))
-    reference = results(case, eager, fresh(inputs), gradients)
-    truth = results(case, eager, widened(inputs), tuple(x.float() for x in gradients))
+    gradients, reference, truth = truths(case, inputs, device)
     functions = {}
     for name, provider in chosen.items():
         measured = found[name]
@@ -208,6 +203,18 @@ def _checked(
             measured.peak_bytes = peak_bytes(run, fresh(inputs), copies(gradients), device)
             functions[name] = function
     return functions, gradients
+
+
+def truths(
+    case: Case, inputs: tuple[Tensor, ...], device: torch.device
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(gradients of the outputs, the eager reference's results, its results in float32)."""
+    eager = build(case, EAGER, "eager", device)
+    gradients: tuple[Tensor, ...] = ()
+    if directions(case) != ("step",):
+        gradients = gradients_like(eager(*fresh(inputs)))
+    reference = results(case, eager, fresh(inputs), gradients)
+    return gradients, reference, results(case, eager, widened(inputs), tuple(x.float() for x in gradients))
 
 
 def copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -230,7 +237,7 @@ def _time(
         for name, function in functions.items():
             if not found[name].problem:
                 with _caught(found[name], device):
-                    runs[name] = _run(case, direction, function, inputs, copies(gradients))
+                    runs[name] = run_of(case, direction, function, inputs, copies(gradients))
 
         def on_failure(name: str, error: Exception) -> None:
             with _caught(found[name], device):
@@ -243,7 +250,7 @@ def _time(
             found[name].against[direction] = {rival: difference(taken, other) for rival, other in theirs.items()}
 
 
-def _run(
+def run_of(
     case: Case, direction: str, function: Function, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
 ) -> Run:
     """Alone, operators get inputs of their own, which are put back before each call: some overwrite them, and with them

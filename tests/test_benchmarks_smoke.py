@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -390,3 +391,35 @@ def test_parts_are_what_pytest_selects() -> None:
     )
     found = {line.split("::")[1] for line in listed.stdout.splitlines() if "::" in line}
     assert found == {test for case in cases(False) for test, _ in kernel_plan.cells(case) if part.selects(test)}
+
+
+def test_other_launch_settings_are_launched_checked_and_forgotten() -> None:
+    from benchmarks import kernel_settings
+
+    unchanged = set()
+    for contest in kernel_settings.contests(smoke=False):
+        usual = kernel_settings.launches_of(contest.case)
+        for setting in contest.settings:
+            with setting.active():
+                if kernel_settings.launches_of(contest.case) == usual:
+                    unchanged.add(setting.label)
+            assert kernel_settings.launches_of(contest.case) == usual
+    of_grids, todays = {"half the programs", "twice the programs"}, {"3 stages", "16384 columns, 32 warps"}
+    assert unchanged == of_grids | todays | {"8192 columns, 16 warps"}  # the last for the 13B's vocabulary
+    small = kernel_settings.contests(smoke=True)
+    assert len(small) == 9  # both ways of four operators, the loss's step
+    contest = next(one for one in small if one.name.startswith("swiglu") and one.direction == "backward")
+    # Blocks that the grid does not follow: a part of each row is left out.
+    wrong = kernel_settings.Setting("wrong", "swiglu", constexprs={"BLOCK": 32})
+    rows = kernel_settings.measured(replace(contest, settings=(*contest.settings, wrong)), CPU, 1, 1)
+    assert "result 0 is off" in rows.pop("wrong")["problem"]
+    assert all(row["median_us"] > 0 for row in rows.values()) and len(rows) == 1 + len(contest.settings)
+    lines = kernel_settings.report("x", 10, 5.0, {
+        "as it is": {"median_us": 10.0, "queued": True},
+        "better": {"median_us": 8.0, "queued": True, "slower_by_us": -2.0, "error_us": 0.5},
+        "lucky": {"median_us": 9.5, "queued": True, "slower_by_us": -0.5, "error_us": 0.5},
+        "host": {"median_us": 7.0, "queued": False, "slower_by_us": -3.0, "error_us": 0.1},
+        "broken": {"problem": "ValueError: no"},
+    })  # fmt: skip
+    assert [line.split()[0] for line in lines[1:]] == ["host", "better", "lucky", "as", "broken"]
+    assert ["FASTER" in line for line in lines[1:]] == [False, True, False, False, False]
