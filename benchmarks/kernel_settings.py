@@ -137,10 +137,10 @@ def _swiglu_settings() -> tuple[Setting, ...]:
 
 def _loss_settings() -> tuple[Setting, ...]:
     def block_and_warps(block: int, warps: int) -> Setting:
-        names = {"_block_read_twice": lambda vocab, dtype: (block, warps)}
+        names = {"_block_read_twice": lambda vocab: (block, warps)}
         return Setting(f"{block} columns, {warps} warps", "cross_entropy", names=lambda module: names)
 
-    sizes = ((4096, 8), (8192, 8), (8192, 16), (8192, 32), (16384, 16), (16384, 32))
+    sizes = ((4096, 8), (8192, 8), (8192, 16), (8192, 32), (16384, 16), (16384, 32), (32768, 16), (32768, 32))
     return tuple(block_and_warps(*size) for size in sizes)
 
 

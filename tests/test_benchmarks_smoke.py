@@ -150,9 +150,10 @@ def test_a_failing_provider_leaves_the_others(operator: Any, monkeypatch: pytest
 @on_cpu
 def test_a_library_that_cannot_be_imported_is_a_problem_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "_need", lambda package, installed_as: None)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
     found = measured(swiglu_case(), {"liger", "eager"})
     assert found["liger"].failed
-    assert "No module named 'liger_kernel'" in found["liger"].problem
+    assert "liger_kernel" in found["liger"].problem
     assert found["eager"].samples
 
 
@@ -404,7 +405,7 @@ def test_other_launch_settings_are_launched_checked_and_forgotten() -> None:
                 if kernel_settings.launches_of(contest.case) == usual:
                     unchanged.add(setting.label)
             assert kernel_settings.launches_of(contest.case) == usual
-    of_grids, todays = {"half the programs", "twice the programs"}, {"3 stages", "16384 columns, 32 warps"}
+    of_grids, todays = {"half the programs", "twice the programs"}, {"3 stages", "32768 columns, 16 warps"}
     assert unchanged == of_grids | todays | {"8192 columns, 16 warps"}  # the last for the 13B's vocabulary
     small = kernel_settings.contests(smoke=True)
     assert len(small) == 9  # both ways of four operators, the loss's step
