@@ -48,12 +48,20 @@ class Setting:
     constexprs: Names = field(default_factory=dict)
     names: Callable[[Any], Names] = lambda module: {}
 
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, kernels are launched so."""
+        module, names = self._replaced
+        with mock.patch.multiple(module, **names):
+            yield
+
     @functools.cached_property
-    def replaced(self) -> Names:
-        """Every function that makes a launch is another one, or it would answer with what it made for other names."""
+    def _replaced(self) -> tuple[Any, Names]:
+        """The module and what to exchange in it. Every function that makes a launch is another one, or it would answer
+        with what it made for other names."""
         module = importlib.import_module(f"titan_kernels.{self.module}")
         makers = [name for name in vars(module) if name.endswith("_launch")]
-        return {name: self._changed(module, name) for name in makers} | self.names(module)
+        return module, {name: self._changed(module, name) for name in makers} | self.names(module)
 
     def _changed(self, module: Any, maker: str) -> Callable[..., "Launch"]:
         make = getattr(module, maker).__wrapped__
@@ -68,12 +76,6 @@ class Setting:
             return replace(launch, num_warps=warps, constexprs={**launch.constexprs, **constexprs})
 
         return changed
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Inside, kernels are launched so."""
-        with mock.patch.multiple(f"titan_kernels.{self.module}", **self.replaced):
-            yield
 
 
 @dataclass(frozen=True)
