@@ -36,12 +36,17 @@ class Trace:
     clipped: dict[str, Tensor] = field(default_factory=dict)
 
 
-def config_of(options: dict[str, Any], data_degree: int = 1, passes: int = 1) -> Config:
+def config_of(options: dict[str, Any], world_size: int = 1, passes: int = 1) -> Config:
     """A config for short runs of `passes` forward passes a step; `options` are "table.key": value."""
     basic = {"training.seq_len": SEQ_LEN, "training.global_batch_size": GLOBAL_BATCH,
-             "training.local_batch_size": GLOBAL_BATCH // data_degree // passes,
-             "optimizer.lr": 1e-3, "metrics.sample_prompt": "", "loss.chunk_size": 16}  # fmt: skip
-    return from_options({key: [str(value)] for key, value in (basic | options).items()})
+             "optimizer.lr": 1e-3, "metrics.sample_prompt": "", "loss.chunk_size": 16} | options  # fmt: skip
+
+    def parsed(local_batch_size: int) -> Config:
+        settings = {"training.local_batch_size": local_batch_size} | basic
+        return from_options({key: [str(value)] for key, value in settings.items()})
+
+    degrees = mesh_degrees(parsed(GLOBAL_BATCH).parallelism, world_size)
+    return parsed(GLOBAL_BATCH // degrees.data // passes)
 
 
 def global_batch(step: int, vocab_size: int) -> Batch:
@@ -83,8 +88,8 @@ def build(config: Config, shape: ModelShape, world: World) -> Llama:
 
 def train(world: World, shape: ModelShape, options: dict[str, Any], passes: int = 1, steps: int = 20) -> Trace:
     """`steps` optimizer steps, as the training loop does them."""
-    degrees = mesh_degrees(config_of(options).parallelism, world.size)
-    config = config_of(options, degrees.data, passes)
+    config = config_of(options, world.size, passes)
+    degrees = mesh_degrees(config.parallelism, world.size)
     model = build(config, shape, world)
     optimizer = build_optimizer(model, config.optimizer)
     trace = Trace([], [])

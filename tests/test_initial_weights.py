@@ -33,14 +33,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def loaded(world: World, path: Path, shape: ModelShape, options: dict[str, Any]) -> dict[str, Tensor]:
-    model = build(config_of(options), shape, world)
+    model = build(config_of(options, world.size), shape, world)
     load_initial_weights(model, path, shape)
     return {name.replace("_checkpoint_wrapped_module.", ""): t for name, t in named_whole(model).items()}
 
 
 def refusal(world: World, path: Path, shape: ModelShape) -> str:
     """With the folder hidden from one rank."""
-    model = build(config_of({}), shape, world)
+    model = build(config_of({}, world.size), shape, world)
     with pytest.raises(CheckpointError) as caught:
         load_initial_weights(model, path if world.rank != 1 else path / "elsewhere", shape)
     return str(caught.value)

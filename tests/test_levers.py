@@ -139,8 +139,9 @@ def test_what_is_compiled_trains_as_eager_does(world: World, components: str) ->
 
 
 def test_the_whole_model_compiles_with_masters(world: World) -> None:
-    found = train(MASTERS | COMPILED | {"compile.components": ["model", "optimizer"]})
-    assert_same_training(found, train(MASTERS), 3e-2)
+    # Runs in bfloat16 drift apart: at this learning rate 0.1% in 16 steps, several in 30.
+    found = train(MASTERS | COMPILED | {"compile.components": ["model", "optimizer"]}, steps=12)
+    assert_same_training(found, train(MASTERS, steps=12), 1e-3)
 
 
 @pytest.mark.slow

@@ -108,8 +108,8 @@ if not INTERPRETED:
 
 def one_gradient(world: World, model: Llama, options: dict[str, Any]) -> Tensor:
     """The gradient's norm after one forward and backward pass; gradients stay in the parameters."""
-    degrees = mesh_degrees(config_of(options).parallelism, world.size)
-    config = config_of(options, degrees.data)
+    config = config_of(options, world.size)
+    degrees = mesh_degrees(config.parallelism, world.size)
     batches = own_batches(config, world, 0, model.shape.vocab_size)
     loss = step.forward_backward(model, batches, step.one_over_valid_tokens(batches, degrees))
     return clip_grad_norm_(model.parameters(), 0.0, loss)
@@ -121,7 +121,7 @@ def local(tensor: Tensor | None) -> Tensor:
 
 def broken_norm(world: World, options: dict[str, Any], breakage: str) -> float:
     """The gradient norm of the first step with a part of the machinery taken out."""
-    model = build(config_of(options), LLAMA3, world)
+    model = build(config_of(options, world.size), LLAMA3, world)
     if breakage == "divide factor":
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -153,7 +153,7 @@ class Collectives(TorchDispatchMode):
 def gathers_and_blocks(world: World) -> list[Any]:
     """One step's all-gathers and the starts of blocks, forward and backward, in the order they happen."""
     options = mesh(1, 2, 1) | {RESHARD: "always"}
-    model = build(config_of(options), dataclasses.replace(LLAMA3, n_layers=4), world)
+    model = build(config_of(options, world.size), dataclasses.replace(LLAMA3, n_layers=4), world)
     one_gradient(world, model, options)  # FSDP sets itself up in the first step
     with Collectives() as seen:
         for i, block in enumerate(cast(list[Block], list(model.blocks))):
@@ -168,7 +168,7 @@ def reduced_dtypes(world: World, reduce: str) -> tuple[set[torch.dtype], set[tor
     options = mesh(1, 2, 1) | {
         "training.mixed_precision_param": "bfloat16", "training.mixed_precision_reduce": reduce
     }  # fmt: skip
-    model = build(config_of(options), LLAMA3, world)
+    model = build(config_of(options, world.size), LLAMA3, world)
     with Collectives() as seen:
         one_gradient(world, model, options)
     sent = {name: {dtype for n, dtype in seen.log if n.startswith(name)} for name in ("reduce_scatter", "allgather")}
@@ -179,7 +179,7 @@ def bfloat16_norm_gradients(world: World) -> tuple[bool, bool]:
     """(each norm's gradient is exactly the float32 sum of the ranks' own, some of those sums need more than bfloat16)
     under tensor parallelism in bfloat16."""
     options = mesh(1, 1, 2) | {"training.mixed_precision_param": "bfloat16"}
-    model = build(config_of(options), LLAMA3, world)
+    model = build(config_of(options, world.size), LLAMA3, world)
     own: list[Tensor] = []
 
     def finish(model: Llama) -> None:
@@ -205,7 +205,7 @@ def warnings_of_a_step(world: World) -> list[str]:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         options = mesh(1, 2, 2)
-        one_gradient(world, build(config_of(options), LLAMA3, world), options)
+        one_gradient(world, build(config_of(options, world.size), LLAMA3, world), options)
     return [str(w.message) for w in seen]
 
 
@@ -234,7 +234,7 @@ def peak_of_building(world: World, options: dict[str, Any]) -> tuple[int, int, i
     """(most bytes held while the model is built, bytes of the whole model, bytes of its largest parameter)."""
     shape = dataclasses.replace(LLAMA3, n_layers=12)
     with LiveBytes() as memory:
-        model = build(config_of(options), shape, world)
+        model = build(config_of(options, world.size), shape, world)
     sizes = [4 * math.prod(p.shape) for p in model.parameters()]
     return memory.peak, sum(sizes), max(sizes)
 
@@ -339,8 +339,8 @@ def test_fsdp_does_not_litter_the_log(runs: dict[str, list[Any]]) -> None:
 
 
 def refusal(options: dict[str, Any], world_size: int, shape: ModelShape = LLAMA3) -> str:
-    config = config_of(options)
     with pytest.raises(ConfigError) as caught:
+        config = config_of(options, world_size)
         degrees = mesh_degrees(config.parallelism, world_size)
         parallel.check(config, shape, degrees, torch.device("cpu"))
     return str(caught.value)
