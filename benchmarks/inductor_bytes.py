@@ -37,6 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from benchmarks import pretend_gpu
+from titan_fast import float8
 from titan_fast.flavors import FLAVORS, ModelShape
 from titan_fast.model import Block
 from titan_fast.ops import REFERENCE, Ops
@@ -136,6 +137,8 @@ def variants() -> dict[str, Variant]:
         "rope, carried, budget 0.7": Variant(replace(plain, rope=titan_kernels.rope, carry_residual=True), budget=0.7),
         "emit": Variant(emit),
         "emit, carried": Variant(replace(emit, carry_residual=True)),
+        "float8": Variant(replace(plain, linear=float8.linear_with("tensorwise"))),
+        "float8, rowwise": Variant(replace(plain, linear=float8.linear_with("rowwise"))),
     }
 
 

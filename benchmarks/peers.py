@@ -223,6 +223,10 @@ def _torchtitan_arguments(config: Config, name: str, as_shipped: bool) -> list[s
         "activation_checkpoint.selective_ac_option": checkpointing.selective_ac_option,
         "compile.backend": config.compile.backend,
     }
+    if config.float8.enable:  # by torchao, which without a recipe's name scales tensorwise
+        options |= {"model.converters": "quantize.linear.float8", "quantize.linear.float8.filter_fqns": "output"}
+        if config.float8.recipe_name == "rowwise":
+            options["quantize.linear.float8.recipe_name"] = "rowwise"
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return words + (["--compile.enable"] if config.compile.enable else [])
 

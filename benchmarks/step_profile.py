@@ -19,7 +19,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("our kernels", r"^_(forward|backward|backward_wide|sum_partials|stats|grad)_kernel|^titan_kernels"),
     ("Liger's kernels", r"^liger|^_(block_)?rms_norm_|^_swiglu_|^_triton_rope|^element_mul_kernel"),
     ("attention", r"flash|fmha|sdpa|attention|cudnn"),
-    ("matrix products", r"gemm|cutlass|nvjet|sm\d\d_xmma|cublas|splitk|aten::(mm|addmm|bmm)|mkldnn|matmul"),
+    ("matrix products", r"gemm|cutlass|nvjet|sm\d\d_xmma|cublas|splitk|aten::(mm|addmm|bmm|_scaled_mm)|mkldnn|matmul"),
     ("optimizer", r"adam|lpnorm|multi_tensor_apply"),
     ("copies", r"memcpy|memset|direct_copy|aten::copy_|split_with_sizes|chunk_cat|catarray"),
     (

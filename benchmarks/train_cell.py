@@ -21,7 +21,7 @@ from titan_fast.distributed import World, start
 from titan_fast.loader import Loader
 from titan_fast.loss import LinearCrossEntropy, torch_linear_cross_entropy
 from titan_fast.masters import OnePassAdamW
-from titan_fast.model import Attention, Block, FeedForward, Llama, Norm
+from titan_fast.model import Attention, Block, FeedForward, Linear, Llama, Norm
 from titan_fast.ops import Ops, build_ops
 from titan_fast.optim import build_optimizer, clip_gradients, learning_rate, step_unless
 from titan_fast.step import build_model, forward_backward, one_over_valid_tokens, workload
@@ -179,7 +179,7 @@ def _unswitch(model: Llama) -> None:
 
 def _give_operators(model: Llama, ops: Ops) -> None:
     for module in model.modules():
-        if isinstance(module, (Norm, Attention, FeedForward, Block)):
+        if isinstance(module, (Norm, Linear, Attention, FeedForward, Block)):
             module.ops = ops
         if isinstance(module, Block):
             module.carry_residual = ops.carry_residual

@@ -77,6 +77,11 @@ TUNING_LEVERS = (
     _lever("coordinate descent", {"compile.coordinate_descent": True}),
     _lever("max autotune", {"compile.max_autotune": True}),
 )
+FLOAT8: Options = {"float8.enable": True}
+FLOAT8_LEVERS = (
+    _lever("float8, tensorwise", FLOAT8),
+    _lever("float8, rowwise", FLOAT8 | {"float8.recipe_name": "rowwise"}),
+)
 TUNING_SECONDS = 130.0
 """What coordinate descent (about 25 kernels, each timed with a dozen settings) or autotuning (15 products, 20 kernels
 each) is taken to cost."""
@@ -151,10 +156,13 @@ def _more_cells() -> list[Cell]:
         Cell("levers-kernels", slice4, _per_operator(), label="one kernel each"),
         *_single_device_paths("levers-optimizer", LLAMA_1B),
         Cell("levers-graph", SHORT_1B, (COMPILED_AUTO, EAGER_REFERENCE, *_recorded()), label="recorded"),
+        Cell("levers-float8", LLAMA_1B, (COMPILED_AUTO, *FLOAT8_LEVERS), label="float8"),
+        Cell("levers-float8", slice4, (BASE, *FLOAT8_LEVERS), label="float8"),
         *_tuning(slice4),
         *_peers("peers-batch-4", batch4, (PEERS[0], PEERS[1], PEERS[2])),
         *_peers("peers-3b", untied(LLAMA_3B), (PEERS[0], PEERS[1], PEERS[2], PEERS[3]), untied(LLAMA_3B)),
         *_peers("peers-8b", _on_one_device(slice4), (PEERS[0], PEERS[2]), eager=PEERS[2]),
+        *_peers("peers-float8", _with(untied(LLAMA_1B), FLOAT8, "float8"), (PEERS[0],)),
         *_parity(),
     ]
 
@@ -255,6 +263,7 @@ def _parity() -> list[Cell]:
     parts = {
         "parity": (*TWO_BY_TWO[:3], EAGER_KERNELS, *ATTENTION_LEVERS, *alone),
         "parity-compile": (*SCOPE_LEVERS, *LOSS_LEVERS, *_recorded(), *MEMORY_LEVERS[1:]),
+        "parity-float8": FLOAT8_LEVERS,
         "parity-optimizer": (*OPTIMIZER_LEVERS, TUNING_LEVERS[0]),
     }
     found = [

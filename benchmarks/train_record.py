@@ -55,7 +55,7 @@ def described(cell: Cell, row: dict[str, Any], environment: dict[str, Any], know
         per_second = full["tokens_per_step"] / row["step_seconds"]["median"]
         full["tokens_per_second"] = per_second
         peak = peak_flops(environment["device"])
-        if peak is not None:
+        if peak is not None and not config.float8.enable:
             per_token = {name: flops_per_token(shape, work.seq_len, name) for name in FORMULAS}
             full["mfu"] = {name: mfu(per_second, flops, peak) for name, flops in per_token.items()}
         if known is not None:
@@ -71,7 +71,10 @@ def settings_of(cell: Cell, variant: str, smoke: bool) -> Config:
 
 
 def fraction_of_limit(known: Limits, config: Config, shape: ModelShape, world: int, seconds: float) -> dict[str, Any]:
-    """The least step of a row's settings, and how much of `seconds` that is."""
+    """The least step of a row's settings, and how much of `seconds` that is; nothing for float8, whose products were
+    not measured alone."""
+    if config.float8.enable:
+        return {}
     least = least_step(known, config, shape, world)
     return {"least_step": least, "fraction_of_limit": least["total"] / seconds}
 

@@ -129,7 +129,7 @@ SMOKE_MODEL: Options = {
     "model.dim": 32, "model.n_heads": 4, "model.n_kv_heads": 2, "model.ffn_dim": 48, "model.vocab_size": 128,
     "loss.chunk_size": 8, "optimizer.lr": 3e-3,
 }  # fmt: skip
-SMOKE_SEQ_LEN, SMOKE_WORLD = 8, 4
+SMOKE_SEQ_LEN, SMOKE_WORLD = 16, 4
 
 
 def rehearsed(cell: Cell) -> Cell:

@@ -12,7 +12,7 @@ from benchmarks.peers import PEERS, Made, attention_backends, hugging_face, run_
 from benchmarks.step_timing import Length
 from benchmarks.train_cells import cells
 from benchmarks.variants import How
-from benchmarks.workloads import Cell, config_of, rehearsed, shape_of
+from benchmarks.workloads import SMOKE_SEQ_LEN, Cell, config_of, rehearsed, shape_of
 from titan_fast.flavors import FLAVORS
 from titan_fast.loader import Loader
 
@@ -90,7 +90,7 @@ def test_a_search_gives_a_peer_larger_batches() -> None:
         rows = run_peer(cell, CPU, HOW)
     assert [row["variant"] for row in rows] == ["batch 2", "batch 4"]
     assert all(row["complete"] for row in rows)
-    assert list(dict.fromkeys(sizes)) == [(2, 8), (4, 8)]
+    assert list(dict.fromkeys(sizes)) == [(2, SMOKE_SEQ_LEN), (4, SMOKE_SEQ_LEN)]
 
 
 def test_hugging_face_takes_the_attention_that_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,3 +148,8 @@ def test_torchtitans_shape_is_ours() -> None:
         assert multiple * ((width + multiple - 1) // multiple) == shape.ffn_dim
     words = peers._torchtitan_arguments(config_of(work, {"compile.enable": True}, True), "name", as_shipped=False)
     assert words[words.index("--training.dtype") + 1] == "bfloat16" and words[-1] == "--compile.enable"
+    assert "--model.converters" not in words
+    rowwise = {"float8.enable": True, "float8.recipe_name": "rowwise"}
+    words = peers._torchtitan_arguments(config_of(work, rowwise, True), "name", as_shipped=False)
+    assert words[words.index("--model.converters") + 1] == "quantize.linear.float8"
+    assert words[words.index("--quantize.linear.float8.recipe_name") + 1] == "rowwise"

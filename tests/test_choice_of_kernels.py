@@ -84,6 +84,16 @@ def test_a_run_in_float32_does_not_follow_bfloat16(monkeypatch: pytest.MonkeyPat
     assert "not measured in eager mode in float32" in {op: why for op, _, why in found.reasons}["rms_norm"]
 
 
+def test_compiled_blocks_in_float8_do_not_follow_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler fuses the casts with the reference. Uncompiled, and in the loss, nothing is different."""
+    compiled = chosen(monkeypatch, compile__enable="True", float8__enable="True")
+    reasons = {operator: reason for operator, _, reason in compiled.reasons}
+    assert "not measured compiled in bfloat16 beside float8" in reasons["rms_norm"]
+    assert compiled.cross_entropy_grad_ is titan_kernels.cross_entropy_grad_
+    eager = chosen(monkeypatch, compile__enable="False", float8__enable="True")
+    assert eager.add_rms_norm is titan_kernels.add_rms_norm
+
+
 @pytest.mark.parametrize(
     ("variant", "options", "degree"),
     [

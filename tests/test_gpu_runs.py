@@ -19,6 +19,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "recorded": {"training__cuda_graph": True},
     "bfloat16": {"parallelism__single_device": "bfloat16"},
     "compiled": {"compile__enable": True},
+    "float8": {"float8__enable": True},
+    "float8, compiled": {"float8__enable": True, "float8__recipe_name": "rowwise", "compile__enable": True},
     "saved in the background": {"checkpoint__async_mode": "async_with_pinned_mem"},
 }
 

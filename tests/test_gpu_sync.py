@@ -23,6 +23,7 @@ WAYS: dict[str, list[str]] = {
     "compiled, one-pass AdamW": [*COMPILED, "optimizer"],
     "compiled, one-pass AdamW, FSDP2": [*COMPILED, "optimizer", "--parallelism.single_device", "fsdp"],
     "compiled, pointwise": [*COMPILED, "optimizer", "--activation_checkpoint.mode", "pointwise"],
+    "compiled, float8": [*COMPILED, "optimizer", "--float8.enable", "True"],
     "two passes": [*COMPILED, "optimizer", "--training.global_batch_size", "8"],
     "recorded": [*COMPILED, "optimizer", "--training.cuda_graph", "True"],
 }

@@ -17,7 +17,8 @@ LEAVES: dict[str, set[str]] = {
     "flops": {"errors", "flavors", "config"},
     "distributed": {"errors", "config"},
     "tokenizer": {"errors", "config"},
-    "ops": {"errors", "config", "flavors"},
+    "float8": {"errors", "config", "flavors"},
+    "ops": {"errors", "config", "flavors", "float8"},
     "shards": set(),
     "model": {"flavors", "ops", "shards"},
     "loss": {"ops"},
@@ -29,7 +30,17 @@ LEAVES: dict[str, set[str]] = {
     "meta_files": {"errors", "flavors", "hf", "hf_files"},
     "hf_tokenizer": {"tokenizer"},
     "activation_checkpoint": {"config", "errors", "model"},
-    "parallel": {"activation_checkpoint", "compilation", "config", "errors", "flavors", "loss", "masters", "model"},
+    "parallel": {
+        "activation_checkpoint",
+        "compilation",
+        "config",
+        "errors",
+        "flavors",
+        "float8",
+        "loss",
+        "masters",
+        "model",
+    },
 }
 
 

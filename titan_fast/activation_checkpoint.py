@@ -13,7 +13,7 @@ from titan_fast.model import Block, Llama
 
 _aten = torch.ops.aten
 
-_PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default})
+_PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default, _aten._scaled_mm.default})
 _PRODUCTS_OF_A_BLOCK = 5
 """qkv, attention output, gate, up, down. The result of the last one goes into the block's output alone: nothing in the
 block's backward pass reads it, so to keep it would be waste, and torch stops a recomputation before it."""

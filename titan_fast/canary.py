@@ -48,8 +48,9 @@ def check_compiled_gradients(
     compiled.compile(**compilation.arguments(settings))
     found = _gradients(compiled, x.to(dtype), dy.to(dtype), rope)
     bounds = dict.fromkeys(exact, FLOAT32_BOUND)
-    if dtype != torch.float32:
-        eager = _gradients(_block(shape, REFERENCE, dtype, device), x.to(dtype), dy.to(dtype), rope)
+    if dtype != torch.float32 or ops.linear is not REFERENCE.linear:
+        plain = dataclasses.replace(REFERENCE, linear=ops.linear)
+        eager = _gradients(_block(shape, plain, dtype, device), x.to(dtype), dy.to(dtype), rope)
         least = torch.finfo(dtype).eps
         bounds = {name: SLACK * max(_error(eager[name], exact[name]), least) for name in exact}
     errors = {name: _error(found[name], exact[name]) for name in exact}

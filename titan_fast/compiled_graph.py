@@ -31,6 +31,7 @@ _OPAQUE = (
     _ATEN.mm.default,
     _ATEN.addmm.default,
     _ATEN.bmm.default,
+    _ATEN._scaled_mm.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,
 )
@@ -171,9 +172,10 @@ class _Analysis:
         self.outputs = {_base(n) for n in tree_iter(self.nodes[-1].args) if isinstance(n, Node)}
         self.calls = [node for node in self.nodes if node.op == "call_function" and not _is_view(node)]
         self.opaque = {node for node in self.calls if _is_opaque(node)}
+        self.barriers = {node for node in self.calls if _is_largest_of_rows(node)}
         read_by_opaque = {_base(source) for node in self.opaque for source in node.all_input_nodes}
         self.kept = {node for node in self.calls if node in read_by_opaque | self.outputs and _nbytes(node)}
-        self.kept |= {node for node in self.nodes if _is_result_of(node, self.opaque)} | self.opaque
+        self.kept |= {node for node in self.nodes if _is_result_of(node, self.opaque)} | self.opaque | self.barriers
         self.from_gradient = self._reached_from_gradients() if backward else set(self.nodes)
 
     def _reached_from_gradients(self) -> set[Node]:
@@ -211,11 +213,11 @@ class _Analysis:
         return replace(operation, compiled=True, recomputed=node not in self.from_gradient)
 
     def _depths(self) -> dict[Node, int]:
-        """How many opaque operators in a row lie before each node."""
+        """How many operators in a row, opaque or to be done before the next begins, lie before each node."""
         depths: dict[Node, int] = {}
         for node in self.nodes:
             above = max((depths[source] for source in node.all_input_nodes), default=0)
-            depths[node] = above + (node in self.opaque)
+            depths[node] = above + (node in self.opaque or node in self.barriers)
         return depths
 
     def _fuse(self, node: Node, depths: dict[Node, int], kernels: list[_Kernel]) -> _Kernel:
@@ -282,6 +284,16 @@ def _workspace(node: Node) -> int:
 def _is_opaque(node: Node) -> bool:
     target = node.target
     return target in _OPAQUE or (isinstance(target, torch._ops.OpOverload) and target.namespace in _OPAQUE_NAMESPACES)
+
+
+def _is_largest_of_rows(node: Node) -> bool:
+    """A largest value over several rows, as float8 is scaled by: a kernel that needs it begins when it is there, and
+    computes again what it was found in. Within a row both are one kernel."""
+    if node.target is not _ATEN.amax.default:
+        return False
+    x = _value(node.args[0])
+    dims = [dim % x.dim() for dim in node.args[1]] if len(node.args) > 1 else []  # type: ignore[union-attr]
+    return any(x.stride(dim) != 1 and x.shape[dim] > 1 for dim in dims or range(x.dim()))
 
 
 def _is_result_of(node: Node, producers: set[Node]) -> bool:

@@ -221,6 +221,16 @@ class Compile:
 
 
 @dataclass(frozen=True)
+class Float8:
+    enable: bool = False
+    """Compute the blocks' matrix products, forward and backward, in float8. Ada, Hopper and newer; meant for
+    compile.enable. The head stays as it is, and so do weights, optimizer and checkpoints."""
+    recipe_name: Literal["tensorwise", "rowwise"] = "tensorwise"
+    """How operands are scaled to float8's range. tensorwise: by one number, the fastest. rowwise: by one for each row,
+    which loses less where single tokens or channels are large."""
+
+
+@dataclass(frozen=True)
 class Kernels:
     rms_norm: KernelChoice = "auto"
     """RMSNorm and add + RMSNorm."""
@@ -361,6 +371,8 @@ class Config:
     """Memory against recomputation."""
     compile: Compile = field(default_factory=Compile)
     """torch.compile."""
+    float8: Float8 = field(default_factory=Float8)
+    """Matrix products in float8."""
     kernels: Kernels = field(default_factory=Kernels)
     """Triton kernels, one switch per operator."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -84,7 +84,11 @@ def description(
     passes = grad_accum_steps(training, degrees.data)
     yield "dry run", f"rank 0 of {size}, nothing computed; {config.model.flavor}, {parameter_count(shape):,} parameters"
     yield "mesh", f"{degrees.replicate} replicate x {degrees.shard} shard x {degrees.tensor} tensor"
-    yield "precision", f"{training.mixed_precision_param}, gradients summed in {training.mixed_precision_reduce}"
+    products = f", the blocks' products {config.float8.recipe_name} in float8" if config.float8.enable else ""
+    yield (
+        "precision",
+        f"{training.mixed_precision_param}{products}, gradients summed in {training.mixed_precision_reduce}",
+    )
     yield "kernels", "operators by their reference; a kernel may save less"
     yield (
         "tokens per step",

@@ -169,6 +169,12 @@ def check(plan: Plan) -> None:
         raise ConfigError(
             "training.enable_cpu_offload moves state to the host, which the planner does not count", "plan without it"
         )
+    if plan.config.float8.enable and plan.gpu.float8 is None:
+        raise ConfigError(
+            f"float8.enable is True, and {plan.gpu.name} has no float8 products",
+            f"turn it off, or plan for one of {', '.join(gpu.name for gpu in GPUS.values() if gpu.float8)}",
+            where="--gpu",
+        )
     if plan.attention not in plan.gpu.attention:
         raise ConfigError(
             f"no rate of attention {plan.attention!r} is known for {plan.gpu.name}",

@@ -26,6 +26,8 @@ def table(found: Estimate) -> list[str]:
     ]
     lines += _rows({k: v / _GIB for k, v in (found.memory_parts | found.beside_torch).items()}, "GiB", 2)
     mfus = ", ".join(f"{value:.1%} {name}" for name, value in found.mfu().items())
+    if found.plan.config.float8.enable:
+        mfus += ", of bfloat16's peak"
     lines += [
         "",
         f"{found.tokens_per_second:,.0f} tokens/s per GPU, step {found.time.seconds:.3f} s; MFU {mfus}",

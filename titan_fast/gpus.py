@@ -47,6 +47,8 @@ class Gpu:
     """What torch can have, as total_memory of torch.cuda.get_device_properties."""
     gemm: Rate
     """The best bf16 matrix product that was measured."""
+    float8: Rate | None
+    """The best float8 one, without the casts to it; None where the GPU has none."""
     bandwidth: Rate
     """Bytes read plus bytes written per second of a large copy."""
     attention: dict[str, AttentionRate]
@@ -87,6 +89,7 @@ GPUS: dict[str, Gpu] = {
         sms=108,
         memory=Rate(79.15 * _GIB, "torch's out-of-memory messages: 79.15 GiB total capacity"),
         gemm=Rate(271.2e12, f"{_MAMF}: 271.2 at 1024x10240x5120"),
+        float8=None,
         bandwidth=Rate(1.75e12, "86% of the data sheet's 2.04 TB/s, as BabelStream's copy finds"),
         attention={
             "flash": AttentionRate(
@@ -107,6 +110,7 @@ GPUS: dict[str, Gpu] = {
         sms=132,
         memory=Rate(79.1 * _GIB, "torch's out-of-memory messages: 79.10 GiB total capacity"),
         gemm=Rate(794.5e12, f"{_MAMF}: 794.5 at 2048x2048x13312"),
+        float8=Rate(1402.6e12, f"{_MAMF}: 1402.6"),
         bandwidth=Rate(3.0e12, "Dao-AILab/quack README: 3.0 of 3.35 TB/s"),
         attention=_H100_ATTENTION,
         nvlink=Rate(350e9, _BUSBW),
@@ -122,6 +126,7 @@ GPUS: dict[str, Gpu] = {
         gemm=Rate(
             635e12, "estimate: torchtitan's notes say the peak is between H100 NVL's 835 and SXM's; 0.8 of 794.5"
         ),
+        float8=Rate(1122e12, "estimate: 0.8 of H100 SXM, as its gemm"),
         bandwidth=Rate(2.15e12, "torchtitan's notes: HBM2e of 2.4 TB/s; 0.9 of it, as on H100 SXM"),
         attention={
             name: AttentionRate(0.8 * rate.forward, 0.8 * rate.backward, "estimate: 0.8 of H100 SXM, as its gemm")
@@ -138,6 +143,7 @@ GPUS: dict[str, Gpu] = {
         sms=132,
         memory=Rate(139.8 * _GIB, "torch's out-of-memory messages: 139.81 GiB total capacity"),
         gemm=Rate(794.5e12, f"{_MAMF}: the same as H100 SXM"),
+        float8=Rate(1402.6e12, "estimate: the same as H100 SXM, as its gemm"),
         bandwidth=Rate(4.3e12, "estimate: 0.9 of the data sheet's 4.8 TB/s, as on H100 SXM"),
         attention=_H100_ATTENTION,
         nvlink=Rate(350e9, _BUSBW),
@@ -151,6 +157,7 @@ GPUS: dict[str, Gpu] = {
         sms=148,
         memory=Rate(178.3 * _GIB, "newmind.ai's report on HGX B200: 178.36 GiB each"),
         gemm=Rate(1745e12, f"{_MAMF}: 1745 at 1792x16128x3072"),
+        float8=Rate(3490e12, "estimate: the part of the data sheet's 4500 that gemm is of its 2250"),
         bandwidth=Rate(6.0e12, "newmind.ai's report on HGX B200: over 6,000 GB/s device to device"),
         attention={
             "cudnn": AttentionRate(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_fast import canary, checkpointer, compilation, distributed, dry_step, out_of_memory, parallel
+from titan_fast import canary, checkpointer, compilation, distributed, dry_step, float8, out_of_memory, parallel
 from titan_fast.agreement import Agreed, Agreement
 from titan_fast.checkpoint import Progress, gather_data_state, own_data_state
 from titan_fast.checkpointer import Checkpointer
@@ -44,6 +44,7 @@ def train(config: Config) -> None:
     check_profiling(config.profiling, device)
     shape = model_shape(config.model)
     parallel.check(config, shape, degrees, device)
+    float8.check_device(config.float8, device)
     ops = build_ops(config.kernels, device, workload(config, shape, degrees))
     checkpointer.check(config, device)
     run_dir = open_run_directory(config)

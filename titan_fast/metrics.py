@@ -135,6 +135,8 @@ class MetricsLogger:
         name = torch.cuda.get_device_name(self.device)
         if self.config.training.mixed_precision_param == "float32":
             return None, "no MFU: the peaks listed are of bfloat16, and this run computes in float32"
+        if self.config.float8.enable:
+            return None, "no MFU: the peaks listed are of bfloat16, and most of this run's products are float8"
         peak = flops.known_peak(name)
         if peak is None:
             return None, flops.unknown_peak_sentence(name)

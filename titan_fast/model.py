@@ -69,6 +69,17 @@ class Norm(nn.Module):
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """A matrix of a block, without a bias; `ops` says in which precision it is multiplied with."""
+
+    def __init__(self, n_in: int, n_out: int, ops: Ops) -> None:
+        super().__init__(n_in, n_out, bias=False)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.linear(x, self.weight)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention.
 
@@ -79,8 +90,8 @@ class Attention(nn.Module):
     def __init__(self, shape: ModelShape, ops: Ops) -> None:
         super().__init__()
         self.head_dim, self.group, self.ops = shape.head_dim, shape.n_heads // shape.n_kv_heads, ops
-        self.qkv = nn.Linear(shape.dim, shape.qkv_dim, bias=False)
-        self.out = nn.Linear(shape.dim, shape.dim, bias=False)
+        self.qkv = Linear(shape.dim, shape.qkv_dim, ops)
+        self.out = Linear(shape.dim, shape.dim, ops)
 
     def forward(self, x: Tensor, rope: RopeTables, cache: KVCache | None = None) -> Tensor:
         return self.attend(self.qkv(x), rope, cache)
@@ -100,9 +111,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, shape: ModelShape, ops: Ops) -> None:
         super().__init__()
-        self.gate = nn.Linear(shape.dim, shape.ffn_dim, bias=False)
-        self.up = nn.Linear(shape.dim, shape.ffn_dim, bias=False)
-        self.down = nn.Linear(shape.ffn_dim, shape.dim, bias=False)
+        self.gate = Linear(shape.dim, shape.ffn_dim, ops)
+        self.up = Linear(shape.dim, shape.ffn_dim, ops)
+        self.down = Linear(shape.ffn_dim, shape.dim, ops)
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from titan_kernels.choice import Choice, choose, current_architecture
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from titan_fast import float8
 from titan_fast.config import Kernels
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
@@ -46,6 +47,8 @@ class Ops:
     """Norm and the matrices that follow it as one unit that saves no normalised activation; None: apart."""
     swiglu_linear: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     """SwiGLU and the down projection likewise."""
+    linear: Callable[[Tensor, Tensor], Tensor] = F.linear
+    """A block's matrix product: x [..., in], weight [out, in] -> [..., out]."""
     carry_residual: bool = False
     reasons: tuple[tuple[str, str, str], ...] = ()
     """(operator, choice, reason) for the log."""
@@ -68,6 +71,8 @@ class Workload:
     """Of activations on a GPU, which is where choices are by measurement."""
     pointwise: bool = False
     """Whether blocks compute again all but matrix products and attention."""
+    float8: str | None = None
+    """By which recipe blocks multiply in float8; None: not."""
 
     def sizes(self) -> dict[str, dict[str, int]]:
         """For each operator with a switch, the sizes of a call."""
@@ -180,12 +185,17 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload, archit
     backends, attention, why = _choose_attention(kernels.attention, device)
     chosen: dict[str, Any] = {"attention": attention_with(backends), "carry_residual": kernels.carry_residual}
     reasons = [("attention", attention, why)]
+    if workload.float8 is not None:
+        chosen["linear"] = float8.linear_with(workload.float8)
+        reasons.append(("linear", f"float8, {workload.float8}", "as configured; the head's product is not"))
     for operator, sizes in workload.sizes().items():
         choice = _choose_kernel(operator, kernels, architecture, workload, sizes)
         if operator == "reemit" and workload.tensor_degree > 1:
             choice = Choice("reference", "not with tensor parallelism")
         elif operator == "reemit" and workload.pointwise and kernels.reemit == "auto":
             choice = Choice("reference", "pointwise recomputation saves as much")
+        elif operator == "reemit" and workload.float8 is not None:
+            choice = Choice("reference", "its products are not float8")
         reasons.append((operator, choice.implementation, choice.reason))
         if choice.implementation == "triton":
             chosen |= {name: getattr(titan_kernels, name) for name in _FUNCTIONS[operator]}
@@ -202,6 +212,11 @@ def _variants(kernels: Kernels, workload: Workload) -> tuple[str, ...]:
 def _choose_kernel(
     operator: str, kernels: Kernels, architecture: str | None, workload: Workload, sizes: dict[str, int]
 ) -> Choice:
+    dtype = workload.dtype
+    if workload.float8 is not None and workload.compiled and operator != "cross_entropy":
+        dtype += (
+            " beside float8"  # whose casts the compiler fuses with the reference: no measurement without speaks for it
+        )
     try:
         return choose(
             operator,
@@ -210,7 +225,7 @@ def _choose_kernel(
             compiled=workload.loss_compiled if operator == "cross_entropy" else workload.compiled,
             interpreted=os.environ.get("TRITON_INTERPRET") == "1",
             shape=sizes,
-            dtype=workload.dtype,
+            dtype=dtype,
             variants=_variants(kernels, workload),
         )
     except ValueError as error:

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils._pytree import tree_map_only
 
-from titan_fast import activation_checkpoint, compilation, config
+from titan_fast import activation_checkpoint, compilation, config, float8
 from titan_fast.config import Config, MeshDegrees
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
@@ -78,6 +78,7 @@ def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: tor
     shards = uses_fsdp(settings, world, precision(settings.training, device))
     compilation.check(settings.compile, shards)
     check_optimizer(settings)
+    float8.check(settings, shape, tensor, precision(settings.training, device).param, device.type == "cuda")
     if settings.training.cuda_graph:
         check_cuda_graph(device, shards)
     if settings.loss.implementation == "torch":

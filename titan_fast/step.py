@@ -47,6 +47,7 @@ def workload(config: Config, shape: ModelShape, degrees: MeshDegrees) -> Workloa
         loss_compiled=bool(compiled & {"loss", "model"}),
         dtype=str(precision(config.training, torch.device("cuda")).param).removeprefix("torch."),
         pointwise=config.activation_checkpoint.mode == "pointwise",
+        float8=config.float8.recipe_name if config.float8.enable else None,
     )
 
 

@@ -68,7 +68,7 @@ class Segment:
 
 
 _ATEN = torch.ops.aten
-_GEMMS = {_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.addmm_}
+_GEMMS = {_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.addmm_, _ATEN._scaled_mm}
 _ATTENTION = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: False,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: True,
@@ -87,7 +87,7 @@ def operation_of(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Op
     """The Operation that a call of an ATen (or other) operator amounts to; None for views and bare allocations."""
     packet, namespace = func.overloadpacket, func.namespace
     if packet in _GEMMS:
-        return _gemm(packet, args)
+        return _gemm(packet, args, out)
     if packet in _ATTENTION:
         return _attention(func.__name__, args, _ATTENTION[packet])
     if namespace in ("c10d", "_c10d_functional", "_dtensor"):
@@ -101,12 +101,15 @@ def operation_of(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Op
     return Operation(kind, str(packet).removeprefix("aten."), nbytes)
 
 
-def _gemm(packet: Any, args: tuple) -> Operation:
-    left, right = [a for a in args if isinstance(a, Tensor)][-2:]
+def _gemm(packet: Any, args: tuple, out: Tensor) -> Operation:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    left, right = (
+        tensors[:2] if packet is _ATEN._scaled_mm else tensors[-2:]
+    )  # scales come last, what is added to first
     rows, columns, inner = left.shape[-2], right.shape[-1], left.shape[-1]
     batch = left.shape[0] if left.dim() == 3 else 1
     shape, size = (rows * batch, columns, inner), left.element_size()
-    nbytes = size * batch * (rows * inner + inner * columns + rows * columns)
+    nbytes = batch * (size * (rows + columns) * inner + out.element_size() * rows * columns)
     return Operation("gemm", packet.__name__, nbytes, 2.0 * batch * rows * columns * inner, shape, size)
 
 

@@ -93,13 +93,16 @@ class StepTime:
 def gemm_seconds(operation: Operation, gpu: Gpu, fitted: Fitted) -> float:
     """FLOPs at the rate for the shape, or bytes at the bandwidth where that takes longer."""
     rows, columns, _ = operation.shape
-    rate = fitted.gemm * gpu.gemm.value * _filled(rows, columns, gpu.sms) * _precision(operation.element_size)
+    rate = fitted.gemm * _best_rate(operation.element_size, gpu) * _filled(rows, columns, gpu.sms)
     return max(operation.flops / rate, operation.nbytes / (fitted.bandwidth * gpu.bandwidth.value))
 
 
-def _precision(element_size: int) -> float:
+def _best_rate(element_size: int, gpu: Gpu) -> float:
     """Tensor cores do float32 (as TF32) at half of bfloat16's rate on every GPU of the table."""
-    return 1.0 if element_size <= 2 else 0.5
+    if element_size == 1:
+        assert gpu.float8 is not None, "estimate.check refuses float8 on a GPU without it"
+        return gpu.float8.value
+    return gpu.gemm.value * (1.0 if element_size == 2 else 0.5)
 
 
 def _filled(rows: int, columns: int, sms: int) -> float:
