@@ -156,7 +156,7 @@ RANGES = {
     "optimizer.lr": (["-1", "nan", "inf"], ["0"]),
     "optimizer.beta1": (["1", "-0.1"], ["0", "0.999"]),
     "optimizer.beta2": (["1", "1.5"], ["0", "0.999"]),
-    "optimizer.eps": (["-1"], ["0"]),
+    "optimizer.eps": (["-1", "0"], ["1e-20"]),
     "optimizer.weight_decay": (["-1"], ["0"]),
     "lr_scheduler.warmup_steps": (["-1"], ["0"]),
     "lr_scheduler.total_steps": (["0"], ["1"]),
@@ -238,6 +238,14 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         (["--model.ffn_dim", "-4"], "ffn_dim -4 is not positive"),
         (["--activation_checkpoint.selective_ac_option", "ops"], "'ops' is neither a positive integer nor 'op'"),
         (["--activation_checkpoint.selective_ac_option", "0"], "'0' is neither a positive integer nor 'op'"),
+        (
+            ["--metrics.sample_tokens", "2049"],
+            "metrics.sample_tokens 2049 is beyond the 2048 tokens that debug is made",
+        ),
+        (
+            ["--checkpoint.load_step", "5", "--checkpoint.enable", "False"],
+            "checkpoint.load_step is 5, and checkpoint.enable False loads none",
+        ),
     ],
 )
 def test_combinations(argv: list[str], sentence: str) -> None:

@@ -550,6 +550,17 @@ def validate(config: Config) -> None:
             f"job.world_size is {config.job.world_size}, and without job.dry_run it is torchrun that decides that",
             "start that many processes with torchrun, or add --job.dry_run True",
         )
+    if config.metrics.sample_tokens > shape.max_seq_len:
+        problems.add(
+            f"metrics.sample_tokens {config.metrics.sample_tokens} is beyond the {shape.max_seq_len} tokens that "
+            f"{config.model.flavor} is made for",
+            "lower it",
+        )
+    if config.checkpoint.load_step != -1 and not config.checkpoint.enable:
+        problems.add(
+            f"checkpoint.load_step is {config.checkpoint.load_step}, and checkpoint.enable False loads none",
+            "enable checkpoints, or begin with its weights by checkpoint.initial_load_path",
+        )
     option = config.activation_checkpoint.selective_ac_option
     if option not in ("op", "attention") and not (option.isdecimal() and int(option) > 0):
         problems.add(
@@ -573,7 +584,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "optimizer.lr": (0, float("inf"), "0 or more"),
     "optimizer.beta1": (0, 0.9999999, "in [0, 1)"),
     "optimizer.beta2": (0, 0.9999999, "in [0, 1)"),
-    "optimizer.eps": (0, float("inf"), "0 or more"),
+    "optimizer.eps": (1e-30, float("inf"), "at least 1e-30"),  # a token not yet seen has 0 / (0 + eps)
     "optimizer.weight_decay": (0, float("inf"), "0 or more"),
     "lr_scheduler.warmup_steps": (0, float("inf"), "0 or more"),
     "lr_scheduler.total_steps": (1, float("inf"), "at least 1"),

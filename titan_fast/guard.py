@@ -92,7 +92,7 @@ class StepGuard:
         return NumericsError(
             f"the loss ({loss}) or the gradient (norm {norm}) of step {item.step} is not finite{in_a_row}, and was not "
             "applied",
-            "the newest checkpoint is sound; look at the data there, lower optimizer.lr or clip harder",
+            "no checkpoint has anything of it; look at the data there, lower optimizer.lr or clip harder",
             where=f"step {item.step}, {self._where(item)}",
         )
 
