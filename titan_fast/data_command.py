@@ -13,6 +13,7 @@ from pathlib import Path
 
 from titan_fast import config as configuration
 from titan_fast import run_history
+from titan_fast.checkpoint import checkpoints, read_state
 from titan_fast.config import Config, is_hub
 from titan_fast.corpus import RowLedger, open_corpus, stdlib_corpus
 from titan_fast.data import build_tokenizer, training_order
@@ -89,9 +90,11 @@ def prepare_folder(config: Config, out: Path, max_documents: int | None) -> None
 
 def step_documents(run_dir: Path, step: int, data_parallel_degree: int | None, characters: int) -> Iterator[str]:
     """`sample_documents` of a step, which is samples (step - 1) x global batch and on: ConfigError where the batch was
-    not always what it is now."""
+    not always what it is now, or the data was begun again."""
     if step < 1:
         raise ConfigError(f"--step is {step}, and the first step is 1", "change it")
+    if data_parallel_degree is not None and data_parallel_degree < 1:
+        raise ConfigError(f"--data-parallel-degree is {data_parallel_degree}, not at least 1", "change it")
     config = _config_of(run_dir)
     batch = _global_batch_size(config, data_parallel_degree)
     for record in run_history.read(run_dir / "metrics.jsonl"):
@@ -99,6 +102,14 @@ def step_documents(run_dir: Path, step: int, data_parallel_degree: int | None, c
             raise ConfigError(
                 f"after step {record['step']} the run had seen {record['tokens_seen']:,} tokens, which are not "
                 f"{record['step']} steps of {batch} x {config.training.seq_len}: its batch was another once",
+                "give --samples FIRST:LAST",
+                str(run_dir),
+            )
+    for saved, folder in checkpoints(run_dir / config.checkpoint.folder).items():
+        if (sample := read_state(folder)["data"].get("next_sample", saved * batch)) != saved * batch:
+            raise ConfigError(
+                f"after step {saved} the run's data stood at sample {sample:,}, which is not {saved} steps of {batch}: "
+                "it was begun again once",
                 "give --samples FIRST:LAST",
                 str(run_dir),
             )

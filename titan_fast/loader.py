@@ -144,7 +144,9 @@ class Loader:
         if differing := [key for key in wanted if state.get(key) != wanted[key]]:
             values = ", ".join(f"{key} was {state.get(key)!r} and is {wanted[key]!r}" for key in differing)
             raise CheckpointError(
-                f"the saved data position belongs to other data: {values}", "restore what it was, or start a new run"
+                f"the saved data position belongs to other data: {values}",
+                "restore what it was (held_out_every follows from [validation] enable and dataset_path), start a new "
+                "run, or begin the data again by --checkpoint.data_state reset",
             )
         self._restart({key: value for key, value in state.items() if key not in wanted})
 
