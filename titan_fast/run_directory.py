@@ -9,6 +9,7 @@ import tomli_w
 
 from titan_fast.config import Config, to_dict
 from titan_fast.errors import ConfigError
+from titan_fast.manifest import checkpoints
 from titan_fast.redaction import redacted
 
 CONFIG_NAME = "config.toml"
@@ -25,13 +26,24 @@ _DATA_KEYS = {"model": ("tokenizer_path",), **_FIXED_KEYS}
 
 def open_run_directory(config: Config) -> Path:
     """The folder `job.dump_folder`, made if need be and found writable; ConfigError where it is not, or where it holds
-    a run of another model or other data. Every process may call it, before there is a process group."""
+    a run of another model or other data, or one that this config would begin over. Every process may call it, before
+    there is a process group."""
     folder = Path(config.job.dump_folder)
     _check_writable(folder, "job.dump_folder")
     if config.checkpoint.enable:
         _check_writable(folder / config.checkpoint.folder, "checkpoint.folder")
-    differing = _differences(folder / CONFIG_NAME, config)
-    if differing:
+    before = _saved_config(folder / CONFIG_NAME)
+    kept = folder / before.get("checkpoint", {}).get("folder", config.checkpoint.folder)
+    goes_on = config.checkpoint.enable and kept == folder / config.checkpoint.folder
+    if checkpoints(kept) and not goes_on:
+        raise ConfigError(
+            f"job.dump_folder holds a run with checkpoints, and with checkpoint.enable {config.checkpoint.enable} and "
+            f"checkpoint.folder {config.checkpoint.folder!r} a new run would overwrite its history",
+            "choose another --job.dump_folder, or go back to its [checkpoint] enable and folder",
+            where=str(kept),
+        )
+    now, resets = redacted(to_dict(config)), config.checkpoint.data_state == "reset"
+    if before and (differing := differences(before, now, reset_data=resets)):
         raise ConfigError(
             f"job.dump_folder holds a run of another config: {'; '.join(differing)}",
             "choose another --job.dump_folder, or go back to these values; --checkpoint.data_state reset accepts what "
@@ -45,8 +57,10 @@ def _check_writable(folder: Path, key: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        try:
+            probe.write_bytes(bytes(4096))  # a full disk takes a name and no content
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
             f"{key} cannot be written: {error.strerror}", "choose another folder", where=str(folder)
@@ -60,14 +74,14 @@ def write_config(config: Config, folder: Path) -> None:
     temporary.replace(folder / CONFIG_NAME)
 
 
-def _differences(path: Path, config: Config) -> list[str]:
+def _saved_config(path: Path) -> dict[str, dict[str, Any]]:
+    """Its tables; none where there is no run yet."""
     if not path.exists():
-        return []
+        return {}
     try:
-        before = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"the run's saved config is damaged: {error}", "choose another folder", str(path)) from error
-    return differences(before, redacted(to_dict(config)), reset_data=config.checkpoint.data_state == "reset")
 
 
 def differences(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], reset_data: bool) -> list[str]:
