@@ -301,6 +301,7 @@ def test_failed_saves_are_tolerated_as_told(
     failing_save(monkeypatch, 2)
     runs.run(data, tmp_path / "a", **more)
     assert list(manifest.checkpoints(tmp_path / "a" / "checkpoint")) == [2, 8, 10]
+    assert not list((tmp_path / "a" / "checkpoint").glob(".writing-*")), "half a save takes room from the next"
     assert "disk full" in capsys.readouterr().out
     monkeypatch.undo()
     failing_save(monkeypatch, 3)
@@ -401,6 +402,8 @@ def test_the_command_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     weights, saved = safetensors.torch.load_file(tmp_path / "w.safetensors"), runs.tensors(runs.checkpoint(copy, 10))
     assert {f"model.{name}" for name in weights} == {name for name in saved if name.startswith("model.")}
     assert all(torch.equal(tensor, saved[f"model.{name}"]) for name, tensor in weights.items())
+    status, _, err = command(capsys, "export", str(copy), "--out", str(tmp_path / "nowhere" / "w.safetensors"))
+    assert status == 4 and err.startswith("titan_fast: cannot write: ")
     flip_a_bit(copy)
     status, out, err = command(capsys, "verify", str(copy))
     assert status == 4 and "DAMAGED: __0_0.distcp: sha256 mismatch" in out

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from titan_fast import loop, manifest
+from titan_fast.data_command import step_documents
 from titan_fast.errors import CheckpointError, ConfigError, TitanFastError
 from titan_fast.tokenizer import load_tokenizer
 
@@ -222,6 +223,19 @@ def test_other_data_is_refused_or_begun_again(data: Path, tmp_path: Path, capsys
     assert "begins again" not in said, "what can be continued is continued"
     state = json.loads((runs.checkpoint(tmp_path / "run", 8) / "state.json").read_text())
     assert state["data"]["next_sample"] == 4 * 2, "steps 5 to 8 of 2 sequences each"
+    with pytest.raises(ConfigError, match=r"after step 5 the run's data stood at sample 2, .* begun again"):
+        next(step_documents(tmp_path / "run", 8, 1, 80))
+
+
+def test_a_batch_that_follows_the_processes_is_warned_of(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.run(data, tmp_path / "run", training__steps=2)
+    status, output = torchrun(2, data, tmp_path / "run", [], training__steps=3)
+    assert status == 0, output
+    assert "a step was 2 sequences on 1 processes and is 4 on 2; --training.global_batch_size 2 keeps it" in output
+    runs.run(data, tmp_path / "run", training__steps=4, training__global_batch_size=4)
+    assert "WARNING" not in capsys.readouterr().out
 
 
 def test_another_seed_is_accepted_when_told(data: Path, tmp_path: Path) -> None:

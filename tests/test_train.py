@@ -1,7 +1,9 @@
 """The command itself: a small run from text to sample, and every wrong input's sentence and exit status."""
 
+import errno
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from titan_fast import loop
+from titan_fast import loop, run_history
 from titan_fast.config import parse
 from titan_fast.errors import NumericsError
 from titan_fast.generate import load_model
@@ -162,6 +164,46 @@ def test_a_dump_folder_that_is_a_file_is_refused(
     with pytest.raises(SystemExit) as stopped:
         run(arguments(text, tmp_path / "file" / "run"), monkeypatch)
     assert stopped.value.code == 2 and "job.dump_folder cannot be written" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_refused_at_once(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SystemExit) as stopped:
+        run(arguments(text, tmp_path / "run"), monkeypatch)
+    assert stopped.value.code == 2
+    assert "job.dump_folder cannot be written: No space left on device" in capsys.readouterr().err
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_disk_that_fills_up_is_one_line(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(record: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_history, "encode", full)
+    with pytest.raises(SystemExit) as stopped:
+        run(arguments(text, tmp_path), monkeypatch)
+    assert stopped.value.code == 4
+    assert "titan_fast: the disk is full: No space left on device; make room" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--checkpoint.enable=False", "--checkpoint.folder=other"])
+def test_a_run_with_checkpoints_is_not_begun_over(
+    option: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(arguments(text, tmp_path), monkeypatch)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        run(arguments(text, tmp_path, option), monkeypatch)
+    assert stopped.value.code == 2 and "a new run would overwrite its history" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_the_folder_of_another_run_is_left_alone(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from titan_fast import manifest
@@ -80,8 +81,9 @@ def export(path: Path, out: Path) -> list[str]:
         manifest.sync_file(temporary)
         temporary.replace(out)
         manifest.sync_folder(out.absolute().parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write: {error.strerror or error}", "name another --out", str(out)) from error
+    except (OSError, SafetensorError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot write: {what}", "name another --out, or make room", str(out)) from error
     finally:
         temporary.unlink(missing_ok=True)
     flavor = read_config(folder).get("model", {}).get("flavor")

@@ -33,7 +33,7 @@ from titan_fast.agreement import Agreement
 from titan_fast.checkpoint import Progress, cause, copy_tokenizer, load_tensors, read_config, read_state, tensors_of
 from titan_fast.config import Config, to_dict
 from titan_fast.distributed import World
-from titan_fast.errors import CheckpointError, ConfigError, NumericsError
+from titan_fast.errors import NO_ROOM, CheckpointError, ConfigError, NumericsError
 from titan_fast.masters import round_masters
 from titan_fast.redaction import redacted
 from titan_fast.run_directory import differences
@@ -41,7 +41,6 @@ from titan_fast.shards import local
 from titan_fast.signals import may_wait_longer, seconds_to_stop
 
 _SPARE_BYTES = 2**20  # beyond the tensors: the metadata, states, tokenizer
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 T = TypeVar("T")
 
@@ -224,7 +223,7 @@ class Checkpointer:
         self.check_lock()
         if not self.folder.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "the run directory is gone", str(self.folder.parent))
-        shutil.rmtree(temporary, ignore_errors=True)
+        manifest.clean(self.folder)  # what a failed save has left takes the room that this one needs
         temporary.mkdir(parents=True)
         free = shutil.disk_usage(temporary).free
         if free < need:
@@ -275,7 +274,7 @@ class Checkpointer:
         newest = [s for s, p in manifest.checkpoints(self.folder).items() if manifest.problem(p, False) is None][-1:]
         kept = f"the newest whole checkpoint is of step {newest[0]}" if newest else "there is no checkpoint yet"
         fix = error.fix if isinstance(error, CheckpointError) else ""
-        if any(word in what for word in ("disk full", *map(os.strerror, _NO_ROOM))):
+        if any(word in what for word in ("disk full", *map(os.strerror, NO_ROOM))):
             what += f": needs {need:,} bytes, has {have} bytes free"
             fix = "make room or choose another --job.dump_folder"
         what = f"the checkpoint could not be written: {what}"
@@ -289,7 +288,7 @@ class Checkpointer:
         except CheckpointError as error:
             outcome = None, f"rank {self.world.rank}: {error.what}", error.fix
         except OSError as error:
-            words = f"disk full ({cause(error)})" if error.errno in _NO_ROOM else cause(error)
+            words = f"disk full ({cause(error)})" if error.errno in NO_ROOM else cause(error)
             outcome = None, f"rank {self.world.rank}: {words}", ""
         outcomes: list[Any] = [None] * self.world.size
         try:
@@ -310,7 +309,7 @@ class Checkpointer:
         if path is None:
             return None
         state = read_state(path)
-        self._compare(read_config(path), path)
+        self._compare(read_config(path), state["world_size"], path)
         load_tensors(tensors_of(model, optimizer), path)
         round_masters(model)
         rng = path / f"rng-{self.world.rank}.safetensors"
@@ -319,8 +318,9 @@ class Checkpointer:
         self.saved_step = state["step"]
         return Progress(state["step"], state["tokens_seen"], state["elapsed_seconds"], state["data"])
 
-    def _compare(self, before: dict[str, dict[str, Any]], path: Path) -> None:
-        """CheckpointError where the run's mathematics is no longer the checkpoint's; other changes are noted."""
+    def _compare(self, before: dict[str, dict[str, Any]], world_size: int, path: Path) -> None:
+        """CheckpointError where the run's mathematics is no longer the checkpoint's; other changes are noted.
+        `world_size`: the checkpoint's."""
         now = redacted(to_dict(self.config))
         if refused := differences(before, now, reset_data=self.settings.data_state == "reset"):
             raise CheckpointError(
@@ -337,6 +337,12 @@ class Checkpointer:
         ]
         if changed:
             self._notes.append(f"changed since step {manifest_step(path)}: {', '.join(changed)}")
+        then, today = _global_batch_size(before, world_size), _global_batch_size(now, self.world.size)
+        if then != today:
+            self._notes.append(
+                f"WARNING: a step was {then} sequences on {world_size} processes and is {today} on {self.world.size}; "
+                f"--training.global_batch_size {then} keeps it"
+            )
 
     def _choose(self) -> Path | None:
         """The checkpoint that every rank will load: the main rank names candidates, all check them."""
@@ -427,6 +433,14 @@ class Checkpointer:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
+
+
+def _global_batch_size(tables: dict[str, dict[str, Any]], world_size: int) -> int:
+    """Sequences per optimizer step of a config, as tables, on so many processes."""
+    training = tables["training"]
+    if (asked := training["global_batch_size"]) != -1:
+        return asked
+    return training["local_batch_size"] * world_size // tables["parallelism"]["tensor_parallel_degree"]
 
 
 def manifest_step(path: Path) -> int:

@@ -1,5 +1,6 @@
 """The error contract: `titan_fast: <what> [<where>]; <what to do>` on one line, and an exit status per kind."""
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +8,9 @@ from functools import wraps
 from typing import NoReturn, ParamSpec
 
 P = ParamSpec("P")
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What a disk says that is full, or as good as that for this user or file."""
 
 
 class TitanFastError(Exception):
@@ -62,11 +66,17 @@ def fail(error: TitanFastError) -> NoReturn:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turns a TitanFastError raised inside into its line and its exit status; anything else keeps its traceback."""
+    """Turns a TitanFastError raised inside into its line and its exit status, and so a disk that is full, which may
+    show at any line of a log; anything else keeps its traceback."""
     try:
         yield
     except TitanFastError as error:
         fail(error)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = str(error.filename or "")
+        fail(CheckpointError(f"the disk is full: {error.strerror}", "make room and start again as before", where))
 
 
 def command(main: Callable[P, None]) -> Callable[P, None]:
