@@ -529,6 +529,13 @@ def test_the_verdict_names_who_is_behind() -> None:
 # Memory and compilers
 
 
+def test_out_of_memory_of_the_host_is_told_too(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "forward_backward", lambda *args: torch.empty(2**60))
+    with pytest.raises(OutOfMemory, match=r"out of memory: .*can't allocate memory") as caught:
+        runs.run(data, tmp_path / "run")
+    assert "--activation_checkpoint.mode selective" in str(caught.value) and "offload" not in str(caught.value)
+
+
 def test_out_of_memory_says_what_to_change(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*args: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")

@@ -131,6 +131,8 @@ def main() -> None:
     name = arguments.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, and there is none here", "take auto or cpu")
     device = torch.device(name)
     model, tokenizer, _ = load_model(Path(arguments.checkpoint), device)
     text = generate_text(model, tokenizer, arguments.prompt, arguments.max_new_tokens, sampling, device)

@@ -14,6 +14,7 @@ from titan_fast.parallel import precision, weights_kept
 GIB = 1024**3
 SMALL_CHUNK = 2048
 """Tokens whose logits are few, and still enough for the head's product to be fast."""
+_NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 class OutOfMemory(ConfigError):
@@ -25,7 +26,10 @@ def explained(config: Config, shape: ModelShape, degrees: MeshDegrees, device: t
     """Turns torch's error into OutOfMemory with the figures and what to change."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # On a GPU a class of its own; what the host cannot give is told from other errors by torch's words alone.
+        if not isinstance(error, torch.OutOfMemoryError) and _NO_HOST_MEMORY not in str(error):
+            raise
         state, lines = state_text(config, shape, degrees, device), advice(config, shape, degrees, device)
         raise OutOfMemory(
             f"out of memory: {_figures(device)}{str(error).splitlines()[0]}; {state}",
@@ -96,7 +100,7 @@ def advice(config: Config, shape: ModelShape, degrees: MeshDegrees, device: torc
         f"more devices in data_parallel_shard_degree (now {degrees.shard}) or tensor_parallel_degree (now "
         f"{degrees.tensor})"
     )
-    if not training.enable_cpu_offload:
+    if device.type == "cuda" and not training.enable_cpu_offload:
         lines.append("--training.enable_cpu_offload True: state in host memory, slow")
     if training.seq_len > 1:
         lines.append(f"--training.seq_len {training.seq_len // 2}")
