@@ -243,6 +243,10 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
             "metrics.sample_tokens 2049 is beyond the 2048 tokens that debug is made",
         ),
         (
+            ["--profiling.enable_profiling", "True", "--training.steps", "99"],
+            "profiling.profile_freq 100 is beyond the 99 steps of the run",
+        ),
+        (
             ["--checkpoint.load_step", "5", "--checkpoint.enable", "False"],
             "checkpoint.load_step is 5, and checkpoint.enable False loads none",
         ),

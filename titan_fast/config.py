@@ -561,6 +561,12 @@ def validate(config: Config) -> None:
             f"checkpoint.load_step is {config.checkpoint.load_step}, and checkpoint.enable False loads none",
             "enable checkpoints, or begin with its weights by checkpoint.initial_load_path",
         )
+    if config.profiling.enable_profiling and config.profiling.profile_freq > config.training.steps:
+        problems.add(
+            f"profiling.profile_freq {config.profiling.profile_freq} is beyond the {config.training.steps} steps of "
+            "the run, none of which would be traced",
+            "lower it",
+        )
     option = config.activation_checkpoint.selective_ac_option
     if option not in ("op", "attention") and not (option.isdecimal() and int(option) > 0):
         problems.add(
