@@ -11,6 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "titan_fast_test_inductor"))
+# Looked at once, in the first matrix product on a GPU: without it no later run of this process could be deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # The models here are so small that a second thread only waits, and on a busy machine for long.
 torch.set_num_threads(1)
 

@@ -1,10 +1,12 @@
 """Whole runs on a GPU, by the real entry: interrupted, they go on bit for bit in every way of keeping weights."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import runs
+import torch
 
 from titan_fast import loop
 
@@ -28,6 +30,13 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.prepare(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def only_here_deterministic() -> Iterator[None]:
+    """A run never takes `debug.deterministic` back."""
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("way", WAYS)
