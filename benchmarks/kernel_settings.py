@@ -60,7 +60,8 @@ class Setting:
         """The module and what to exchange in it. Every function that makes a launch is another one, or it would answer
         with what it made for other names."""
         module = importlib.import_module(f"titan_kernels.{self.module}")
-        makers = [name for name in vars(module) if name.endswith("_launch")]
+        # The compiler leaves modules under such names in what it has traced; they are no functions.
+        makers = [name for name, value in vars(module).items() if name.endswith("_launch") and callable(value)]
         return module, {name: self._changed(module, name) for name in makers} | self.names(module)
 
     def _changed(self, module: Any, maker: str) -> Callable[..., "Launch"]:
