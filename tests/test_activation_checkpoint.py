@@ -241,7 +241,11 @@ def test_bad_settings(words: str, sentence: str) -> None:
 
 
 def test_settings_that_would_do_nothing() -> None:
+    budget = ActivationCheckpoint("memory_budget")
     with pytest.raises(ConfigError, match=r"compile\.enable is False"):
-        activation_checkpoint.check(ActivationCheckpoint("memory_budget"), compiles=False, n_layers=2)
+        activation_checkpoint.check(budget, Compile(), n_layers=2)
+    with pytest.raises(ConfigError, match=r"compile\.components is norm loss"):
+        activation_checkpoint.check(budget, Compile(True, ("norm", "loss")), n_layers=2)
+    activation_checkpoint.check(budget, Compile(True, ("model",)), n_layers=2)
     with pytest.raises(ConfigError, match="3 is more than the model's 2 blocks"):
-        activation_checkpoint.check(ActivationCheckpoint("selective", "3"), compiles=False, n_layers=2)
+        activation_checkpoint.check(ActivationCheckpoint("selective", "3"), Compile(), n_layers=2)

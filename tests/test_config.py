@@ -247,6 +247,10 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
             "profiling.profile_freq 100 is beyond the 99 steps of the run",
         ),
         (
+            ["--training.dataset_config", "en"],
+            "training.dataset_config is 'en', and the data does not come from the hub",
+        ),
+        (
             ["--checkpoint.load_step", "5", "--checkpoint.enable", "False"],
             "checkpoint.load_step is 5, and checkpoint.enable False loads none",
         ),

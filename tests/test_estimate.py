@@ -175,7 +175,10 @@ def test_float8_products_are_faster_and_their_casts_are_counted() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--model.flavor debug --gpu h100 --gpus 8", ["unknown GPU 'h100'", "a100-80gb", "b200", "titan_fast/gpus.py"]),
+        (
+            "--model.flavor debug --gpu h100 --gpus 8",
+            ["unknown GPU 'h100'", "did you mean h100-sxm", "b200", "titan_fast/gpus.py"],
+        ),
         (f"{SMALL.replace('16', '12')}", ["12 GPUs are not whole nodes of 8"]),
         (f"{SMALL} --parallelism.tensor_parallel_degree 3", ["there are 16 processes"]),
         (f"{SMALL} --training.seq_len 255 --parallelism.tensor_parallel_degree 2", ["seq_len 255 is not divisible by"]),

@@ -98,12 +98,13 @@ def checkpoint_block(block: Block, make_policy: Callable[[], Policy] | None = No
     block.forward = forward  # type: ignore[method-assign]
 
 
-def check(settings: config.ActivationCheckpoint, compiles: bool, n_layers: int) -> None:
+def check(settings: config.ActivationCheckpoint, compiles: config.Compile, n_layers: int) -> None:
     """ConfigError where the mode cannot work, or would do nothing."""
-    if settings.mode == "memory_budget" and not compiles:
+    if settings.mode == "memory_budget" and not (compiles.enable and {"blocks", "model"} & set(compiles.components)):
+        why = f"compile.components is {' '.join(compiles.components)}" if compiles.enable else "compile.enable is False"
         raise ConfigError(
-            "activation_checkpoint.mode 'memory_budget' is the compiler's choice, and compile.enable is False",
-            "enable compile, or take pointwise, selective or full",
+            f"activation_checkpoint.mode 'memory_budget' is the choice of the blocks' compiler, and {why}",
+            "compile the blocks, or take pointwise, selective or full",
         )
     option = settings.selective_ac_option
     if settings.mode == "selective" and option not in SELECTIVE and int(option) > n_layers:

@@ -1,6 +1,7 @@
 """torch.compile: what is compiled, with which of Inductor's settings, and where its code is kept."""
 
 import dataclasses
+import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,13 @@ def check(settings: config.Compile, uses_fsdp: bool) -> None:
     """ConfigError for settings that contradict each other, or would do nothing."""
     if not settings.enable:
         return
+    if isinstance(settings.backend, str) and settings.backend not in torch._dynamo.list_backends(None):
+        known = sorted({*torch._dynamo.list_backends(), "aot_eager", "eager"})
+        close = difflib.get_close_matches(settings.backend, known, n=1)
+        raise ConfigError(
+            f"torch {torch.__version__} has no compile.backend {settings.backend!r}",
+            f"{f'did you mean {close[0]}? ' if close else ''}known: {', '.join(known)}",
+        )
     tuned = [name for name in ("coordinate_descent", "max_autotune") if getattr(settings, name)]
     if tuned and settings.backend != "inductor":
         raise ConfigError(

@@ -567,6 +567,11 @@ def validate(config: Config) -> None:
             "the run, none of which would be traced",
             "lower it",
         )
+    if config.training.dataset_config is not None and not is_hub(config.training):
+        problems.add(
+            f"training.dataset_config is {config.training.dataset_config!r}, and the data does not come from the hub",
+            "leave it out, or name the hub's data set with training.dataset and no dataset_path",
+        )
     option = config.activation_checkpoint.selective_ac_option
     if option not in ("op", "attention") and not (option.isdecimal() and int(option) > 0):
         problems.add(

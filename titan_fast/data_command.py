@@ -42,6 +42,8 @@ def main() -> None:
     showing.add_argument("--data-parallel-degree", type=int, help="of the run, where its config does not say")
     showing.add_argument("--characters", type=int, default=160, help="how much of each document's text to print")
     options, rest = parser.parse_known_args()
+    if options.command == "show" and options.characters < 1:
+        raise ConfigError(f"--characters is {options.characters}, not at least 1", "change it")
     if options.command == "prepare":
         prepare_folder(configuration.parse(rest), options.out, options.max_documents)
     else:

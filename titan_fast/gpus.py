@@ -176,7 +176,8 @@ GPUS: dict[str, Gpu] = {
 def known_gpu(name: str) -> Gpu:
     """The entry of GPUS; ConfigError lists them all."""
     if name not in GPUS:
-        close = difflib.get_close_matches(name.lower(), GPUS, n=1)
+        close = [known for known in GPUS if known.startswith(name.lower())]
+        close = close or difflib.get_close_matches(name.lower(), GPUS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ConfigError(
             f"unknown GPU {name!r}",

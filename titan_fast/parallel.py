@@ -72,7 +72,7 @@ def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: tor
             f"training.seq_len {seq_len} is not divisible by tensor_parallel_degree {tensor}, which cuts sequences too",
             "change one of them",
         )
-    activation_checkpoint.check(settings.activation_checkpoint, settings.compile.enable, shape.n_layers)
+    activation_checkpoint.check(settings.activation_checkpoint, settings.compile, shape.n_layers)
     check_single_device(settings, degrees, precision(settings.training, device))
     world = degrees.data * tensor
     shards = uses_fsdp(settings, world, precision(settings.training, device))
