@@ -96,7 +96,7 @@ def torchrun(processes: int, *words: str, **options: Any) -> "subprocess.Popen[s
     )  # fmt: skip
 
 
-def finish(process: "subprocess.Popen[str]", limit_seconds: float = 90) -> str:
+def finish(process: "subprocess.Popen[str]", limit_seconds: float = 240) -> str:
     """Its output; past the limit its whole process group is killed and the test fails."""
     import signal
 

@@ -48,7 +48,7 @@ def start(
     )  # fmt: skip
 
 
-def wait_for(condition: Any, limit_seconds: float = 60.0) -> None:
+def wait_for(condition: Any, limit_seconds: float = 180.0) -> None:
     give_up = time.monotonic() + limit_seconds
     while not condition():
         assert time.monotonic() < give_up, "it did not come to that"

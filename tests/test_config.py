@@ -2,10 +2,8 @@
 
 import ast
 import dataclasses
-import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -349,19 +347,25 @@ def train(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def test_help_is_complete_and_quick() -> None:
-    seconds = math.inf
-    for _ in range(3):  # the best of three: the machine may be busy with something else
-        started = time.perf_counter()
-        result = train("--help")
-        seconds = min(seconds, time.perf_counter() - started)
-        if seconds < 3:
-            break
+def test_help_is_complete() -> None:
+    result = train("--help")
     assert result.returncode == 0
-    assert seconds < 3
     assert [key for key in known_keys() if f"--{key}" not in result.stdout] == []
     assert "Peak learning rate." in result.stdout
     assert "--config FILE" in result.stdout
+
+
+def test_help_does_without_what_takes_seconds_to_import() -> None:
+    code = """
+import runpy, sys
+sys.argv = ["train", "--help"]
+try:
+    runpy.run_module("titan_fast.train", run_name="__main__")
+except SystemExit as end:
+    sys.exit(f"{end.code} {sorted({'torch', 'datasets', 'triton'} & set(sys.modules))}")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stderr.strip() == "0 []"
 
 
 def test_a_mistake_is_one_line_and_status_2() -> None:

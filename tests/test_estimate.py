@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.estimate_errors import FITTED_ROWS, HELD_OUT, MEMORY_ROWS, OUTPUT, counted, plan_of, timed
+from titan_fast import compiled_graph
 from titan_fast import estimate as planner
 from titan_fast.advice import scaling, search
 from titan_fast.errors import ConfigError
 from titan_fast.estimate import Estimate, Plan, estimate
+from titan_fast.float8 import FORWARD, rounded
 from titan_fast.gpus import GPUS, calibrated, known_gpu
 from titan_fast.step_record import Group, Operation, Segment
 from titan_fast.step_time import FITTED, FSDP_HOST, Fitted, Network, collective_seconds, gemm_seconds, step_time
@@ -153,23 +158,28 @@ def test_compiled_step_moves_fewer_bytes_and_is_traced(small: Estimate) -> None:
     assert compiled.time.seconds < small.time.seconds
 
 
-def test_float8_products_are_faster_and_their_casts_are_counted() -> None:
-    """At least, by hand, of a compiled block: a weight is read for its scale and for its casts, two bytes an element
-    each, and written in two layouts; a gradient is read once and written twice even where all else is fused."""
-    options = f"{SMALL} --compile.enable True --activation_checkpoint.mode none"
-    plain, eighths = (estimate(plan(f"{options} --float8.enable {on}")) for on in (False, True))
-    products = [o for s in eighths.segments if s.unit == "block 1" for o in s.operations if o.kind == "gemm"]
-    assert {o.element_size for o in products} == {1} and len(products) == 15
-    theirs = [o for s in plain.segments if s.unit == "block 1" for o in s.operations if o.kind == "gemm"]
-    assert sum(o.flops for o in products) == sum(o.flops for o in theirs)
-    moved, before = (
-        sum(o.nbytes for s in e.segments if s.unit == "block 1" for o in s.operations if o.kind == "memory")
-        for e in (eighths, plain)
-    )
-    shape, tokens = plain.plan.shape, 8 * 256
-    gradients = tokens * (shape.qkv_dim + 2 * shape.dim + 2 * shape.ffn_dim)
+def test_float8_products_are_counted_as_such() -> None:
+    found = estimate(plan(f"{SMALL} --compile.enable True --float8.enable True"))
+    products = [o for s in found.segments if s.unit == "block 1" for o in s.operations if o.kind == "gemm"]
+    shape, tokens = found.plan.shape, 8 * 256
     weights = shape.dim * (shape.qkv_dim + shape.dim + 3 * shape.ffn_dim)
-    assert moved - before > 4 * gradients + 6 * weights
+    assert {o.element_size for o in products} == {1} and len(products) == 15
+    assert sum(o.flops for o in products) == 6 * weights * tokens
+
+
+@pytest.mark.parametrize(("recipe", "passes"), [("tensorwise", 2), ("rowwise", 1)])
+def test_one_scale_for_a_tensor_is_a_pass_of_its_own(recipe: str, passes: int) -> None:
+    """It is there when all has been read, which is then read again to be cast; a row's scale is there in time."""
+
+    def cast_and_multiply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        eighths = rounded(x.exp(), FORWARD, recipe)
+        return torch._scaled_mm(eighths.values, weight.t(), eighths.scale, scale, out_dtype=torch.bfloat16)
+
+    x, weight = torch.ones(64, 32, dtype=torch.bfloat16), torch.ones(48, 32).to(FORWARD)
+    scale = torch.ones(()) if recipe == "tensorwise" else torch.ones(1, 48)
+    graph = make_fx(cast_and_multiply, tracing_mode="fake")(x, weight, scale)
+    moved = sum(o.nbytes for o in compiled_graph.Plan.of(graph, backward=False).operations if o.kind == "memory")
+    assert moved == pytest.approx(passes * x.nbytes + x.numel(), abs=3 * 4 * 64)  # and the scales, 4 bytes each
 
 
 @pytest.mark.parametrize(

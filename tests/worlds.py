@@ -40,7 +40,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_world(size: int, tasks: Sequence[Task], folder: Path, limit_seconds: float = 200) -> dict[str, list[Any]]:
+def run_world(size: int, tasks: Sequence[Task], folder: Path, limit_seconds: float = 500) -> dict[str, list[Any]]:
     """Starts `size` processes that run the tasks one after another; {task name: each rank's result}.
 
     A task that raises leaves `Failed` and ends its world, since the other ranks may wait for it; later tasks are
@@ -73,7 +73,7 @@ def _rank(rank: int, size: int, port: int, tasks: list[Task], folder: Path) -> N
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    with start(Comm(init_timeout_seconds=60), CPU) as world:
+    with start(Comm(init_timeout_seconds=200), CPU) as world:
         for task in tasks:
             try:
                 result = task.function(world, *task.arguments)

@@ -224,7 +224,8 @@ class _Analysis:
         """The kernel that makes `node`: an earlier one of the same place and size that shares something, or its own."""
         reads = self._reads(node)
         numel = max((_numel(source) for source in reads | {node}), default=0)
-        fresh = _Kernel(depths[node], numel, reads, {node}, node not in self.from_gradient)
+        depth = depths[node] - (node in self.barriers)  # with what it needs; what needs it comes after
+        fresh = _Kernel(depth, numel, reads, {node}, node not in self.from_gradient)
         for kernel in kernels:
             shares = kernel.reads & reads or kernel.writes & reads
             if kernel.depth == fresh.depth and kernel.numel == numel and shares:
