@@ -415,7 +415,7 @@ def test_a_full_disk_on_one_rank_ends_all_with_the_figures(data: Path, tmp_path:
         assert re.search(r"needs [\d,]+ bytes, has [\d,]+ bytes free", sentence)
         assert str(tmp_path / "run" / "checkpoint") in sentence and "newest whole checkpoint is of step 5" in sentence
     assert whole_steps(tmp_path / "run") == [5]
-    assert time.monotonic() - began < 90
+    assert time.monotonic() - began < 200
 
 
 def test_a_removed_folder_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,7 +503,7 @@ def test_a_slow_rank_is_told_and_a_hanging_one_is_named(data: Path, tmp_path: Pa
     wait_for(lambda: max(runs.losses(tmp_path / "run"), default=0) >= 59, 90)
     began = time.monotonic()
     output = runs.finish(process, 60)
-    assert time.monotonic() - began < 12 + 8, "the verdict within the limit; torchrun needs a moment to end"
+    assert time.monotonic() - began < 12 + 30, "the verdict within the limit; torchrun needs a moment to end"
     assert process.returncode != 0 and "exitcode  : 6" in output, output
     ratio = re.search(r"straggler: rank 1 works .*: (\d+\.\d) times as long", output)
     assert ratio is not None and float(ratio[1]) >= watchdog.STRAGGLER_RATIO, output
