@@ -23,8 +23,8 @@ ROWWISE = pytest.param(
     "rowwise", marks=pytest.mark.skipif(not float8.cpu_has_rowwise(), reason="this torch scales by rows on CUDA only")
 )
 RECIPES = ("tensorwise", ROWWISE)
-# A mantissa of m bits is off by 2^-(m + 1) at most, and by 2^-(m + 2) as a root mean square over random values, or a
-# little more. Two independent operands of a product add in squares, whatever its inner size.
+# A mantissa of m bits is off by 2^-(m + 1) at most, and as a root mean square over random values by a little less than
+# 2^-(m + 2). Two independent operands of a product add in squares, whatever its inner size.
 ROUNDING = {torch.float8_e4m3fn: 2.0**-5, torch.float8_e5m2: 2.0**-4}
 SHAPE = dataclasses.replace(LLAMA3, dim=64, n_heads=4, n_kv_heads=2, ffn_dim=96)
 ON = {"float8.enable": True}

@@ -1,6 +1,7 @@
 """Settings: frozen dataclasses, read from a TOML file and the command line. `--help` is made from the docstrings here.
 
-Tables and keys are torchtitan 0.2's where it has them, but `comm.timeout_seconds` and what `compile.components` takes.
+Tables and keys are torchtitan 0.2's where it has them, but `comm.timeout_seconds`, what `compile.components` takes, and
+`[float8]`, which there is `[quantize.linear.float8]` with a converter to be named.
 `parse` checks names, types and every rule that needs no device; what depends on the number of processes is checked by
 `mesh_degrees` as soon as that is known.
 """
