@@ -8,8 +8,8 @@ its largest magnitude to the format's largest, found anew each time; sums are fl
 of the result. By `recipe_name` the scale is one number, or one for every row (Micikevicius et al. 2022,
 arXiv:2209.05433; the recipes are torchao's). Weights, gradients and all that is not a block's product stay as they are.
 
-The casts are plain PyTorch, for the compiler to fuse with what makes their input: uncompiled they cost more than the
-products save.
+The casts are plain PyTorch, for the compiler to fuse with what makes their input: uncompiled each is several passes
+over memory, in float32.
 """
 
 from collections.abc import Callable
