@@ -2,9 +2,9 @@
 
 A list of JSON objects: {"what": ..., "rank": 1, "step": 5, "attempt": 0, ...}; "attempt" is torchrun's restart count,
 null for any. What: kill, signal (name), sleep (seconds), slow (seconds, from that step on), nan, raise_out_of_memory,
-kill_in (a function "module:name" and "call", which call of it), file_limit (bytes), remove (path), ledger (path: each
-step's tokens are appended to it, by rank), dump (path: what the run resumed from, whole, before its first step), blind
-(this rank sees no manifest, as on a stale network file system).
+kill_in (a function "module:name" and "call", which call of it), file_limit (bytes; ends before step "until"), remove
+(path), ledger (path: each step's tokens are appended to it, by rank), dump (path: what the run resumed from, whole,
+before its first step), blind (this rank sees no manifest, as on a stale network file system).
 """
 
 import importlib
@@ -33,6 +33,8 @@ def happen(fault: dict[str, Any], step: int) -> None:
     what = fault["what"]
     if what == "slow" and step >= fault["step"]:
         time.sleep(fault["seconds"])
+    if what == "file_limit" and step == fault.get("until"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     if step != fault.get("step"):
         return
     if what == "kill":

@@ -418,6 +418,21 @@ def test_a_full_disk_on_one_rank_ends_all_with_the_figures(data: Path, tmp_path:
     assert time.monotonic() - began < 200
 
 
+def test_a_disk_that_is_full_for_a_while_costs_no_line(data: Path, tmp_path: Path) -> None:
+    faults = [{"what": "file_limit", "step": 4, "until": 8, "bytes": 100}]
+    tensorboard = {"metrics__enable_tensorboard": True, "checkpoint__interval": 100}
+    process = start(1, data, tmp_path / "run", faults, **tensorboard)
+    output = runs.finish(process)
+    assert process.returncode == 0, output
+    log = tmp_path / "run" / "train.log"
+    assert output.count(f"{log} cannot be written: File too large; the run goes on") == 1
+    assert output.count(f"{log} is written again") == 1 and "TensorBoard's events cannot be written" in output
+    assert list(runs.losses(tmp_path / "run")) == list(range(1, 11))
+    shown = [line for line in output.splitlines() if line.startswith("step ")]
+    assert [line[20:] for line in log.read_text().splitlines() if line[20:].startswith("step ")] == shown
+    assert whole_steps(tmp_path / "run") == [10]
+
+
 def test_a_removed_folder_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     true_step = loop.Run.step
 

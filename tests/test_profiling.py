@@ -139,3 +139,11 @@ def test_memory_snapshot_on_a_gpu(tmp_path: Path) -> None:
         profiler.step()
     assert (tmp_path / "memory_snapshot" / "step-1" / "rank-0.pickle").stat().st_size > 0
     assert (tmp_path / "profile_traces" / "step-1" / "key_averages.txt").exists()
+
+
+def test_a_trace_that_cannot_be_written_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "profile_traces").touch()  # a file where the folder should be
+    run(Profiler(Profiling(enable_profiling=True, profile_freq=2), tmp_path, 0), 1, 4)
+    assert [record.message.rpartition(": ")[0] for record in caplog.records] == [
+        f"WARNING: {tmp_path}/profile_traces/step-{step} cannot be written" for step in (2, 4)
+    ]

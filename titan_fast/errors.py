@@ -67,7 +67,7 @@ def fail(error: TitanFastError) -> NoReturn:
 @contextmanager
 def reported() -> Iterator[None]:
     """Turns a TitanFastError raised inside into its line and its exit status, and so a disk that is full, which may
-    show at any line of a log; anything else keeps its traceback."""
+    show in whatever is written; anything else keeps its traceback."""
     try:
         yield
     except TitanFastError as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from titan_fast.config import Training, is_hub
 from titan_fast.errors import NumericsError
+from titan_fast.log_file import LogFile
 
 WINDOW, LEAST, DEVIATIONS = 128, 32, 6.0
 """A spike is this many standard deviations above the mean of the last WINDOW losses, of which there must be LEAST."""
@@ -31,7 +32,7 @@ class StepGuard:
 
     def __init__(self, training: Training, device: torch.device, run_dir: Path, is_main: bool) -> None:
         self.limit = 0 if training.on_nonfinite == "stop" else training.max_skipped_steps
-        self.path = run_dir / FILE_NAME
+        self._file = LogFile(run_dir / FILE_NAME)
         self.run_dir, self.is_main, self._is_stream = run_dir, is_main, is_hub(training)
         self.skipped = 0
         """Steps of this process that were not applied, as far as the host has looked."""
@@ -109,5 +110,4 @@ class StepGuard:
             return
         numbers = {"loss": loss, "grad_norm": norm, **more}
         strict = {key: value if math.isfinite(value) else str(value) for key, value in numbers.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": item.step, "what": what, **strict, "data": item.position}) + "\n")
+        self._file.write(json.dumps({"step": item.step, "what": what, **strict, "data": item.position}) + "\n")

@@ -6,17 +6,19 @@ Rank 0 speaks; on the others every method does nothing. Only `log` may wait for 
 import atexit
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import torch
 
 from titan_fast import flops, run_history
 from titan_fast.config import Config, to_dict
+from titan_fast.errors import NO_ROOM
 from titan_fast.flavors import ModelShape
+from titan_fast.log_file import LogFile
 from titan_fast.redaction import redact, redacted
 from titan_fast.run_history import Record
 from titan_fast.training_clock import TrainingClock
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 MFU_FORMULA: flops.Formula = "titan"
+LOSS_CURVE = "loss_curve.png"
 GIB = 1024**3
 
 
@@ -114,16 +117,14 @@ class MetricsLogger:
         self.peak, self.mfu_note = self._peak()
         self.metrics_path = run_dir / "metrics.jsonl"
         self._writer: SummaryWriter | None = None
+        self._writes_tensorboard = config.metrics.enable_tensorboard
         self._progress: Progress | None = None
-        self._log_file: TextIO | None = None
-        self._metrics_file: TextIO | None = None
+        self._log_file, self._metrics_file = LogFile(run_dir / "train.log"), LogFile(self.metrics_path)
         if is_main:
             self._open()
 
     def _open(self) -> None:
-        self._log_file = (self.run_dir / "train.log").open("a", encoding="utf-8", buffering=1)
         cut = run_history.keep_until(self.metrics_path, self.start_step)
-        self._metrics_file = self.metrics_path.open("a", encoding="utf-8", buffering=1)
         atexit.register(self.close)
         if cut:
             self.say(f"metrics.jsonl: {cut} lines after step {self.start_step}, where this run starts, are cut off")
@@ -156,11 +157,15 @@ class MetricsLogger:
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            encoding = sys.stdout.encoding or "utf-8"  # a console that is not UTF-8 must not end a run
-            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)  # noqa: T201
-        if self._log_file is not None:
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-            self._log_file.writelines(f"{stamp} {line}\n" for line in text.split("\n"))
+            # Neither a console that is not UTF-8 nor a full disk behind it ends a run. A reader that is gone does.
+            encoding = sys.stdout.encoding or "utf-8"
+            try:
+                print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)  # noqa: T201
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._log_file.write("".join(f"{stamp} {line}\n" for line in text.split("\n")))
 
     def start(self, lines: list[tuple[str, str]]) -> None:
         """The start-up block: `lines` (label, value), then what the numbers of the log lines mean. The first window
@@ -261,17 +266,33 @@ class MetricsLogger:
 
     def _write(self, record: Record) -> None:
         """To metrics.jsonl and TensorBoard."""
-        assert self._metrics_file is not None
         self._metrics_file.write(run_history.encode(record))
-        if (writer := self._tensorboard()) is not None:
+
+        def add(writer: "SummaryWriter") -> None:
             for name, value in record.items():
                 if name != "step" and value is not None:
                     writer.add_scalar(name, value, record["step"])
 
-    def _tensorboard(self) -> "SummaryWriter | None":
+        self._to_tensorboard(add)
+
+    def _to_tensorboard(self, add: Callable[["SummaryWriter"], None]) -> None:
+        """A disk that refuses ends what TensorBoard shows of this process, not the process."""
+        if not self._writes_tensorboard:
+            return
+        try:
+            add(self._tensorboard())
+        except OSError as error:
+            self._writes_tensorboard = False
+            self._close_tensorboard()
+            self.say(
+                f"WARNING: TensorBoard's events cannot be written: {error.strerror}; they end here, metrics.jsonl goes "
+                "on"
+            )
+
+    def _tensorboard(self) -> "SummaryWriter":
         """The writer, made when first needed: its import takes 0.2 s, from a cold disk 1.6 s, which the first line need
         not wait for and no step is charged with."""
-        if self._writer is None and self.config.metrics.enable_tensorboard:
+        if self._writer is None:
             import tomli_w
 
             with self.clock.pause():
@@ -301,8 +322,7 @@ class MetricsLogger:
             return
         text = printable(text)
         self.say(aligned([(f"{self._step(step)}  sample", text)]))
-        if (writer := self._tensorboard()) is not None:
-            writer.add_text("sample", _code(text), step)
+        self._to_tensorboard(lambda writer: writer.add_text("sample", _code(text), step))
 
     def finish(self) -> None:
         """Draws loss_curve.png, says the summary and closes everything."""
@@ -311,8 +331,11 @@ class MetricsLogger:
         self._stop_progress()
         records = run_history.read(self.metrics_path)
         if run_history.losses(records):
-            model = self.config.model.flavor
-            run_history.draw_loss_curve(records, self.run_dir / "loss_curve.png", self.config.job.description or model)
+            title = self.config.job.description or self.config.model.flavor
+            try:
+                run_history.draw_loss_curve(records, self.run_dir / LOSS_CURVE, title)
+            except OSError as error:
+                self.say(f"WARNING: {LOSS_CURVE} cannot be written: {error.strerror}")
         self.say(aligned(self._summary(records)))
         self.close()
 
@@ -342,7 +365,7 @@ class MetricsLogger:
         if self.totals.steps:
             lines.extend(self._speed())
         lines.append(("run directory", str(self.run_dir.absolute())))
-        files = ["train.log", "metrics.jsonl"] + ["loss_curve.png"] * bool(train)
+        files = ["train.log", "metrics.jsonl"] + [LOSS_CURVE] * bool(train)
         if self._writer is not None:
             files.append(f"{self.config.metrics.save_tb_folder}/ (tensorboard --logdir {self.run_dir})")
         lines.append(("", ", ".join(files)))
@@ -371,16 +394,18 @@ class MetricsLogger:
             self._progress.stop()
             self._progress = None
 
+    def _close_tensorboard(self) -> None:
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
+            self._writer = None
+
     def close(self) -> None:
         """Puts the terminal in order and closes the files; also at the process's end, whatever ended it."""
         self._stop_progress()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        for file in (self._log_file, self._metrics_file):
-            if file is not None:
-                file.close()
-        self._log_file = self._metrics_file = None
+        self._close_tensorboard()
+        self._log_file.close()
+        self._metrics_file.close()
         atexit.unregister(self.close)
 
 

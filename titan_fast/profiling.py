@@ -6,6 +6,7 @@
 <run directory>/memory_snapshot/step-123-out-of-memory/...  the same when memory ran out in step 123
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from titan_fast.config import Profiling
 from titan_fast.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 3  # profiled and thrown away: the profiler's own start is slow
 SNAPSHOT_EVENTS = 100_000  # allocations and frees, the newest
@@ -102,12 +105,13 @@ class Profiler:
 
     def _write_trace(self, trace: profile) -> None:
         folder = self.traces / f"step-{self.steps_done}"
-        folder.mkdir(parents=True, exist_ok=True)
-        trace.export_chrome_trace(str(folder / f"rank-{self.rank}.json.gz"))
-        if self.rank == 0:
-            key = "self_cuda_time_total" if ProfilerActivity.CUDA in trace.activities else "self_cpu_time_total"
-            table = trace.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=80)
-            (folder / "key_averages.txt").write_text(table, encoding="utf-8")
+        with _not_ending_the_run(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            trace.export_chrome_trace(str(folder / f"rank-{self.rank}.json.gz"))
+            if self.rank == 0:
+                key = "self_cuda_time_total" if ProfilerActivity.CUDA in trace.activities else "self_cpu_time_total"
+                table = trace.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=80)
+                (folder / "key_averages.txt").write_text(table, encoding="utf-8")
 
 
 @contextmanager
@@ -128,5 +132,14 @@ def memory_history(profiling: Profiling, run_dir: Path, rank: int, where: Callab
 
 
 def _write_snapshot(folder: Path, rank: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.cuda.memory._dump_snapshot(str(folder / f"rank-{rank}.pickle"))
+    with _not_ending_the_run(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(folder / f"rank-{rank}.pickle"))
+
+
+@contextmanager
+def _not_ending_the_run(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        logger.warning(f"WARNING: {folder} cannot be written: {error.strerror}; the run goes on without it")

@@ -1,0 +1,60 @@
+"""A file of lines that a run adds to, and that a failing disk does not end the run by."""
+
+import logging
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_MOST_WAITING = 2**26  # bytes
+
+
+class LogFile:
+    """Lines at the end of the file at `path`, each on its way to the disk when `write` returns.
+
+    What the disk refuses waits in memory, the newest 64 MiB of it, and is written with the first line that it takes
+    again. The console is told of both.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: FileIO | None = None
+        self._waiting = b""
+        self._told = False
+
+    def write(self, text: str) -> None:
+        """Adds `text`, whole lines."""
+        self._waiting = (self._waiting + text.encode("utf-8", "backslashreplace"))[-_MOST_WAITING:]
+        try:
+            self._file = self._file or FileIO(self.path, "a")
+            while self._waiting:  # a full disk may take a part
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            self._let_go()  # another handle may work where this one is stale
+            if not self._told:
+                logger.warning(
+                    f"WARNING: {self.path} cannot be written: {error.strerror}; the run goes on, and its lines wait in "
+                    "memory until the disk takes them"
+                )
+            self._told = True
+        else:
+            if self._told:
+                logger.warning(f"{self.path} is written again, with the lines that waited")
+            self._told = False
+
+    def close(self) -> None:
+        """Tries once more to write what waits."""
+        if self._waiting:
+            self.write("")
+        if self._waiting:
+            lost = self._waiting.count(b"\n")
+            logger.warning(f"WARNING: {self.path} lacks the last {lost} lines, which the disk has refused")
+            self._waiting = b""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
