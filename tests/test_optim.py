@@ -1,6 +1,7 @@
 """Learning rates, parameter groups, clipping, and the step that a non-finite gradient may not take."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from shapes import LLAMA3
 
 from titan_fast.config import LrScheduler, Optimizer
 from titan_fast.model import Llama, init_weights
-from titan_fast.optim import build_optimizer, clip_grad_norm_, learning_rate, step_unless
+from titan_fast.optim import build_optimizer, clip_grad_norm_, describe_schedule, learning_rate, step_unless
 
 
 def test_schedule_warms_up_holds_and_decays() -> None:
@@ -87,3 +88,16 @@ def test_a_bad_step_changes_nothing(implementation: str) -> None:
         gradient(parameter).fill_(1.0)
     step_unless(optimizer, torch.tensor(0.0))
     assert not any(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "words"),
+    [
+        ({}, 100, "3.00e-04 after 20 warm-up steps, cosine to 3.00e-05 at step 100"),
+        ({"warmup_steps": 0, "decay_ratio": 0.0}, 100, "3.00e-04, stable to step 100"),
+        ({"decay_ratio": 0.2, "total_steps": 500}, 100, "3.00e-04 after 20 warm-up steps, stable to step 400, cosine"),
+        ({"warmup_steps": 2000}, 100, "rises for all 100 steps to 3.00e-04: lr_scheduler.warmup_steps 2,000 leaves"),
+    ],
+)
+def test_a_schedule_in_words(changes: dict[str, Any], steps: int, words: str) -> None:
+    assert describe_schedule(LrScheduler(**changes), 3e-4, steps).startswith(words)

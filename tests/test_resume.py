@@ -238,6 +238,18 @@ def test_a_batch_that_follows_the_processes_is_warned_of(
     assert "WARNING" not in capsys.readouterr().out
 
 
+def test_a_longer_schedule_is_warned_of(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    constant = {"lr_scheduler__warmup_steps": 0, "lr_scheduler__decay_ratio": 0.5, "optimizer__lr": 1e-3}
+    runs.run(data, tmp_path, training__steps=4, **constant)
+    capsys.readouterr()
+    runs.run(data, tmp_path, training__steps=8, lr_scheduler__total_steps=4, **constant)
+    assert "learning rate of" not in capsys.readouterr().out
+    runs.run(data, tmp_path, training__steps=40, **constant)
+    said = capsys.readouterr().out
+    assert "WARNING: step 8 was trained at a learning rate of 1.00e-04, which is 1.00e-03 in today's schedule" in said
+    assert "--lr_scheduler.total_steps 4 keeps the schedule" in said
+
+
 def test_another_seed_is_accepted_when_told(data: Path, tmp_path: Path) -> None:
     runs.run(data, tmp_path / "run", training__steps=3)
     before = runs.tensors(runs.checkpoint(tmp_path / "run", 3))

@@ -35,6 +35,7 @@ from titan_fast.config import Config, to_dict
 from titan_fast.distributed import World
 from titan_fast.errors import NO_ROOM, CheckpointError, ConfigError, NumericsError
 from titan_fast.masters import round_masters
+from titan_fast.optim import rate_at
 from titan_fast.redaction import redacted
 from titan_fast.run_directory import differences
 from titan_fast.shards import local
@@ -329,6 +330,7 @@ class Checkpointer:
                 "what concerns the data and begins it again",
                 str(path),
             )
+        step = manifest_step(path)
         changed = [
             f"{table}.{key} {before[table].get(key)} -> {now[table].get(key)}"
             for table in ("training", "optimizer", "lr_scheduler", "loss")
@@ -336,13 +338,26 @@ class Checkpointer:
             if table in before and before[table].get(key) != now[table].get(key)
         ]
         if changed:
-            self._notes.append(f"changed since step {manifest_step(path)}: {', '.join(changed)}")
+            self._notes.append(f"changed since step {step}: {', '.join(changed)}")
+        self._compare_schedules(step, before, now)
         then, today = _global_batch_size(before, world_size), _global_batch_size(now, self.world.size)
         if then != today:
             self._notes.append(
                 f"WARNING: a step was {then} sequences on {world_size} processes and is {today} on {self.world.size}; "
                 f"--training.global_batch_size {then} keeps it"
             )
+
+    def _compare_schedules(self, step: int, before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> None:
+        """Notes a learning rate that jumps: a longer run by the same shape of schedule begins higher up on it."""
+        was, would_be = (rate_at(step, tables) for tables in (before, now))
+        if math.isclose(was, would_be):
+            return
+        length, today = (t["lr_scheduler"].get("total_steps") or t["training"]["steps"] for t in (before, now))
+        keeps = f"; --lr_scheduler.total_steps {length} keeps the schedule" if length != today else ""
+        self._notes.append(
+            f"WARNING: step {step} was trained at a learning rate of {was:.2e}, which is {would_be:.2e} in today's "
+            f"schedule, and the run goes on from there{keeps}"
+        )
 
     def _choose(self) -> Path | None:
         """The checkpoint that every rank will load: the main rank names candidates, all check them."""

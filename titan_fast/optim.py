@@ -1,5 +1,6 @@
 """AdamW, its parameter groups, the learning rate of each step, and gradient clipping over any mesh."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -44,7 +45,7 @@ def learning_rate(step: int, settings: config.LrScheduler, peak: float, training
     warmup = min(settings.warmup_steps, total)
     if step <= warmup:
         return peak * step / warmup
-    decay = total - warmup if settings.decay_ratio is None else min(round(total * settings.decay_ratio), total - warmup)
+    decay = _decay_steps(settings, total)
     if step <= total - decay:
         return peak
     progress = 1.0 if decay == 0 else min((step - (total - decay)) / decay, 1.0)
@@ -54,6 +55,35 @@ def learning_rate(step: int, settings: config.LrScheduler, peak: float, training
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
     }[settings.decay_type]
     return peak * (settings.min_lr_factor + (1.0 - settings.min_lr_factor) * left)
+
+
+def _decay_steps(settings: config.LrScheduler, total: int) -> int:
+    most = total - min(settings.warmup_steps, total)
+    return most if settings.decay_ratio is None else min(round(total * settings.decay_ratio), most)
+
+
+def rate_at(step: int, tables: dict[str, dict[str, Any]]) -> float:
+    """`learning_rate` of a config as tables."""
+    names = {field.name for field in dataclasses.fields(config.LrScheduler)}
+    settings = config.LrScheduler(**{key: value for key, value in tables["lr_scheduler"].items() if key in names})
+    return learning_rate(step, settings, tables["optimizer"]["lr"], tables["training"]["steps"])
+
+
+def describe_schedule(settings: config.LrScheduler, peak: float, training_steps: int) -> str:
+    """Its shape in words, and what of the warm-up does not fit."""
+    total = settings.total_steps or training_steps
+    if settings.warmup_steps >= total:
+        return (
+            f"rises for all {total:,} steps to {peak:.2e}: lr_scheduler.warmup_steps {settings.warmup_steps:,} leaves "
+            "none to decay"
+        )
+    decay = _decay_steps(settings, total)
+    parts = [f"{peak:.2e} after {settings.warmup_steps:,} warm-up steps" if settings.warmup_steps else f"{peak:.2e}"]
+    if settings.decay_ratio is not None:
+        parts.append(f"stable to step {total - decay:,}")
+    if decay:
+        parts.append(f"{settings.decay_type} to {peak * settings.min_lr_factor:.2e} at step {total:,}")
+    return ", ".join(parts)
 
 
 def clip_gradients(

@@ -14,6 +14,7 @@ from titan_fast.config import Config, Debug, MeshDegrees, grad_accum_steps, toke
 from titan_fast.flavors import ModelShape
 from titan_fast.flops import parameter_count
 from titan_fast.ops import Ops
+from titan_fast.optim import describe_schedule
 from titan_fast.parallel import precision, uses_fsdp, weights_kept
 from titan_fast.tokenizer import Tokenizer
 
@@ -72,6 +73,7 @@ def startup_lines(
             f"{training.local_batch_size} sequences x {training.seq_len} tokens x {degrees.data} data-parallel "
             f"x {accumulation} accumulated = {tokens_per_step(training, degrees.data):,}",
         ),
+        ("learning rate", describe_schedule(config.lr_scheduler, config.optimizer.lr, training.steps)),
         (
             "compile",
             f"{', '.join(compiles.components)} by {compiles.backend}"
