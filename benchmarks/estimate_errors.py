@@ -234,12 +234,12 @@ def held_out_table() -> list[dict[str, Any]]:
     return found
 
 
-def measured_config(mode: str, dtype: str, n_layers: int = 4) -> Config:
+def measured_config(mode: str, dtype: str, n_layers: int = 4, seq_len: int = 512) -> Config:
     """A model small enough to run for real on a CPU."""
     return parse(
         f"--model.flavor debug --model.dim 512 --model.n_heads 8 --model.n_kv_heads 4 --model.ffn_dim 1408 "
         f"--model.n_layers {n_layers} --model.vocab_size 8192 "
-        f"--training.seq_len 512 --training.local_batch_size 4 --training.mixed_precision_param {dtype} "
+        f"--training.seq_len {seq_len} --training.local_batch_size 4 --training.mixed_precision_param {dtype} "
         f"--activation_checkpoint.mode {mode} --compile.enable False --optimizer.implementation foreach".split()
     )
 
