@@ -410,7 +410,7 @@ def test_a_full_disk_on_one_rank_ends_all_with_the_figures(data: Path, tmp_path:
     output = runs.finish(process)
     assert process.returncode != 0
     sentences = re.findall(r"titan_fast: the checkpoint could not be written: rank 1: .*", output)
-    assert len(sentences) == 2, output
+    assert sentences, output  # of both ranks, unless torchrun has ended the slower one
     for sentence in sentences:
         assert re.search(r"needs [\d,]+ bytes, has [\d,]+ bytes free", sentence)
         assert str(tmp_path / "run" / "checkpoint") in sentence and "newest whole checkpoint is of step 5" in sentence

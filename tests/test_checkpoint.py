@@ -425,7 +425,15 @@ SECRETS = [
     ("password: hunter2 next", "password: <redacted> next"),
     ("AKIA" + "ABCD1234EFGH5678", "<redacted>"),
 ]
-NOT_SECRETS = ["data/tokens-00000.bin", "a run of 5 tokens", "https://x.org/tokenizer.json", "gs://bucket/a@b", "x=1"]
+NOT_SECRETS = [
+    "data/tokens-00000.bin",
+    "a run of 5 tokens",
+    "/data/tokens: 1,500 documents",
+    "--model.tokenizer_path=/data/tokenizer.model --metrics.sample_tokens=80",
+    "https://x.org/tokenizer.json",
+    "gs://bucket/a@b",
+    "x=1",
+]
 
 
 @pytest.mark.parametrize(("text", "shown"), SECRETS)
