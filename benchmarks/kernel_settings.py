@@ -267,7 +267,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="contests whose name contains this")
     parser.add_argument("--inspect", type=int, metavar="ARCHITECTURE", help="80, 90 or 100: compile, time nothing")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU: shows that it runs")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/kernel-settings-DEVICE.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder, or a file that ends in .json")
     options = parser.parse_args()
     if options.smoke:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -284,7 +284,7 @@ def main() -> int:
     return 0
 
 
-def run(chosen: Sequence[Contest], smoke: bool, out: Path | None) -> None:
+def run(chosen: Sequence[Contest], smoke: bool, out: Path) -> None:
     """Prints each contest as soon as it is over, and writes all so far."""
     from benchmarks import result_files
     from benchmarks.conftest import environment
@@ -292,7 +292,7 @@ def run(chosen: Sequence[Contest], smoke: bool, out: Path | None) -> None:
 
     device = torch.device("cpu" if smoke else "cuda:0")
     about = environment(smoke)
-    path = out or RESULTS / f"kernel-settings-{result_files.slug(about['device'])}.json"
+    path = out if out.suffix == ".json" else out / f"kernel-settings-{result_files.slug(about['device'])}.json"
     found: dict[str, Names] = {}
     for contest in chosen:
         traffic = contest.case.traffic

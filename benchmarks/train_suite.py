@@ -182,9 +182,9 @@ def only(cell: Cell, names: list[str]) -> Cell:
 
 def environment_of_children(cache: Path) -> dict[str, str]:
     """This process's own, this checkout on the path, and where compiled code is kept."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    inherited = [Path(entry).absolute() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     return os.environ | {
-        "PYTHONPATH": path.rstrip(os.pathsep),
+        "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "kernels", *inherited])),
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),

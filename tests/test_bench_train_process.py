@@ -274,6 +274,13 @@ def test_a_row_that_says_nothing_yet_replaces_nothing(tmp_path: Path) -> None:
     assert found["step_seconds"] == seconds
 
 
+def test_processes_that_run_elsewhere_find_what_this_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["site", ".", "", "/elsewhere"]))
+    monkeypatch.chdir(tmp_path)
+    path = train_suite.environment_of_children(tmp_path)["PYTHONPATH"].split(os.pathsep)
+    assert path[2:] == [str(tmp_path / "site"), str(tmp_path), "/elsewhere"]
+
+
 def test_the_limits_go_where_the_rest_goes_and_may_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(train_suite, "watched", lambda *a, **k: calls.append((a, k)) or "")

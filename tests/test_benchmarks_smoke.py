@@ -394,7 +394,9 @@ def test_parts_are_what_pytest_selects() -> None:
     assert found == {test for case in cases(False) for test, _ in kernel_plan.cells(case) if part.selects(test)}
 
 
-def test_other_launch_settings_are_launched_checked_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_launch_settings_are_launched_checked_and_forgotten(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from titan_kernels import launch
 
     from benchmarks import kernel_settings
@@ -420,6 +422,9 @@ def test_other_launch_settings_are_launched_checked_and_forgotten(monkeypatch: p
     rows = kernel_settings.measured(replace(contest, settings=(*contest.settings, wrong)), CPU, 1, 1)
     assert "result 0 is off" in rows.pop("wrong")["problem"]
     assert all(row["median_us"] > 0 for row in rows.values()) and len(rows) == 1 + len(contest.settings)
+    kernel_settings.run([contest], True, tmp_path)
+    (written,) = tmp_path.glob("kernel-settings-*.json")
+    assert list(json.loads(written.read_text())["contests"]) == [contest.name]
     lines = kernel_settings.report("x", 10, 5.0, {
         "as it is": {"median_us": 10.0, "queued": True},
         "better": {"median_us": 8.0, "queued": True, "slower_by_us": -2.0, "error_us": 0.5},

@@ -8,12 +8,15 @@ import torch
 from shapes import LLAMA3
 from titan_kernels import choice
 from titan_kernels.choice import Cell, Table
+from torch.nn.attention import SDPBackend
 
+from titan_fast import ops
 from titan_fast.config import Config, MeshDegrees, mesh_degrees, parse
 from titan_fast.ops import REFERENCE, Ops, Workload, build_ops
 from titan_fast.step import workload
 
 CPU = torch.device("cpu")
+CUDNN, MATH = SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH
 ONE = MeshDegrees(1, 1, 1)
 
 
@@ -111,3 +114,20 @@ def test_norms_follow_the_variant_that_runs(
         monkeypatch.setattr(choice, "load_table", lambda architecture, v=measured: table(found, variant=v))
         ops = build_ops(config.kernels, CPU, found, "sm_99")
         assert (ops.rms_norm is titan_kernels.rms_norm) == (measured == variant)
+
+
+@pytest.mark.parametrize(
+    ("backends", "tokens", "cudnn"), [([CUDNN, MATH], 1, False), ([CUDNN, MATH], 8, True), ([CUDNN], 1, True)]
+)
+def test_one_token_against_a_cache_needs_no_plan_of_cudnns(
+    backends: list[SDPBackend], tokens: int, cudnn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def attend(q: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return q
+
+    monkeypatch.setattr(ops.F, "scaled_dot_product_attention", attend)
+    ops.attention_with(backends)(torch.ones(1, 2, tokens, 4), torch.ones(1, 2, 8, 4), torch.ones(1, 2, 8, 4))
+    assert seen == [cudnn]

@@ -15,6 +15,7 @@ from titan_fast.config import Comm, Config, from_options, mesh_degrees
 from titan_fast.cuda_graph import WARM_UP_STEPS, CudaRecorder, RecordedPasses
 from titan_fast.distributed import World, start
 from titan_fast.errors import ConfigError
+from titan_fast.flavors import ModelShape
 from titan_fast.loader import Batch
 from titan_fast.loss import IGNORE_INDEX
 from titan_fast.masters import gradient_of
@@ -36,7 +37,7 @@ PATHS: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def world() -> Iterator[World]:
     with start(Comm(), CPU) as alone:
         yield alone
@@ -69,11 +70,13 @@ class Trained:
     model: Llama
 
 
-def train(config: Config, passes: int, recorder: Any, device: torch.device = CPU) -> Trained:
+def train(
+    config: Config, passes: int, recorder: Any, device: torch.device = CPU, shape: ModelShape = LLAMA3
+) -> Trained:
     torch._dynamo.reset()
     degrees = mesh_degrees(config.parallelism, 1)
-    ops = build_ops(config.kernels, device, workload(config, LLAMA3, degrees))
-    model = build_model(config, LLAMA3, ops, degrees, device)
+    ops = build_ops(config.kernels, device, workload(config, shape, degrees))
+    model = build_model(config, shape, ops, degrees, device)
     optimizer = build_optimizer(model, config.optimizer)
     recorded = RecordedPasses(model, recorder) if recorder is not None else None
     numbers: list[tuple[Tensor, Tensor]] = []
@@ -148,15 +151,19 @@ def test_what_cannot_be_recorded_is_refused(options: dict[str, str], device: str
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiles", ["False", "True"])
+@pytest.mark.parametrize(
+    ("compiles", "kernels"), [("False", "reference"), ("True", "reference"), ("False", "triton"), ("True", "triton")]
+)
 @pytest.mark.parametrize("passes", [1, 3])
-def test_a_cuda_graph_trains_as_its_steps_do(passes: int, compiles: str) -> None:
+def test_a_cuda_graph_trains_as_its_steps_do(passes: int, compiles: str, kernels: str) -> None:
     device = torch.device("cuda", 0)
+    shape = dataclasses.replace(LLAMA3, dim=256, n_heads=4, n_kv_heads=2, ffn_dim=512)  # heads as wide as real ones
     with start(Comm(), device):
         masters = PATHS["masters"] | {"compile.enable": compiles, "training.cuda_graph": "True"}
+        masters |= {f"kernels.{operator}": kernels for operator in ("rms_norm", "rope", "swiglu", "cross_entropy")}
         config = config_of(masters | {"training.global_batch_size": str(BATCH * passes)})
-        parallel.check(config, LLAMA3, mesh_degrees(config.parallelism, 1), device)
-        expected = train(config, passes, None, device)
-        found = train(config, passes, CudaRecorder(device), device)
+        parallel.check(config, shape, mesh_degrees(config.parallelism, 1), device)
+        expected = train(config, passes, None, device, shape)
+        found = train(config, passes, CudaRecorder(device), device, shape)
     for ours, theirs in zip(found.numbers, expected.numbers, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-2)

@@ -81,14 +81,15 @@ def test_products_are_as_right_as_their_rounding(recipe: str, dtype: torch.dtype
 def test_products_of_real_sizes_on_a_gpu(recipe: str, compiled: bool) -> None:
     """A block's narrowest and widest matrix of the 8B, and a row count that nothing but 16 divides."""
     torch._dynamo.reset()
+    torch.manual_seed(0)
     linear = float8.linear_with(recipe)
     if compiled:
         linear = torch.compile(linear, fullgraph=True, dynamic=False)
     forward, backward = both(float8.FORWARD, float8.FORWARD), both(float8.FORWARD, float8.GRADIENT[recipe])
     for rows, columns, inner in ((8192, 4096, 4096), (16 * 509, 14_336, 4096), (2048, 4096, 14_336)):
-        x = values(rows, inner, dtype=torch.bfloat16).cuda().requires_grad_()
-        weight = values(columns, inner, scale=0.02, dtype=torch.bfloat16).cuda().requires_grad_()
-        dy = values(rows, columns, scale=1e-4, dtype=torch.bfloat16).cuda()
+        x = torch.randn(rows, inner, dtype=torch.bfloat16, device="cuda").requires_grad_()
+        weight = (0.02 * torch.randn(columns, inner, dtype=torch.bfloat16, device="cuda")).requires_grad_()
+        dy = 1e-4 * torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda")
         y = linear(x, weight)
         dx, dweight = torch.autograd.grad(y, (x, weight), dy)
         with torch.no_grad():

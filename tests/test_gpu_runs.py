@@ -11,6 +11,7 @@ import torch
 from titan_fast import loop
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+TRITON = {f"kernels__{operator}": "triton" for operator in ("rms_norm", "rope", "swiglu", "cross_entropy")}
 WAYS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "FSDP2": {"parallelism__single_device": "fsdp"},
@@ -21,6 +22,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "recorded": {"training__cuda_graph": True},
     "bfloat16": {"parallelism__single_device": "bfloat16"},
     "compiled": {"compile__enable": True},
+    "triton": TRITON,
+    "triton, re-emitting": TRITON | {"kernels__reemit": "triton", "kernels__carry_residual": True},
+    "triton, compiled": TRITON | {"compile__enable": True},
     "float8": {"float8__enable": True},
     "float8, compiled": {"float8__enable": True, "float8__recipe_name": "rowwise", "compile__enable": True},
     "saved in the background": {"checkpoint__async_mode": "async_with_pinned_mem"},
@@ -42,6 +46,7 @@ def only_here_deterministic() -> Iterator[None]:
 @pytest.mark.parametrize("way", WAYS)
 def test_an_interrupted_run_goes_on(way: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = {"checkpoint__interval": 3, "training__steps": 9, "training__mixed_precision_param": "bfloat16"}
+    more |= {"model__dim": 256, "model__ffn_dim": 512}  # heads as wide as real ones
     more |= {"debug__deterministic": True} | runs.MEASURED | WAYS[way]
     runs.run(data, tmp_path / "whole", **more)
     true_step = loop.Run.step

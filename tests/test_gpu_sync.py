@@ -15,6 +15,7 @@ from titan_fast.config import parse
 WARM_UP_STEPS, STEPS = 4, 8
 """Code is compiled, memory is taken and a CUDA graph recorded in the first of them."""
 COMPILED = ["--compile.enable", "True", "--compile.components", "blocks", "norm", "loss"]
+TRITON = [w for o in ("rms_norm", "rope", "swiglu", "cross_entropy") for w in (f"--kernels.{o}", "triton")]
 WAYS: dict[str, list[str]] = {
     "eager": [],
     "eager, FSDP2": ["--parallelism.single_device", "fsdp"],
@@ -24,6 +25,8 @@ WAYS: dict[str, list[str]] = {
     "compiled, one-pass AdamW, FSDP2": [*COMPILED, "optimizer", "--parallelism.single_device", "fsdp"],
     "compiled, pointwise": [*COMPILED, "optimizer", "--activation_checkpoint.mode", "pointwise"],
     "compiled, float8": [*COMPILED, "optimizer", "--float8.enable", "True"],
+    "triton": TRITON,
+    "triton, compiled": [*COMPILED, "optimizer", *TRITON],
     "two passes": [*COMPILED, "optimizer", "--training.global_batch_size", "8"],
     "recorded": [*COMPILED, "optimizer", "--training.cuda_graph", "True"],
 }
@@ -54,6 +57,7 @@ def watched_run(words: list[str], set_mode: Callable[[str], None], monkeypatch: 
 def words_of(data: Path, folder: Path, seq_len: int) -> list[str]:
     """Where a GPU sums an embedding's gradients it takes another way from 3072 tokens on: 4 x 1024 are more."""
     more = {"training__steps": STEPS, "training__seq_len": seq_len, "training__local_batch_size": 4}
+    more |= {"model__dim": 256, "model__ffn_dim": 512}  # heads as wide as real ones
     more |= {"metrics__log_freq": 100, "checkpoint__enable": False, "compile__canary": False}
     return runs.arguments(data, folder, **more, training__mixed_precision_param="bfloat16")
 

@@ -96,7 +96,7 @@ def snapshots(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_memory_snapshots(tmp_path: Path, snapshots: list[Any]) -> None:
     run(Profiler(Profiling(enable_memory_snapshot=True, profile_freq=2), tmp_path, 1, start_step=10), 11, 15)
     folder = tmp_path / "memory_snapshot"
-    assert snapshots[0]["max_entries"] > 0
+    assert snapshots[0]["max_entries"] > 0 and snapshots[0]["stacks"] == "python"
     assert snapshots[1:3] == [str(folder / f"step-{step}" / "rank-1.pickle") for step in (12, 14)]
     assert snapshots[3:] == [{"enabled": None}]
     assert (folder / "step-12").is_dir()
@@ -144,6 +144,6 @@ def test_memory_snapshot_on_a_gpu(tmp_path: Path) -> None:
 def test_a_trace_that_cannot_be_written_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "profile_traces").touch()  # a file where the folder should be
     run(Profiler(Profiling(enable_profiling=True, profile_freq=2), tmp_path, 0), 1, 4)
-    assert [record.message.rpartition(": ")[0] for record in caplog.records] == [
-        f"WARNING: {tmp_path}/profile_traces/step-{step} cannot be written" for step in (2, 4)
+    assert [record.message.partition(" cannot")[0] for record in caplog.records] == [
+        f"WARNING: {tmp_path}/profile_traces/step-{step}" for step in (2, 4)
     ]

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,7 +90,9 @@ class Checkpointer:
         self._thread: ThreadPoolExecutor | None = None
         self._stager: DefaultStager | None = None
         if self.settings.async_mode != "disabled":
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="titan_fast checkpoint")
+            # On this rank's GPU: a thread's own default is the first one.
+            first = partial(torch.cuda.set_device, world.device) if world.device.type == "cuda" else None
+            self._thread = ThreadPoolExecutor(1, "titan_fast checkpoint", initializer=first)
 
     def note(self, text: str) -> None:
         """Adds to what `notes` will give."""

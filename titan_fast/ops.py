@@ -99,11 +99,13 @@ def attention_with(backends: list[SDPBackend]) -> Callable[[Tensor, Tensor, Tens
     The function takes q [B, H, S, E], k and v [B, K, T, E] and returns [B, H, S, E]. With S == T it is causal; with
     S == 1 (one new token against a cache) everything is visible.
     """
+    # cuDNN makes a plan for every length of k, which takes longer than all else of a new token.
+    for_one_token = [backend for backend in backends if backend != SDPBackend.CUDNN_ATTENTION] or backends
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         causal = q.shape[2] > 1
         assert not causal or q.shape[2] == k.shape[2], "a prompt is read in one piece"
-        with sdpa_kernel(backends, set_priority=True):
+        with sdpa_kernel(backends if causal else for_one_token, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
     return attention

@@ -121,7 +121,8 @@ def memory_history(profiling: Profiling, run_dir: Path, rank: int, where: Callab
     if not profiling.enable_memory_snapshot:
         yield
         return
-    torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)
+    # Python's frames alone: naming those of C++ took others minutes a snapshot, and can fail.
+    torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS, stacks="python")
     try:
         yield
     except torch.OutOfMemoryError:
@@ -141,5 +142,5 @@ def _write_snapshot(folder: Path, rank: int) -> None:
 def _not_ending_the_run(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        logger.warning(f"WARNING: {folder} cannot be written: {error.strerror}; the run goes on without it")
+    except (OSError, RuntimeError) as error:  # torch's own writers raise the latter
+        logger.warning(f"WARNING: {folder} cannot be written: {error}; the run goes on without it")

@@ -6,7 +6,8 @@ from typing import Any
 MASK = "<redacted>"
 _URL_USER = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s@'\"]+@")
 # Tokens of text, and what makes them, are no secrets.
-_NAME = r"(?:[a-z0-9_.-]*(?:token(?!s|i[sz])|secret|password|passwd|api_?key|access_?key|credential|signature)[a-z0-9_.-]*|sig)"
+_SECRET = "token(?!s|i[sz])|secret|password|passwd|api_?key|access_?key|credential|signature"
+_NAME = rf"(?:[a-z0-9_.-]*(?:{_SECRET})[a-z0-9_.-]*|sig)"
 _ASSIGNED = re.compile(rf"(?i)(?<![a-z0-9])({_NAME})(\s*[=:]\s*|%3d)(?!//)[^\s&;,'\"]+")
 # The forms that issuers print: Hugging Face, OpenAI and kin, GitHub, GitLab, AWS, Google, Slack, JSON web tokens.
 _ISSUED = re.compile(

@@ -4,6 +4,7 @@ Without one they run on the CPU through Triton's interpreter, which tests/confte
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,5 +18,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         return
     for item in items:
-        if "device" in getattr(item, "fixturenames", ()):
+        if item.path.is_relative_to(Path(__file__).parent) and "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
