@@ -93,7 +93,7 @@ class Training:
     global_batch_size: int = -1
     """Sequences per optimizer step over all devices; more than one pass per device accumulates gradients. -1:
     local_batch_size x data-parallel degree."""
-    steps: int = 300
+    steps: int = 200
     """Optimizer steps of the whole run."""
     max_norm: float = 1.0
     """Gradients are clipped to this global L2 norm; 0 turns clipping off."""
