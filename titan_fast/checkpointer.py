@@ -352,6 +352,8 @@ class Checkpointer:
 
     def _compare_schedules(self, step: int, before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> None:
         """Notes a learning rate that jumps: a longer run by the same shape of schedule begins higher up on it."""
+        if step == 0:  # an imported model, trained by no schedule
+            return
         was, would_be = (rate_at(step, tables) for tables in (before, now))
         if math.isclose(was, would_be):
             return
