@@ -187,7 +187,8 @@ def test_killed_inside_a_save_or_a_prune(place: str, data: Path, tmp_path: Path)
     runs.run(data, folder, **more)
     runs.run(data, tmp_path / "whole", **more)
     runs.assert_same_tensors(runs.checkpoint(folder, 4), runs.checkpoint(tmp_path / "whole", 4))
-    assert whole_steps(folder) == [4] and not list((folder / "checkpoint").glob(".*"))
+    # Killed between the last save and its prune, a run has nothing left to save and so to prune after.
+    assert whole_steps(folder) in ([4], [3, 4]) and not list((folder / "checkpoint").glob(".*"))
 
 
 def listening(process: int) -> set[str]:
