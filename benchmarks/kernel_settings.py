@@ -292,7 +292,7 @@ def run(chosen: Sequence[Contest], smoke: bool, out: Path) -> None:
 
     device = torch.device("cpu" if smoke else "cuda:0")
     about = environment(smoke)
-    path = out if out.suffix == ".json" else out / f"kernel-settings-{result_files.slug(about['device'])}.json"
+    path = result_files.place(out, "kernel-settings", about["device"])
     found: dict[str, Names] = {}
     for contest in chosen:
         traffic = contest.case.traffic

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.conftest import environment
 from benchmarks.device_state import reader_of
 from benchmarks.least_step import AttentionCall, Matrix, attention_call, matrices
-from benchmarks.result_files import read, slug, write
+from benchmarks.result_files import place, read, write
 from benchmarks.timing import Run, copy_bandwidth, measure
 from benchmarks.workloads import LLAMA_1B, LLAMA_3B, RANK0, SHORT_1B, SMOKE_MODEL, SMOKE_SEQ_LEN, Workload, shape_of
 from titan_fast.flavors import ModelShape
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cpu" if options.smoke else "cuda:0")
     machine = environment(options.smoke)
     head = {"device": machine["device"], "environment": machine}
-    path = options.out if options.out.suffix == ".json" else options.out / f"limits-{slug(machine['device'])}.json"
+    path = place(options.out, "limits", machine["device"])
     known = unfinished(path, machine)
     content = head | measure_limits(device, options.smoke, known, lambda found: write(head | found, path))
     write(content, path)

@@ -11,6 +11,11 @@ def slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
+def place(out: Path, kind: str, device: str) -> Path:
+    """`out` where it is a file's name, else this device's file in that folder."""
+    return out if out.suffix == ".json" else out / f"{kind}-{slug(device)}.json"
+
+
 def write(content: dict[str, Any], path: Path) -> None:
     """In place of what `path` holds, at once."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -403,6 +403,17 @@ def test_a_loss_spike_is_written_down(tmp_path: Path) -> None:
 # Disks
 
 
+def test_a_bad_step_that_a_full_disk_refused_is_written_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / guard.FILE_NAME).symlink_to("/dev/full")
+    training = parse(["--training.on_nonfinite", "skip"]).training
+    watch = guard.StepGuard(training, torch.device("cpu"), tmp_path, True)
+    watch.judge(7, {}, torch.tensor(math.nan), torch.tensor(math.nan))
+    assert len(watch.look()) == 1
+    (tmp_path / guard.FILE_NAME).unlink()
+    watch.close()
+    assert json.loads((tmp_path / guard.FILE_NAME).read_text())["step"] == 7
+
+
 def test_a_full_disk_on_one_rank_ends_all_with_the_figures(data: Path, tmp_path: Path) -> None:
     """A file size limit on rank 1 gives EFBIG where its shard is written."""
     faults = [{"what": "file_limit", "rank": 1, "step": 8, "bytes": 20_000}]

@@ -81,6 +81,10 @@ class StepGuard:
                 self._losses.append(loss)
         return lines
 
+    def close(self) -> None:
+        """Writes what a full disk has made wait."""
+        self._file.close()
+
     def _spike(self, loss: float) -> float | None:
         """The usual loss, if this one is a spike above it."""
         if len(self._losses) < LEAST or not math.isfinite(loss):

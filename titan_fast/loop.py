@@ -179,6 +179,7 @@ class Run:
             self.checkpointer.close()  # while the folder is still this run's, and the ranks still hear each other
             self._say_notes()
             self.compile_report.close()
+            self.guard.close()
             self.metrics.finish()
         if stopped:
             saved = f"to go on: {resume_command()}"
