@@ -1,5 +1,7 @@
 """The chunked loss against torch's cross entropy on whole float64 logits."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,3 +59,20 @@ def test_evaluation_makes_no_gradient() -> None:
     loss = LinearCrossEntropy(REFERENCE, 2)(x, weight, labels, torch.tensor(1 / 6))
     torch.testing.assert_close(loss, F.cross_entropy(x @ weight.T, labels))
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_logits_of_one_chunk_at_a_time(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.UntypedStorage]] = []
+    linear = F.linear
+
+    def watched(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        assert all(reference() is None for reference in made)
+        logits = linear(x, weight)
+        made.append(weakref.ref(logits.untyped_storage()))
+        return logits
+
+    monkeypatch.setattr(F, "linear", watched)
+    x, weight = torch.randn(6, 8, requires_grad=trains), torch.randn(9, 8, requires_grad=trains)
+    LinearCrossEntropy(REFERENCE, 2)(x, weight, torch.arange(6), torch.tensor(1.0))
+    assert len(made) == 3

@@ -91,18 +91,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk, chunk_labels = x[start : start + step], labels[start : start + step]
             logits = F.linear(chunk, weight)
             total += loss.differentiate_(logits, chunk_labels, scale, wants_x or wants_weight)
-            if not (wants_x or wants_weight):
-                continue
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[start : start + step])
-            if not wants_weight:
-                continue
-            if grad_weight is None:
-                grad_weight = (logits.T @ chunk).to(sum_dtype)
-            elif sum_dtype == weight.dtype:
-                grad_weight.addmm_(logits.T, chunk)
-            else:
-                grad_weight += logits.T @ chunk
+            if wants_weight:
+                if grad_weight is None:
+                    grad_weight = (logits.T @ chunk).to(sum_dtype)
+                elif sum_dtype == weight.dtype:
+                    grad_weight.addmm_(logits.T, chunk)
+                else:
+                    grad_weight += logits.T @ chunk
+            del logits  # or they would live until the next chunk's exist
         if wants_weight and grad_weight is None:  # no token at all
             grad_weight = torch.zeros_like(weight)
         if grad_x is not None and loss.vocab_group is not None:

@@ -55,7 +55,8 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int) -
         turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
         return turned.to(x.dtype).flatten(2, 3).transpose(1, 2)
 
-    return rotate(q), rotate(k), v.squeeze(3).transpose(1, 2)
+    # A copy: attention keeps v for the backward pass, and a view would keep all of qkv with it.
+    return rotate(q), rotate(k), v.squeeze(3).contiguous().transpose(1, 2)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
