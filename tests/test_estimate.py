@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.estimate_errors import FITTED_ROWS, HELD_OUT, MEMORY_ROWS, OUTPUT, counted, plan_of, timed
-from titan_fast import compiled_graph
+from titan_fast import compiled_graph, masters
 from titan_fast import estimate as planner
 from titan_fast.advice import scaling, search
 from titan_fast.errors import ConfigError
@@ -180,6 +181,23 @@ def test_one_scale_for_a_tensor_is_a_pass_of_its_own(recipe: str, passes: int) -
     graph = make_fx(cast_and_multiply, tracing_mode="fake")(x, weight, scale)
     moved = sum(o.nbytes for o in compiled_graph.Plan.of(graph, backward=False).operations if o.kind == "memory")
     assert moved == pytest.approx(passes * x.nbytes + x.numel(), abs=3 * 4 * 64)  # and the scales, 4 bytes each
+
+
+def test_what_is_written_in_place_is_written_once_and_takes_no_memory() -> None:
+    """The compiled AdamW reads master, moments and gradient, and writes master, moments and weight."""
+    counter = compiled_graph.Counter()
+    compiled = torch.compile(masters.update, backend=counter, fullgraph=True, dynamic=False)
+    with FakeTensorMode(), torch.no_grad(), counter.recorder as recorder:
+        weight, gradient = (torch.empty(1024, 512, dtype=torch.bfloat16) for _ in range(2))
+        master, mean, square = (torch.empty(1024, 512) for _ in range(3))
+        numbers = torch.empty(5)
+        recorder.memory.see((weight, gradient, master, mean, square, numbers))
+        recorder.mark("optimizer", "all")
+        before = recorder.memory.total
+        compiled(weight, master, gradient, mean, square, numbers, 0.9, 0.95, 1e-8, 0.1)
+        (step,) = recorder.finish()
+    assert sum(o.nbytes for o in step.operations) == 30 * weight.numel() + numbers.nbytes
+    assert step.peak.total == before
 
 
 @pytest.mark.parametrize(

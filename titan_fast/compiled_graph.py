@@ -48,6 +48,7 @@ class Counter:
             bw_compiler=functools.partial(_count_graph, self, True),
             partition_fn=_partition,
             decompositions=select_decomp_table(),
+            keep_inference_input_mutations=True,  # as Inductor: what is written in place stays in the graph
         )
 
     def __call__(self, graph: GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -176,6 +177,7 @@ class _Analysis:
         read_by_opaque = {_base(source) for node in self.opaque for source in node.all_input_nodes}
         self.kept = {node for node in self.calls if node in read_by_opaque | self.outputs and _nbytes(node)}
         self.kept |= {node for node in self.nodes if _is_result_of(node, self.opaque)} | self.opaque | self.barriers
+        self.kept |= {node for node in self.calls if _writes_to_input(node)}
         self.from_gradient = self._reached_from_gradients() if backward else set(self.nodes)
 
     def _reached_from_gradients(self) -> set[Node]:
@@ -239,7 +241,8 @@ class _Analysis:
         """The values with memory that computing `node` needs."""
         found: set[Node] = set()
         seen: set[Node] = set()
-        pending = [_base(source) for source in node.all_input_nodes]
+        sources = node.all_input_nodes[1:] if _writes_to_input(node) else node.all_input_nodes
+        pending = [_base(source) for source in sources]
         while pending:
             source = pending.pop()
             if source in seen:
@@ -265,7 +268,7 @@ class _Analysis:
             inputs = tuple(numbers[source] for source in ending if source in numbers)
             own = sum(_nbytes(source) for source in ending if source not in numbers and source not in self.outputs)
             workspace = _workspace(node)
-            steps.append((_nbytes(node) + workspace, inputs))
+            steps.append(((0 if _writes_to_input(node) else _nbytes(node)) + workspace, inputs))
             frees.append(own + workspace)
         return steps, frees, {numbers[node]: _nbytes(node) for node in self.inputs}
 
@@ -299,6 +302,11 @@ def _is_largest_of_rows(node: Node) -> bool:
 
 def _is_result_of(node: Node, producers: set[Node]) -> bool:
     return node.target is operator.getitem and node.args[0] in producers
+
+
+def _writes_to_input(node: Node) -> bool:
+    """A result that goes into the memory of one of the graph's inputs."""
+    return node.target is _ATEN.copy_.default and node.args[0].op == "placeholder"  # type: ignore[union-attr]
 
 
 def _is_view(node: Node) -> bool:
