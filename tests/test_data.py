@@ -408,6 +408,10 @@ def test_nothing_half_written_is_left(tokenizer: Tokenizer, tmp_path: Path) -> N
     (tmp_path / "mine" / "file").write_text("keep")
     with pytest.raises(DataError, match="is not empty"):
         prepare([Document("x", "y", 1)], tokenizer, tmp_path / "mine", source={"name": "x"}, ledger=RowLedger())
+    with pytest.raises(DataError, match="is a file"):
+        prepare(
+            [Document("x", "y", 1)], tokenizer, tmp_path / "mine" / "file", source={"name": "x"}, ledger=RowLedger()
+        )
     assert (tmp_path / "mine" / "file").read_text() == "keep"
 
 

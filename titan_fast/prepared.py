@@ -74,7 +74,9 @@ def prepare(
 
 def check_empty(folder: Path) -> None:
     """DataError when there is something where shards are to be written."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise DataError("the folder for the token shards is a file", "name another, or remove it", str(folder))
+    if folder.exists() and any(folder.iterdir()):
         raise DataError("the folder for the token shards is not empty", "name another, or remove it", str(folder))
 
 
