@@ -225,7 +225,7 @@ def test_the_budget_moves_what_is_kept() -> None:
 
 
 def kept_by_compiled_blocks(mode: ActivationCheckpoint, backend: str) -> int:
-    """Bytes that a model's compiled blocks hand from forward to backward, in whatever graph the compiler has for them."""
+    """Bytes that a model's compiled blocks hand from forward to backward, whatever graph the compiler has for them."""
     model = Llama(replace(SMALL, n_layers=1))
     apply(model, mode)
     compile_model(model, Compile(enable=True, backend=backend, components=("blocks",)))
