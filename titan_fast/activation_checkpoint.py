@@ -1,10 +1,8 @@
 """Memory against recomputation: what each block keeps for its backward pass and what it computes again."""
 
 import functools
-import hashlib
 import logging
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -89,24 +87,15 @@ def _contexts(make_policy: Callable[[], Policy]) -> Any:
     return create_selective_checkpoint_contexts(make_policy())
 
 
-@functools.cache
-def _source() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-
-
-def _contexts_by(make_policy: Callable[[], Policy]) -> Callable[[], Any]:
-    """What torch's checkpoint calls for the policy. A partial, since of a closure the compiler guards the code alone:
-    models of one process with different policies would share the first one's graph. And by its `cache_hash` torch
-    finds compiled code again in a later process."""
-    contexts = functools.partial(_contexts, make_policy)
-    contexts.cache_hash = f"{make_policy.__name__} {_source()}"  # type: ignore[attr-defined]
-    return contexts
-
-
 def checkpoint_block(block: Block, make_policy: Callable[[], Policy] | None = None) -> None:
     """Makes the block's forward a checkpoint, in place and without a wrapper that would change parameter names: what
     the policy keeps is kept, the rest is computed again in the backward pass; without a policy, all of it."""
-    context_fn: dict[str, Any] = {} if make_policy is None else {"context_fn": _contexts_by(make_policy)}
+    context_fn: dict[str, Any] = {}
+    if make_policy is not None:
+        # Of a closure the compiler guards the code alone, and models of one process with different policies would share
+        # the first one's graph; a partial is guarded with its arguments. It has no `cache_hash`, by which torch would
+        # find the graph in a later process: under tensor parallelism that key would not tell ranks apart.
+        context_fn = {"context_fn": functools.partial(_contexts, make_policy)}
     inner = block.forward
 
     # A function of this module and not a partial of torch's: the compiler starts at a frame that is not torch's own.
