@@ -1,12 +1,18 @@
-"""Runs in processes of their own, which may die on purpose."""
+"""Processes that begin with everything imported, and runs in them that may die on purpose."""
 
 import importlib
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
 
 import faults
 import runs
+
+# A clean process imports this module once and is copied for each child, which saves the seconds that importing torch
+# and the rest take. A copy of the caller itself would hang: by then its compute threads may exist, and a copy has none.
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["children"])
 
 
 def run_silently(place: str | None, call: int, data: Path, folder: Path, more: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -19,7 +18,7 @@ import psutil
 import pytest
 import runs
 import torch
-from children import run_silently
+from children import CHILDREN, run_silently
 
 from titan_fast import checkpointer, dry_step, guard, loop, manifest, out_of_memory, signals, watchdog
 from titan_fast.checkpoint import tensors_of
@@ -144,12 +143,6 @@ def test_one_rank_killed_at_random(kills: int, data: Path, tmp_path: Path) -> No
     runs.run(data, tmp_path / "whole", **more | {"checkpoint__interval": 10**6})
     assert runs.losses(folder) == runs.losses(tmp_path / "whole")
     runs.assert_same_tensors(runs.checkpoint(folder, reached + 2), runs.checkpoint(tmp_path / "whole", reached + 2))
-
-
-# A clean process that has imported everything once and is copied for each child. A copy of this process itself would
-# hang: by now its compute threads may exist, and a copy has none of them.
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["children"])
 
 
 def started(place: str | None, call: int, data: Path, folder: Path, more: dict[str, Any]) -> BaseProcess:

@@ -258,13 +258,14 @@ def test_every_rate_has_a_source() -> None:
 
 def test_search_lists_what_fits_best_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("titan_fast.advice._WORTH_DOUBLING", float("inf"))
-    monkeypatch.setattr("titan_fast.advice._RECOMPUTE", ({"mode": "none"}, {"mode": "full"}))
+    monkeypatch.setattr("titan_fast.advice._RECOMPUTE", ({"mode": "full"},))
     wide = plan(SMALL)
     found = search(dataclasses.replace(wide, network=dataclasses.replace(wide.network, gpus_per_node=2)))
     speeds = [option.tokens_per_second for option in found]
     assert speeds == sorted(speeds, reverse=True)
     assert {o.changes["parallelism.tensor_parallel_degree"] for o in found} == {1, 2}
     assert {o.changes["training.local_batch_size"] for o in found} == {1, 2}
+    assert {o.changes["activation_checkpoint.mode"] for o in found} == {"full"}
     tight = dataclasses.replace(wide, gpu=dataclasses.replace(H100, memory=dataclasses.replace(H100.memory, value=1e9)))
     assert search(tight) == []
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as multiprocessing
+from children import CHILDREN
 
 from titan_fast.config import Comm
 from titan_fast.distributed import World, start
@@ -48,8 +48,7 @@ def run_world(size: int, tasks: Sequence[Task], folder: Path, limit_seconds: flo
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(r, size, port, list(tasks), folder)) for r in range(size)]
+    ranks = [CHILDREN.Process(target=_rank, args=(r, size, port, list(tasks), folder)) for r in range(size)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
