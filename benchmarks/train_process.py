@@ -145,8 +145,8 @@ class Run:
             self.environment = answer["environment"]
         for row in answer["rows"]:
             before = self.rows.get(row["variant"], {})
-            if is_finished(before):
-                continue
+            if is_finished(before) and not before.items() <= row.items():
+                continue  # the same process may add to what it has said, a breakdown say
             if timed_steps(row) >= timed_steps(before):
                 self.rows[row["variant"]] = row
             elif "error" in row:  # what an earlier process has timed of it stands

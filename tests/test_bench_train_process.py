@@ -163,6 +163,20 @@ def test_a_process_that_dies_before_its_first_variant_is_the_row_of_all_and_keep
     assert [row["error"] for row in answer["rows"]] == [words, words] and answer["environment"]["device"] == "some GPU"
 
 
+def test_what_a_process_adds_to_a_finished_row_is_kept() -> None:
+    """Steps are profiled after all are timed, and that they are timed has been told by then."""
+    done = {"variant": "a", "step_seconds": {"timed": 50}, "complete": True}
+    profiled = done | {"profile": {"seconds": {"idle": 0.0}}}
+
+    def once(names: list[str], say: Callable[[Answer], None]) -> tuple[Answer, str]:
+        say({"environment": {}, "rows": [done]})
+        say({"environment": {}, "rows": [profiled]})
+        return {"environment": {}, "rows": [profiled], "at": ""}, ""
+
+    answer = Run(Cell("single", LLAMA_1B, (A,)), once, lambda answer: None, {}).finish()
+    assert answer["rows"] == [profiled]
+
+
 def script(tmp_path: Path, text: str) -> list[str]:
     path = tmp_path / "script.py"
     path.write_text(text)
