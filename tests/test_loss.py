@@ -1,11 +1,13 @@
 """The chunked loss against torch's cross entropy on whole float64 logits."""
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from gradients import gradient
+from torch.utils.flop_counter import FlopCounterMode
 
 from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy
 from titan_fast.ops import REFERENCE
@@ -53,12 +55,16 @@ def test_large_logits_stay_finite() -> None:
     assert torch.isfinite(loss) and torch.isfinite(gradient(x)).all()
 
 
-def test_evaluation_makes_no_gradient() -> None:
-    x, weight = torch.randn(6, 8), torch.randn(9, 8)
+@pytest.mark.parametrize("under", [torch.no_grad, torch.inference_mode])
+def test_evaluation_makes_no_gradient(under: Any) -> None:
+    """Of a weight that is trained otherwise: a chunk takes one matrix product, for its logits."""
+    x, weight = torch.randn(6, 8), torch.nn.Parameter(torch.randn(9, 8))
     labels = torch.arange(6)
-    loss = LinearCrossEntropy(REFERENCE, 2)(x, weight, labels, torch.tensor(1 / 6))
-    torch.testing.assert_close(loss, F.cross_entropy(x @ weight.T, labels))
+    with under(), FlopCounterMode(display=False) as counted:
+        loss = LinearCrossEntropy(REFERENCE, 2)(x, weight, labels, torch.tensor(1 / 6))
+    torch.testing.assert_close(loss, F.cross_entropy(x @ weight.T, labels).detach())
     assert not loss.requires_grad
+    assert counted.get_total_flops() == 2 * 6 * 8 * 9
 
 
 @pytest.mark.parametrize("trains", [True, False])

@@ -38,7 +38,9 @@ class LinearCrossEntropy:
         there is none, scale: 0-dim float32 on x's device -> 0-dim float32."""
         if isinstance(weight, DTensor):
             weight = weight.to_local()
-        return _LinearCrossEntropy.apply(x.flatten(0, -2), weight, labels.flatten(), scale, self)
+        # An autograd function is not told: its needs_input_grad is that of the tensors, also under no_grad.
+        trains = torch.is_grad_enabled()
+        return _LinearCrossEntropy.apply(x.flatten(0, -2), weight, labels.flatten(), scale, self, trains)
 
     def differentiate_(self, logits: Tensor, labels: Tensor, scale: Tensor, wanted: bool) -> Tensor:
         """The sum of the rows' losses; `logits`, [N, V] of this rank, become their gradient times `scale` if wanted."""
@@ -78,10 +80,12 @@ def torch_linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, scale:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, loss: LinearCrossEntropy) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, loss: LinearCrossEntropy, trains: bool
+    ) -> Tensor:
         rows = x.shape[0]
         step = loss.chunk_size or max(rows, 1)
-        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        wants_x, wants_weight = (trains and wanted for wanted in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x) if wants_x else None
         # Several chunks are summed in float32: a bfloat16 sum would lose a bit with each.
         sum_dtype = torch.float32 if rows > step and weight.dtype != torch.float64 else weight.dtype
@@ -111,11 +115,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
         if grad_x is not None:
             grad_x = grad_x * grad
         if grad_weight is not None:  # scaled and rounded in one pass
             rounded = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, grad, out=rounded)
-        return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, None, None, None, None
