@@ -222,6 +222,7 @@ def _peers(
     if eager:
         cells.append(Cell(part, pure, (Variant("eager"),), peer=eager, label="eager"))
     if masters is not None:
+        masters = replace(masters, options=masters.options | NONE)
         cells.append(Cell(part, masters, (COMPILED_AUTO,), label="masters"))
     return [*cells, replace(ours, label="pure bfloat16, again")]
 
