@@ -1,5 +1,6 @@
 """The entry: `torchrun -m titan_fast.train [--config FILE] [--table.key VALUE ...]`. The run itself is in loop.py."""
 
+import os
 import sys
 
 import tomli_w
@@ -14,6 +15,9 @@ def main() -> None:
     if config.job.print_config:
         sys.stdout.write(tomli_w.dumps(to_dict(config)))
         return
+    # Read when CUDA is first used: freed memory of any size can be given to tensors of another.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # After parsing, so that --help and a wrong key are answered before the seconds that importing torch takes.
     if config.job.dry_run:
         from titan_fast.dry_run import dry_run
