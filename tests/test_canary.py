@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from titan_fast.canary import check_compiled_gradients, exact_ops, with_equal_heads
+from titan_fast.canary import check_compiled_gradients, exact_ops
 from titan_fast.config import Compile
 from titan_fast.errors import NumericsError
 from titan_fast.flavors import FLAVORS
-from titan_fast.ops import REFERENCE
+from titan_fast.ops import REFERENCE, with_equal_heads
 
 SHAPE = dataclasses.replace(FLAVORS["debug"], dim=32, n_heads=2, n_kv_heads=1, ffn_dim=48)
 

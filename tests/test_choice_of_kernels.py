@@ -1,5 +1,6 @@
 """What a config tells the choice of kernels, and what a run takes from a made-up table."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from titan_kernels import choice
 from titan_kernels.choice import Cell, Table
 from torch.nn.attention import SDPBackend
 
-from titan_fast import ops
+from titan_fast import ops, parallel
 from titan_fast.config import Config, MeshDegrees, mesh_degrees, parse
+from titan_fast.errors import ConfigError
 from titan_fast.ops import REFERENCE, Ops, Workload, build_ops
 from titan_fast.step import workload
 
@@ -131,3 +133,33 @@ def test_one_token_against_a_cache_needs_no_plan_of_cudnns(
     monkeypatch.setattr(ops.F, "scaled_dot_product_attention", attend)
     ops.attention_with(backends)(torch.ones(1, 2, tokens, 4), torch.ones(1, 2, 8, 4), torch.ones(1, 2, 8, 4))
     assert seen == [cudnn]
+
+
+def test_memory_efficient_attention_gets_a_head_of_k_for_each_of_q(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's does not take heads that several share; and it is the fused one for float32 on a GPU."""
+    seen: list[tuple[int, ...]] = []
+    attend = ops.F.scaled_dot_product_attention
+
+    def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append((q.shape[1], k.shape[1], v.shape[1], options.pop("enable_gqa")))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(ops.F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(ops, "sdpa_kernel", lambda *_, **__: contextlib.nullcontext())
+    wanted = of(training__mixed_precision_param="float32")
+    gpu = torch.device("cuda")
+    for kernels in ("auto", "efficient"):
+        built = build_ops(config_of(kernels__attention=kernels).kernels, gpu, wanted, "sm_90")
+        assert built.reasons[0][:2] == ("attention", "efficient")
+        q, k, v = torch.randn(1, 8, 5, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
+        found = built.attention(q, k, v)
+        assert seen.pop() == (8, 8, 8, False)
+        torch.testing.assert_close(found, attend(q, k, v, is_causal=True, enable_gqa=True))
+
+
+def test_no_kernel_of_ours_within_torchs_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "has_torch_loss", lambda: True)
+    config = config_of(loss__implementation="torch", kernels__cross_entropy="triton")
+    with pytest.raises(ConfigError, match=r"takes no kernel of ours, and kernels.cross_entropy is 'triton'"):
+        parallel.check(config, LLAMA3, ONE, CPU)
+    parallel.check(config_of(loss__implementation="torch"), LLAMA3, ONE, CPU)

@@ -1,7 +1,6 @@
 """Before a compiled run: do compiled gradients agree with plain PyTorch's? Compilers have had silent errors there."""
 
 import dataclasses
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -13,7 +12,7 @@ from titan_fast.config import Compile, Config
 from titan_fast.errors import NumericsError
 from titan_fast.flavors import ModelShape
 from titan_fast.model import Block, init_values, rope_tables
-from titan_fast.ops import REFERENCE, Ops, attention_with
+from titan_fast.ops import REFERENCE, Ops, attention_with, with_equal_heads
 from titan_fast.parallel import precision
 
 FLOAT32_BOUND = 1e-4
@@ -75,16 +74,6 @@ def exact_ops(device: torch.device) -> Ops:
     if device.type != "cuda":
         return REFERENCE
     return dataclasses.replace(REFERENCE, attention=with_equal_heads(attention_with([SDPBackend.EFFICIENT_ATTENTION])))
-
-
-def with_equal_heads(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """`attention` with each head of k and v, [B, K, T, E], repeated for the heads of q that share it."""
-
-    def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        times = q.shape[1] // k.shape[1]
-        return attention(q, k.repeat_interleave(times, 1), v.repeat_interleave(times, 1))
-
-    return repeated
 
 
 def _triton_version() -> str:

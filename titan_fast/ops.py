@@ -111,6 +111,20 @@ def attention_with(backends: list[SDPBackend]) -> Callable[[Tensor, Tensor, Tens
     return attention
 
 
+def with_equal_heads(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`attention` with each head of k and v, [B, K, T, E], repeated for the heads of q that share it."""
+
+    def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        times = q.shape[1] // k.shape[1]
+        if times > 1:
+            k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+        return attention(q, k, v)
+
+    return repeated
+
+
 def _activate_flash(version: str) -> None:
     """Makes torch's flash backend FlashAttention 3 or 4, for the whole process. ConfigError where it is not there."""
     try:
@@ -123,8 +137,8 @@ def _activate_flash(version: str) -> None:
         ) from error
 
 
-def _choose_attention(setting: str, device: torch.device) -> tuple[list[SDPBackend], str, str]:
-    """(backends in order, choice, reason)."""
+def _choose_attention(setting: str, device: torch.device, dtype: str) -> tuple[list[SDPBackend], str, str]:
+    """(backends in order, choice, reason) for activations of `dtype`."""
     if setting != "auto":
         if setting in ("cudnn", "efficient", *_FLASH_VERSIONS) and device.type != "cuda":
             raise ConfigError(
@@ -136,6 +150,8 @@ def _choose_attention(setting: str, device: torch.device) -> tuple[list[SDPBacke
         return [_BACKENDS[setting]], setting, "as configured"
     if device.type != "cuda":
         return [_BACKENDS["flash"], _BACKENDS["math"]], "flash", "torch's fused CPU attention"
+    if dtype == "float32":
+        return [_BACKENDS["efficient"], _BACKENDS["math"]], "efficient", "the fused one that takes float32"
     if torch.cuda.get_device_capability(device) >= (9, 0):
         order = ["cudnn", "flash", "efficient", "math"]
         reason = "faster than flash on Hopper and newer by published figures; not measured here"
@@ -184,8 +200,10 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload, archit
     check(kernels, workload.tensor_degree)
     if architecture is None and device.type == "cuda":
         architecture = current_architecture()
-    backends, attention, why = _choose_attention(kernels.attention, device)
+    backends, attention, why = _choose_attention(kernels.attention, device, workload.dtype)
     chosen: dict[str, Any] = {"attention": attention_with(backends), "carry_residual": kernels.carry_residual}
+    if attention == "efficient":  # torch's takes no heads of k and v that several of q share
+        chosen["attention"] = with_equal_heads(chosen["attention"])
     reasons = [("attention", attention, why)]
     if workload.float8 is not None:
         chosen["linear"] = float8.linear_with(workload.float8)

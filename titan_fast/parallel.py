@@ -82,7 +82,7 @@ def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: tor
     if settings.training.cuda_graph:
         check_cuda_graph(device, shards)
     if settings.loss.implementation == "torch":
-        check_torch_loss(settings.loss, tensor)
+        check_torch_loss(settings.loss, tensor, settings.kernels.cross_entropy)
     if settings.parallelism.enable_async_tensor_parallel:
         lacks = [
             what
@@ -173,7 +173,7 @@ def check_cuda_graph(device: torch.device, shards: bool) -> None:
         )
 
 
-def check_torch_loss(loss: config.Loss, tensor_degree: int) -> None:
+def check_torch_loss(loss: config.Loss, tensor_degree: int, kernel: str) -> None:
     """ConfigError where torch's own linear_cross_entropy cannot do what is asked."""
     if not has_torch_loss():
         problem = f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy"
@@ -181,6 +181,8 @@ def check_torch_loss(loss: config.Loss, tensor_degree: int) -> None:
         problem = f"torch's linear_cross_entropy has no z_loss, and it is {loss.z_loss}"
     elif tensor_degree > 1:
         problem = f"torch's linear_cross_entropy needs the whole vocabulary; tensor_parallel_degree is {tensor_degree}"
+    elif kernel == "triton":
+        problem = "torch's linear_cross_entropy takes no kernel of ours, and kernels.cross_entropy is 'triton'"
     else:
         return
     raise ConfigError(problem, "take chunked", "loss.implementation torch")

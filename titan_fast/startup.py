@@ -81,7 +81,10 @@ def startup_lines(
             else "off: [compile] enable is False",
         ),
     ]
-    lines += [(operator, f"{choice}: {reason}") for operator, choice, reason in ops.reasons]
+    torch_loss = config.loss.implementation == "torch"
+    for operator, choice, reason in ops.reasons:
+        without_ours = torch_loss and operator == "cross_entropy"
+        lines.append((operator, "torch: loss.implementation asks for it" if without_ours else f"{choice}: {reason}"))
     lines.append(("run directory", str(Path(config.job.dump_folder))))
     if progress.step:
         lines.append(("goes on", f"after step {progress.step:,}, {progress.tokens_seen:,} tokens"))
