@@ -111,6 +111,7 @@ def _norm_settings() -> dict[str, tuple[Setting, ...]]:
             backward("half the warps", warps=0.5),
             backward("half the programs", names=_programs(0.5)),
             backward("half the programs, 4 stages", constexprs={"STAGES": 4}, names=_programs(0.5)),
+            backward("half as many programs again", names=_programs(1.5)),  # 3 on a multiprocessor at 4096 columns
             backward("twice the programs", names=_programs(2)),
             total("sum of 64 x 32, twice the warps", warps=2, constexprs={"ROWS": 64}),
             total(
