@@ -168,7 +168,7 @@ def _one_backend(
 
 
 def _best_attention(by_call: dict[str, dict[str, dict[str, Any]]]) -> tuple[str, dict[str, float]]:
-    """(backend, its rates) that is fastest on the call that computes most, in the calibration's words."""
+    """(backend, its rates) of the fastest of all calls, in the calibration's words."""
     best: tuple[float, str, dict[str, float]] = (math.inf, "", {})
     for backends in by_call.values():
         for name, rates in backends.items():

@@ -99,7 +99,7 @@ def norm_linear(
     which refuses an autograd.Function that is given a tensor twice.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a shape, dtype or device that does not fit, or autocast is on.
     """
     check_norm("norm_linear", x, residual, weight)
     if not linear_weights:
@@ -119,7 +119,7 @@ def swiglu_linear(gate: Tensor, up: Tensor, down_weight: Tensor) -> Tensor:
     gate, up: [..., F]; down_weight: [out, F], all of one dtype -> [..., out].
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a shape, dtype or device that does not fit, or autocast is on.
     """
     check_swiglu("swiglu_linear", gate, up)
     _check_matrix("swiglu_linear", gate, down_weight)
@@ -135,3 +135,8 @@ def _check_matrix(operator: str, x: Tensor, matrix: Tensor) -> None:
     if matrix.dtype != x.dtype:
         raise ValueError(f"{operator}: a matrix of shape {shape(matrix)} is {matrix.dtype}, x is {x.dtype}")
     require_one_device(operator, x, matrix)
+    if torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"{operator}: autocast is on for {x.device.type}, which would multiply in another dtype than the backward "
+            "pass; call it within torch.autocast(..., enabled=False)"
+        )

@@ -253,3 +253,14 @@ def test_bad_input(device: torch.device) -> None:
         swiglu_linear(x, x[:, :7], torch.ones(3, 8, device=device))
     with pytest.raises(ValueError, match=r"matrix of shape \[8\] does not multiply"):
         swiglu_linear(x, x, weight)
+
+
+def test_autocast_is_refused(device: torch.device) -> None:
+    """Under it the products would be of another dtype than in the backward pass, which it does not reach."""
+    x, weight = torch.randn(2, 8, device=device), torch.randn(8, device=device)
+    matrix = torch.randn(3, 8, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        with pytest.raises(ValueError, match="norm_linear: autocast is on"):
+            norm_linear(x, None, weight, EPS, (matrix,))
+        with pytest.raises(ValueError, match="swiglu_linear: autocast is on"):
+            swiglu_linear(x, x, matrix)
