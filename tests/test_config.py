@@ -57,6 +57,18 @@ def test_the_last_word_counts() -> None:
     assert parse(["--training.steps", "9", "--training.steps", "8"]).training.steps == 8
 
 
+@pytest.mark.parametrize("argv", [["--metrics.sample_prompt", "-x"], ["--metrics.sample_prompt=--foo bar"]])
+def test_a_value_may_begin_with_a_dash(argv: list[str]) -> None:
+    assert parse(argv).metrics.sample_prompt == argv[-1].removeprefix("--metrics.sample_prompt=")
+
+
+@pytest.mark.parametrize("key", ["job.dump_folder", "training.dataset_path", "validation.dataset_path"])
+def test_an_empty_path_is_refused(key: str) -> None:
+    """As an unset variable of a shell gives it."""
+    with pytest.raises(ConfigError, match=rf"{key} is empty"):
+        parse([f"--{key}", ""])
+
+
 def test_hyphens_are_underscores() -> None:
     assert parse(["--training.seq-len", "17"]).training.seq_len == 17
 

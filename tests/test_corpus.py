@@ -1,10 +1,13 @@
 """Documents from files of every kind, and what happens to rows and files that are bad."""
 
 import csv
+import errno
 import gzip
 import json
+import os
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -226,6 +229,31 @@ def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
     assert open_corpus(tmp_path, "text").fingerprint() != before
 
 
+def test_what_is_no_file_is_counted_and_not_read(tmp_path: Path) -> None:
+    """A link to nothing, a pipe that nobody writes to, a linked folder."""
+    (tmp_path / "real.txt").write_text("real")
+    (tmp_path / "nothing.txt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "linked").symlink_to(tmp_path.parent)
+    corpus = open_corpus(tmp_path, "text")
+    assert [path.name for path in corpus.files] == ["real.txt"] and corpus.other_files == 3
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real.txt").write_text("real")
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=r"a folder cannot be read: Permission denied \[.*closed\]"):
+        open_corpus(tmp_path, "text")
+
+
 def refused(path: Path, column: str = "text") -> str:
     with pytest.raises(DataError) as caught:
         read(path, column)
@@ -239,6 +267,8 @@ def test_data_that_is_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.exe").write_text("x")
     assert "unknown kind (.exe)" in refused(tmp_path / "x.exe")
     assert "none of its 1 files is of a known kind (.exe)" in refused(tmp_path)
+    (tmp_path / "linked").symlink_to(tmp_path.parent)
+    assert "none of its 2 files is of a known kind" in refused(tmp_path)
     (tmp_path / "plain").write_text("x")
     assert "unknown kind (no suffix)" in refused(tmp_path / "plain")
 

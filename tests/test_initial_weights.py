@@ -22,6 +22,7 @@ from titan_fast.hf_convert import export_checkpoint, import_model
 from titan_fast.initial_weights import foreign_weights, load_initial_weights
 from titan_fast.loop import train
 from titan_fast.model import Llama, init_weights
+from titan_fast.tokenizer import train_sentencepiece
 
 TWO_BY_TWO = {"parallelism.data_parallel_shard_degree": 2, "parallelism.tensor_parallel_degree": 2}
 HSDP = {"parallelism.data_parallel_shard_degree": 2, "parallelism.data_parallel_replicate_degree": 2}
@@ -119,6 +120,21 @@ def test_training_begins_with_the_folders_weights(dtype: torch.dtype, tmp_path: 
     train(run_config(again, checkpoint__initial_load_path=tmp_path / "run"))
     export_checkpoint(again / "run", tmp_path / "back again", dtype, 10**9)
     assert_same_tensors(tensors(source), tensors(tmp_path / "back again"))
+
+
+def test_another_tokenizer_than_the_weights_came_with_is_warned_of(tmp_path: Path) -> None:
+    train(run_config(tmp_path))
+    again, source = tmp_path / "again", tmp_path / "run"
+    again.mkdir()
+    options = {"checkpoint__initial_load_path": source, "checkpoint__enable": False}
+    train(run_config(again, **options))
+    assert "another tokenizer" not in (again / "run" / "train.log").read_text()
+    other = again / "other.model"
+    train_sentencepiece(iter([TEXT.upper()]), SHAPE.vocab_size, other, 1)
+    train(run_config(again, **options, job__dump_folder=again / "warned", model__tokenizer_path=other))
+    log = (again / "warned" / "train.log").read_text()
+    assert "WARNING: these weights came with another tokenizer than" in log
+    assert f"--model.tokenizer_path {source / 'checkpoint' / 'step-1' / 'tokenizer'} takes theirs" in log
 
 
 def test_a_run_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:

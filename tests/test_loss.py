@@ -67,6 +67,17 @@ def test_evaluation_makes_no_gradient(under: Any) -> None:
     assert counted.get_total_flops() == 2 * 6 * 8 * 9
 
 
+def test_what_is_evaluated_is_the_cross_entropy_alone() -> None:
+    x, weight, labels = torch.randn(6, 8), torch.nn.Parameter(torch.randn(9, 8)), torch.arange(6)
+    loss = LinearCrossEntropy(REFERENCE, 2, z_loss=0.5)
+    trained = loss(x, weight, labels, torch.tensor(1.0))
+    with torch.no_grad():
+        evaluated = loss(x, weight, labels, torch.tensor(1.0))
+        logits = x @ weight.T
+    torch.testing.assert_close(evaluated, F.cross_entropy(logits, labels, reduction="sum"))
+    torch.testing.assert_close(trained.detach() - evaluated, 0.5 * logits.logsumexp(-1).square().sum())
+
+
 @pytest.mark.parametrize("trains", [True, False])
 def test_logits_of_one_chunk_at_a_time(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[torch.UntypedStorage]] = []

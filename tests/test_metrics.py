@@ -421,7 +421,7 @@ def test_summary_and_loss_curve(
     drawn: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
-    metrics = logger(tmp_path, *QUIET)
+    metrics = logger(tmp_path, *QUIET, "--job.description", r"data in $HOME\data, lr $LR")  # is no mathematics
     metrics.start([])
     for step, loss, seconds in ((10, 8.0, 50), (20, 4.0, 5), (30, 3.0, 4), (40, 3.5, 6)):
         clock.now += seconds

@@ -206,6 +206,12 @@ def test_other_mathematics_is_refused_with_the_fields(
     assert "--checkpoint.data_state reset" in str(caught.value)
 
 
+def test_a_start_that_failed_before_its_data_is_no_run(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(TitanFastError, match="no such file or folder"):
+        runs.run(tmp_path / "typo", tmp_path / "run", training__steps=1, model__tokenizer_path=data)
+    runs.run(data, tmp_path / "run", training__steps=1)
+
+
 def test_other_data_is_refused_or_begun_again(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other"
     other.mkdir()

@@ -90,7 +90,12 @@ def keep_code(settings: config.Compile) -> None:
     if not (settings.enable and settings.cache_folder):
         return
     folder = Path(settings.cache_folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"compile.cache_folder cannot be made: {error.strerror}", "choose another folder", str(folder)
+        ) from error
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve() / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder.resolve() / "triton")
 

@@ -440,7 +440,9 @@ def parse(argv: list[str]) -> Config:
 def from_options(options: dict[str, list[str]]) -> Config:
     """A Config from {"table.key": [words]}; names and types are checked, values are not."""
     _check_names(options)
-    argv = [word for name, values in options.items() for word in (f"--{name}", *values)]
+    argv: list[str] = []
+    for name, values in options.items():  # a single value may begin with a dash
+        argv += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
     captured = io.StringIO()
     try:
         with redirect_stderr(captured):
@@ -630,6 +632,13 @@ def _check_ranges(config: Config, problems: Problems) -> None:
         value = getattr(getattr(config, table), key)
         if value is not None and not (least <= value <= most and value < 1e300):
             problems.add(f"{name} is {value}, not {words}", "change it")
+    for name, path in (
+        ("job.dump_folder", config.job.dump_folder),
+        ("training.dataset_path", config.training.dataset_path),
+        ("validation.dataset_path", config.validation.dataset_path),
+    ):
+        if path == "":
+            problems.add(f"{name} is empty", "give a path, or leave it out")
     for name in ("training.global_batch_size", "parallelism.data_parallel_shard_degree"):
         table, _, key = name.partition(".")
         value = getattr(getattr(config, table), key)

@@ -141,7 +141,7 @@ class Corpus:
     files: tuple[Path, ...]
     text_column: str = "text"
     other_files: int = 0
-    """Files of other kinds in the folder, which are not read."""
+    """Files of other kinds in the folder, links to folders or to nothing, and the like, which are not read."""
 
     def fingerprint(self) -> str:
         """sha256 of the files' names, sizes and times, and of what decides how they are read."""
@@ -181,9 +181,9 @@ def open_corpus(path: Path, text_column: str) -> Corpus:
             raise DataError(f"a file of an unknown kind ({path.suffix or 'no suffix'})", known, str(path))
         return Corpus(path.parent, (path,), text_column)
     if not path.is_dir():
-        raise DataError("there is no such file or folder", "check training.dataset_path", str(path))
+        raise DataError("there is no such file or folder", "check the dataset_path", str(path))
     found = sorted(_walk(path), key=lambda file: file.relative_to(path).parts)
-    files = tuple(file for file in found if _kind(file))
+    files = tuple(file for file in found if _kind(file) and file.is_file())  # no link to nothing, no pipe
     if not files:
         suffixes = sorted({file.suffix or "no suffix" for file in found})[:10]
         what = f"none of its {len(found)} files is of a known kind ({', '.join(suffixes)})" if found else "it is empty"
@@ -192,10 +192,16 @@ def open_corpus(path: Path, text_column: str) -> Corpus:
 
 
 def _walk(root: Path, left_out: Container[str] = ()) -> Iterator[Path]:
-    """Files under `root`, except hidden ones; linked folders are not entered, for they may lead back."""
-    for folder, folders, names in os.walk(root):
+    """What is under `root` and not a folder, except hidden things; linked folders are not entered, for they may lead
+    back, but yielded. DataError for a folder that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"a folder cannot be read: {error.strerror}", "mend it, or take it out", str(error.filename))
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
-        yield from (Path(folder) / name for name in names if not name.startswith("."))
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        yield from (Path(folder) / name for name in (*names, *links) if not name.startswith("."))
 
 
 def stdlib_corpus() -> Corpus:

@@ -122,6 +122,7 @@ def _import_lines(final: Path, weights: Weights, tokenizer: Tokenizer | None) ->
         spoken = "no tokenizer: without one it is good for training and export only; --tokenizer names one"
     else:
         spoken = f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} pieces"
+        arguments += f" --model.tokenizer_path {final / 'tokenizer'}"
     dtypes = {weights.dtype(name) for name in hf_sizes(shape)}
     return [
         f"wrote {final}: {_described(shape, dtypes)}",

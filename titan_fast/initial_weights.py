@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from titan_fast import manifest
 from titan_fast.checkpoint import cause, check_tensors, read_config
 from titan_fast.config import from_dict, model_shape
-from titan_fast.errors import CheckpointError
+from titan_fast.errors import CheckpointError, TitanFastError
 from titan_fast.flavors import ModelShape
 from titan_fast.hf import Weights, hf_names, our_sizes, read_parameter
 from titan_fast.hf_files import CONFIG, HuggingFaceFolder
@@ -25,6 +25,7 @@ from titan_fast.meta_files import PARAMS, MetaFolder
 from titan_fast.model import Llama
 from titan_fast.safe_unpickle import SafeReader
 from titan_fast.shards import local, window
+from titan_fast.tokenizer import NAMES_IN_FOLDER, Tokenizer, load_tokenizer
 
 # With another of these the same weights are another function. The rest of a shape decides the sizes, or is max_seq_len.
 _SAME_SIZES = ("rope_theta", "rope_scaling", "norm_eps")
@@ -113,8 +114,11 @@ class _CachedReader(SafeReader):
 
 
 @torch.no_grad()
-def load_initial_weights(model: Llama, path: Path, shape: ModelShape, allow_changes: bool = False) -> str:
-    """Fills the model, sharded or whole, and says in words what with. Every rank calls it.
+def load_initial_weights(
+    model: Llama, path: Path, shape: ModelShape, allow_changes: bool = False, tokenizer: Tokenizer | None = None
+) -> str:
+    """Fills the model, sharded or whole, and says in words what with, and whether it came with another tokenizer than
+    `tokenizer`. Every rank calls it.
 
     CheckpointError on every rank where the weights are damaged, incomplete, of other sizes, of a dtype with values that
     the model's cannot hold, or made for another rotary embedding or norm epsilon (which `allow_changes` accepts).
@@ -134,7 +138,25 @@ def load_initial_weights(model: Llama, path: Path, shape: ModelShape, allow_chan
     else:
         dtypes = _fill(model, weights)
     words = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-    return f"weights from {weights.path}, {words}" + (f"; other than there: {', '.join(changes)}" if changes else "")
+    said = f"weights from {weights.path}, {words}" + (f"; other than there: {', '.join(changes)}" if changes else "")
+    return said + _other_tokenizer(weights, tokenizer)
+
+
+def _other_tokenizer(weights: Weights | CheckpointWeights, tokenizer: Tokenizer | None) -> str:
+    """A warning, where a tokenizer came with the weights and another one is in use."""
+    folder = weights.path / "tokenizer" if isinstance(weights, CheckpointWeights) else weights.path
+    if tokenizer is None or not any((folder / name).is_file() for name in NAMES_IN_FOLDER):
+        return ""
+    try:
+        same = load_tokenizer(folder).fingerprint == tokenizer.fingerprint
+    except TitanFastError:
+        same = False
+    if same:
+        return ""
+    return (
+        f"\nWARNING: these weights came with another tokenizer than {tokenizer.path}, to which they may mean nothing; "
+        f"--model.tokenizer_path {folder} takes theirs"
+    )
 
 
 def _open(path: Path) -> Weights | CheckpointWeights:

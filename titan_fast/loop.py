@@ -140,7 +140,9 @@ class Run:
         if checkpoint.initial_load_path is not None:
             path = Path(checkpoint.initial_load_path)
             with masters_as_weights(self.model):
-                said = load_initial_weights(self.model, path, self.shape, checkpoint.initial_load_changes)
+                said = load_initial_weights(
+                    self.model, path, self.shape, checkpoint.initial_load_changes, self.tokenizer
+                )
             self.checkpointer.note(said)
 
     def train(self) -> None:

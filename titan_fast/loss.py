@@ -28,6 +28,7 @@ class LinearCrossEntropy:
     chunk_size: int = 0
     """Tokens per chunk; 0 takes all at once."""
     z_loss: float = 0.0
+    """Weight of logsumexp squared, added to a loss that is trained on; what is only evaluated is the cross entropy."""
     vocab_group: dist.ProcessGroup | None = None
     """The ranks among which the vocabulary is split; None: not split."""
     vocab_offset: int = 0
@@ -47,8 +48,9 @@ class LinearCrossEntropy:
         if self.vocab_group is None and wanted:
             return self.ops.cross_entropy_with_grad_(logits, labels, scale, IGNORE_INDEX, self.z_loss).sum()
         logsumexp, target = self._statistics(logits, labels)
-        losses = logsumexp - target + self.z_loss * logsumexp.square()
+        losses = logsumexp - target
         if wanted:
+            losses = losses + self.z_loss * logsumexp.square()
             self.ops.cross_entropy_grad_(logits, labels, self.vocab_offset, logsumexp, scale, IGNORE_INDEX, self.z_loss)
         return torch.where(labels != IGNORE_INDEX, losses, 0.0).sum()
 

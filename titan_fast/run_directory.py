@@ -26,8 +26,8 @@ _DATA_KEYS = {"model": ("tokenizer_path",), **_FIXED_KEYS}
 
 def open_run_directory(config: Config) -> Path:
     """The folder `job.dump_folder`, made if need be and found writable; ConfigError where it is not, or where it holds
-    a run of another model or other data, or one that this config would begin over. Every process may call it, before
-    there is a process group."""
+    a run of another model or other data, or one that this config would begin over; a start that failed before it had
+    anything of the data is no run. Every process may call it, before there is a process group."""
     folder = Path(config.job.dump_folder)
     _check_writable(folder, "job.dump_folder")
     if config.checkpoint.enable:
@@ -43,7 +43,8 @@ def open_run_directory(config: Config) -> Path:
             where=str(kept),
         )
     now, resets = redacted(to_dict(config)), config.checkpoint.data_state == "reset"
-    if before and (differing := differences(before, now, reset_data=resets)):
+    begun = checkpoints(kept) or any((folder / name).exists() for name in ("metrics.jsonl", "tokenizer.model"))
+    if begun and before and (differing := differences(before, now, reset_data=resets)):
         raise ConfigError(
             f"job.dump_folder holds a run of another config: {'; '.join(differing)}",
             "choose another --job.dump_folder, or go back to these values; --checkpoint.data_state reset accepts what "
@@ -70,7 +71,7 @@ def _check_writable(folder: Path, key: str) -> None:
 def write_config(config: Config, folder: Path) -> None:
     """Writes the resolved config beside everything else."""
     temporary = folder / f".{CONFIG_NAME}.tmp"
-    temporary.write_text(tomli_w.dumps(redacted(to_dict(config))))
+    temporary.write_text(tomli_w.dumps(redacted(to_dict(config))), encoding="utf-8")
     temporary.replace(folder / CONFIG_NAME)
 
 

@@ -97,7 +97,8 @@ def draw_loss_curve(records: list[Record], path: Path, title: str) -> None:
             markersize=5,
             label=f"held-out text, last {held_out[-1]['validation_loss']:.3f}",
         )
-    axes.set(title=title, xlabel="tokens", ylabel="loss (nats per token)")
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.set_title(title, parse_math=False)  # a user's words, in which a dollar is a dollar
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.grid(alpha=0.25, linewidth=0.6)
