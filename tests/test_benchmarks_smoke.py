@@ -412,7 +412,8 @@ def test_other_launch_settings_are_launched_checked_and_forgotten(
                 if kernel_settings.launches_of(contest.case) == usual:
                     unchanged.add(setting.label)
             assert kernel_settings.launches_of(contest.case) == usual
-    of_grids, todays = {"half the programs", "twice the programs"}, {"3 stages", "32768 columns, 16 warps"}
+    of_grids = {"half the programs", "half as many programs again", "twice the programs"}
+    todays = {"3 stages", "32768 columns, 16 warps"}
     assert unchanged == of_grids | todays | {"8192 columns, 16 warps"}  # the last for the 13B's vocabulary
     small = kernel_settings.contests(smoke=True)
     assert len(small) == 9  # both ways of four operators, the loss's step
