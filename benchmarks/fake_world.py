@@ -11,6 +11,7 @@ own shard into the other slots is done by this GPU, where a real one's memory is
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import DTensor
 
+from titan_fast.direct_fsdp import DirectAllGather, DirectReduceScatter
 from titan_fast.distributed import World
 
 
@@ -69,12 +71,29 @@ def fake_world(size: int, device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+class CopyEachToAll(DirectAllGather):
+    """Every rank's shard of every weight is the own one."""
+
+    def gather_each(self, outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup) -> None:
+        for output, shard in zip(outputs, inputs, strict=True):
+            output.view(group.size(), -1).copy_(shard.expand(group.size(), -1))
+
+
+class TakeOwnOfEach(DirectReduceScatter):
+    """The sum over ranks of every gradient is the own one."""
+
+    def reduce_each(self, outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup, op: Any) -> None:
+        torch._foreach_copy_(outputs, [one.view(group.size(), -1)[group.rank()] for one in inputs])
+
+
 def use_copies(model: nn.Module) -> None:
-    """Gives every FSDP2 unit of `model` the collectives above."""
+    """Gives every FSDP2 unit of `model` the collectives above, those of its kind."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(CopyToAll())
-            module.set_custom_reduce_scatter(TakeOwn())
+            unit = module._get_fsdp_state()._fsdp_param_group
+            direct = unit is not None and isinstance(unit._all_gather_comm, DirectAllGather)
+            module.set_custom_all_gather(CopyEachToAll() if direct else CopyToAll())
+            module.set_custom_reduce_scatter(TakeOwnOfEach() if direct else TakeOwn())
 
 
 def assert_gathers_real_weights(model: nn.Module, units: Sequence[nn.Module]) -> None:

@@ -113,10 +113,9 @@ def _norm_settings() -> dict[str, tuple[Setting, ...]]:
             backward("half the programs, 4 stages", constexprs={"STAGES": 4}, names=_programs(0.5)),
             backward("half as many programs again", names=_programs(1.5)),  # 3 on a multiprocessor at 4096 columns
             backward("twice the programs", names=_programs(2)),
-            total("sum of 64 x 32, twice the warps", warps=2, constexprs={"ROWS": 64}),
+            total("sum of 32 x 32, half the warps", warps=0.5, constexprs={"ROWS": 32}),
             total(
-                "sum of 128 x 16, twice the warps", warps=2, constexprs={"ROWS": 128, "COLUMNS": 16},
-                names=lambda module: {"_SUM_COLUMNS": 16},
+                "sum of 128 x 16", constexprs={"ROWS": 128, "COLUMNS": 16}, names=lambda module: {"_SUM_COLUMNS": 16}
             ),
         ),
     }  # fmt: skip

@@ -56,7 +56,7 @@ class Bench:
         self.update = getattr(self.optimizer, "_update", None)
         self.recorded: RecordedPasses | None = None
         if world.size > 1:
-            fake_world.use_copies(self.model)
+            self._set_fsdp_policy()
             units = [self.model.blocks[0], self.model.blocks[-1]]
             fake_world.assert_gathers_real_weights(self.model, units)
         self.loader = self._loader()
@@ -105,6 +105,7 @@ class Bench:
             self.optimizer._update = self.update if whole or not _has_masters(model) else None
         self.recorded = RecordedPasses(model, CudaRecorder(self.world.device)) if config.training.cuda_graph else None
         batch, self.config = self.config.training.local_batch_size, config
+        self._set_fsdp_policy()
         if config.training.local_batch_size != batch:
             self.loader.close()
             self.loader = self._loader()
@@ -138,6 +139,13 @@ class Bench:
             self.optimizer._update = face["update"]
         functorch_config.activation_memory_budget = face["budget"]
         self.recorded, self.config = face["recorded"], face["config"]
+        self._set_fsdp_policy()
+
+    def _set_fsdp_policy(self) -> None:
+        """Nothing is on its way between steps. Copies take the place of the collectives of either kind."""
+        parallel.set_fsdp_policy(self.model, self.config.parallelism, self.degrees.shard, self.device.type)
+        if self.world.size > 1:
+            fake_world.use_copies(self.model)
 
     def step(self) -> None:
         """One whole step: data, forward, loss over the full vocabulary, backward, clipping, AdamW. As titan_fast.loop

@@ -93,13 +93,21 @@ MEMORY_LEVERS = (
     _lever("selective layer", SELECTIVE_LAYER),
     _lever("full", FULL),
 )
+NEVER_RESHARD: Options = {"parallelism.fsdp_reshard_after_forward": "never"}
+FLAT: Options = {"parallelism.fsdp_buffers": "flat"}
+FSDP_POLICIES = (
+    _lever("never reshard", NEVER_RESHARD),
+    _lever("flat buffers", FLAT),
+    _lever("never reshard, flat buffers", NEVER_RESHARD | FLAT),
+)
+BFLOAT16_REDUCTION = _lever("bfloat16 reduction", {"training.mixed_precision_reduce": "bfloat16"})
 FSDP: Options = {"parallelism.single_device": "fsdp"}
 WITHOUT_OPTIMIZER: Options = {"compile.components": ["blocks", "norm", "loss"]}
 OPTIMIZER_LEVERS = (
     _lever("FSDP2, one-pass AdamW", FSDP),
     _lever("FSDP2, fused AdamW", FSDP | WITHOUT_OPTIMIZER),
     _lever("FSDP2, foreach AdamW", FSDP | WITHOUT_OPTIMIZER | {"optimizer.implementation": "foreach"}),
-    _lever("FSDP2, bfloat16 reduction", FSDP | {"training.mixed_precision_reduce": "bfloat16"}),
+    _lever("FSDP2, bfloat16 reduction", FSDP | BFLOAT16_REDUCTION.options),
     _lever("FSDP2, always reshard", FSDP | {"parallelism.fsdp_reshard_after_forward": "always"}),
     _lever("AdamW by buckets", WITHOUT_OPTIMIZER),
     _lever("whole model", {"compile.components": ["model", "optimizer"]}),
@@ -116,7 +124,7 @@ def _table_cells() -> list[Cell]:
     return [
         Cell("single", LLAMA_1B, TWO_BY_TWO),
         Cell("single", LLAMA_3B, (COMPILED_AUTO,)),
-        Cell("rank0", eight, (COMPILED_AUTO, COMPILED_KERNELS)),
+        Cell("rank0", eight, (COMPILED_AUTO, _lever("never reshard", NEVER_RESHARD), COMPILED_KERNELS)),
         Cell("rank0", RANK0["13b"], (COMPILED_AUTO,)),
         *_peers("peers", untied(LLAMA_1B), (PEERS[0], PEERS[1], PEERS[2]), untied(LLAMA_1B)),
         Cell("slices", slice_of(eight, 4), TWO_BY_TWO),
@@ -152,7 +160,8 @@ def _more_cells() -> list[Cell]:
         Cell("levers", slice4, (BASE, *LOSS_LEVERS, NO_CLIPPING), label="loss and clipping"),
         *(Cell("levers", slice4, (lever,), label=lever.name.removeprefix("attention ")) for lever in NEW_FLASH_LEVERS),
         Cell("levers-memory", slice4, MEMORY_LEVERS, label="one kind of recomputation each"),
-        *_fsdp_policies("levers-memory", slice4),
+        Cell("levers-memory", slice4, (BASE, *FSDP_POLICIES), label="FSDP2"),
+        Cell("levers-memory", slice4, (BFLOAT16_REDUCTION,), label="bfloat16 reduction"),
         Cell("levers-kernels", slice4, _per_operator(), label="one kernel each"),
         *_single_device_paths("levers-optimizer", LLAMA_1B),
         Cell("levers-graph", SHORT_1B, (COMPILED_AUTO, EAGER_REFERENCE, *_recorded()), label="recorded"),
@@ -182,17 +191,6 @@ def _single_device_paths(part: str, workload: Workload) -> list[Cell]:
         Cell(part, workload, (fused,), label="masters, AdamW by buckets"),
         Cell(part, fsdp, (fused,), label="FSDP2 on one device"),
         Cell(part, fsdp, (foreach,), label="FSDP2 on one device, foreach"),
-    ]
-
-
-def _fsdp_policies(part: str, workload: Workload) -> list[Cell]:
-    changes = {
-        "never reshard": {"parallelism.fsdp_reshard_after_forward": "never"},
-        "bfloat16 reduction": {"training.mixed_precision_reduce": "bfloat16"},
-    }
-    return [
-        Cell(part, workload, (Variant(label, BASE.options | options),), label=label)
-        for label, options in changes.items()
     ]
 
 

@@ -70,6 +70,7 @@ INDUCTOR = {"compile.enable": True}
 TRACED = {"compile.enable": True, "compile.backend": "aot_eager"}
 POINTWISE = {"activation_checkpoint.mode": "pointwise"}
 RESHARD = "parallelism.fsdp_reshard_after_forward"
+DIRECT = {"parallelism.fsdp_buffers": "direct"}
 
 # Tensors of the CPU take the kernels through the interpreter, which a process that may use a GPU has not.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -88,6 +89,9 @@ LAYOUTS = [
     Layout("FSDP 2, always reshard", 2, 1e-6, mesh(1, 2, 1) | {RESHARD: "always"}),
     Layout("FSDP 2, never reshard", 2, 1e-6, mesh(1, 2, 1) | {RESHARD: "never"}),
     Layout("FSDP 2, offload", 2, 1e-6, mesh(1, 2, 1) | {"training.enable_cpu_offload": True}),
+    Layout("FSDP 2, direct", 2, 1e-6, mesh(1, 2, 1) | DIRECT, passes=2),
+    Layout("FSDP 2, direct, offload", 2, 1e-6, mesh(1, 2, 1) | DIRECT | {"training.enable_cpu_offload": True}),
+    Layout("FSDP 2, direct, never reshard", 2, 1e-6, mesh(1, 2, 1) | DIRECT | {RESHARD: "never"}, "tied", steps=5),
     Layout("TP 2", 2, 1e-5, mesh(1, 1, 2)),
     Layout("TP 2, odd vocabulary", 2, 1e-5, mesh(1, 1, 2), "odd vocabulary"),
     Layout("TP 2, carried residual", 2, 1e-5, mesh(1, 1, 2) | {"kernels.carry_residual": True}),
@@ -97,9 +101,11 @@ LAYOUTS = [
     Layout("TP 2, triton", 2, 1e-5, mesh(1, 1, 2) | TRITON, steps=1),
     Layout("FSDP 4", 4, 1e-6, mesh(1, 4, 1)),
     Layout("FSDP 4, odd vocabulary", 4, 1e-6, mesh(1, 4, 1), "odd vocabulary"),
+    Layout("FSDP 4, odd vocabulary, direct", 4, 1e-6, mesh(1, 4, 1) | DIRECT, "odd vocabulary", steps=5),
     Layout("FSDP 2 x TP 2", 4, 1e-5, mesh(1, 2, 2)),
     Layout("FSDP 2 x TP 2, tied", 4, 1e-5, mesh(1, 2, 2), "tied"),
     Layout("HSDP 2 x 2", 4, 1e-5, mesh(2, 2, 1)),
+    Layout("HSDP 2 x 2, direct, 2 passes", 4, 1e-5, mesh(2, 2, 1) | DIRECT, passes=2, steps=5),
     Layout("HSDP 2 x 2, 2 passes", 4, 1e-5, mesh(2, 2, 1), passes=2),
     Layout("HSDP 2 x 1 x TP 2", 4, 1e-5, mesh(2, 1, 2)),
 ]
@@ -158,9 +164,9 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def gathers_and_blocks(world: World) -> list[Any]:
+def gathers_and_blocks(world: World, buffers: str) -> list[Any]:
     """One step's all-gathers and the starts of blocks, forward and backward, in the order they happen."""
-    options = mesh(1, 2, 1) | {RESHARD: "always"}
+    options = mesh(1, 2, 1) | {RESHARD: "always", "parallelism.fsdp_buffers": buffers}
     model = build(config_of(options, world.size), dataclasses.replace(LLAMA3, n_layers=4), world)
     one_gradient(world, model, options)  # FSDP sets itself up in the first step
     with Collectives() as seen:
@@ -168,7 +174,7 @@ def gathers_and_blocks(world: World) -> list[Any]:
             block.attention.register_forward_pre_hook(lambda *_, i=i: seen.log.append(f"forward {i}"))
             block.feed_forward.register_full_backward_hook(lambda *_, i=i: seen.log.append(f"backward {i}"))
         one_gradient(world, model, options)
-    return [x if isinstance(x, str) else x[0] for x in seen.log if isinstance(x, str) or "allgather" in x[0]]
+    return [x if isinstance(x, str) else "gather" for x in seen.log if isinstance(x, str) or "allgather" in x[0]]
 
 
 def reduced_dtypes(world: World, reduce: str) -> tuple[set[torch.dtype], set[torch.dtype], set[torch.dtype]]:
@@ -253,7 +259,8 @@ PROBES: dict[int, list[Task]] = {
         Task("whole", broken_norm, (mesh(1, 2, 1), "nothing")),
         Task("wrong divide factor", broken_norm, (mesh(1, 2, 1), "divide factor")),
         Task("missing all-reduce", broken_norm, (mesh(1, 1, 2), "norm gradients")),
-        Task("order", gathers_and_blocks),
+        Task("order, flat", gathers_and_blocks, ("flat",)),
+        Task("order, direct", gathers_and_blocks, ("direct",)),
         Task("float32 reduction", reduced_dtypes, ("float32",)),
         Task("bfloat16 reduction", reduced_dtypes, ("bfloat16",)),
         Task("norms in bfloat16", bfloat16_norm_gradients),
@@ -306,15 +313,16 @@ def test_a_broken_layout_is_seen(runs: dict[str, list[Any]]) -> None:
     assert abs(results(runs, "missing all-reduce")[0] / expected - 1) > 1e-4
 
 
-def test_units_are_gathered_one_ahead(runs: dict[str, list[Any]]) -> None:
-    log = results(runs, "order")[0]
-    gathers = {entry: log[: i + 1].count("allgather_base") for i, entry in enumerate(log) if entry != "allgather_base"}
+@pytest.mark.parametrize("buffers", ["flat", "direct"])
+def test_units_are_gathered_one_ahead(runs: dict[str, list[Any]], buffers: str) -> None:
+    log = results(runs, f"order, {buffers}")[0]
+    gathers = {entry: log[: i + 1].count("gather") for i, entry in enumerate(log) if entry != "gather"}
     # Forward: the embedding's, this block's and the next unit's parameters are under way when block i begins to attend.
     assert [gathers[f"forward {i}"] for i in range(4)] == [3, 4, 5, 6], log
     # Backward, from the head down: block i's own and block i - 1's have been asked for when block i begins; nothing is
     # left to ask for with the first, for the embedding's gradient needs no weight.
     assert [gathers[f"backward {i}"] for i in (3, 2, 1, 0)] == [9, 10, 11, 11], log
-    assert log.count("allgather_base") == 11
+    assert log.count("gather") == 11
 
 
 @pytest.mark.parametrize("reduce", ["float32", "bfloat16"])

@@ -179,6 +179,10 @@ class Parallelism:
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Whether gathered parameters are freed after a block's forward. default: all blocks but the last,
     and none where data_parallel_shard_degree is 1. Final norm and head stay gathered."""
+    fsdp_buffers: Literal["auto", "direct", "flat"] = "auto"
+    """How FSDP2 moves a unit's weights and gradients. flat: its own way, weights copied out of one buffer and gradients
+    into one. direct: each from and to its own place, which saves those copies. auto: direct on GPUs, unless this
+    torch's FSDP2 is one that it does not know."""
     single_device: Literal["auto", "fsdp", "masters", "bfloat16"] = "auto"
     """What a single device that computes in bfloat16 keeps. fsdp: float32 weights, cast by FSDP2 in every step.
     masters: bfloat16 weights, and float32 ones that the optimizer updates and rounds into them; the same arithmetic

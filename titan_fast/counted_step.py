@@ -20,10 +20,10 @@ from titan_fast.masters import gradient_of, master_of, narrow
 from titan_fast.model import Llama
 from titan_fast.ops import Ops
 from titan_fast.optim import build_optimizer, clip_gradients
-from titan_fast.parallel import build_mesh, parallelize, precision, weights_kept
+from titan_fast.parallel import buffers_are_direct, build_mesh, parallelize, precision, weights_kept
 from titan_fast.shards import local
 from titan_fast.step import forward_backward, meta_model, one_over_valid_tokens
-from titan_fast.step_record import Segment, StepRecorder, mark_units, recording
+from titan_fast.step_record import Segment, StepRecorder, mark_units, note_direct_collectives, recording
 
 _CPU = torch.device("cpu")
 
@@ -75,9 +75,12 @@ def count_step(
     recorder = _COUNTER.recorder = StepRecorder(for_gpu)
     if config.compile.enable:
         config = _compiled_by(_COUNTER, config)
+    if for_gpu and buffers_are_direct(config.parallelism, "cuda"):
+        config = dataclasses.replace(config, parallelism=dataclasses.replace(config.parallelism, fsdp_buffers="direct"))
     dtypes = precision(config.training, _CPU)
     model = meta_model(config, shape, ops)
     parallelize(model, build_mesh(degrees, _CPU), dtypes, config)
+    note_direct_collectives(model, recorder)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=_CPU)
         if shape.tied:

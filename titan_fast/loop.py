@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_fast import canary, checkpointer, compilation, distributed, dry_step, float8, out_of_memory, parallel
+from titan_fast import (
+    canary,
+    checkpointer,
+    compilation,
+    direct_fsdp,
+    distributed,
+    dry_step,
+    float8,
+    out_of_memory,
+    parallel,
+)
 from titan_fast.agreement import Agreed, Agreement
 from titan_fast.checkpoint import Progress, gather_data_state, own_data_state
 from titan_fast.checkpointer import Checkpointer
@@ -74,6 +84,7 @@ class Run:
         canary.check(config, self.shape, ops, device)
         self.compile_report = CompileReport()
         self.model = build_model(config, self.shape, ops, degrees, device)
+        direct_fsdp.check(self.model, device)
         self.optimizer = build_optimizer(self.model, config.optimizer, compilation.optimizer_compiler(config.compile))
         if dry_step.is_wanted(config, device):
             with memory_history(config.profiling, run_dir, world.rank, lambda: "dry-step"):

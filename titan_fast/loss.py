@@ -121,7 +121,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         if grad_x is not None:
             grad_x = grad_x * grad
-        if grad_weight is not None:  # scaled and rounded in one pass
+        if grad_weight is not None and grad_weight.dtype == ctx.weight_dtype:
+            # By a kernel for lists: that of `*` does not vectorise where a factor is a 0-dim tensor of the device.
+            (grad_weight,) = torch._foreach_mul([grad_weight], grad.to(ctx.weight_dtype))
+        elif grad_weight is not None:  # scaled and rounded in one pass
             rounded = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, grad, out=rounded)
         return grad_x, grad_weight, None, None, None, None

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils._pytree import tree_map_only
 
-from titan_fast import activation_checkpoint, compilation, config, float8
+from titan_fast import activation_checkpoint, compilation, config, direct_fsdp, float8
 from titan_fast.config import Config, MeshDegrees
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
@@ -78,6 +78,8 @@ def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: tor
     shards = uses_fsdp(settings, world, precision(settings.training, device))
     compilation.check(settings.compile, shards)
     check_optimizer(settings)
+    if settings.parallelism.fsdp_buffers == "direct" and (problem := direct_fsdp.unsupported()):
+        raise ConfigError(problem, "take flat", "parallelism.fsdp_buffers direct")
     float8.check(settings, shape, tensor, precision(settings.training, device).param, device.type == "cuda")
     if settings.training.cuda_graph:
         check_cuda_graph(device, shards)
@@ -128,6 +130,13 @@ def weights_kept(settings: Config, world_size: int, dtypes: Precision) -> Litera
         return choice
     alone = world_size == 1 and dtypes.param == torch.bfloat16 and not settings.training.enable_cpu_offload
     return "masters" if alone and settings.optimizer.implementation == "fused" else "fsdp"
+
+
+def buffers_are_direct(settings: config.Parallelism, device_type: str) -> bool:
+    """`parallelism.fsdp_buffers` with auto resolved."""
+    if settings.fsdp_buffers == "auto":
+        return device_type == "cuda" and not direct_fsdp.unsupported()
+    return settings.fsdp_buffers == "direct"
 
 
 def check_single_device(settings: Config, degrees: MeshDegrees, dtypes: Precision) -> None:
@@ -311,23 +320,19 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Conf
     A tied embedding and head are one parameter and so belong to one unit, the root. Gradients are summed, never
     averaged: the loss already carries one over the global number of tokens.
     """
-    reshard = settings.parallelism.fsdp_reshard_after_forward
-    if reshard == "default" and mesh["shard"].size() == 1:
-        reshard = "never"  # nothing to gather again, only the cast would be repeated in the backward pass
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     common: dict[str, Any] = {
         "mesh": mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"],
         "mp_policy": MixedPrecisionPolicy(dtypes.param, dtypes.reduce, cast_forward_inputs=False),
         "offload_policy": offload if settings.training.enable_cpu_offload else OffloadPolicy(),
     }
-    for i, block in enumerate(model.blocks):
-        # The last block's backward comes right after its forward: freed, it would be gathered again at once.
-        free = reshard == "always" or (reshard == "default" and i < len(model.blocks) - 1)
-        fully_shard(block, reshard_after_forward=free, **common)
+    for block in model.blocks:
+        fully_shard(block, **common)
     if not model.shape.tied:
-        fully_shard(model.embedding, reshard_after_forward=reshard != "never", **common)
-        fully_shard([model.norm, model.head], reshard_after_forward=reshard == "always", **common)
-    fully_shard(model, reshard_after_forward=reshard == "always", **common)
+        fully_shard(model.embedding, **common)
+        fully_shard([model.norm, model.head], **common)
+    fully_shard(model, **common)
+    set_fsdp_policy(model, settings.parallelism, mesh["shard"].size(), mesh.device_type)
     alone = mesh["replicate"].size() * mesh["shard"].size() == 1
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -340,6 +345,21 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Conf
         model.embedding.set_unshard_in_backward(False)
     # FSDP warns of what in-place operators would do to such an output; the model has none.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+
+
+def set_fsdp_policy(model: Llama, settings: config.Parallelism, shards: int, device_type: str) -> None:
+    """What of FSDP2 can be changed between steps: when gathered weights are freed, and which way they and gradients
+    go."""
+    reshard = settings.fsdp_reshard_after_forward
+    if reshard == "default" and shards == 1:
+        reshard = "never"  # nothing to gather again, only the cast would be repeated in the backward pass
+    ends = (model.norm, model.head, model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # What the backward pass needs first would be gathered again at once.
+            kept = module is model.blocks[-1] or module in ends
+            module.set_reshard_after_forward(reshard == "always" or (reshard == "default" and not kept), recurse=False)
+    direct_fsdp.use(model, buffers_are_direct(settings, device_type))
 
 
 def free_gathered_weights(model: nn.Module) -> None:

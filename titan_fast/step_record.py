@@ -9,15 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from titan_fast.direct_fsdp import DirectAllGather, DirectReduceScatter
 from titan_fast.memory_count import MemoryCounter, Peak, is_on_device
 
 Kind = Literal["gemm", "attention", "memory", "gather", "reduce", "replicas", "copy_out", "blocking", "tensor", "wait"]
@@ -130,9 +134,11 @@ def attention_workspace(args: tuple) -> int:
 
 def _group(name_or_group: Any) -> Group:
     if isinstance(name_or_group, str):
-        group = dist.distributed_c10d._resolve_process_group(name_or_group)  # type: ignore[arg-type]
-    else:
-        group = dist.ProcessGroup.unbox(name_or_group)
+        return _group_of(dist.distributed_c10d._resolve_process_group(name_or_group))  # type: ignore[arg-type]
+    return _group_of(dist.ProcessGroup.unbox(name_or_group))
+
+
+def _group_of(group: dist.ProcessGroup) -> Group:
     ranks = dist.get_process_group_ranks(group)
     return Group(len(ranks), ranks[1] - ranks[0] if len(ranks) > 1 else 1)
 
@@ -173,7 +179,7 @@ def moved_bytes(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> flo
             if is_on_device(tensor):
                 changed = argument.alias_info is not None and argument.alias_info.is_write
                 written += accessed(tensor) if changed else 0
-                only_written = changed and argument.is_out
+                only_written = changed and (argument.is_out or func.overloadpacket is _ATEN._foreach_copy_)
                 read += 0 if only_written else accessed(tensor)
                 known.add(tensor.untyped_storage()._cdata)
     for tensor in tree_iter(out):
@@ -250,6 +256,17 @@ class StepRecorder(TorchDispatchMode):
                 operation = replace(operation, kind="replicas")  # tensor-parallel ranks, who sum too, are neighbours
             self.add(replace(operation, recomputed=backward and torch.is_grad_enabled()))
 
+    def note_collective(self, kind: Kind, whole: list[Tensor], own: list[Tensor], group: dist.ProcessGroup) -> None:
+        """A unit's gather into, or reduction of, the `whole` tensors of which this rank keeps its `own`."""
+        if self.paused:
+            return
+        self.memory.see((whole, own), "collective buffers")
+        if kind == "gather":
+            self.memory.see(whole, "unsharded parameters")
+        if group.size() > 1:
+            nbytes = float(sum(tensor.numel() * tensor.element_size() for tensor in whole))
+            self.add(Operation(kind, f"direct {kind}", nbytes, group=_group_of(group)))
+
     def _label_fsdp(self, name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         if name == "fsdp.split_with_sizes_copy.default":
             self.memory.see(kwargs["out"], "unsharded parameters")
@@ -263,6 +280,34 @@ class StepRecorder(TorchDispatchMode):
         for segment, end in zip(self.segments, ends, strict=True):
             segment.peak = self.memory.peak(segment.first_event, end)
         return self.segments
+
+
+class _NotedAllGather(DirectAllGather):
+    """Gathers nothing: fake tensors cannot be, in groups."""
+
+    def __init__(self, recorder: StepRecorder) -> None:
+        self.recorder = recorder
+
+    def gather_each(self, outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup) -> None:
+        self.recorder.note_collective("gather", outputs, inputs, group)
+
+
+class _NotedReduceScatter(DirectReduceScatter):
+    def __init__(self, recorder: StepRecorder) -> None:
+        self.recorder = recorder
+
+    def reduce_each(self, outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup, op: Any) -> None:
+        self.recorder.note_collective("reduce", inputs, outputs, group)
+
+
+def note_direct_collectives(model: nn.Module, recorder: StepRecorder) -> None:
+    """Lets `recorder` hear of what `direct_fsdp` gathers and reduces."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            unit = module._get_fsdp_state()._fsdp_param_group
+            if unit is not None and isinstance(unit._all_gather_comm, DirectAllGather):
+                module.set_custom_all_gather(_NotedAllGather(recorder))
+                module.set_custom_reduce_scatter(_NotedReduceScatter(recorder))
 
 
 class _Mark(torch.autograd.Function):
@@ -312,7 +357,21 @@ def _marked(out: Any, recorder: StepRecorder, unit: str) -> Any:
 @contextmanager
 def recording(recorder: StepRecorder) -> Iterator[None]:
     """Around the step."""
-    with recorder.memory.watching_resizes(), _without_trials(recorder), recorder:
+    with recorder.memory.watching_resizes(), _without_trials(recorder), _with_arrivals(recorder), recorder:
+        yield
+
+
+@contextmanager
+def _with_arrivals(recorder: StepRecorder) -> Iterator[None]:
+    """Where `direct_fsdp` makes the computation wait for weights there is no copy to be seen."""
+    arrive = param_group.foreach_all_gather_copy_out
+
+    def noted(result: Any, *others: Any) -> None:
+        arrive(result, *others)
+        if not result.all_gather_input_split_sizes:
+            recorder.add(Operation("copy_out", "arrival", kernels=0.0))
+
+    with mock.patch.object(param_group, "foreach_all_gather_copy_out", noted):
         yield
 
 

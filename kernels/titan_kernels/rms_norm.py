@@ -102,8 +102,8 @@ def _sum_launch(width: int, weight_dtype: torch.dtype) -> Launch:
         name="rms_norm_sum_partials",
         kernel=_sum_partials_kernel,
         signature={"PARTIALS": "*fp32", "DWEIGHT": POINTER[weight_dtype], "n_partials": "i32"},
-        constexprs={"WIDTH": width, "ROWS": 32, "COLUMNS": _SUM_COLUMNS},
-        num_warps=4,
+        constexprs={"WIDTH": width, "ROWS": 64, "COLUMNS": _SUM_COLUMNS},
+        num_warps=8,
         aligned=("PARTIALS", "DWEIGHT"),
     )
 

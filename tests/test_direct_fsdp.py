@@ -1,0 +1,119 @@
+"""FSDP2 without its copies. That it trains as one process does is in test_parallel."""
+
+from typing import Any
+
+import pytest
+import torch
+from shapes import LLAMA3
+from small_runs import build, config_of
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from worlds import Task, World, results, run_world
+
+from titan_fast import direct_fsdp, parallel
+from titan_fast.config import Config, from_options, mesh_degrees, model_shape
+from titan_fast.errors import ConfigError
+
+CPU = torch.device("cpu")
+DIRECT = {"parallelism.fsdp_buffers": "direct"}
+RANKS = 4
+SHAPES = ((8, 3), (5, 2), (131, 4), (3,), (4,), (1, 7))  # rows that the ranks divide, and rows that they do not
+
+
+@pytest.fixture
+def another_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch whose FSDP2 has a function with another parameter."""
+    monkeypatch.setitem(direct_fsdp._flat, "foreach_all_gather_copy_out", lambda result, params: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_rank_is_sent_the_rows_that_it_keeps(dtype: torch.dtype) -> None:
+    gradients = [torch.randn(shape).to(dtype) for shape in SHAPES]
+    padded = [
+        -(-shape[0] // RANKS) * RANKS * (gradient[0].numel()) for shape, gradient in zip(SHAPES, gradients, strict=True)
+    ]
+    flat, direct = (torch.full((sum(padded),), torch.nan) for _ in range(2))
+    direct.part_sizes = []  # type: ignore[attr-defined]
+    direct_fsdp._copy_in(list(gradients), flat, RANKS)
+    direct_fsdp._copy_in(list(gradients), direct, RANKS)
+    parts = direct.split(direct.part_sizes)  # type: ignore[attr-defined]
+    for rank in range(RANKS):
+        own = torch.cat([part.view(RANKS, -1)[rank] for part in parts])
+        assert torch.equal(own, flat.view(RANKS, -1)[rank])
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "direct"),
+    [("auto", "cpu", False), ("auto", "cuda", True), ("flat", "cuda", False), ("direct", "cpu", True)],
+)
+def test_auto_is_for_gpus(asked: str, device: str, direct: bool) -> None:
+    assert parallel.buffers_are_direct(of(asked).parallelism, device) == direct
+
+
+@pytest.mark.usefixtures("another_fsdp")
+def test_an_unknown_fsdp_is_left_alone() -> None:
+    assert not parallel.buffers_are_direct(of("auto").parallelism, "cuda")
+    settings = of("direct")
+    with pytest.raises(ConfigError, match=r"foreach_all_gather_copy_out is not the function that is known.*take flat"):
+        parallel.check(settings, model_shape(settings.model), mesh_degrees(settings.parallelism, RANKS), CPU)
+
+
+def kinds_of_collectives(world: World) -> tuple[set[str], set[str]]:
+    """The classes of the collectives of all units: as built, and after they were taken back."""
+    model = build(config_of(DIRECT, world.size), LLAMA3, world)
+
+    def kinds() -> set[str]:
+        units = [m._get_fsdp_state()._fsdp_param_group for m in model.modules() if isinstance(m, FSDPModule)]
+        found = [(unit._all_gather_comm, unit._reduce_scatter_comm) for unit in units if unit is not None]
+        return {type(one).__name__ for pair in found for one in pair}
+
+    built = kinds()
+    direct_fsdp.use(model, False)
+    return built, kinds()
+
+
+def grouped(world: World, broken: str) -> str:
+    """What `check` says of this world's collectives, with one of them changed."""
+    model = build(config_of(DIRECT, world.size), LLAMA3, world)
+    gather, reduce = direct_fsdp.DirectAllGather.gather_each, direct_fsdp.DirectReduceScatter.reduce_each
+
+    def late(self: Any, outputs: list[Tensor], inputs: list[Tensor], group: Any) -> None:
+        gather(self, outputs[1:], inputs[1:], group)
+
+    def doubled(self: Any, outputs: list[Tensor], inputs: list[Tensor], group: Any, op: Any) -> None:
+        reduce(self, outputs, [2 * one for one in inputs], group, op)
+
+    try:
+        if broken == "gather":
+            direct_fsdp.DirectAllGather.gather_each = late  # type: ignore[method-assign]
+        if broken == "reduce":
+            direct_fsdp.DirectReduceScatter.reduce_each = doubled  # type: ignore[method-assign]
+        direct_fsdp.check(model, CPU)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        direct_fsdp.DirectAllGather.gather_each = gather  # type: ignore[method-assign]
+        direct_fsdp.DirectReduceScatter.reduce_each = reduce  # type: ignore[method-assign]
+    return ""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    tasks = [Task(broken, grouped, (broken,)) for broken in ("nothing", "gather", "reduce")]
+    tasks.append(Task("kinds", kinds_of_collectives))
+    return run_world(2, tasks, tmp_path_factory.mktemp("world"))
+
+
+def test_units_use_what_they_are_told(found: dict[str, list[Any]]) -> None:
+    direct, flat = {"DirectAllGather", "DirectReduceScatter"}, {"DefaultAllGather", "DefaultReduceScatter"}
+    assert results(found, "kinds") == [(direct, flat)] * 2
+
+
+def test_wrong_grouped_collectives_are_seen(found: dict[str, list[Any]]) -> None:
+    assert results(found, "nothing") == ["", ""]
+    for broken in ("gather", "reduce"):
+        assert all("2 ranks' grouped collectives gave wrong numbers" in words for words in results(found, broken))
+
+
+def of(buffers: str) -> Config:
+    return from_options({"parallelism.fsdp_buffers": [buffers]})

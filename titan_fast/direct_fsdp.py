@@ -1,0 +1,188 @@
+"""FSDP2 without its copies: every weight is gathered into its place, every gradient reduced from where it is widened.
+
+FSDP2 gathers a unit's weights into one buffer, in which what belongs to a rank lies together, and copies them out of it
+weight by weight; gradients it copies together the other way round, with a kernel that reaches half of the memory's
+bandwidth. All of that holds up the computation. Here each weight has a collective of its own, and a unit's go to the
+backend as one group, which NCCL runs as one kernel, so that small ones cost nothing extra. A weight's rows lie in the
+order of the ranks that keep them, so what arrives is the weight.
+
+Three functions of FSDP2 are exchanged for this, which are not public: `unsupported` compares them with those of torch
+2.11 to 2.13. Units whose collectives are FSDP2's own go on as before.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import AllgatherOptions, ReduceScatterOptions
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
+
+_EXCHANGED = {
+    "foreach_all_gather": (
+        "fsdp_params", "group", "async_op", "all_gather_copy_in_stream", "all_gather_stream", "device",
+        "all_gather_comm",
+    ),
+    "foreach_all_gather_copy_out": ("all_gather_result", "fsdp_params", "group"),
+    "foreach_reduce_scatter_copy_in": ("unsharded_grads", "reduce_scatter_input", "world_size"),
+}  # fmt: skip
+_USED = ("_get_param_all_gather_inputs", "_get_dim0_padded_size", "_get_device_handle", "AllGatherResult")
+_flat: dict[str, Any] = {name: getattr(collectives, name, None) for name in _EXCHANGED}
+
+
+def unsupported() -> str:
+    """Why this torch's FSDP2 cannot be changed so; "" where it can."""
+    for name, parameters in _EXCHANGED.items():
+        if _flat[name] is None or tuple(inspect.signature(_flat[name]).parameters) != parameters:
+            return f"torch {torch.__version__} has another FSDP2: {name} is not the function that is known"
+    missing = [name for name in _USED if not hasattr(collectives, name)]
+    return f"torch {torch.__version__} has another FSDP2, without {missing[0]}" if missing else ""
+
+
+class DirectAllGather(collectives.DefaultAllGather):
+    """FSDP2's `AllGather` of a unit whose weights are gathered one by one."""
+
+    def gather_each(self, outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup) -> None:
+        """outputs[i]: [ranks * n_i], the ranks' inputs[i], [n_i], in their order. On the current stream."""
+        options = AllgatherOptions()
+        options.asyncOp = False
+        _finish(group.allgather_into_tensor_coalesced(outputs, inputs, options))
+
+
+class DirectReduceScatter(collectives.DefaultReduceScatter):
+    """FSDP2's `ReduceScatter` of a unit whose gradients are reduced one by one."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        buffer = super().allocate(size, dtype=dtype, device=device)
+        buffer.part_sizes = []  # type: ignore[attr-defined]  # to be filled by `_copy_in`, if it is for an input
+        return buffer
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        sizes: list[int] = input_tensor.part_sizes  # type: ignore[attr-defined]
+        outputs = output_tensor.split([size // group.size() for size in sizes])
+        self.reduce_each(list(outputs), list(input_tensor.split(sizes)), group, op)
+
+    def reduce_each(self, outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup, op: Any) -> None:
+        """outputs[i]: [n_i], the own part of the sum over ranks of inputs[i], [ranks * n_i]. On the current stream."""
+        options = ReduceScatterOptions()
+        options.reduceOp, options.asyncOp = op, False
+        _finish(group.reduce_scatter_tensor_coalesced(outputs, inputs, options))
+
+
+def _finish(work: dist.Work | None) -> None:
+    if work is not None:
+        work.wait()
+
+
+def use(model: nn.Module, direct: bool) -> None:
+    """Makes every FSDP2 unit of `model` gather and reduce so, or as FSDP2 does. RuntimeError for direct where torch is
+    `unsupported`."""
+    if direct and (problem := unsupported()):
+        raise RuntimeError(problem)
+    if direct:
+        for name, function in (("foreach_all_gather", _gather), ("foreach_all_gather_copy_out", _arrive)):
+            setattr(param_group, name, function)
+        collectives.foreach_reduce_scatter_copy_in = _copy_in
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(DirectAllGather() if direct else collectives.DefaultAllGather())
+            module.set_custom_reduce_scatter(DirectReduceScatter() if direct else collectives.DefaultReduceScatter())
+
+
+def check(model: nn.Module, device: torch.device) -> None:
+    """RuntimeError where the backend's grouped collectives do not give what they should, on numbers that are known.
+    Of every rank; where nothing is gathered so, nothing happens."""
+    groups = {
+        unit._all_gather_process_group
+        for module in model.modules()
+        if isinstance(module, FSDPModule) and (unit := module._get_fsdp_state()._fsdp_param_group) is not None
+        if isinstance(unit._all_gather_comm, DirectAllGather)
+    }
+    for group in groups:
+        _check(group, device)
+
+
+def _check(group: dist.ProcessGroup, device: torch.device) -> None:
+    size, rank = group.size(), group.rank()
+    lengths = (1000, 1, 3)  # as in a unit: few are large
+    own = [torch.arange(n, device=device, dtype=torch.float32) + 10.0 * rank for n in lengths]
+    wanted = [torch.cat([torch.arange(n, device=device) + 10.0 * r for r in range(size)]) for n in lengths]
+    gathered = [torch.zeros_like(whole) for whole in wanted]
+    DirectAllGather().gather_each(gathered, own, group)
+    reduced = [torch.zeros_like(part) for part in own]
+    DirectReduceScatter().reduce_each(reduced, wanted, group, dist.ReduceOp.SUM)
+    right = all(map(torch.equal, gathered, wanted))
+    right &= all(torch.equal(part, size * before) for part, before in zip(reduced, own, strict=True))
+    if not right:
+        raise RuntimeError(
+            f"{size} ranks' grouped collectives gave wrong numbers; set parallelism.fsdp_buffers to flat, which uses "
+            "others, and see whether this NCCL has a newer version"
+        )
+
+
+@torch.no_grad()
+def _gather(
+    fsdp_params: list[Any],
+    group: dist.ProcessGroup,
+    async_op: bool,
+    all_gather_copy_in_stream: Any,
+    all_gather_stream: Any,
+    device: torch.device,
+    all_gather_comm: Any,
+) -> Any:
+    """Begins to gather a unit's weights. Their memory is the current stream's, as it is when they are freed, so nothing
+    is written before that has come to here."""
+    streams = (all_gather_copy_in_stream, all_gather_stream)
+    if not isinstance(all_gather_comm, DirectAllGather):
+        return _flat["foreach_all_gather"](fsdp_params, group, async_op, *streams, device, all_gather_comm)
+    handle: Any = collectives._get_device_handle(device.type)
+    with handle.stream(all_gather_copy_in_stream):
+        shards = [shard for shards in collectives._get_param_all_gather_inputs(fsdp_params) for shard in shards]
+    outputs = []
+    for parameter, shard in zip(fsdp_params, shards, strict=True):
+        parameter.init_all_gather_outputs([shard.numel()], [shard.dtype], group.size(), device)
+        parameter.alloc_all_gather_outputs()
+        outputs += parameter.all_gather_outputs
+    all_gather_stream.wait_stream(all_gather_copy_in_stream)
+    all_gather_stream.wait_stream(handle.current_stream())
+    with handle.stream(all_gather_stream), torch.autograd._unsafe_preserve_version_counter(_counted(outputs)):
+        all_gather_comm.gather_each(outputs, shards, group)
+        event = all_gather_stream.record_event()
+    # FSDP2 keeps this until the computation has come to where it needs the weights: so long the shards must live.
+    kept: Any = shards
+    return collectives.AllGatherResult(kept, event, None, [], [], [])
+
+
+def _counted(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Those whose changes autograd counts."""
+    return tuple(tensor for tensor in tensors if not tensor.is_inference())
+
+
+def _arrive(all_gather_result: Any, fsdp_params: list[Any], group: dist.ProcessGroup) -> None:
+    """Makes the computation wait for what `_gather` began."""
+    if all_gather_result.all_gather_input_split_sizes:
+        _flat["foreach_all_gather_copy_out"](all_gather_result, fsdp_params, group)
+        return
+    handle: Any = collectives._get_device_handle(all_gather_result.all_gather_output[0].device.type)
+    handle.current_stream().wait_event(all_gather_result.all_gather_event)
+
+
+def _copy_in(unsharded_grads: list[Tensor], reduce_scatter_input: Tensor, world_size: int) -> None:
+    """Gradients into the buffer to be reduced, in its dtype: one after the other, with zeros up to a multiple of the
+    ranks, where FSDP2 lays rank after rank."""
+    sizes = getattr(reduce_scatter_input, "part_sizes", None)
+    if sizes is None:
+        _flat["foreach_reduce_scatter_copy_in"](unsharded_grads, reduce_scatter_input, world_size)
+        return
+    sizes[:] = [collectives._get_dim0_padded_size(grad.size(), world_size).numel() for grad in unsharded_grads]
+    places = []
+    for grad, part in zip(unsharded_grads, reduce_scatter_input.split(sizes), strict=True):
+        places.append(part[: grad.numel()].view(grad.shape))
+        part[grad.numel() :].zero_()
+    torch._foreach_copy_(places, unsharded_grads)
