@@ -2,10 +2,10 @@
 
     python -m benchmarks.plot benchmarks/results/kernels-*.json [--picture benchmarks/results/bandwidth.png]
 
-Merges the results of parts of the suite, all of one device, one commit and the same versions (a later file replaces
-equal cells), draws achieved bandwidth against the device's measured copy bandwidth, prints what each provider reached
-and what whole blocks gain from each kernel, and writes the table of this architecture into
-kernels/titan_kernels/measured. What may decide nothing is listed with the reason.
+Merges the results of parts of the suite, all of one device and the same versions (a later file replaces equal cells),
+draws achieved bandwidth against the device's measured copy bandwidth, prints what each provider reached and what whole
+blocks gain from each kernel, and writes the table of this architecture into kernels/titan_kernels/measured. What may
+decide nothing is listed with the reason.
 """
 
 import argparse
@@ -49,28 +49,32 @@ def load(paths: Sequence[Path]) -> Results:
     """Merges result files.
 
     Raises:
-        ValueError: no file, a file without measurements, or files of different devices, versions or commits.
+        ValueError: no file, a file without measurements, or files of different devices or versions.
+
+    What is compared with each other was timed by one process. So files may be of several commits, which are all named.
     """
     machine: dict[str, Any] = {}
+    commits: dict[str, None] = {}
     cells: dict[tuple[str, str, str], dict[str, Any]] = {}
     for path in paths:
         content = json.loads(path.read_text())
         if not content.get("benchmarks"):
             raise ValueError(f"{path} holds no benchmarks")
         found = content["machine_info"]
-        for key in ("device", "architecture", "smoke", "commit", "versions"):
+        for key in ("device", "architecture", "smoke", "versions"):
             if machine and found[key] != machine[key]:
                 raise ValueError(
                     f"{path} is of {key} {_said(found[key], machine[key])}, the files before it of "
                     f"{_said(machine[key], found[key])}; measure the parts again that belong together"
                 )
         machine = found
+        commits[str(found["commit"])] = None
         for benchmark in content["benchmarks"]:
             info = benchmark["extra_info"]
             cells[case_name(info), info["direction"], info["provider"]] = info
     if not cells:
         raise ValueError("no result files were given")
-    return Results(machine, cells)
+    return Results(machine | {"commit": ", ".join(commits)}, cells)
 
 
 def case_name(info: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("Liger's kernels", r"^liger|^_(block_)?rms_norm_|^_swiglu_|^_triton_rope|^element_mul_kernel"),
     ("attention", r"flash|fmha|sdpa|attention|cudnn"),
     ("matrix products", r"gemm|cutlass|nvjet|sm\d\d_xmma|cublas|splitk|aten::(mm|addmm|bmm|_scaled_mm)|mkldnn|matmul"),
+    ("copies", r"multi_tensor_apply.*native::copy<"),
     ("optimizer", r"adam|lpnorm|multi_tensor_apply"),
     ("copies", r"memcpy|memset|direct_copy|aten::copy_|split_with_sizes|chunk_cat|catarray"),
     (

@@ -115,6 +115,12 @@ def test_what_cannot_decide_says_why(infos: list[dict[str, Any]], reason: str, t
     assert "rms_norm compiled residual carried bfloat16 rows=8192" in plot.decisions(table, undecided)
 
 
+def test_every_commit_is_named(tmp_path: Path) -> None:
+    """What is compared was timed together, so files of several may be merged."""
+    files = [write(tmp_path / f"{n}.json", norms(1.0, 1.0), commit=str(n)) for n in (0, 1, 0)]
+    assert plot.load(files).machine["commit"] == "0, 1"
+
+
 def test_times_that_are_the_hosts_are_marked(tmp_path: Path) -> None:
     liger = info("liger", "step", 5.0, {}, op="cross_entropy", queued=False)
     text = plot.markdown(plot.load([write(tmp_path / "a.json", [liger, *norms(1.0, 1.0)])]))
@@ -128,7 +134,6 @@ def test_times_that_are_the_hosts_are_marked(tmp_path: Path) -> None:
     ("machine", "message"),
     [
         ({"device": "Another GPU"}, "is of device Another GPU, the files before it of Example GPU"),
-        ({"commit": "1"}, "is of commit 1, the files before it of 0"),
         ({"versions": {"torch": "3"}}, "is of versions torch 3, the files before it of torch 2"),
     ],
 )
