@@ -118,9 +118,15 @@ def titan_ops(ops: Ops) -> Ops:
     return dataclasses.replace(ops, rope=titan_rope, swiglu=lambda gate, up: F.silu(gate) * up)
 
 
+_THEIR_BUFFERS = ["--parallelism.fsdp_buffers", "flat"]
+"""What they have published was run with FSDP2's own collectives."""
+
+
 def plan_of(row: Row) -> Plan:
     gpu = GPUS[row.gpu]
-    return Plan(on_gpu(parse(row.options.split())), gpu, row.gpus, Network(min(8, row.gpus), gpu.nic.value))
+    return Plan(
+        on_gpu(parse(row.options.split() + _THEIR_BUFFERS)), gpu, row.gpus, Network(min(8, row.gpus), gpu.nic.value)
+    )
 
 
 def counted(plan: Plan, ops_of: str) -> DeepStep:

@@ -254,43 +254,91 @@ def test_a_process_that_begins_with_an_eager_variant_has_compiled_adamw_for_the_
 # Rank 0 of many
 
 
-def rank0_cell() -> Cell:
-    return rehearsed(Cell("rank0", RANK0["8b"], (EAGER_REFERENCE,)))
+BOTH_BUFFERS = pytest.mark.parametrize("buffers", ["flat", "direct"])
 
 
-def test_gathered_weights_are_random_and_gradients_real() -> None:
-    cell = rank0_cell()
+def rank0_cell(buffers: str) -> Cell:
+    options = EAGER_REFERENCE.options | {"parallelism.fsdp_buffers": buffers}
+    return rehearsed(Cell("rank0", RANK0["8b"], (Variant("eager", options),)))
+
+
+def backward(bench: Bench) -> None:
+    batches = next(bench.loader)
+    bench.model(batches[0].tokens, batches[0].labels, torch.tensor(0.1)).backward()
+
+
+@BOTH_BUFFERS
+def test_gathered_weights_are_random_and_gradients_real(buffers: str) -> None:
+    cell = rank0_cell(buffers)
     with world_of(cell, CPU, smoke=True) as world:
         bench = Bench(cell, world, smoke=True)
         assert world.size == 4 and tensors_of(bench.model)["model.embedding.weight"].to_local().shape[0] == 128 // 4  # type: ignore[attr-defined]
         bench.configure(bench.config)
-        batches = next(bench.loader)
-        bench.model(batches[0].tokens, batches[0].labels, torch.tensor(0.1)).backward()
+        backward(bench)
         fake_world.assert_reduces_real_gradients(bench.model)
         bench.close()
 
 
+def test_a_policy_of_fsdp_changes_no_gradient() -> None:
+    """Buffers and when weights are freed, switched on one model, and switched back."""
+    cell = rank0_cell("flat")
+    tokens = torch.randint(128, (2, 8), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    with world_of(cell, CPU, smoke=True) as world:
+        bench = Bench(cell, world, smoke=True)
+        faces = []
+        for buffers, reshard in (("flat", "default"), ("direct", "default"), ("direct", "never"), ("flat", "always")):
+            options = {"parallelism.fsdp_buffers": buffers, "parallelism.fsdp_reshard_after_forward": reshard}
+            bench.configure(config_of(cell.workload, REFERENCE | options, smoke=True))
+            faces.append(bench.face())
+        for face in (*faces, faces[0]):
+            bench.put_on(face)
+            for parameter in bench.model.parameters():
+                parameter.grad = None
+            bench.model(tokens, tokens, torch.tensor(0.1)).backward()
+            kind = type(bench.model.blocks[0]._get_fsdp_state()._fsdp_param_group._all_gather_comm)  # type: ignore[attr-defined]
+            direct = bench.config.parallelism.fsdp_buffers == "direct"
+            assert kind is (fake_world.CopyEachToAll if direct else fake_world.CopyToAll)
+            gradients.append([p.grad.to_local().clone() for p in bench.model.parameters()])  # type: ignore[union-attr]
+        bench.close()
+    for other in gradients[1:]:
+        assert all(map(torch.equal, other, gradients[0]))
+
+
+@BOTH_BUFFERS
 @pytest.mark.parametrize("broken", ["zeros", "unwritten"])
-def test_a_gather_that_is_not_real_is_noticed(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gather_that_is_not_real_is_noticed(broken: str, buffers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(output: torch.Tensor, group: Any) -> None:
+        output.view(group.size(), -1)[1:].fill_(0.0 if broken == "zeros" else float("nan"))
+
     def call(self: object, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, **_: Any) -> None:
-        output_tensor.view(group.size(), -1)[1:].fill_(0.0 if broken == "zeros" else float("nan"))
+        fill(output_tensor, group)
+
+    def each(self: object, outputs: list[torch.Tensor], inputs: list[torch.Tensor], group: Any) -> None:
+        for output in outputs:
+            fill(output, group)
 
     monkeypatch.setattr(fake_world.CopyToAll, "__call__", call)
-    cell = rank0_cell()
+    monkeypatch.setattr(fake_world.CopyEachToAll, "gather_each", each)
+    cell = rank0_cell(buffers)
     with world_of(cell, CPU, smoke=True) as world, pytest.raises(AssertionError, match="is not random"):
         Bench(cell, world, smoke=True)
 
 
-def test_a_gradient_that_is_not_real_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@BOTH_BUFFERS
+def test_a_gradient_that_is_not_real_is_noticed(buffers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def call(self: object, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, **_: Any) -> None:
         output_tensor.fill_(0.0)
 
+    def each(self: object, outputs: list[torch.Tensor], inputs: list[torch.Tensor], group: Any, op: Any) -> None:
+        torch._foreach_zero_(outputs)
+
     monkeypatch.setattr(fake_world.TakeOwn, "__call__", call)
-    cell = rank0_cell()
+    monkeypatch.setattr(fake_world.TakeOwnOfEach, "reduce_each", each)
+    cell = rank0_cell(buffers)
     with world_of(cell, CPU, smoke=True) as world:
         bench = Bench(cell, world, smoke=True)
-        batches = next(bench.loader)
-        bench.model(batches[0].tokens, batches[0].labels, torch.tensor(0.1)).backward()
+        backward(bench)
         with pytest.raises(AssertionError, match="is no gradient"):
             fake_world.assert_reduces_real_gradients(bench.model)
         bench.close()

@@ -12,7 +12,7 @@ from worlds import Task, World, results, run_world
 
 from titan_fast import direct_fsdp, parallel
 from titan_fast.config import Config, from_options, mesh_degrees, model_shape
-from titan_fast.errors import ConfigError
+from titan_fast.errors import CommunicationError, ConfigError
 
 CPU = torch.device("cpu")
 DIRECT = {"parallelism.fsdp_buffers": "direct"}
@@ -80,16 +80,20 @@ def grouped(world: World, broken: str) -> str:
     def late(self: Any, outputs: list[Tensor], inputs: list[Tensor], group: Any) -> None:
         gather(self, outputs[1:], inputs[1:], group)
 
+    def failing(self: Any, outputs: list[Tensor], inputs: list[Tensor], group: Any) -> None:
+        raise RuntimeError("no such collective")
+
     def doubled(self: Any, outputs: list[Tensor], inputs: list[Tensor], group: Any, op: Any) -> None:
         reduce(self, outputs, [2 * one for one in inputs], group, op)
 
     try:
-        if broken == "gather":
-            direct_fsdp.DirectAllGather.gather_each = late  # type: ignore[method-assign]
+        if broken in ("gather", "absent"):
+            function = late if broken == "gather" else failing
+            direct_fsdp.DirectAllGather.gather_each = function  # type: ignore[method-assign]
         if broken == "reduce":
             direct_fsdp.DirectReduceScatter.reduce_each = doubled  # type: ignore[method-assign]
         direct_fsdp.check(model, CPU)
-    except RuntimeError as error:
+    except CommunicationError as error:
         return str(error)
     finally:
         direct_fsdp.DirectAllGather.gather_each = gather  # type: ignore[method-assign]
@@ -100,7 +104,7 @@ def grouped(world: World, broken: str) -> str:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     tasks = [Task("kinds", kinds_of_collectives)]
-    tasks += [Task(broken, grouped, (broken,)) for broken in ("nothing", "gather", "reduce")]
+    tasks += [Task(broken, grouped, (broken,)) for broken in ("nothing", "gather", "reduce", "absent")]
     return run_world(2, tasks, tmp_path_factory.mktemp("world"))
 
 
@@ -112,7 +116,8 @@ def test_units_use_what_they_are_told(found: dict[str, list[Any]]) -> None:
 def test_wrong_grouped_collectives_are_seen(found: dict[str, list[Any]]) -> None:
     assert results(found, "nothing") == ["", ""]
     for broken in ("gather", "reduce"):
-        assert all("2 ranks' grouped collectives gave wrong numbers" in words for words in results(found, broken))
+        assert all("of 2 ranks give wrong numbers; take" in words for words in results(found, broken))
+    assert all("of 2 ranks fail: no such collective; take" in words for words in results(found, "absent"))
 
 
 def of(buffers: str) -> Config:

@@ -30,10 +30,12 @@ LEAVES: dict[str, set[str]] = {
     "meta_files": {"errors", "flavors", "hf", "hf_files"},
     "hf_tokenizer": {"tokenizer"},
     "activation_checkpoint": {"config", "errors", "model"},
+    "direct_fsdp": {"errors"},
     "parallel": {
         "activation_checkpoint",
         "compilation",
         "config",
+        "direct_fsdp",
         "errors",
         "flavors",
         "float8",

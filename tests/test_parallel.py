@@ -103,6 +103,7 @@ LAYOUTS = [
     Layout("FSDP 4, odd vocabulary", 4, 1e-6, mesh(1, 4, 1), "odd vocabulary"),
     Layout("FSDP 4, odd vocabulary, direct", 4, 1e-6, mesh(1, 4, 1) | DIRECT, "odd vocabulary", steps=5),
     Layout("FSDP 2 x TP 2", 4, 1e-5, mesh(1, 2, 2)),
+    Layout("FSDP 2 x TP 2, direct", 4, 1e-5, mesh(1, 2, 2) | DIRECT, steps=5),
     Layout("FSDP 2 x TP 2, tied", 4, 1e-5, mesh(1, 2, 2), "tied"),
     Layout("HSDP 2 x 2", 4, 1e-5, mesh(2, 2, 1)),
     Layout("HSDP 2 x 2, direct, 2 passes", 4, 1e-5, mesh(2, 2, 1) | DIRECT, passes=2, steps=5),

@@ -47,7 +47,10 @@ def test_every_kernel_of_ours_is_known() -> None:
         ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_copy_0", COMPILED),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<LpNormFunctor>", "optimizer"),
-        ("void multi_tensor_apply_kernel<TensorListMetadata<2>, CopyFunctor<float>, at::native::Copy<a, b> >", "copies"),
+        (
+            "void multi_tensor_apply_kernel<TensorListMetadata<2>, CopyFunctor<float>, at::native::Copy<a, b> >",
+            "copies",
+        ),
         ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
         ("void at::native::vectorized_elementwise_kernel<4, add>", EAGER),
         ("void at::native::(anonymous namespace)::compute_grad_weight<c10::BFloat16>", EAGER),

@@ -22,6 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 
+from titan_fast.errors import CommunicationError
+
 _EXCHANGED = {
     "foreach_all_gather": (
         "fsdp_params", "group", "async_op", "all_gather_copy_in_stream", "all_gather_stream", "device",
@@ -96,8 +98,8 @@ def use(model: nn.Module, direct: bool) -> None:
 
 
 def check(model: nn.Module, device: torch.device) -> None:
-    """RuntimeError where the backend's grouped collectives do not give what they should, on numbers that are known.
-    Of every rank; where nothing is gathered so, nothing happens."""
+    """CommunicationError where the backend's grouped collectives do not give what they should, on numbers that are
+    known. Of every rank; nothing happens where nothing is gathered so."""
     groups = {
         unit._all_gather_process_group
         for module in model.modules()
@@ -105,10 +107,20 @@ def check(model: nn.Module, device: torch.device) -> None:
         if isinstance(unit._all_gather_comm, DirectAllGather)
     }
     for group in groups:
-        _check(group, device)
+        if group.size() == 1:
+            continue
+        try:
+            right = _numbers_are_right(group, device)
+        except RuntimeError as error:
+            raise CommunicationError(f"grouped collectives of {group.size()} ranks fail: {error}", _HINT) from error
+        if not right:
+            raise CommunicationError(f"grouped collectives of {group.size()} ranks give wrong numbers", _HINT)
 
 
-def _check(group: dist.ProcessGroup, device: torch.device) -> None:
+_HINT = "take --parallelism.fsdp_buffers flat, which sends everything in one piece, or another version of NCCL"
+
+
+def _numbers_are_right(group: dist.ProcessGroup, device: torch.device) -> bool:
     size, rank = group.size(), group.rank()
     lengths = (1000, 1, 3)  # as in a unit: few are large
     own = [torch.arange(n, device=device, dtype=torch.float32) + 10.0 * rank for n in lengths]
@@ -117,13 +129,8 @@ def _check(group: dist.ProcessGroup, device: torch.device) -> None:
     DirectAllGather().gather_each(gathered, own, group)
     reduced = [torch.zeros_like(part) for part in own]
     DirectReduceScatter().reduce_each(reduced, wanted, group, dist.ReduceOp.SUM)
-    right = all(map(torch.equal, gathered, wanted))
-    right &= all(torch.equal(part, size * before) for part, before in zip(reduced, own, strict=True))
-    if not right:
-        raise RuntimeError(
-            f"{size} ranks' grouped collectives gave wrong numbers; set parallelism.fsdp_buffers to flat, which uses "
-            "others, and see whether this NCCL has a newer version"
-        )
+    sums = [size * part for part in own]
+    return all(map(torch.equal, gathered + reduced, wanted + sums))
 
 
 @torch.no_grad()
