@@ -177,12 +177,20 @@ def test_a_line_too_long_to_read_is_passed_over(tmp_path: Path, monkeypatch: pyt
     assert ledger.rows == 5
 
 
-def test_a_text_file_alone_is_cut_at_line_ends(tmp_path: Path) -> None:
+def test_few_text_files_are_cut_at_line_ends(tmp_path: Path) -> None:
     text = "".join(f"{n}: {'x' * (n % 90)}\n" for n in range(20_000))
     (tmp_path / "book.txt").write_text(text)
     texts, _ = read(tmp_path / "book.txt")
     assert "".join(texts) == text
     assert 90 <= len(texts) <= 110
+    short = text[: text.index("\n", 5000) + 1]
+    (tmp_path / "short.txt").write_text(short)
+    texts, _ = read(tmp_path)
+    assert "".join(texts) == text + short
+    assert 90 <= len(texts) <= 110 and texts[-1] == short
+    for number in range(100):
+        (tmp_path / f"z{number}.txt").write_text("more\n")
+    assert len(read(tmp_path)[0]) == 102
     assert all(piece.endswith("\n") for piece in texts)
     (tmp_path / "other.txt").write_text("another")
     assert read(tmp_path)[0] == [text, "another"]  # in a folder a file is a document

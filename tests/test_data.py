@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -425,16 +426,33 @@ def test_too_little_data_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> Non
 
     refuse([], "has no document")
     refuse([" "] * 3, r"most rows cannot be used: 3 of 3 .* 3 empty")
-    refuse(["word " * 500] * 4, "3 documents to train on are fewer than the 4", dp_degree=4)
+    few = (
+        "3 documents to train on, besides 1 held out for validation, are fewer than the 4 .*validation.enable to False"
+    )
+    refuse(["word " * 500] * 4, few, dp_degree=4)
     refuse(
         ["word " * 8] * 5,
         r"tokens to train on make \d sequences of 16, fewer than the 20",
         *("--training.local_batch_size", "20"),
     )
-    refuse(["alone " * 500], "0 documents to train on are fewer than the 1")
+    refuse(["alone " * 500], "0 documents to train on, besides 1 held out for validation, are fewer than the 1")
     refuse(["a"] + ["word " * 500] * 4, "1 validation documents have 3 tokens", build=data.build_validation_loader)
     with pytest.raises(DataError, match="no such file"):
         make_loader(make_config(tmp_path / "nowhere"), tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(("first", "said"), [(1000, True), (10, False)])
+def test_a_large_hold_out_is_said(
+    first: int, said: bool, tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first of a few documents may be a large part of all."""
+    rows = [{"text": "word " * words} for words in [first] + [500] * 9]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    make_loader(make_config(tmp_path / "rows.jsonl"), tokenizer, tmp_path, build=data.build_validation_loader).close()
+    found = [r.getMessage() for r in caplog.records if "held out" in r.getMessage()]
+    assert len(found) == said
+    if said:
+        assert re.match("WARNING: 18% of the data is held out for validation: 1 of its 10 documents", found[0])
 
 
 def test_an_error_of_the_main_rank_is_every_ranks(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -212,6 +212,24 @@ def test_a_start_that_failed_before_its_data_is_no_run(data: Path, tmp_path: Pat
     runs.run(data, tmp_path / "run", training__steps=1)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"training__dataset_path": "/nowhere"}, "no such file or folder .*/nowhere"),
+        ({"validation__enable": True, "validation__dataset_path": "/nowhere"}, "no such file or folder .*/nowhere"),
+        ({"model__tokenizer_path": "/nowhere"}, "cannot read the tokenizer"),
+        ({"checkpoint__initial_load_path": "/nowhere"}, "no such folder .*initial_load_path"),
+        ({"checkpoint__load_step": 7}, r"no checkpoint of step 7; there are none"),
+    ],
+)
+def test_what_is_not_there_is_said_before_the_ranks_meet(
+    change: dict[str, Any], words: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.distributed, "start", lambda *_: pytest.fail("the ranks met"))
+    with pytest.raises(TitanFastError, match=words):
+        runs.run(data, tmp_path / "run", **({"training__steps": 1} | change))
+
+
 def test_other_data_is_refused_or_begun_again(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other"
     other.mkdir()

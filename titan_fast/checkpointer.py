@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from titan_fast import distributed, manifest
 from titan_fast.agreement import Agreement
 from titan_fast.checkpoint import Progress, cause, copy_tokenizer, load_tensors, read_config, read_state, tensors_of
-from titan_fast.config import Config, to_dict
+from titan_fast.config import Checkpoint, Config, to_dict
 from titan_fast.distributed import World
 from titan_fast.errors import NO_ROOM, CheckpointError, ConfigError, NumericsError
 from titan_fast.masters import round_masters
@@ -42,6 +42,8 @@ from titan_fast.run_directory import differences
 from titan_fast.shards import local
 from titan_fast.signals import may_wait_longer, seconds_to_stop
 
+WENT_BACK = "went_back.json"
+"""In the folder of checkpoints: to which `load_step` the run has gone back."""
 _SPARE_BYTES = 2**20  # beyond the tensors: the metadata, states, tokenizer
 
 T = TypeVar("T")
@@ -53,6 +55,30 @@ def check(config: Config, device: torch.device) -> None:
         raise ConfigError(
             "checkpoint.async_mode 'async_with_pinned_mem' needs CUDA, and there is none", "take 'async' or 'disabled'"
         )
+
+
+def check_start(settings: Checkpoint, run_dir: Path) -> None:
+    """CheckpointError where what the run is to begin from, a step or other weights, is not there. For one process, and
+    as long as nothing is loaded."""
+    folder = run_dir / settings.folder
+    found = list(manifest.checkpoints(folder)) if settings.enable else []
+    # A run that went back before and has come further may have lost that step since, and goes on; one that torchrun
+    # starts again asks for none.
+    goes_on = (folder / WENT_BACK).exists() or distributed.restart_count() > 0
+    if settings.load_step != -1 and settings.load_step not in found and not goes_on:
+        raise _no_such_step(settings.load_step, found, folder)
+    if settings.initial_load_path is not None and not found and not Path(settings.initial_load_path).is_dir():
+        raise CheckpointError(
+            "there is no such folder", "change checkpoint.initial_load_path", settings.initial_load_path
+        )
+
+
+def _no_such_step(wanted: int, found: Sequence[int], folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"there is no checkpoint of step {wanted}; there are {list(found) or 'none'}",
+        "change checkpoint.load_step",
+        str(folder),
+    )
 
 
 class Checkpointer:
@@ -377,11 +403,7 @@ class Checkpointer:
                 candidates = [-1, *found]
         candidates = self._from_main(candidates)
         if candidates[:1] == [-1]:
-            raise CheckpointError(
-                f"there is no checkpoint of step {wanted}; there are {candidates[1:] or 'none'}",
-                "change checkpoint.load_step",
-                str(self.folder),
-            )
+            raise _no_such_step(wanted, candidates[1:], self.folder)
         passed_over = []
         for step in candidates:
             path = manifest.folder_of(self.folder, step)
@@ -405,7 +427,7 @@ class Checkpointer:
 
     @property
     def _went_back(self) -> Path:
-        return self.folder / "went_back.json"
+        return self.folder / WENT_BACK
 
     def _wanted_step(self) -> int:
         """`load_step`, -1 where this run has gone back to it already and has saved since: a job that is started again

@@ -23,6 +23,7 @@ from titan_fast.errors import DataError
 from titan_fast.tokenizer import valid_unicode
 
 LONGEST_DOCUMENT = 4 * 1024 * 1024
+_MANY_FILES = 100
 """Characters (bytes, in text files) after which a document is cut in two, so that memory stays bounded."""
 LONGEST_ROW = 256 * 1024 * 1024
 """Bytes of one line that are read into memory; a longer one is passed over."""
@@ -145,7 +146,7 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """sha256 of the files' names, sizes and times, and of what decides how they are read."""
-        digest = hashlib.sha256(json.dumps([self.text_column, LONGEST_DOCUMENT, len(self.files) == 1]).encode())
+        digest = hashlib.sha256(json.dumps([self.text_column, LONGEST_DOCUMENT, self._few]).encode())
         for path in self.files:
             status = path.stat()
             entry = [path.relative_to(self.root).as_posix(), status.st_size, status.st_mtime_ns]
@@ -160,17 +161,21 @@ class Corpus:
     def documents(self, ledger: RowLedger, files: Iterable[Path] | None = None) -> Iterator[Document]:
         """Every usable document; DataError when a file cannot be read, or too little of it can be used."""
         ledger.name, ledger.column = self.name, self.text_column
+        longest = self._longest_text()
         for path in self.files if files is None else files:
-            name = path.relative_to(self.root).as_posix()
-            yield from _documents_of(path, name, self._longest_text(path), ledger)
+            yield from _documents_of(path, path.relative_to(self.root).as_posix(), longest, ledger)
         ledger.check()
 
-    def _longest_text(self, path: Path) -> int:
-        """Bytes per document of a text file. One file alone is cut into about a hundred, so that it can be shared out
-        and some of it held back."""
-        if len(self.files) > 1:
+    @property
+    def _few(self) -> bool:
+        return len(self.files) < _MANY_FILES
+
+    def _longest_text(self) -> int:
+        """Bytes per document of a text file. Few files are cut into about a hundred documents and more, so that they
+        can be shared out and some of them, not a third, held back."""
+        if not self._few:
             return LONGEST_DOCUMENT
-        return min(LONGEST_DOCUMENT, max(2048, path.stat().st_size // 100))
+        return min(LONGEST_DOCUMENT, max(2048, sum(path.stat().st_size for path in self.files) // 100))
 
 
 def open_corpus(path: Path, text_column: str) -> Corpus:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from titan_fast.config import Config, Training, grad_accum_steps, is_hub
+from titan_fast.config import Config, Training, grad_accum_steps, is_hub, model_shape
 from titan_fast.corpus import Corpus, RowLedger, open_corpus, stdlib_corpus
 from titan_fast.errors import DataError
 from titan_fast.loader import Loader, Share, Step
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 HOLD_OUT_EVERY = 100
 """Documents 0, 100, 200, ... are for validation when no other data is."""
+LARGE_HOLD_OUT = 0.05
+"""Part of the tokens from which on a run says how much that is."""
 
 
 class TokenSource:
@@ -82,6 +84,18 @@ class TokenSource:
 
     def state_to_json(self, state: int) -> dict[str, Any]:
         return {"next_sample": state}
+
+
+def check(config: Config) -> None:
+    """DataError for local data that is not there or of no known kind, and for a tokenizer that is not there or too
+    large; nothing is read but names and the tokenizer. For the process that prepares the data."""
+    training, validation = config.training, config.validation
+    other = [validation.dataset_path] if validation.enable and validation.dataset_path is not None else []
+    for path in ([] if is_hub(training) else [training.dataset_path]) + other:
+        if path is None or not is_prepared(Path(path)):
+            _corpus(training, path)
+    if config.model.tokenizer_path:
+        check_vocabulary(load_tokenizer(Path(config.model.tokenizer_path)), model_shape(config.model).vocab_size)
 
 
 def build_tokenizer(
@@ -195,6 +209,15 @@ def build_validation_loader(
             f"of {training.seq_len} and its label",
             "give validation.dataset_path, more data, or set validation.enable to False",
         )
+    part = order.tokens_per_epoch / tokens.tokens
+    if held_out and is_main and part > LARGE_HOLD_OUT:
+        log.warning(
+            "WARNING: %.0f%% of the data is held out for validation: %d of its %d documents, which differ in length; "
+            "validation.dataset_path takes other data, validation.enable False trains on all",
+            100 * part,
+            len(documents),
+            tokens.documents,
+        )
     return Loader(TokenSource(order, share, vocab_size, f"validation ({path or training.dataset})"), device)
 
 
@@ -204,9 +227,12 @@ def _holds_out(config: Config) -> bool:
 
 def _check_amount(order: SampleOrder, share: Share, name: str) -> None:
     if len(order.documents) < share.dp_degree:
+        held_out = order.tokens.documents - len(order.documents)
+        besides = f", besides {held_out} held out for validation," if held_out else ""
         raise DataError(
-            f"{len(order.documents)} documents to train on are fewer than the {share.dp_degree} data-parallel ranks",
-            "give more data, or fewer ranks",
+            f"{len(order.documents)} documents to train on{besides} are fewer than the {share.dp_degree} data-parallel "
+            "ranks",
+            "give more data, or fewer ranks" + (", or set validation.enable to False" if held_out else ""),
             name,
         )
     if order.samples_per_epoch < share.global_batch_size:

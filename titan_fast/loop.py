@@ -28,6 +28,7 @@ from titan_fast.compile_report import CompileReport
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape, tokens_per_step
 from titan_fast.cuda_graph import CudaRecorder, RecordedPasses
 from titan_fast.data import build_loader, build_tokenizer, build_validation_loader
+from titan_fast.data import check as check_data
 from titan_fast.distributed import World
 from titan_fast.errors import CheckpointError
 from titan_fast.generate import Sampling, generate_text
@@ -58,6 +59,9 @@ def train(config: Config) -> None:
     ops = build_ops(config.kernels, device, workload(config, shape, degrees))
     checkpointer.check(config, device)
     run_dir = open_run_directory(config)
+    if distributed.is_main_process():
+        checkpointer.check_start(config.checkpoint, run_dir)
+        check_data(config)
     lock = RunLock(run_dir) if distributed.is_main_process() else None
     with (
         lock or nullcontext(),
