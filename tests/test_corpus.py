@@ -190,10 +190,8 @@ def test_few_text_files_are_cut_at_line_ends(tmp_path: Path) -> None:
     assert 90 <= len(texts) <= 110 and texts[-1] == short
     for number in range(100):
         (tmp_path / f"z{number}.txt").write_text("more\n")
-    assert len(read(tmp_path)[0]) == 102
     assert all(piece.endswith("\n") for piece in texts)
-    (tmp_path / "other.txt").write_text("another")
-    assert read(tmp_path)[0] == [text, "another"]  # in a folder a file is a document
+    assert len(read(tmp_path)[0]) == 102  # where there are many, a file is a document
 
 
 def test_text_without_line_ends_is_cut_between_characters(tmp_path: Path) -> None:

@@ -347,7 +347,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     capsys.readouterr()
     assert run_command(monkeypatch, "export", tmp_path, "--out", back / "more") == 4
     assert capsys.readouterr().err.startswith("titan_fast: no checkpoint here [")
-    assert run_command(monkeypatch, "export", ours, "--out", tmp_path / "x", "--max_shard_gb", "0") == 2
+    for size in ("0", "nan", "inf"):
+        assert run_command(monkeypatch, "export", ours, "--out", tmp_path / "x", "--max_shard_gb", size) == 2
     edit_json(source / "config.json", hidden_act="gelu")
     assert run_command(monkeypatch, "import", source, "--out", tmp_path / "y") == 2
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from titan_fast.flavors import FLAVORS, ModelShape
 from titan_fast.flops import parameter_count
 from titan_fast.generate import Sampling, generate, generate_text, next_token
+from titan_fast.generate import main as generate_command
 from titan_fast.hf import hf_config, pack_qkv, to_hf, unpack_qkv
 from titan_fast.loss import LinearCrossEntropy
 from titan_fast.model import KVCache, Llama, init_values, init_weights, rope_tables
@@ -161,3 +162,11 @@ def test_first_loss_is_that_of_a_uniform_guess() -> None:
         model, tokens = build(shape), random_tokens(shape)
         loss = model(tokens, tokens.roll(-1, 1), torch.tensor(1 / tokens.numel()))
         assert abs(loss.item() - torch.tensor(float(shape.vocab_size)).log().item()) < 0.7
+
+
+@pytest.mark.parametrize("words", ["--temperature nan", "--temperature 1e-40", "--temperature inf", f"--seed {2**64}"])
+def test_a_draw_that_is_none_is_refused(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["generate", "--checkpoint", "nowhere", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        generate_command()
+    assert ended.value.code == 2

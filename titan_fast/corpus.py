@@ -1,8 +1,8 @@
 """Documents out of local files, one at a time, with every row that cannot be used counted and said.
 
-A row is a document; in .txt, .md and .py the file is. What is wrong with one row never stops a run and never passes
-silently: it goes into a `RowLedger`. What is wrong with a whole file (missing, truncated, without a text column) is a
-DataError.
+A row is a document; in .txt, .md and .py the file is, or where files are few a part of it. What is wrong with one row
+never stops a run and never passes silently: it goes into a `RowLedger`. What is wrong with a whole file (missing,
+truncated, without a text column) is a DataError.
 """
 
 import csv

@@ -45,7 +45,7 @@ def main() -> None:
     if options.command == "show" and options.characters < 1:
         raise ConfigError(f"--characters is {options.characters}, not at least 1", "change it")
     if options.command == "prepare":
-        prepare_folder(configuration.parse(rest), options.out, options.max_documents)
+        prepare_folder(configuration.parse(rest), options.out.absolute(), options.max_documents)
     else:
         run_dir = Path(configuration.parse(rest).job.dump_folder)
         if options.step is not None:

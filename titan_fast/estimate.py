@@ -247,6 +247,8 @@ def plan_of(argv: list[str]) -> tuple[Plan, argparse.Namespace]:
         value = getattr(own, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, not a positive number", "change it")
+    if own.plot is not None and own.plot.exists() and not own.plot.is_dir():
+        raise ConfigError("--plot is a file, and it takes a folder", "give another name", str(own.plot))
     nic = gpu.nic.value if own.nic_gbps is None else own.nic_gbps * 1e9 / 8
     network = Network(min(own.gpus_per_node, own.gpus), nic)
     return Plan(on_gpu(parse(rest)), gpu, own.gpus, network, own.all_blocks), own

@@ -1,5 +1,6 @@
 """Text from a model: `python -m titan_fast.generate --checkpoint DIR --prompt "def "`."""
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ class Sampling:
     """Only the likeliest tokens that together have this probability."""
     seed: int = 0
     """Seed of the draw."""
+
+
+COLDEST = 1e-6
+"""The least temperature but 0: logits over less are no float32 numbers."""
 
 
 def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -122,11 +127,13 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="titan_fast.generate", use_underscores=True)
     sampling = arguments.sampling
-    if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0 or arguments.max_new_tokens < 1:
+    within = sampling.temperature == 0 or COLDEST <= sampling.temperature < math.inf
+    within &= 0 < sampling.top_p <= 1 and sampling.top_k >= 0 and arguments.max_new_tokens >= 1
+    if not within or not 0 <= sampling.seed < 2**63:
         raise ConfigError(
             f"temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}, max_new_tokens "
-            f"{arguments.max_new_tokens}: one of them is out of range",
-            "temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1",
+            f"{arguments.max_new_tokens}, seed {sampling.seed}: one of them is out of range",
+            f"temperature 0 or at least {COLDEST}, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1, 0 <= seed < 2^63",
         )
     name = arguments.device
     if name == "auto":

@@ -282,10 +282,13 @@ def main() -> None:
     commands = Annotated[Import, tyro.conf.subcommand("import")] | Annotated[Export, tyro.conf.subcommand("export")]
     arguments: Import | Export = tyro.cli(commands, prog="titan_fast.hf", use_underscores=True)  # type: ignore[arg-type]
     if isinstance(arguments, Import):
-        lines = import_model(arguments.folder, arguments.out, arguments.tokenizer)
+        lines = import_model(arguments.folder, arguments.out.absolute(), arguments.tokenizer)
     else:
         dtype = None if arguments.dtype == "keep" else getattr(torch, arguments.dtype)
-        lines = export_checkpoint(arguments.checkpoint, arguments.out, dtype, int(arguments.max_shard_gb * 1e9))
+        if not 1e-9 <= arguments.max_shard_gb < math.inf:
+            raise ConfigError(f"max_shard_gb is {arguments.max_shard_gb}, no size of a file", "give one like 4")
+        shard_bytes = int(arguments.max_shard_gb * 1e9)
+        lines = export_checkpoint(arguments.checkpoint, arguments.out.absolute(), dtype, shard_bytes)
     sys.stdout.write("\n".join(lines) + "\n")
 
 

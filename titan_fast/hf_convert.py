@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from titan_fast import manifest
 from titan_fast.checkpoint import cause, copy_tokenizer, tokenizer_of
 from titan_fast.config import Config, model_of, to_dict
-from titan_fast.errors import CheckpointError, ConfigError
+from titan_fast.errors import CheckpointError
 from titan_fast.flavors import ModelShape
 from titan_fast.hf import Weights, hf_config, hf_names, hf_sizes, our_sizes, read_parameter, to_hf
 from titan_fast.hf_files import CONFIG, read_json, write_shards
@@ -145,8 +145,6 @@ def export_checkpoint(path: Path, out: Path, dtype: torch.dtype | None, max_shar
 
     CheckpointError where the checkpoint is not whole, `out` is there already, or the disk refuses.
     """
-    if max_shard_bytes < 1:
-        raise ConfigError(f"max_shard_gb is {max_shard_bytes / 1e9}, not positive", "give a size like 4")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError("the place is taken", "choose another --out", str(out))
     weights = CheckpointWeights(checkpoint_folder(path))
