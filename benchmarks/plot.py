@@ -233,6 +233,7 @@ def draw(results: Results, path: Path) -> None:
     if not panels:
         raise ValueError("none of the results has a bandwidth: nothing to draw")
     figure = Figure(figsize=(14, 3.2 * len(panels)), layout="constrained")
+    handles: dict[str, Any] = {}
     for axes, (op, direction) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         chosen = [info for info in alone.values() if (info["op"], info["direction"]) == (op, direction)]
         shapes = list(dict.fromkeys(_shape_label(info) for info in chosen))
@@ -240,14 +241,18 @@ def draw(results: Results, path: Path) -> None:
         for position, name in enumerate(names):
             bars = {_shape_label(info): info["gb_per_s"] for info in chosen if info["provider"] == name}
             places = [shapes.index(shape) + (position - len(names) / 2 + 0.5) * 0.8 / len(names) for shape in bars]
-            axes.bar(places, list(bars.values()), 0.8 / len(names), label=name)
-        axes.axhline(max(info["copy_gb_per_s"] for info in chosen), color="black", linestyle="--", label="copy")
+            colour = f"C{PROVIDER_ORDER.index(name)}"
+            handles[name] = axes.bar(places, list(bars.values()), 0.8 / len(names), color=colour)
+        copy = max(info["copy_gb_per_s"] for info in chosen)
+        handles["copy"] = axes.axhline(copy, color="black", linestyle="--")
         axes.set_xticks(range(len(shapes)), shapes, fontsize=8)
         axes.set_ylabel("GB/s")
         axes.set_title(f"{op}, {direction}")
-        axes.legend(fontsize=7, ncols=len(names) + 1)
     machine = results.machine
-    figure.suptitle(f"{machine['device']}, torch {machine['versions']['torch']}, commit {machine['commit']}")
+    commits = ", ".join(commit[:7] for commit in machine["commit"].split(", "))
+    figure.suptitle(f"{machine['device']}, torch {machine['versions']['torch']}, commit {commits}")
+    order = [name for name in (*PROVIDER_ORDER, "copy") if name in handles]
+    figure.legend([handles[name] for name in order], order, loc="outside lower center", ncols=len(order))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
