@@ -232,7 +232,7 @@ def test_help_is_a_manual_and_quick_to_come() -> None:
         (["--training.mixed_precision_param", "bfloat16"], "bfloat16, with float32 masters"),
         (
             ["--training.mixed_precision_param", "bfloat16", "--parallelism.single_device", "fsdp"],
-            "float32 shards, gathered as bfloat16 by FSDP2",
+            "float32 shards, gathered as bfloat16 by FSDP2 through flat buffers",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from titan_fast.flavors import ModelShape
 from titan_fast.flops import parameter_count
 from titan_fast.ops import Ops
 from titan_fast.optim import describe_schedule
-from titan_fast.parallel import precision, uses_fsdp, weights_kept
+from titan_fast.parallel import buffers_are_direct, precision, uses_fsdp, weights_kept
 from titan_fast.tokenizer import Tokenizer
 
 
@@ -56,8 +56,10 @@ def startup_lines(
     training, compiles = config.training, config.compile
     dtypes, devices = precision(training, device), degrees.data * degrees.tensor
     dtype = str(dtypes.param).removeprefix("torch.")
+    buffers = "direct" if buffers_are_direct(config.parallelism, device.type) else "flat"
+    shards = f"float32 shards, gathered as {dtype} by FSDP2 through {buffers} buffers"
     kept = {
-        "fsdp": f"float32 shards, gathered as {dtype} by FSDP2" if uses_fsdp(config, devices, dtypes) else "float32",
+        "fsdp": shards if uses_fsdp(config, devices, dtypes) else "float32",
         "masters": "bfloat16, with float32 masters that the optimizer updates",
         "bfloat16": "bfloat16 alone, as parallelism.single_device asks: small updates are lost",
     }
