@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import DTensor
 
-from titan_fast.direct_fsdp import DirectAllGather, DirectReduceScatter
+from titan_fast.direct_fsdp import DirectAllGather, DirectReduceScatter, direct_units
 from titan_fast.distributed import World
 
 
@@ -88,12 +88,11 @@ class TakeOwnOfEach(DirectReduceScatter):
 
 def use_copies(model: nn.Module) -> None:
     """Gives every FSDP2 unit of `model` the collectives above, those of its kind."""
+    direct = {module for module, _ in direct_units(model)}
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            unit = module._get_fsdp_state()._fsdp_param_group
-            direct = unit is not None and isinstance(unit._all_gather_comm, DirectAllGather)
-            module.set_custom_all_gather(CopyEachToAll() if direct else CopyToAll())
-            module.set_custom_reduce_scatter(TakeOwnOfEach() if direct else TakeOwn())
+            module.set_custom_all_gather(CopyEachToAll() if module in direct else CopyToAll())
+            module.set_custom_reduce_scatter(TakeOwnOfEach() if module in direct else TakeOwn())
 
 
 def assert_gathers_real_weights(model: nn.Module, units: Sequence[nn.Module]) -> None:

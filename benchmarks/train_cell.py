@@ -56,7 +56,7 @@ class Bench:
         self.update = getattr(self.optimizer, "_update", None)
         self.recorded: RecordedPasses | None = None
         if world.size > 1:
-            self._set_fsdp_policy()
+            fake_world.use_copies(self.model)
             units = [self.model.blocks[0], self.model.blocks[-1]]
             fake_world.assert_gathers_real_weights(self.model, units)
         self.loader = self._loader()

@@ -23,8 +23,9 @@ from titan_fast.errors import DataError
 from titan_fast.tokenizer import valid_unicode
 
 LONGEST_DOCUMENT = 4 * 1024 * 1024
-_MANY_FILES = 100
 """Characters (bytes, in text files) after which a document is cut in two, so that memory stays bounded."""
+_MANY_FILES = 100
+"""From so many on, a text file is a document."""
 LONGEST_ROW = 256 * 1024 * 1024
 """Bytes of one line that are read into memory; a longer one is passed over."""
 MOST_BAD_ROWS = 0.5

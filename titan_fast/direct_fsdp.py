@@ -11,7 +11,7 @@ Three functions of FSDP2 are exchanged for this, which are not public: `unsuppor
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -97,16 +97,19 @@ def use(model: nn.Module, direct: bool) -> None:
             module.set_custom_reduce_scatter(DirectReduceScatter() if direct else collectives.DefaultReduceScatter())
 
 
+def direct_units(model: nn.Module) -> Iterator[tuple[FSDPModule, Any]]:
+    """(module, FSDP2's own record of it) of every unit of `model` that gathers and reduces so."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            unit = module._get_fsdp_state()._fsdp_param_group
+            if unit is not None and isinstance(unit._all_gather_comm, DirectAllGather):
+                yield module, unit
+
+
 def check(model: nn.Module, device: torch.device) -> None:
     """CommunicationError where the backend's grouped collectives do not give what they should, on numbers that are
     known. Of every rank; nothing happens where nothing is gathered so."""
-    groups = {
-        unit._all_gather_process_group
-        for module in model.modules()
-        if isinstance(module, FSDPModule) and (unit := module._get_fsdp_state()._fsdp_param_group) is not None
-        if isinstance(unit._all_gather_comm, DirectAllGather)
-    }
-    for group in groups:
+    for group in {unit._all_gather_process_group for _, unit in direct_units(model)}:
         if group.size() == 1:
             continue
         try:

@@ -14,14 +14,13 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from titan_fast.direct_fsdp import DirectAllGather, DirectReduceScatter
+from titan_fast.direct_fsdp import DirectAllGather, DirectReduceScatter, direct_units
 from titan_fast.memory_count import MemoryCounter, Peak, is_on_device
 
 Kind = Literal["gemm", "attention", "memory", "gather", "reduce", "replicas", "copy_out", "blocking", "tensor", "wait"]
@@ -302,12 +301,9 @@ class _NotedReduceScatter(DirectReduceScatter):
 
 def note_direct_collectives(model: nn.Module, recorder: StepRecorder) -> None:
     """Lets `recorder` hear of what `direct_fsdp` gathers and reduces."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            unit = module._get_fsdp_state()._fsdp_param_group
-            if unit is not None and isinstance(unit._all_gather_comm, DirectAllGather):
-                module.set_custom_all_gather(_NotedAllGather(recorder))
-                module.set_custom_reduce_scatter(_NotedReduceScatter(recorder))
+    for module, _ in direct_units(model):
+        module.set_custom_all_gather(_NotedAllGather(recorder))
+        module.set_custom_reduce_scatter(_NotedReduceScatter(recorder))
 
 
 class _Mark(torch.autograd.Function):
