@@ -81,6 +81,29 @@ def test_a_phase_has_all_of_its_limit(stores: dist.Store) -> None:
         assert left == [6]
 
 
+class GoneStore(dist.HashStore):
+    """Of a rank 0 that has ended, or a torchrun."""
+
+    def set(self, *words: Any) -> None:  # type: ignore[override]
+        raise dist.DistNetworkError("Broken pipe")
+
+
+def test_who_hangs_and_can_ask_nobody_ends_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watchdog, "_connection", lambda store: store)
+    left: list[int] = []
+    with watch(GoneStore(), 1, left, 2.0) as one:
+        one.at(4, "checkpoint", Limit(3600.0, "checkpoint.save_timeout_seconds"))
+        time.sleep(1.5)
+        assert not left
+        time.sleep(2.5)
+    assert left == [6]
+    said = capsys.readouterr().err
+    assert "gone for 2 s" in said and "[rank 1, step 4, phase 'checkpoint']" in said, said
+    assert "time.sleep" in said, "its stack"
+
+
 def test_the_setting_to_raise_is_the_phases_own() -> None:
     report = watchdog.Report(0, 1, 5, "checkpoint", 9.0, 1.0, 3, 7.0, "checkpoint.save_timeout_seconds", "s")
     said = watchdog.verdict({0: report})

@@ -103,6 +103,7 @@ class Watchdog:
 
     def _run(self) -> None:
         beat = max(0.5, min(5.0, self.limit.seconds / 20))
+        met = time.monotonic()
         next_beat = last = time.monotonic()
         while not self._closed.wait(TICK_SECONDS):
             now = time.monotonic()
@@ -119,7 +120,11 @@ class Watchdog:
                     next_beat = now + beat
                     self._publish("beat")
                     self._compare(now)
-            except (RuntimeError, ValueError):  # the store is gone: so is the run, and others will say so
+                    met = time.monotonic()
+            except (RuntimeError, ValueError):  # the store is gone: so is the run
+                if time.monotonic() - max(met, self._since) > self.limit.seconds:
+                    self._leave_alone(frame)
+                    return
                 if self._closed.wait(1.0):
                     return
 
@@ -169,6 +174,19 @@ class Watchdog:
             time.sleep(1.0)  # the speaker first: torchrun ends all when one has left
         self.leave(CommunicationError.exit_status)
         return True
+
+    def _leave_alone(self, frame: FrameType | None) -> None:
+        """Ends a process that stands still where there is nobody left to ask: started without torchrun, nobody else
+        would."""
+        error = CommunicationError(
+            f"rank 0 or torchrun, where the ranks met, has been gone for {self.limit.seconds:.0f} s, and this rank is "
+            f"where it was",
+            "look at the log of rank 0",
+            where=f"rank {self.world.rank}, step {self._own.step}, phase '{self._own.phase}'",
+        )
+        sys.stderr.write(f"titan_fast: {error}\n{''.join(traceback.format_stack(frame)) if frame else ''}")
+        sys.stderr.flush()
+        self.leave(CommunicationError.exit_status)
 
     # A straggler
 

@@ -1,0 +1,107 @@
+"""NCCL between ranks that share one GPU: whole runs by the real entry.
+
+NCCL refuses two ranks on one device unless it takes them for two hosts. So each has an NCCL_HOSTID of its own, and they
+talk through sockets on the loopback interface, as hosts without InfiniBand do. Nothing here is for timing: the device
+does the work of one process at a time.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+from worlds import free_port
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+BATCH = 4  # of all ranks together
+COMMON: dict[str, Any] = {"model__dim": 256, "model__ffn_dim": 512}  # heads as wide as real ones
+COMMON |= {"training__global_batch_size": BATCH, "training__mixed_precision_param": "float32"}
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {
+    "FSDP2, direct": (2, {"parallelism__fsdp_buffers": "direct"}),
+    "FSDP2, flat": (2, {"parallelism__fsdp_buffers": "flat"}),
+    "FSDP2 of 4": (4, {}),
+    "HSDP": (4, {"parallelism__data_parallel_replicate_degree": 2}),
+    "tensor parallel": (2, {"parallelism__tensor_parallel_degree": 2}),
+    "FSDP2 and tensor parallel": (4, {"parallelism__tensor_parallel_degree": 2}),
+    "compiled": (2, {"compile__enable": True}),
+    "two passes": (2, {"training__local_batch_size": 1}),
+    "offloaded": (2, {"training__enable_cpu_offload": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.prepare(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    ((status, output),) = together(1, data, folder, [], training__local_batch_size=BATCH)
+    assert status == 0, output
+    return runs.losses(folder)
+
+
+def together(
+    ranks: int, data: Path, folder: Path, faults: list[dict[str, Any]], **changes: Any
+) -> list[tuple[int, str]]:
+    """(exit status, output) of each rank, which NCCL takes for a host."""
+    tensor = changes.get("parallelism__tensor_parallel_degree", 1)
+    changes = COMMON | {"training__local_batch_size": BATCH * tensor // ranks} | changes
+    command = [sys.executable, str(runs.FAULTS), *runs.arguments(data, folder, **changes)]
+    port, processes = str(free_port()), []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        nccl = {"NCCL_HOSTID": f"host{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_NET": "Socket"}
+        started = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env=runs.environment(FAULTS=json.dumps(faults), **place, **nccl),
+        )  # fmt: skip
+        processes.append(started)
+    outputs = [runs.finish(process, 120) for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_train_as_one_process(way: str, data: Path, alone: dict[int, float], tmp_path: Path) -> None:
+    ranks, changes = WAYS[way]
+    ended = together(ranks, data, tmp_path, [], **changes)
+    assert all(status == 0 for status, _ in ended), ended
+    assert runs.losses(tmp_path) == pytest.approx(alone, rel=2e-4)
+
+
+def test_a_killed_rank_ends_all_and_nothing_is_lost(data: Path, tmp_path: Path) -> None:
+    more = {"debug__deterministic": True, "checkpoint__interval": 3} | runs.MEASURED
+    for status, output in together(2, data, tmp_path / "whole", [], **more):
+        assert status == 0, output
+    fault = {"what": "kill", "rank": 1, "step": 6}
+    (survivor, output), _ = together(2, data, tmp_path / "parts", [fault], **more, comm__timeout_seconds=20)
+    assert survivor != 0, output
+    assert "Traceback" not in output, output
+    for status, output in together(2, data, tmp_path / "parts", [], **more):
+        assert status == 0, output
+    assert runs.losses(tmp_path / "whole") == runs.losses(tmp_path / "parts")
+    runs.assert_same_tensors(runs.checkpoint(tmp_path / "whole", 10), runs.checkpoint(tmp_path / "parts", 10))
+
+
+def test_a_hanging_rank_is_named(data: Path, tmp_path: Path) -> None:
+    fault = {"what": "sleep", "rank": 1, "step": 6, "seconds": 1000.0}
+    ended = together(2, data, tmp_path, [fault], comm__timeout_seconds=12)
+    assert all(status != 0 for status, _ in ended), ended
+    hang = re.search(r"titan_fast: rank 1 hangs: .*\[rank 1, step (\d+), phase '(.*?)'\]", ended[0][1])
+    assert hang is not None and int(hang[1]) in (5, 6), ended
+
+
+def test_a_signal_to_one_rank_stops_all_after_one_save(data: Path, tmp_path: Path) -> None:
+    fault = {"what": "signal", "name": "SIGTERM", "rank": 1, "step": 3}
+    more = {"training__steps": 20, "checkpoint__interval": 100}
+    ended = together(2, data, tmp_path, [fault], **more)
+    assert all(status == 0 for status, _ in ended), ended
+    (saved,) = (tmp_path / "checkpoint").glob("step-*")
+    assert 3 <= int(saved.name.removeprefix("step-")) <= 6
