@@ -83,8 +83,8 @@ def run(data: Path, folder: Path, **changes: Any) -> None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **more}
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
 def torchrun(processes: int, *words: str, **options: Any) -> "subprocess.Popen[str]":
