@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from worlds import free_port
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 BATCH = 4  # of all ranks together
+LIMIT_SECONDS = 100.0
 COMMON: dict[str, Any] = {"model__dim": 256, "model__ffn_dim": 512}  # heads as wide as real ones
 COMMON |= {"training__global_batch_size": BATCH, "training__mixed_precision_param": "float32"}
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -50,22 +52,31 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, flo
 def together(
     ranks: int, data: Path, folder: Path, faults: list[dict[str, Any]], **changes: Any
 ) -> list[tuple[int, str]]:
-    """(exit status, output) of each rank, which NCCL takes for a host."""
+    """(exit status, output) of each rank, which NCCL takes for a host. All are ended after LIMIT_SECONDS, and the test
+    fails."""
     tensor = changes.get("parallelism__tensor_parallel_degree", 1)
     changes = COMMON | {"training__local_batch_size": BATCH * tensor // ranks} | changes
     command = [sys.executable, str(runs.FAULTS), *runs.arguments(data, folder, **changes)]
     port, processes = str(free_port()), []
-    for rank in range(ranks):
+    logs = [folder.with_name(f"{folder.name}-{port}-rank{rank}.log") for rank in range(ranks)]
+    for rank, log in enumerate(logs):
         place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
         nccl = {"NCCL_HOSTID": f"host{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_NET": "Socket"}
-        started = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            env=runs.environment(FAULTS=json.dumps(faults), **place, **nccl),
-        )  # fmt: skip
-        processes.append(started)
-    outputs = [runs.finish(process, 120) for process in processes]
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+        environment = runs.environment(FAULTS=json.dumps(faults), **place, **nccl)
+        with log.open("w") as output:
+            processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
+    deadline, late = time.monotonic() + LIMIT_SECONDS, []
+    for rank, process in enumerate(processes):
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            late.append(rank)
+            process.kill()
+            process.wait()
+    ended = [(process.returncode, log.read_text()) for process, log in zip(processes, logs, strict=True)]
+    assert not late, f"ranks {late} had not ended after {LIMIT_SECONDS} s: {[output[-3000:] for _, output in ended]}"
+    return ended
 
 
 @pytest.mark.parametrize("way", WAYS)
