@@ -28,8 +28,8 @@ class Trained(Protocol):
 
 
 def compare_losses(cell: Cell, build: Callable[[Cell], Trained], how: How) -> Rows:
-    """A row for each variant: its losses and how they differ from the first variant's (relative): the largest
-    difference of a step, and of the mean over the last tenth. `build` makes a new model of a cell with one variant."""
+    """A row for each variant: its losses and how they differ from the first variant's, in nats: the largest difference
+    of a step, and of the mean over the last tenth. `build` makes a new model of a cell with one variant."""
     rows: Rows = []
     steps = how.length.timed if how.length is not None else cell.parity_steps
     chance = math.log(shape_of(cell.workload, how.smoke).vocab_size)
@@ -75,8 +75,8 @@ def _losses(build: Callable[[Cell], Trained], cell: Cell, row: Row, steps: int) 
 
 
 def difference(found: Tensor, expected: Tensor, chance: float) -> dict[str, float | bool]:
-    """How far `found` lies from `expected`, both [steps], and whether there was any training to compare. chance: the
-    loss of who knows nothing."""
+    """How far `found` lies from `expected`, both [steps], in nats, and whether there was any training to compare. Not
+    relative: what has been learnt by heart has a loss near nothing. chance: the loss of who knows nothing."""
     tail = max(1, len(found) // 10)
     last = found[-tail:].mean()
     return {
@@ -84,6 +84,6 @@ def difference(found: Tensor, expected: Tensor, chance: float) -> dict[str, floa
         "first": found[0].item(),
         "last": last.item(),
         "learnt": bool(last < HAS_LEARNT * chance),
-        "largest": ((found - expected).abs() / expected).max().item(),
-        "last tenth": abs(last / expected[-tail:].mean() - 1).item(),
+        "largest": (found - expected).abs().max().item(),
+        "last tenth": abs(last - expected[-tail:].mean()).item(),
     }

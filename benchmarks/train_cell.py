@@ -28,9 +28,10 @@ from titan_fast.step import build_model, forward_backward, one_over_valid_tokens
 
 RECOMPILE_LIMIT = 64
 """Every variant is a graph more of the same code."""
-PARITY_BATCHES = 4
+PARITY_BATCHES = 16
 """Where losses are compared, the same batches come again and again: there is something to learn in them, and a wrong
-gradient shows. On new random tokens in each step the loss stays at ln(vocabulary) whatever the gradients are."""
+gradient shows. On new random tokens in each step the loss stays at ln(vocabulary) whatever the gradients are. Four
+batches an H100 knew by heart after 40 of 200 steps, and the rest compared nothing with nothing."""
 
 
 class Bench:

@@ -254,7 +254,7 @@ PARITY: Options = {"optimizer.lr": 3e-4, "lr_scheduler.warmup_steps": 20}
 
 def _parity() -> list[Cell]:
     """Plain eager PyTorch first in each process; the rest is compared with it. Two blocks of the 1B, whose losses fall
-    from ln(vocabulary) as it learns four batches by heart."""
+    from ln(vocabulary) as it learns few batches by heart."""
     two = replace(slice_of(LLAMA_1B, 2), kind="single", seq_len=2048)
     two = replace(two, options=two.options | PARITY)
     plain = replace(EAGER_REFERENCE, name="plain")

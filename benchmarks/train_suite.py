@@ -257,7 +257,7 @@ def say(head: str, answer: Answer) -> None:
         if "step_seconds" in row:
             figures = f"{row['step_seconds']['median'] * 1e3:.1f} ms {row.get('stopped', '')}"
         elif "parity" in row:
-            figures = f"losses within {row['parity']['largest']:.1e}"
+            figures = f"losses within {row['parity']['largest']:.1e} nats"
         elif "seconds_to_step_10" in row:
             figures = f"{row['seconds_to_step_10']:.1f} s to step 10"
         lines.append(f"    {row['variant']:<36} {figures}")

@@ -221,7 +221,7 @@ def parity_table(device: Device | None) -> str:
             figures = [_number(parity.get(key), ".1e") for key in ("largest", "last tenth")]
             said = [row["error"].replace("|", "/"), ""] if "error" in row else figures
             lines.append([f"{cell.label}: {variant.name}", course, *said])
-    head = ("variant", "loss", "largest relative difference of a step's loss", "of the mean of the last tenth")
+    head = ("variant", "loss", "largest difference of a step's loss, nats", "of the mean of the last tenth")
     return _table(head, lines)
 
 

@@ -204,12 +204,19 @@ def test_what_comes_to_the_same_code_runs_once_and_what_fails_is_reported() -> N
 PLAIN = Variant("plain", REFERENCE)
 
 
+@pytest.fixture
+def few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as can be learnt in as few steps as here."""
+    monkeypatch.setattr(train_cell, "PARITY_BATCHES", 4)
+
+
 def compared(*variants: Variant, steps: int = 40) -> list[dict[str, Any]]:
     (cell, *_) = cells(("parity-optimizer",))
     how = dataclasses.replace(HOW, length=Length(1, steps, 1))
     return run_cell(rehearsed(dataclasses.replace(cell, variants=(PLAIN, *variants))), CPU, how)
 
 
+@pytest.mark.usefixtures("few_batches")
 def test_losses_of_levers_are_compared_with_plain_ones_while_they_fall() -> None:
     fsdp = Variant("FSDP2", REFERENCE | {"parallelism.single_device": "fsdp"})
     whole = Variant("refused", {"compile.enable": True, "kernels.attention": "cudnn"})
@@ -217,9 +224,10 @@ def test_losses_of_levers_are_compared_with_plain_ones_while_they_fall() -> None
     assert rows[0]["parity"]["largest"] == 0 and "'cudnn' exists on CUDA only" in rows[3]["error"]
     for row in rows[:3]:
         assert row["parity"]["learnt"] and len(row["losses"]) == 40 and row["complete"]
-        assert row["parity"]["largest"] < 5e-3
+        assert row["parity"]["largest"] < 2e-2
 
 
+@pytest.mark.usefixtures("few_batches")
 def test_a_wrong_gradient_shows_in_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     def of_half_the_chunks(self: Any, logits: torch.Tensor, *rest: Any) -> torch.Tensor:
         loss = honest(self, logits, *rest)
@@ -230,7 +238,7 @@ def test_a_wrong_gradient_shows_in_the_losses(monkeypatch: pytest.MonkeyPatch) -
     right = compared()[0]["losses"]
     monkeypatch.setattr(train_cell.LinearCrossEntropy, "differentiate_", of_half_the_chunks)
     wrong = compared()[0]["losses"]
-    assert difference(torch.tensor(wrong), torch.tensor(right), 4.85)["largest"] > 5e-2
+    assert difference(torch.tensor(wrong), torch.tensor(right), 4.85)["largest"] > 0.2
 
 
 def test_losses_that_do_not_fall_prove_nothing() -> None:

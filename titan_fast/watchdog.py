@@ -118,7 +118,7 @@ class Watchdog:
                     last = time.monotonic()
                 if now >= next_beat:
                     next_beat = now + beat
-                    self._publish("beat")
+                    self._publish("beat", _stack(frame))
                     self._compare(now)
                     met = time.monotonic()
             except (RuntimeError, ValueError):  # the store is gone: so is the run
@@ -128,7 +128,7 @@ class Watchdog:
                 if self._closed.wait(1.0):
                     return
 
-    def _publish(self, kind: str, stack: str = "") -> None:
+    def _publish(self, kind: str, stack: str) -> None:
         self._own.alive += 1
         self._own.age = time.monotonic() - self._since
         if self.world.size > 1:
@@ -147,7 +147,7 @@ class Watchdog:
     def _judge(self, frame: FrameType | None, beat: float) -> bool:
         """Collects the others' reports, says who hangs and ends the process. Of the ranks whose time is up, only the
         lowest speaks. False where the main thread went on meanwhile, after all."""
-        stack = "".join(traceback.format_stack(frame)) if frame else "no Python stack"
+        stack = _stack(frame)
         mine = self._own.marks
         self._publish("hang", stack)
         reports, hung = {self.world.rank: replace(self._own, stack=stack)}, {}
@@ -184,7 +184,7 @@ class Watchdog:
             "look at the log of rank 0",
             where=f"rank {self.world.rank}, step {self._own.step}, phase '{self._own.phase}'",
         )
-        sys.stderr.write(f"titan_fast: {error}\n{''.join(traceback.format_stack(frame)) if frame else ''}")
+        sys.stderr.write(f"titan_fast: {error}\n{_stack(frame)}")
         sys.stderr.flush()
         self.leave(CommunicationError.exit_status)
 
@@ -245,11 +245,15 @@ def verdict(reports: dict[int, Report]) -> str:
     return str(error)
 
 
+def _stack(frame: FrameType | None) -> str:
+    return "".join(traceback.format_stack(frame)) if frame else "no Python stack"
+
+
 def _stacks(reports: dict[int, Report]) -> str:
     fewest = min(reports.values(), key=lambda report: (not report.stack.startswith("no sign"), report.marks))
     shown = [fewest, *[report for report in reports.values() if report is not fewest][:1]]
     return "".join(
-        f"rank {report.rank}, step {report.step}, phase '{report.phase}':\n{report.stack or 'no stack'}\n"
+        f"rank {report.rank}, step {report.step}, phase '{report.phase}':\n{report.stack}\n"
         for report in shown
     )
 
