@@ -133,6 +133,15 @@ def test_bad_csv_rows(tmp_path: Path) -> None:
     assert ledger.first_place["broken CSV"] == "rows.csv:6"
 
 
+def test_a_csv_row_that_a_comma_cut_is_passed_over(tmp_path: Path) -> None:
+    rows = ["id,text", "1,good", "2,one, two", "3,a comma at the end,", *["4,more"] * 3]
+    (tmp_path / "rows.csv").write_text("\n".join(rows))
+    texts, ledger = read(tmp_path)
+    assert texts == ["good", "a comma at the end", *["more"] * 3]
+    assert ledger.passed_over == {"more fields than the header": 1}
+    assert ledger.first_place["more fields than the header"] == "rows.csv:3"
+
+
 def test_a_stray_quote_in_csv_is_counted_by_the_lines_it_swallows(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text\n" + "good\n" * 10 + '"never closed\n' + "lost\n" * 5)
     texts, ledger = read(tmp_path)

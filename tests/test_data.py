@@ -784,6 +784,16 @@ def test_show_prints_the_documents_of_a_step(
     first = printed[0].strip()
     line = int(first.split("rows.jsonl:")[1].split()[0])
     assert words[0] in json.loads(corpus_file.read_text().splitlines()[line - 1])["text"]
+    # A batch that follows the number of processes is told by the log.
+    free = make_config(corpus_file)
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(configuration.to_dict(free)))
+    with pytest.raises(ConfigError, match="its log says nothing of it"):
+        list(data_command.step_documents(tmp_path, 3, None, 10_000))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 2, "tokens_seen": 2 * 4 * 16}) + "\n")
+    assert list(data_command.step_documents(tmp_path, 3, None, 10_000)) == [
+        "step 3: not in the log, which ends with step 2", *lines[1:],
+    ]  # fmt: skip
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(configuration.to_dict(config)))
     # The first two steps had half the batch: which samples the third was made of does not follow from today's.
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 2, "tokens_seen": 2 * 2 * 16}) + "\n")
     with pytest.raises(ConfigError, match=r"after step 2 .* 64 tokens, which are not 2 steps of 4 x 16"):

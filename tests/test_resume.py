@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 
 from titan_fast import loop, manifest
-from titan_fast.data_command import step_documents
+from titan_fast.config import parse
+from titan_fast.data_command import prepare_folder, step_documents
 from titan_fast.errors import CheckpointError, ConfigError, TitanFastError
 from titan_fast.tokenizer import load_tokenizer
 
@@ -249,6 +250,30 @@ def test_other_data_is_refused_or_begun_again(data: Path, tmp_path: Path, capsys
     assert state["data"]["next_sample"] == 4 * 2, "steps 5 to 8 of 2 sequences each"
     with pytest.raises(ConfigError, match=r"after step 5 the run's data stood at sample 2, .* begun again"):
         next(step_documents(tmp_path / "run", 8, 1, 80))
+
+
+def test_data_that_was_moved_is_gone_on_with(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under another spelling, and in another place; where other shards lie there, their content is refused."""
+    text = runs.write_documents(tmp_path / "text.jsonl", count=300)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data, tmp_path / "shards")
+    more: dict[str, Any] = {"training__steps": 2}
+    runs.run(Path("shards"), tmp_path / "run", **more, model__tokenizer_path="shards/tokenizer.model")
+    runs.run(Path("text.jsonl"), tmp_path / "of-text", **more, model__tokenizer_path="shards")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "shards", tmp_path / "elsewhere" / "shards")
+    shards, more = tmp_path / "elsewhere" / "shards", {"training__steps": 4}
+    runs.run(shards, tmp_path / "run", **more, model__tokenizer_path=shards)
+    runs.run(text, tmp_path / "of-text", **more, model__tokenizer_path=shards)
+    assert list(runs.losses(tmp_path / "run")) == list(runs.losses(tmp_path / "of-text")) == [1, 2, 3, 4]
+    other = tmp_path / "other"
+    command = ["--training.dataset_path", str(text), "--model.tokenizer_path", str(shards)]
+    prepare_folder(parse(command), other, None)
+    with pytest.raises(CheckpointError, match="fingerprint was"):
+        runs.run(other, tmp_path / "run", training__steps=6, model__tokenizer_path=shards)
+    shutil.copy(text, tmp_path / "copy.jsonl")
+    with pytest.raises(ConfigError, match=r"dataset_path was .*text.jsonl' and is .*copy.jsonl'"):
+        runs.run(tmp_path / "copy.jsonl", tmp_path / "of-text", training__steps=6, model__tokenizer_path=shards)
 
 
 def test_a_batch_that_follows_the_processes_is_warned_of(

@@ -352,7 +352,7 @@ class Checkpointer:
         """CheckpointError where the run's mathematics is no longer the checkpoint's; other changes are noted.
         `world_size`: the checkpoint's."""
         now = redacted(to_dict(self.config))
-        if refused := differences(before, now, reset_data=self.settings.data_state == "reset"):
+        if refused := differences(before, now, path, reset_data=self.settings.data_state == "reset"):
             raise CheckpointError(
                 f"the checkpoint is of another run: {'; '.join(refused)}",
                 "go back to these values or choose another --job.dump_folder; --checkpoint.data_state reset accepts "

@@ -386,6 +386,9 @@ def _csv(stream: BinaryIO, name: str, ledger: RowLedger) -> Iterator[tuple[int, 
         if not row:
             continue
         ledger.count()
+        if any(row[len(header) :]):  # an unquoted comma cut a text in two
+            ledger.pass_over("more fields than the header", place)
+            continue
         value = row[position] if position < len(row) else None
         if value is not None and any("\udc80" <= character <= "\udcff" for character in set(value)):
             ledger.pass_over("invalid UTF-8", place)

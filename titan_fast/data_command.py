@@ -10,6 +10,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from titan_fast import config as configuration
 from titan_fast import run_history
@@ -39,7 +40,7 @@ def main() -> None:
     what = showing.add_mutually_exclusive_group(required=True)
     what.add_argument("--step", type=int, help="the step, as the log counts: the first is 1")
     what.add_argument("--samples", metavar="FIRST:LAST", help="samples, as the lines about bad steps give them")
-    showing.add_argument("--data-parallel-degree", type=int, help="of the run, where its config does not say")
+    showing.add_argument("--data-parallel-degree", type=int, help="of the run, where neither config nor log say")
     showing.add_argument("--characters", type=int, default=160, help="how much of each document's text to print")
     options, rest = parser.parse_known_args()
     if options.command == "show" and options.characters < 1:
@@ -98,8 +99,9 @@ def step_documents(run_dir: Path, step: int, data_parallel_degree: int | None, c
     if data_parallel_degree is not None and data_parallel_degree < 1:
         raise ConfigError(f"--data-parallel-degree is {data_parallel_degree}, not at least 1", "change it")
     config = _config_of(run_dir)
-    batch = _global_batch_size(config, data_parallel_degree)
-    for record in run_history.read(run_dir / "metrics.jsonl"):
+    logged = run_history.read(run_dir / "metrics.jsonl")
+    batch = _global_batch_size(config, data_parallel_degree, logged)
+    for record in logged:
         if record.get("tokens_seen", expected := record["step"] * batch * config.training.seq_len) != expected:
             raise ConfigError(
                 f"after step {record['step']} the run had seen {record['tokens_seen']:,} tokens, which are not "
@@ -115,7 +117,8 @@ def step_documents(run_dir: Path, step: int, data_parallel_degree: int | None, c
                 "give --samples FIRST:LAST",
                 str(run_dir),
             )
-    yield f"step {step}:"
+    last = max((record["step"] for record in logged), default=0)
+    yield f"step {step}:" + ("" if not logged or step <= last else f" not in the log, which ends with step {last}")
     yield from sample_documents(run_dir, (step - 1) * batch, step * batch - 1, characters)
 
 
@@ -164,15 +167,21 @@ def _shards_of(run_dir: Path) -> Path:
         raise DataError("the run has no prepared data", "check --job.dump_folder", str(path)) from error
 
 
-def _global_batch_size(config: Config, data_parallel_degree: int | None) -> int:
+def _global_batch_size(config: Config, data_parallel_degree: int | None, logged: list[dict[str, Any]]) -> int:
+    """Sequences of a step, by the config, or else by what the log says that the run has seen."""
     training, parallelism = config.training, config.parallelism
     if training.global_batch_size != -1:
         return training.global_batch_size
-    if data_parallel_degree is None:
-        if parallelism.data_parallel_shard_degree == -1:
-            raise ConfigError(
-                "the run's config leaves the data-parallel degree, and so the global batch, to the number of processes",
-                "give --data-parallel-degree",
-            )
-        data_parallel_degree = parallelism.data_parallel_replicate_degree * parallelism.data_parallel_shard_degree
-    return training.local_batch_size * data_parallel_degree
+    if data_parallel_degree is not None:
+        return training.local_batch_size * data_parallel_degree
+    if parallelism.data_parallel_shard_degree != -1:
+        ranks = parallelism.data_parallel_replicate_degree * parallelism.data_parallel_shard_degree
+        return training.local_batch_size * ranks
+    for record in logged:
+        if record["step"] and (batch := record.get("tokens_seen", 0) // (record["step"] * training.seq_len)):
+            return batch
+    raise ConfigError(
+        "the run's config leaves the data-parallel degree, and so the global batch, to the number of processes, and "
+        "its log says nothing of it",
+        "give --data-parallel-degree",
+    )

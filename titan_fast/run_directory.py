@@ -7,10 +7,12 @@ from typing import Any
 
 import tomli_w
 
+from titan_fast.checkpoint import checkpoints, tokenizer_of
 from titan_fast.config import Config, to_dict
-from titan_fast.errors import ConfigError
-from titan_fast.manifest import checkpoints
+from titan_fast.errors import CheckpointError, ConfigError, DataError
+from titan_fast.prepared import is_prepared
 from titan_fast.redaction import redacted
+from titan_fast.tokenizer import load_tokenizer
 
 CONFIG_NAME = "config.toml"
 
@@ -22,6 +24,7 @@ _FIXED_KEYS = {
 }
 # These may with checkpoint.data_state "reset". What the data at a path is, its fingerprint says when it is opened.
 _DATA_KEYS = {"model": ("tokenizer_path",), **_FIXED_KEYS}
+_PATHS = ("dataset_path", "tokenizer_path")
 
 
 def open_run_directory(config: Config) -> Path:
@@ -43,8 +46,10 @@ def open_run_directory(config: Config) -> Path:
             where=str(kept),
         )
     now, resets = redacted(to_dict(config)), config.checkpoint.data_state == "reset"
-    begun = checkpoints(kept) or any((folder / name).exists() for name in ("metrics.jsonl", "tokenizer.model"))
-    if begun and before and (differing := differences(before, now, reset_data=resets)):
+    saved = checkpoints(kept)
+    begun = saved or any((folder / name).exists() for name in ("metrics.jsonl", "tokenizer.model"))
+    newest = saved[max(saved)] if saved else None
+    if begun and before and (differing := differences(before, now, newest, reset_data=resets)):
         raise ConfigError(
             f"job.dump_folder holds a run of another config: {'; '.join(differing)}",
             "choose another --job.dump_folder, or go back to these values; --checkpoint.data_state reset accepts what "
@@ -85,14 +90,36 @@ def _saved_config(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"the run's saved config is damaged: {error}", "choose another folder", str(path)) from error
 
 
-def differences(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], reset_data: bool) -> list[str]:
+def differences(
+    before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], checkpoint: Path | None, reset_data: bool
+) -> list[str]:
     """ "table.key was X and is Y" for what a run may not change between two configs, as tables; with `reset_data`,
-    without what concerns the data alone."""
+    without what concerns the data alone. checkpoint: what the run will go on from, if there is one: the same data may
+    then lie elsewhere."""
     fixed = {table: tuple(before.get(table, {}) | now[table]) for table in _FIXED_TABLES} | _FIXED_KEYS
     free = _DATA_KEYS if reset_data else {}
     return [
         f"{table}.{key} was {before.get(table, {}).get(key)!r} and is {now[table].get(key)!r}"
         for table, keys in fixed.items()
         for key in keys
-        if before.get(table, {}).get(key) != now[table].get(key) and key not in free.get(table, ())
+        if before.get(table, {}).get(key) != now[table].get(key)
+        and key not in free.get(table, ())
+        and not (key in _PATHS and _is_only_moved(key, before.get(table, {}).get(key), now[table].get(key), checkpoint))
     ]
+
+
+def _is_only_moved(key: str, before: Any, now: Any, checkpoint: Path | None) -> bool:
+    """Whether path `now` leads to what `before` led to. Token shards elsewhere are taken to be the same: the loader
+    compares their content with the checkpoint's, at once. Text would have to be tokenized first."""
+    if not (isinstance(before, str) and isinstance(now, str) and before and now):
+        return False
+    if os.path.realpath(before) == os.path.realpath(now):
+        return True
+    if checkpoint is None:
+        return False
+    if key == "dataset_path":
+        return is_prepared(Path(now))
+    try:
+        return load_tokenizer(Path(now)).fingerprint == load_tokenizer(tokenizer_of(checkpoint)).fingerprint
+    except (DataError, CheckpointError):
+        return False

@@ -253,8 +253,7 @@ def _stacks(reports: dict[int, Report]) -> str:
     fewest = min(reports.values(), key=lambda report: (not report.stack.startswith("no sign"), report.marks))
     shown = [fewest, *[report for report in reports.values() if report is not fewest][:1]]
     return "".join(
-        f"rank {report.rank}, step {report.step}, phase '{report.phase}':\n{report.stack}\n"
-        for report in shown
+        f"rank {report.rank}, step {report.step}, phase '{report.phase}':\n{report.stack}\n" for report in shown
     )
 
 
