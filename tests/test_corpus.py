@@ -133,6 +133,18 @@ def test_bad_csv_rows(tmp_path: Path) -> None:
     assert ledger.first_place["broken CSV"] == "rows.csv:6"
 
 
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv", ".txt.gz"])
+def test_a_file_in_utf_16_is_passed_over(kind: str, tmp_path: Path) -> None:
+    """PowerShell's > writes such."""
+    content = "\n".join(["text", *['{"text": "hello"}'] * 9]).encode("utf-16")
+    (tmp_path / f"a{kind}").write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
+    with pytest.raises(DataError, match=r"1 of 1 rows passed over: 1 whole file in UTF-16, not UTF-8 \(first a"):
+        read(tmp_path)
+    (tmp_path / "good.txt").write_text("some text")
+    texts, ledger = read(tmp_path)
+    assert texts == ["some text"] and ledger.rows == 2
+
+
 def test_a_csv_row_that_a_comma_cut_is_passed_over(tmp_path: Path) -> None:
     rows = ["id,text", "1,good", "2,one, two", "3,a comma at the end,", *["4,more"] * 3]
     (tmp_path / "rows.csv").write_text("\n".join(rows))

@@ -5,6 +5,7 @@ never stops a run and never passes silently: it goes into a `RowLedger`. What is
 truncated, without a text column) is a DataError.
 """
 
+import codecs
 import csv
 import gzip
 import hashlib
@@ -231,6 +232,10 @@ def _kind(path: Path) -> str:
 def _documents_of(path: Path, name: str, longest_text: int, ledger: RowLedger) -> Iterator[Document]:
     with _reading(path), _open(path) as stream:
         kind = _kind(path)
+        if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # type: ignore[attr-defined]  # buffered
+            ledger.count()  # most of its bytes would pass for UTF-8, with zeros between the letters
+            ledger.pass_over("whole file in UTF-16, not UTF-8", name)
+            return
         if kind in TEXT_SUFFIXES:
             rows = _text_file(stream, longest_text, name, ledger)
         elif kind == ".csv":
