@@ -55,6 +55,16 @@ def run(recipe: str, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Ten
     return y.detach(), dx, dweight
 
 
+@pytest.mark.parametrize("columns", [float8._WIDE - 16, float8._WIDE])
+def test_the_scale_of_a_tensor_is_by_its_largest_number(columns: int) -> None:
+    """Wide rows are looked through one by one."""
+    x = torch.randn(32, columns)
+    x[17, columns - 1] = -12.0
+    assert float8.rounded(x, float8.FORWARD, "tensorwise").scale.item() == pytest.approx(448.0 / 12.0)
+    x[3, 5] = torch.nan
+    assert float8.rounded(x, float8.FORWARD, "tensorwise").scale.isnan()
+
+
 @pytest.mark.parametrize("magnitude", [1e-20, 1.0, 1e20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", RECIPES)

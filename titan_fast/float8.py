@@ -30,6 +30,7 @@ GRADIENT = {"tensorwise": torch.float8_e5m2, "rowwise": torch.float8_e4m3fn}
 MULTIPLE = 16
 """What every size of a product must be divisible by: cuBLAS and CUTLASS read 16 bytes at a time."""
 LEAST_CAPABILITY = (8, 9)
+_WIDE = 8192  # columns, from which on rows are reduced one by one
 _TINY = 1e-12  # in place of the largest magnitude of a tensor of zeros
 
 
@@ -59,9 +60,17 @@ def rounded(x: Tensor, dtype: torch.dtype, recipe: str, scale: Tensor | None = N
     one that is given. What is not finite becomes NaN, and so reaches the guard of bad steps."""
     most = torch.finfo(dtype).max
     if scale is None:
-        largest = x.abs().amax() if recipe == "tensorwise" else x.abs().amax(1, keepdim=True)
+        largest = _largest(x) if recipe == "tensorwise" else x.abs().amax(1, keepdim=True)
         scale = most / largest.float().clamp(min=_TINY)
     return Rounded((x.float() * scale).clamp(-most, most).to(dtype).contiguous(), scale)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude of x [rows, columns], 0-dim. Of wide rows one by one first: Inductor cuts a whole tensor
+    into parts that may begin at odd places (16384 x 8192 into 528), whose loads are no vectors. Narrow rows it had
+    better cut itself, for a reduction each is too small."""
+    magnitude = x.abs()
+    return magnitude.amax(1).amax() if x.shape[1] >= _WIDE else magnitude.amax()
 
 
 def product(a: Rounded, b: Rounded, dtype: torch.dtype, fast: bool = False) -> Tensor:
