@@ -81,6 +81,7 @@ FLOAT8: Options = {"float8.enable": True}
 FLOAT8_LEVERS = (
     _lever("float8, tensorwise", FLOAT8),
     _lever("float8, rowwise", FLOAT8 | {"float8.recipe_name": "rowwise"}),
+    _lever("float8, tensorwise, our rope", FLOAT8 | {"kernels.rope": "triton"}),
 )
 TUNING_SECONDS = 130.0
 """What coordinate descent (about 25 kernels, each timed with a dozen settings) or autotuning (15 products, 20 kernels
