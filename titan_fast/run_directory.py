@@ -7,9 +7,10 @@ from typing import Any
 
 import tomli_w
 
-from titan_fast.checkpoint import checkpoints, tokenizer_of
+from titan_fast.checkpoint import tokenizer_of
 from titan_fast.config import Config, to_dict
 from titan_fast.errors import CheckpointError, ConfigError, DataError
+from titan_fast.manifest import checkpoints
 from titan_fast.prepared import is_prepared
 from titan_fast.redaction import redacted
 from titan_fast.tokenizer import load_tokenizer
@@ -98,14 +99,12 @@ def differences(
     then lie elsewhere."""
     fixed = {table: tuple(before.get(table, {}) | now[table]) for table in _FIXED_TABLES} | _FIXED_KEYS
     free = _DATA_KEYS if reset_data else {}
-    return [
-        f"{table}.{key} was {before.get(table, {}).get(key)!r} and is {now[table].get(key)!r}"
-        for table, keys in fixed.items()
-        for key in keys
-        if before.get(table, {}).get(key) != now[table].get(key)
-        and key not in free.get(table, ())
-        and not (key in _PATHS and _is_only_moved(key, before.get(table, {}).get(key), now[table].get(key), checkpoint))
-    ]
+    found = []
+    for table, key in [(table, key) for table, keys in fixed.items() for key in keys if key not in free.get(table, ())]:
+        was, value = before.get(table, {}).get(key), now[table].get(key)
+        if was != value and not (key in _PATHS and _is_only_moved(key, was, value, checkpoint)):
+            found.append(f"{table}.{key} was {was!r} and is {value!r}")
+    return found
 
 
 def _is_only_moved(key: str, before: Any, now: Any, checkpoint: Path | None) -> bool:

@@ -103,8 +103,7 @@ class Watchdog:
 
     def _run(self) -> None:
         beat = max(0.5, min(5.0, self.limit.seconds / 20))
-        met = time.monotonic()
-        next_beat = last = time.monotonic()
+        next_beat = last = met = time.monotonic()  # met: when the store last answered
         while not self._closed.wait(TICK_SECONDS):
             now = time.monotonic()
             frame = sys._current_frames().get(self._main or 0)
