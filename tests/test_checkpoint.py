@@ -22,6 +22,7 @@ import torch
 from titan_fast import checkpoint_command, checkpointer, loop, manifest, safe_unpickle
 from titan_fast.checkpoint import check_tensors
 from titan_fast.errors import CheckpointError, NumericsError, TitanFastError
+from titan_fast.initial_weights import checkpoint_folder
 from titan_fast.redaction import redact
 
 pytestmark = pytest.mark.timeout(120)
@@ -395,6 +396,18 @@ def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, 
     return status, captured.out, captured.err
 
 
+def elsewhere(copy: Path) -> Path:
+    """The run, with its checkpoints in another folder, as checkpoint.folder names it."""
+    (copy / "checkpoint").rename(copy / "kept")
+    config = copy / "config.toml"
+    config.write_text(config.read_text().replace('folder = "checkpoint"', 'folder = "kept"'))
+    return copy
+
+
+def test_weights_are_found_in_another_folder(copy: Path) -> None:
+    assert checkpoint_folder(elsewhere(copy)) == copy / "kept" / "step-10"
+
+
 def test_the_command_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = command(capsys, "list", str(copy))
     assert status == 0 and out.count("640 tokens") == 1 and "step       10" in out
@@ -410,6 +423,7 @@ def test_the_command_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "titan_fast: a checkpoint is damaged" in err
     assert command(capsys, "prune", str(copy), "--keep", "1")[1] == "deleted step 5\n"
     assert command(capsys, "list", str(tmp_path / "nothing"))[0] == 4
+    assert command(capsys, "list", str(elsewhere(copy)))[0] == 0
     help_ = subprocess.run(
         [sys.executable, "-m", "titan_fast.checkpoint", "--help"],
         capture_output=True, text=True, timeout=100, env=runs.environment(),

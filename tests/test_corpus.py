@@ -267,6 +267,22 @@ def test_what_is_no_file_is_counted_and_not_read(tmp_path: Path) -> None:
     assert [path.name for path in corpus.files] == ["real.txt"] and corpus.other_files == 3
 
 
+def test_a_run_directory_in_the_data_is_not_read(tmp_path: Path) -> None:
+    """Else its growing log would be another data set at each start. A folder that only has a config is none."""
+    (tmp_path / "real.txt").write_text("real")
+    for name in ("outputs/run/config.toml", "outputs/run/run.lock", "outputs/run/checkpoint/step-5/state.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "config.toml").touch()
+    (tmp_path / "package" / "module.py").write_text("pass")
+    corpus = open_corpus(tmp_path, "text")
+    assert [path.name for path in corpus.files] == ["module.py", "real.txt"] and corpus.other_files == 2
+    before = corpus.fingerprint()
+    (tmp_path / "outputs" / "run" / "run.lock").rename(tmp_path / "outputs" / "run" / "metrics.jsonl")
+    assert open_corpus(tmp_path, "text").fingerprint() == before
+
+
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "real.txt").write_text("real")
     (tmp_path / "closed").mkdir()
@@ -324,6 +340,16 @@ def test_mostly_bad_rows_are_refused(tmp_path: Path) -> None:
     assert len(read(path)[0]) == 10
 
 
+def test_empty_rows_are_usual_unless_all_are(tmp_path: Path) -> None:
+    for number in range(9):
+        (tmp_path / f"{number}.py").touch()
+    (tmp_path / "real.py").write_text("pass")
+    texts, ledger = read(tmp_path)
+    assert texts == ["pass"] and ledger.passed_over == {"empty": 9} and ledger.rows == 10
+    (tmp_path / "real.py").write_text("\n")
+    assert "most rows cannot be used: 10 of 10 rows passed over: 10 empty (first 0.py:1)" in refused(tmp_path)
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -367,6 +393,17 @@ def refuse_or_differ(path: Path, texts: list[str]) -> None:
         assert read(path)[0] != texts
     except DataError as error:
         assert str(path) in str(error)
+
+
+def test_a_zstd_window_too_large_is_said_so(tmp_path: Path) -> None:
+    """A frame by hand: magic number, no flags, a window of 256 MiB, and one last block of three bytes as they are."""
+    path = tmp_path / "rows.txt.zst"
+    for exponent, usable in ((17, True), (18, False)):
+        path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes([0, exponent << 3]) + (1 | 3 << 3).to_bytes(3, "little") + b"abc")
+        if usable:
+            assert read(path)[0] == ["abc"]
+        else:
+            assert "compress it again with a window of 128 MiB at most" in refused(path)
 
 
 def test_a_broken_json_array_is_named(tmp_path: Path) -> None:

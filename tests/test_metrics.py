@@ -356,17 +356,21 @@ import sys
 from pathlib import Path
 import torch
 from titan_fast.config import model_shape, parse
+from titan_fast.errors import command
 from titan_fast.metrics import MetricsLogger
-config = parse(["--training.steps", "4", "--metrics.enable_tensorboard", "False"])
-metrics = MetricsLogger(config, run_dir=Path(sys.argv[1]), is_main=True, shape=model_shape(config.model),
-                        device=torch.device("cpu"), n_devices=1, tokens_per_step=8)
-metrics.start([])
-for step in (2, 4):
-    metrics.log(step, loss=1.0, grad_norm=1.0, lr=0.1, tokens_seen=8, data_wait_seconds=0.0)
-metrics.sample(4, "\\u00e9 [bold]")
-if "stop" in sys.argv:
-    sys.exit(3)
-metrics.finish()
+@command
+def main():
+    config = parse(["--training.steps", "4", "--metrics.enable_tensorboard", "False"])
+    metrics = MetricsLogger(config, run_dir=Path(sys.argv[1]), is_main=True, shape=model_shape(config.model),
+                            device=torch.device("cpu"), n_devices=1, tokens_per_step=8)
+    metrics.start([])
+    for step in (2, 4):
+        metrics.log(step, loss=1.0, grad_norm=1.0, lr=0.1, tokens_seen=8, data_wait_seconds=0.0)
+    metrics.sample(4, "\\u00e9 [bold]")
+    if "stop" in sys.argv:
+        sys.exit(3)
+    metrics.finish()
+main()
 """
 
 
@@ -411,6 +415,20 @@ def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
     assert b"\x1b" not in result.stdout
     assert rb"\xe9 [bold]" in result.stdout
     assert "é [bold]" in (tmp_path / "train.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("errors_too", [False, True])
+def test_a_console_that_nobody_reads_does_not_end_the_run(errors_too: bool, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", DRIVE, str(tmp_path)]
+    errors = writer if errors_too else subprocess.PIPE
+    result = subprocess.run(command, stdout=writer, stderr=errors, timeout=30)
+    os.close(writer)
+    assert result.returncode == 0 and not result.stderr
+    lines = (tmp_path / "train.log").read_text(encoding="utf-8")
+    assert lines.count("WARNING: the console is gone: Broken pipe; the run goes on") == 1
+    assert "step 4/4" in lines and "finished" in lines
 
 
 def test_summary_and_loss_curve(

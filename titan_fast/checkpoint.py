@@ -145,6 +145,18 @@ def read_config(path: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"its config.toml cannot be read: {cause(error)}", "take another", str(path)) from error
 
 
+def checkpoints_of(path: Path) -> dict[int, Path]:
+    """The `step-N` folders, by step in order, in `path` itself or else in what the config of the run directory `path`
+    names as its checkpoint.folder."""
+    if found := checkpoints(path):
+        return found
+    try:
+        folder = str(read_config(path)["checkpoint"]["folder"])
+    except (CheckpointError, LookupError, TypeError):
+        folder = "checkpoint"
+    return checkpoints(path / folder)
+
+
 def copy_tokenizer(path: Path, folder: Path) -> None:
     """Copies a tokenizer's file into `folder`, with the config that a Hugging Face tokenizer has beside it."""
     folder.mkdir()

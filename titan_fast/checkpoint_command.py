@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from titan_fast import manifest
-from titan_fast.checkpoint import load_tensors, read_config, read_state
+from titan_fast.checkpoint import checkpoints_of, load_tensors, read_config, read_state
 from titan_fast.errors import CheckpointError, ConfigError, command
 from titan_fast.safe_unpickle import load_metadata
 
@@ -22,9 +22,8 @@ def folders(path: Path) -> dict[int, Path]:
     for step, folder in single.items():
         if folder.name == path.absolute().name:
             return {step: folder}
-    for parent in (path, path / "checkpoint"):
-        if found := manifest.checkpoints(parent):
-            return found
+    if found := checkpoints_of(path):
+        return found
     raise CheckpointError("no checkpoint here", "give a run directory or its checkpoint folder", str(path))
 
 

@@ -30,7 +30,8 @@ _MANY_FILES = 100
 LONGEST_ROW = 256 * 1024 * 1024
 """Bytes of one line that are read into memory; a longer one is passed over."""
 MOST_BAD_ROWS = 0.5
-"""The part of the rows that may be bad before the data is refused."""
+"""The part of the rows that may be bad before the data is refused; empty ones are not, for they are usual."""
+_EMPTY = "empty"
 _ROWS_TO_JUDGE = 10_000  # rows after which data without its text column, or mostly bad, is refused without reading on
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -87,11 +88,12 @@ class RowLedger:
         return "; ".join(parts)
 
     def check(self) -> None:
-        """DataError when no row has the text column or most rows are bad."""
+        """DataError when no row has the text column, most rows are bad, or all are bad or empty."""
         if self.columns and not self.has_column:
             raise missing_column(self.column, self.columns, self.name)
-        bad = sum(self.passed_over.values())
-        if bad > MOST_BAD_ROWS * self.rows:
+        unused = sum(self.passed_over.values())
+        bad = unused - self.passed_over.get(_EMPTY, 0)
+        if bad > MOST_BAD_ROWS * self.rows or 0 < self.rows <= unused:
             raise DataError(f"most rows cannot be used: {self.summary()}", "mend the data", self.name)
 
 
@@ -111,7 +113,7 @@ def usable_texts(value: Any, place: str, ledger: RowLedger) -> Iterator[str]:
     elif not isinstance(value, str):
         ledger.pass_over("not a string", place)
     elif not value or value.isspace():
-        ledger.pass_over("empty", place)
+        ledger.pass_over(_EMPTY, place)
     else:
         text = valid_unicode(value)
         if text is not value:
@@ -144,7 +146,8 @@ class Corpus:
     files: tuple[Path, ...]
     text_column: str = "text"
     other_files: int = 0
-    """Files of other kinds in the folder, links to folders or to nothing, and the like, which are not read."""
+    """Files of other kinds in the folder, links to folders or to nothing, run directories, and the like, which are not
+    read."""
 
     def fingerprint(self) -> str:
         """sha256 of the files' names, sizes and times, and of what decides how they are read."""
@@ -199,16 +202,24 @@ def open_corpus(path: Path, text_column: str) -> Corpus:
 
 
 def _walk(root: Path, left_out: Container[str] = ()) -> Iterator[Path]:
-    """What is under `root` and not a folder, except hidden things; linked folders are not entered, for they may lead
-    back, but yielded. DataError for a folder that cannot be read."""
+    """What is under `root` and not a folder, except hidden things; linked folders, which may lead back, and run
+    directories are not entered, but yielded. DataError for a folder that cannot be read."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"a folder cannot be read: {error.strerror}", "mend it, or take it out", str(error.filename))
 
     for folder, folders, names in os.walk(root, onerror=refuse):
+        here = Path(folder)
         folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
-        links = [name for name in folders if (Path(folder) / name).is_symlink()]
-        yield from (Path(folder) / name for name in (*names, *links) if not name.startswith("."))
+        not_entered = [name for name in folders if (here / name).is_symlink() or _is_run(here / name)]
+        folders[:] = [name for name in folders if name not in not_entered]
+        yield from (here / name for name in (*names, *not_entered) if not name.startswith("."))
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether it is a run directory: its logs and checkpoints are no documents, and change while it is trained on."""
+    begun = any((folder / name).exists() for name in ("run.lock", "metrics.jsonl"))
+    return begun and (folder / "config.toml").is_file()
 
 
 def stdlib_corpus() -> Corpus:
@@ -254,7 +265,13 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read the file: {_one_line(error)}", "restore it", str(path)) from error
+        why = _one_line(error)
+        fix = "restore it"
+        if isinstance(error, PermissionError):
+            fix = "give this user the right to read it"
+        elif "too much memory" in why:  # zstd's words for a window of over 128 MiB
+            fix = "compress it again with a window of 128 MiB at most (zstd --long=27)"
+        raise DataError(f"cannot read the file: {why}", fix, str(path)) from error
 
 
 def _one_line(error: Exception) -> str:

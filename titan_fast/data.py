@@ -300,7 +300,8 @@ def _prepare_in(run_dir: Path, corpus: Corpus, name: str, tokenizer: Tokenizer, 
             log.warning("preparing the data again: %s", error)
             shutil.rmtree(folder)
     if corpus.other_files:
-        log.info("%d files of other kinds or linked folders in %s are not read", corpus.other_files, corpus.root)
+        words = "%d files of other kinds, linked folders or run directories in %s are not read"
+        log.info(words, corpus.other_files, corpus.root)
     ledger = RowLedger()
     source = {"name": name, "fingerprint": corpus.fingerprint(), "text_column": corpus.text_column}
     prepare(corpus.documents(ledger), tokenizer, folder, source=source, ledger=ledger)

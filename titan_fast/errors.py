@@ -1,9 +1,13 @@
 """The error contract: `titan_fast: <what> [<where>]; <what to do>` on one line, and an exit status per kind."""
 
 import errno
+import io
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import NoReturn, ParamSpec
 
@@ -59,32 +63,63 @@ class CommunicationError(TitanFastError, RuntimeError):
 
 def fail(error: TitanFastError) -> NoReturn:
     """Ends the process as the contract says."""
-    sys.stdout.flush()
-    print(f"titan_fast: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    try:
+        sys.stdout.flush()
+        print(f"titan_fast: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    except OSError:  # that nobody reads changes no exit status
+        leave_console()
     sys.exit(error.exit_status)
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turns a TitanFastError raised inside into its line and its exit status, and so a disk that is full, which may
-    show in whatever is written; anything else keeps its traceback."""
+    """Turns a TitanFastError raised inside into its line and its exit status, and so a disk that is full or a path that
+    this user may not use, either of which may show anywhere; anything else keeps its traceback."""
     try:
         yield
     except TitanFastError as error:
         fail(error)
     except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
         where = str(error.filename or "")
-        fail(CheckpointError(f"the disk is full: {error.strerror}", "make room and start again as before", where))
+        if error.errno in NO_ROOM:
+            fail(CheckpointError(f"the disk is full: {error.strerror}", "make room and start again as before", where))
+        if isinstance(error, PermissionError) and where:
+            fail(ConfigError(f"not allowed: {error.strerror}", "give this user the right, or name another path", where))
+        if isinstance(error, BrokenPipeError) and _nobody_reads():  # as in `... | head`
+            leave_console()
+            sys.exit(128 + signal.SIGPIPE)
+        raise
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone; a BrokenPipeError may be of some connection too."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except OSError:  # it is no file
+        return False
+
+
+def leave_console() -> None:
+    """From now on what is written to standard output goes nowhere, and to standard error too where it is the same."""
+    with suppress(OSError):  # it is no file
+        gone, null = os.fstat(sys.stdout.fileno()), os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            if os.path.samestat(os.fstat(stream.fileno()), gone):
+                os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def command(main: Callable[P, None]) -> Callable[P, None]:
-    """For the `main` of a command line."""
+    """For the `main` of a command line. A console that is not UTF-8 shows the rest as escapes."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         with reported():
             main(*args, **kwargs)
+            sys.stdout.flush()
 
     return run

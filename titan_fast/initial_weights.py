@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from titan_fast import manifest
-from titan_fast.checkpoint import cause, check_tensors, read_config
+from titan_fast.checkpoint import cause, check_tensors, checkpoints_of, read_config
 from titan_fast.config import from_dict, model_shape
 from titan_fast.errors import CheckpointError, TitanFastError
 from titan_fast.flavors import ModelShape
@@ -42,9 +42,7 @@ def checkpoint_folder(path: Path, part: tuple[int, int] = (0, 1)) -> Path:
     """The checkpoint at `path`: itself a step-N folder, or the newest in a run directory or in its checkpoint folder.
     CheckpointError where there is none, or it is not what its manifest says. `part` (i, n): this process is the i-th of
     n that share the hashing."""
-    candidates = [path] if (path / "state.json").is_file() else []
-    for folder in (path, path / "checkpoint"):
-        candidates = candidates or list(manifest.checkpoints(folder).values())
+    candidates = [path] if (path / "state.json").is_file() else list(checkpoints_of(path).values())
     if not candidates:
         raise CheckpointError("no checkpoint here", "give a run directory or one of its step-N folders", str(path))
     newest = candidates[-1]

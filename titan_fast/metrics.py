@@ -16,7 +16,7 @@ import torch
 
 from titan_fast import flops, run_history
 from titan_fast.config import Config, to_dict
-from titan_fast.errors import NO_ROOM
+from titan_fast.errors import NO_ROOM, leave_console
 from titan_fast.flavors import ModelShape
 from titan_fast.log_file import LogFile
 from titan_fast.redaction import redact, redacted
@@ -154,18 +154,24 @@ class MetricsLogger:
         if not self.is_main:
             return
         text = redact(text)
-        if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            # Neither a console that is not UTF-8 nor a full disk behind it ends a run. A reader that is gone does.
-            encoding = sys.stdout.encoding or "utf-8"
-            try:
-                print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)  # noqa: T201
-            except OSError as error:
-                if error.errno not in NO_ROOM:
-                    raise
+        try:
+            if self._progress is not None:
+                self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, flush=True)  # noqa: T201
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                self._leave_console(error)
+        self._to_log_file(text)
+
+    def _to_log_file(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         self._log_file.write("".join(f"{stamp} {line}\n" for line in text.split("\n")))
+
+    def _leave_console(self, error: OSError) -> None:
+        """Neither a reader that has gone nor a terminal that was closed ends a run."""
+        leave_console()
+        self._to_log_file(f"WARNING: the console is gone: {error.strerror}; the run goes on, and tells this file alone")
 
     def start(self, lines: list[tuple[str, str]]) -> None:
         """The start-up block: `lines` (label, value), then what the numbers of the log lines mean. The first window

@@ -424,6 +424,11 @@ def _training_failure(error: Exception, vocab_size: int) -> DataError:
             f"a vocabulary of {vocab_size} is more than the {most[1]} pieces that the text can fill",
             "give more text, a smaller model.vocab_size, or model.tokenizer_path",
         )
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+        return DataError(
+            f"a vocabulary of {vocab_size} is less than the {least[1]} pieces that the text's characters take",
+            "set model.vocab_size higher, or model.tokenizer_path",
+        )
     return DataError(
         f"no tokenizer with {vocab_size} pieces can be learned from this text: {str(error).strip()[:200]}",
         "give more text or model.tokenizer_path",

@@ -1,0 +1,54 @@
+"""What ends a command line in one sentence, and what of its console does not end it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+
+
+def run(body: str, **options) -> "subprocess.CompletedProcess[str]":
+    """A process whose `main` is `body`, under the error contract."""
+    program = f"import os, sys, socket\nfrom titan_fast.errors import command\n@command\ndef main():\n    {body}\nmain()"
+    options = {"stdout": subprocess.PIPE, "env": runs.environment()} | options
+    command = [*options.pop("before", ()), sys.executable, "-c", program]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, **options)
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_has_gone_ends_a_command_in_silence(lines: int) -> None:
+    """Whether it shows while it writes, or at the end when it flushes."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run(f"for _ in range({lines}): print('a line of some length')", stdout=writer)
+    os.close(writer)
+    assert done.returncode == 141 and not done.stderr
+
+
+def test_a_broken_connection_is_no_reader_that_has_gone() -> None:
+    done = run("a, b = socket.socketpair(); b.close(); a.send(b'x')")
+    assert done.returncode == 1 and "BrokenPipeError" in done.stderr
+
+
+def test_a_console_that_is_not_utf_8_shows_escapes() -> None:
+    done = run("print('\\u00e9')", env=runs.environment(PYTHONIOENCODING="ascii"))
+    assert done.returncode == 0 and done.stdout == "\\xe9\n"
+
+
+def test_a_failure_that_nobody_reads_keeps_its_exit_status() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    body = "from titan_fast.errors import DataError; print('x'); os.dup2(1, 2); raise DataError('what', 'fix')"
+    done = run(body, stdout=writer, env=runs.environment(PYTHONUNBUFFERED=""))
+    os.close(writer)
+    assert done.returncode == 3
+
+
+def test_a_path_that_this_user_may_not_use_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch(mode=0o000)
+    as_user = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []  # modes bind it
+    done = run(f"open({str(tmp_path / 'file')!r})", before=as_user)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"titan_fast: not allowed: Permission denied [{tmp_path / 'file'}]; ")
