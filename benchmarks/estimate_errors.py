@@ -144,7 +144,7 @@ def counted(plan: Plan, ops_of: str) -> DeepStep:
 
 
 def timed(plan: Plan, step: DeepStep, fitted: Fitted = FITTED) -> Estimate:
-    time = step_time(step.segments, plan.gpu, plan.attention, plan.network, plan.passes, fitted)
+    time = step_time(step.segments, plan.gpu, plan.attention, plan.network, plan.passes, fitted, plan.degrees.tensor)
     return Estimate(plan, step.segments, step.how, time)
 
 

@@ -11,7 +11,9 @@ import runs
 
 def run(body: str, **options) -> "subprocess.CompletedProcess[str]":
     """A process whose `main` is `body`, under the error contract."""
-    program = f"import os, sys, socket\nfrom titan_fast.errors import command\n@command\ndef main():\n    {body}\nmain()"
+    program = (
+        f"import os, sys, socket\nfrom titan_fast.errors import command\n@command\ndef main():\n    {body}\nmain()"
+    )
     options = {"stdout": subprocess.PIPE, "env": runs.environment()} | options
     command = [*options.pop("before", ()), sys.executable, "-c", program]
     return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, **options)

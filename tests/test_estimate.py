@@ -101,6 +101,17 @@ def test_a_gather_hides_behind_what_runs_before_its_weights_are_needed() -> None
     assert slowed.parts["slowed by communication"] == pytest.approx(0.5 * took, rel=0.5)
 
 
+@pytest.mark.parametrize(("tensor_degree", "between"), [(1, "FSDP"), (4, "FSDP"), (8, "tensor-parallel")])
+def test_what_is_waited_for_at_once_counts_to_whose_group_it_is(tensor_degree: int, between: str) -> None:
+    total = Operation("blocking", "allreduce_", 2.0**20, group=Group(8, 1))
+    parts = step_time([segment(total)], H100, "cudnn", NODE, fitted=EXACT, tensor_degree=tensor_degree).parts
+    assert parts[f"exposed {between} communication"] > 0
+    assert (
+        sum(parts[f"exposed {who} communication"] for who in ("FSDP", "tensor-parallel"))
+        == (parts[f"exposed {between} communication"])
+    )
+
+
 def test_operators_of_a_step_add_up_to_the_model_flops(small: Estimate) -> None:
     """6 FLOPs for each element of the matrices and token, by hand."""
     shape, tokens = small.plan.shape, 8 * 256

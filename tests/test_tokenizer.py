@@ -319,7 +319,9 @@ def test_training_on_too_little_text_names_both_numbers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a vocabulary of 4096 is more than the \d+ pieces"):
         train_sentencepiece(["a small text\nof two lines"], 4096, tmp_path / "t", 0)
     kanji = "".join(map(chr, range(0x4E00, 0x5800)))
-    with pytest.raises(DataError, match=r"a vocabulary of 400 is less than the \d+ .* take; set model.vocab_size higher"):
+    with pytest.raises(
+        DataError, match=r"a vocabulary of 400 is less than the \d+ .* take; set model.vocab_size higher"
+    ):
         train_sentencepiece([kanji], 400, tmp_path / "t", 0)
     with pytest.raises(DataError, match="a vocabulary of 200 has no room for 259"):
         train_sentencepiece(TEXTS, 200, tmp_path / "t", 0)

@@ -203,7 +203,7 @@ def estimate(plan: Plan, check_depth: bool = True) -> Estimate:
 
     with fake_world(plan.gpus):
         step = deep_step(count, shape.n_layers, period(config.activation_checkpoint), plan.whole, check_depth)
-    time = step_time(step.segments, plan.gpu, plan.attention, plan.network, plan.passes)
+    time = step_time(step.segments, plan.gpu, plan.attention, plan.network, plan.passes, tensor_degree=degrees.tensor)
     return Estimate(plan, step.segments, step.how, time)
 
 

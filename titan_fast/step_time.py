@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from titan_fast.gpus import Gpu
-from titan_fast.step_record import Operation, Segment
+from titan_fast.step_record import Group, Operation, Segment
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,9 @@ def collective_seconds(operation: Operation, gpu: Gpu, network: Network) -> floa
 class _Clocks:
     """The state of the simulation: seconds since the step began."""
 
-    def __init__(self, gpu: Gpu, backend: str, network: Network, fitted: Fitted) -> None:
+    def __init__(self, gpu: Gpu, backend: str, network: Network, fitted: Fitted, tensor_degree: int) -> None:
         self.gpu, self.backend, self.network, self.fitted = gpu, backend, network, fitted
+        self.tensor_group = Group(tensor_degree, 1)
         self.host = self.compute = self.fsdp = self.tensor = 0.0
         self.gathers: deque[float] = deque()  # when each weight that is on its way will be there
         self.reduced = 0.0  # when the last gradient is reduced
@@ -182,12 +183,8 @@ class _Clocks:
         start = max(self.tensor, self.compute, self.host)
         self.tensor = start + collective_seconds(operation, self.gpu, self.network)
         if operation.kind == "blocking":
-            self._wait(
-                self.tensor,
-                "exposed tensor-parallel communication"
-                if operation.group.stride == 1 and operation.group.size <= self.network.gpus_per_node
-                else "exposed FSDP communication",
-            )
+            between = "tensor-parallel" if operation.group == self.tensor_group else "FSDP"
+            self._wait(self.tensor, f"exposed {between} communication")
 
     def _wait(self, until: float, part: str) -> None:
         if until > self.compute:
@@ -229,10 +226,16 @@ def _part_of(segment: Segment, operation: Operation) -> str:
 
 
 def step_time(
-    segments: list[Segment], gpu: Gpu, backend: str, network: Network, passes: int = 1, fitted: Fitted = FITTED
+    segments: list[Segment],
+    gpu: Gpu,
+    backend: str,
+    network: Network,
+    passes: int = 1,
+    fitted: Fitted = FITTED,
+    tensor_degree: int = 1,
 ) -> StepTime:
     """The time of a step whose recorded second pass, where it has one, stands for all of `passes` but the first."""
-    clocks = _Clocks(gpu, backend, network, fitted)
+    clocks = _Clocks(gpu, backend, network, fitted, tensor_degree)
     last_batch = max(segment.batch for segment in segments)
     repeated = [s for s in segments if s.batch == last_batch and s.phase in ("forward", "backward")]
     in_passes = True
