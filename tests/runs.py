@@ -87,17 +87,23 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
+def standalone(processes: int) -> list[str]:
+    """torchrun's words for so many processes of this machine alone."""
+    return ["--standalone", f"--nproc-per-node={processes}"]
+
+
 def torchrun(processes: int, *words: str, **options: Any) -> "subprocess.Popen[str]":
     """Starts torchrun on `words`, in a process group of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words]
+    command = [sys.executable, "-m", "torch.distributed.run", *standalone(processes), *words]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env=environment(**options.pop("env", {})), **options,
     )  # fmt: skip
 
 
-def finish(process: "subprocess.Popen[str]", limit_seconds: float = 240) -> str:
-    """Its output; past the limit its whole process group is killed and the test fails."""
+def finish(process: Any, limit_seconds: float = 240) -> str:
+    """The output of a torchrun (a Popen, or what tests/torchrun.py has for it); past the limit its whole process group
+    is killed and the test fails."""
     import signal
 
     try:

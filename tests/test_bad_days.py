@@ -19,6 +19,7 @@ import pytest
 import runs
 import torch
 from children import CHILDREN, run_silently
+from torchrun import start
 
 from titan_fast import checkpointer, dry_step, guard, loop, manifest, out_of_memory, signals, watchdog
 from titan_fast.checkpoint import tensors_of
@@ -37,10 +38,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.prepare(tmp_path_factory.mktemp("data"))
 
 
-def start(
+def start_interpreters(
     processes: int, data: Path, folder: Path, faults: list[dict[str, Any]], flags: tuple[str, ...] = (), **changes: Any
 ) -> "subprocess.Popen[str]":
-    """A run under torchrun with faults."""
+    """As `start`, by the command that a user gives."""
     return runs.torchrun(
         processes, *flags, str(runs.FAULTS), *runs.arguments(data, folder, **changes),
         env={"FAULTS": json.dumps(faults)},
@@ -218,7 +219,7 @@ def exit_status(child: BaseProcess) -> int:
 def test_a_signal_to_one_rank_stops_all_after_one_save(data: Path, tmp_path: Path) -> None:
     """SIGTERM three times to rank 1 alone: both save the same step, exit 0 and say how to go on, and it works."""
     faults = [{"what": "signal", "name": "SIGTERM", "rank": 1, "step": 3, "times": 3}]
-    process = start(2, data, tmp_path / "run", faults)
+    process = start_interpreters(2, data, tmp_path / "run", faults)
     output = runs.finish(process)
     assert process.returncode == 0, output
     assert whole_steps(tmp_path / "run") == [3]
@@ -237,7 +238,7 @@ def test_sigusr1_to_torchrun_saves_and_leaves_no_process(data: Path, tmp_path: P
     """With the documented flag; the validation loader's thread is there too, and the group has all workers."""
     flags = ("--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",)
     more = {"training__steps": 5000, "checkpoint__interval": 10**6, "validation__enable": True, "validation__freq": 3}
-    process = start(2, data, tmp_path / "run", [], flags, **more)
+    process = start_interpreters(2, data, tmp_path / "run", [], flags, **more)
     wait_for(lambda: max(runs.losses(tmp_path / "run"), default=0) >= 4)
     workers = children(process.pid)
     assert {address for worker in workers for address in listening(worker)} <= {"127.0.0.1", "::1"}
@@ -426,7 +427,7 @@ def test_a_full_disk_on_one_rank_ends_all_with_the_figures(data: Path, tmp_path:
 def test_a_disk_that_is_full_for_a_while_costs_no_line(data: Path, tmp_path: Path) -> None:
     faults = [{"what": "file_limit", "step": 4, "until": 8, "bytes": 100}]
     tensorboard = {"metrics__enable_tensorboard": True, "checkpoint__interval": 100}
-    process = start(1, data, tmp_path / "run", faults, **tensorboard)
+    process = start_interpreters(1, data, tmp_path / "run", faults, **tensorboard)  # its pipe has no limit
     output = runs.finish(process)
     assert process.returncode == 0, output
     log = tmp_path / "run" / "train.log"

@@ -18,6 +18,7 @@ import pytest
 import runs
 import safetensors.torch
 import torch
+from torchrun import start
 
 from titan_fast import checkpoint_command, checkpointer, loop, manifest, safe_unpickle
 from titan_fast.checkpoint import check_tensors
@@ -113,10 +114,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_in_silence
 
 def test_a_rank_that_does_not_see_what_rank_0_chose_stops_all(data: Path, copy: Path) -> None:
     """As on a network file system that shows one host a new folder later than another."""
-    process = runs.torchrun(
-        2, str(runs.FAULTS), *runs.arguments(data, copy, training__steps=15),
-        env={"FAULTS": json.dumps([{"what": "blind", "rank": 1}])},
-    )  # fmt: skip
+    process = start(2, data, copy, [{"what": "blind", "rank": 1}], training__steps=15)
     output = runs.finish(process)
     assert process.returncode != 0
     assert "rank 1 does not see the manifest of step-10 that rank 0 sees" in output

@@ -1,60 +1,64 @@
 """A rank that does not come, or is lost: the others end in time, with its number and the exit status of their kind."""
 
-import subprocess
+import os
+import signal
 import sys
+import time
+from pathlib import Path
 
 import pytest
-from runs import environment
+import torch
+import torch.distributed as dist
+from children import CHILDREN
 from worlds import free_port
 
-SIZE, LIMIT_SECONDS = 3, 5
-PROGRAM = f"""
-import os, sys, signal, time
-import torch, torch.distributed as dist
 from titan_fast import distributed
 from titan_fast.config import Comm
 from titan_fast.distributed import start
 from titan_fast.errors import reported
-distributed.SPARE_SECONDS = 0
-fault, rank = sys.argv[1], int(os.environ["RANK"])
-if fault == "missing" and rank == 1:
-    sys.exit(3)
-with reported(), start(Comm(init_timeout_seconds={LIMIT_SECONDS}), torch.device("cpu")) as world:
-    dist.all_reduce(torch.ones(1))
-    if fault in ("busy", "killed while one is busy") and rank == 0:
-        time.sleep({LIMIT_SECONDS + 3})
-    if fault == "killed while one is busy" and rank == 1:
-        time.sleep(2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    world.barrier()
-    if fault == "killed" and rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "failed" and rank == 1:
-        raise OSError("the disk is full")
-    if fault not in ("none", "busy"):
-        dist.all_reduce(torch.ones(1))
-        dist.all_reduce(torch.ones(1))
-    print("left in peace")
-"""
+
+SIZE, LIMIT_SECONDS = 3, 5
 
 
-def world(fault: str) -> list[tuple[int, str]]:
+def be_rank(rank: int, fault: str, port: int, output: Path) -> None:
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(SIZE), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    distributed.SPARE_SECONDS = 0
+    if fault == "missing" and rank == 1:
+        sys.exit(3)
+    with reported(), start(Comm(init_timeout_seconds=LIMIT_SECONDS), torch.device("cpu")) as world:
+        dist.all_reduce(torch.ones(1))
+        if fault in ("busy", "killed while one is busy") and rank == 0:
+            time.sleep(LIMIT_SECONDS + 3)
+        if fault == "killed while one is busy" and rank == 1:
+            time.sleep(2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        world.barrier()
+        if fault == "killed" and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "failed" and rank == 1:
+            raise OSError("the disk is full")
+        if fault not in ("none", "busy"):
+            dist.all_reduce(torch.ones(1))
+            dist.all_reduce(torch.ones(1))
+        print("left in peace", flush=True)  # noqa: T201
+
+
+def world(fault: str, folder: Path) -> list[tuple[int | None, str]]:
     """(exit status, output) of each rank of a small world, started without torchrun as a batch system does it."""
     port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, fault], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(SIZE), MASTER_ADDR="127.0.0.1",
-                            MASTER_PORT=str(port)),
-        )
-        for rank in range(SIZE)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=90)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+    ranks = [CHILDREN.Process(target=be_rank, args=(r, fault, port, folder / str(r))) for r in range(SIZE)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(90)
+    for rank in ranks:
+        rank.kill()
+    return [(rank.exitcode, (folder / str(number)).read_text()) for number, rank in enumerate(ranks)]
 
 
 SENTENCES = {
@@ -66,8 +70,8 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize("fault", SENTENCES)
-def test_the_others_name_who_is_not_there(fault: str) -> None:
-    found = world(fault)
+def test_the_others_name_who_is_not_there(fault: str, tmp_path: Path) -> None:
+    found = world(fault, tmp_path)
     for rank in (0, 2) if "busy" not in fault else (2,):
         status, output = found[rank]
         assert status == 6, output
@@ -76,6 +80,7 @@ def test_the_others_name_who_is_not_there(fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["none", "busy"])
-def test_nobody_is_missed_where_nobody_is_missing(fault: str) -> None:
+def test_nobody_is_missed_where_nobody_is_missing(fault: str, tmp_path: Path) -> None:
     """Nor where one prepares data for longer than set-up may take."""
-    assert [(status, output.strip()[-13:]) for status, output in world(fault)] == [(0, "left in peace")] * SIZE
+    found = world(fault, tmp_path)
+    assert [(status, output.strip()[-13:]) for status, output in found] == [(0, "left in peace")] * SIZE

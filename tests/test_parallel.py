@@ -50,7 +50,7 @@ class Layout:
     options: dict[str, Any]
     shape: str = "llama3"
     passes: int = 1
-    steps: int = 20
+    steps: int = 8
 
     @property
     def reference(self) -> str:
@@ -99,10 +99,10 @@ LAYOUTS = [
     Layout("TP 2, traced, full", 2, 1e-5, mesh(1, 1, 2) | TRACED | {"activation_checkpoint.mode": "full"}),
     Layout("TP 2, selective op", 2, 1e-5, mesh(1, 1, 2) | {"activation_checkpoint.mode": "selective"}),
     Layout("TP 2, triton", 2, 1e-5, mesh(1, 1, 2) | TRITON, steps=1),
-    Layout("FSDP 4", 4, 1e-6, mesh(1, 4, 1)),
+    Layout("FSDP 4", 4, 1e-6, mesh(1, 4, 1), steps=20),
     Layout("FSDP 4, odd vocabulary", 4, 1e-6, mesh(1, 4, 1), "odd vocabulary"),
     Layout("FSDP 4, odd vocabulary, direct", 4, 1e-6, mesh(1, 4, 1) | DIRECT, "odd vocabulary", steps=5),
-    Layout("FSDP 2 x TP 2", 4, 1e-5, mesh(1, 2, 2)),
+    Layout("FSDP 2 x TP 2", 4, 1e-5, mesh(1, 2, 2), steps=20),
     Layout("FSDP 2 x TP 2, direct", 4, 1e-5, mesh(1, 2, 2) | DIRECT, steps=5),
     Layout("FSDP 2 x TP 2, tied", 4, 1e-5, mesh(1, 2, 2), "tied"),
     Layout("HSDP 2 x 2", 4, 1e-5, mesh(2, 2, 1)),

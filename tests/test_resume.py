@@ -11,6 +11,7 @@ import pytest
 import runs
 import safetensors.torch
 import torch
+from torchrun import start
 
 from titan_fast import loop, manifest
 from titan_fast.config import parse
@@ -123,11 +124,9 @@ def torchrun(
     processes: int, data: Path, folder: Path, faults: list[dict[str, Any]], flags: tuple[str, ...] = (), **changes: Any
 ) -> tuple[int, str]:
     """(exit status, output) of a run under torchrun with faults."""
-    process = runs.torchrun(
-        processes, *flags, str(runs.FAULTS), *runs.arguments(data, folder, **changes),
-        env={"FAULTS": json.dumps(faults)},
-    )  # fmt: skip
+    process = start(processes, data, folder, faults, flags, **changes)
     output = runs.finish(process, 150)
+    assert process.returncode is not None
     return process.returncode, output
 
 
