@@ -271,7 +271,8 @@ def test_search_lists_what_fits_best_first(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("titan_fast.advice._WORTH_DOUBLING", float("inf"))
     monkeypatch.setattr("titan_fast.advice._RECOMPUTE", ({"mode": "full"},))
     wide = plan(SMALL)
-    found = search(dataclasses.replace(wide, network=dataclasses.replace(wide.network, gpus_per_node=2)))
+    wide = dataclasses.replace(wide, network=dataclasses.replace(wide.network, gpus_per_node=2))
+    found = search(wide)
     speeds = [option.tokens_per_second for option in found]
     assert speeds == sorted(speeds, reverse=True)
     assert {o.changes["parallelism.tensor_parallel_degree"] for o in found} == {1, 2}

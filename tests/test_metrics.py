@@ -417,15 +417,13 @@ def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
     assert "é [bold]" in (tmp_path / "train.log").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("errors_too", [False, True])
-def test_a_console_that_nobody_reads_does_not_end_the_run(errors_too: bool, tmp_path: Path) -> None:
+def test_a_console_that_nobody_reads_does_not_end_the_run(tmp_path: Path) -> None:
+    """As under `2>&1 | tee` when tee is killed."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-c", DRIVE, str(tmp_path)]
-    errors = writer if errors_too else subprocess.PIPE
-    result = subprocess.run(command, stdout=writer, stderr=errors, timeout=30)
+    assert subprocess.run(command, stdout=writer, stderr=writer, timeout=30).returncode == 0
     os.close(writer)
-    assert result.returncode == 0 and not result.stderr
     lines = (tmp_path / "train.log").read_text(encoding="utf-8")
     assert lines.count("WARNING: the console is gone: Broken pipe; the run goes on") == 1
     assert "step 4/4" in lines and "finished" in lines
