@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from shapes import LLAMA3
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -312,16 +314,23 @@ def test_flash_attention_3_that_is_not_there_is_refused() -> None:
 
 
 def test_compiled_code_is_kept_where_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block's traced graph too, but where tensor parallel ranks would take each other's."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "elsewhere")
-    torch._dynamo.reset()
-    model = Llama(LLAMA3)
-    settings = Compile(enable=True, components=("norm",), cache_folder=str(tmp_path))
-    compilation.keep_code(settings)
+    settings = Compile(enable=True, components=("blocks",), cache_folder=str(tmp_path))
+    model = Llama(dataclasses.replace(LLAMA3, n_layers=1))
     compilation.compile_model(model, settings)
-    with torch.no_grad():
-        model.norm(torch.randn(2, 3, LLAMA3.dim))
+    with inductor.patch(unsafe_marked_cacheable_functions={}):
+        compilation.keep_code(settings, tensor_degree=2)
+        assert not inductor.unsafe_marked_cacheable_functions
+        compilation.keep_code(settings, tensor_degree=1)
+        for _ in range(2):
+            torch._dynamo.reset()
+            counters.clear()
+            model(torch.arange(8)[None]).sum().backward()
     assert any(path.is_file() for path in (tmp_path / "inductor").rglob("*"))
+    assert counters["aot_autograd"]["autograd_cache_hit"] == counters["aot_autograd"]["total"] == 1
+    assert counters["inductor"]["fxgraph_cache_hit"] == 2
 
 
 def test_gradients_of_passes_are_summed_in_float32(world: World) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 from torch import Tensor
 
 from titan_fast import config
@@ -84,9 +85,17 @@ def compile_model(model: Llama, settings: config.Compile) -> None:
         model.head.loss = dataclasses.replace(model.head.loss, ops=ops)
 
 
-def keep_code(settings: config.Compile) -> None:
+def keep_code(settings: config.Compile, tensor_degree: int) -> None:
     """Lets Inductor and Triton read and write compiled code in `cache_folder`, where there is one: both look at the
     environment for it. To be called before anything is compiled."""
+    if settings.enable and tensor_degree == 1:
+        # A graph with attention would be traced anew at each start, since by its list torch knows no more of these two
+        # than that they are private: they name a backend and choose it. What they choose is looked up again with
+        # another cuDNN. The keys of graphs with tensor parallelism do not tell its ranks apart.
+        inductor.unsafe_marked_cacheable_functions = {
+            f"torch.nn.attention.{name}": f"cudnn {torch.backends.cudnn.version()}"
+            for name in ("_backend_from_string", "_sdpa_kernel")
+        }
     if not (settings.enable and settings.cache_folder):
         return
     folder = Path(settings.cache_folder)

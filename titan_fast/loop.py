@@ -84,7 +84,7 @@ class Run:
         self.config, self.degrees, self.world, self.run_dir, self.ops = config, degrees, world, run_dir, ops
         self.shape = model_shape(config.model)
         device = world.device
-        compilation.keep_code(config.compile)
+        compilation.keep_code(config.compile, degrees.tensor)
         canary.check(config, self.shape, ops, device)
         self.compile_report = CompileReport()
         self.model = build_model(config, self.shape, ops, degrees, device)
