@@ -197,6 +197,8 @@ def _name_the_lost(store: dist.Store, rank: int, size: int, error: BaseException
             silent = [other for other in silent if not store.check([f"left/{other}"])]
             time.sleep(_POLL_SECONDS)
         reasons = {other: store.get(f"left/{other}").decode() for other in range(size) if other not in silent}
+        if rank == 0:
+            time.sleep(_LINGER_SECONDS)  # the store may end with this process, and others may have noticed later
     except RuntimeError:  # the store is gone, and with it rank 0 or torchrun
         silent, reasons = [0], {}
     first = {other: reason for other, reason in reasons.items() if reason}
