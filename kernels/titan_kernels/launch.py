@@ -5,7 +5,7 @@ every one that an operator of that shape uses, for `titan_kernels.inspect`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Launch:
     """What one program reads from memory and, when that is done, once more, counting on the level-2 cache."""
     max_resident: int = MAX_BLOCKS
     """The most blocks of a grid for each multiprocessor, where the grid is sized by their number."""
+    _compiled: dict[tuple[Any, ...], Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """The binary for each kind of arguments seen so far; None from the interpreter."""
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch with `arguments` in the order of `signature`, on the device that holds the first of them."""
@@ -48,7 +50,22 @@ class Launch:
             self._run(grid, arguments)
 
     def _run(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        self.kernel[grid](*arguments, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)
+        kind = (arguments[0].device.index, *map(_kind, arguments))
+        if compiled := self._compiled.get(kind):
+            compiled[(*grid, 1, 1)[:3]](*arguments, *self.constexprs.values())
+        else:  # Triton's own way finds or makes the binary, which takes it several times as long as the launch
+            self._compiled[kind] = self.kernel[grid](
+                *arguments, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
+            )
+
+
+def _kind(argument: Tensor | int) -> object:
+    """Equal for arguments for which Triton takes the same binary: of a tensor it asks for the dtype, which a Launch
+    has in its signature, and whether its address is divisible by 16; of an integer that too, whether it is 1, which it
+    makes a constant of, and whether it needs 64 bits."""
+    if isinstance(argument, Tensor):
+        return argument.data_ptr() % 16 == 0
+    return argument % 16 == 0, argument == 1, -(2**31) <= argument < 2**31
 
 
 def power_of_two(n: int) -> int:

@@ -4,9 +4,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -190,11 +191,55 @@ def test_what_runs_is_what_launches_lists(
     for launch, arguments in recorder.calls:
         assert launch in listed
         parameters = [name for name in launch.kernel.arg_names if name not in launch.constexprs]
-        assert list(launch.signature) == parameters
+        assert list(launch.signature) == parameters == launch.kernel.arg_names[: len(parameters)]
         assert [triton_type(argument) for argument in arguments] == list(launch.signature.values()), launch.name
         for name, argument in zip(launch.signature, arguments, strict=True):
             value = argument.data_ptr() if isinstance(argument, Tensor) else argument
             assert name not in launch.aligned or value % 16 == 0, f"{launch.name}: {name} = {value}"
+
+
+class Binary(list[tuple[Any, ...]]):
+    """Stands in for compiled code: a list of what it was launched with."""
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments: self.append((grid, *arguments))
+
+
+class Kernel:
+    """Stands in for one of Triton's, each launch of which makes code."""
+
+    def __init__(self) -> None:
+        self.binaries: list[Binary] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self._compile
+
+    def _compile(self, *arguments: Any, **options: Any) -> Binary:
+        self.binaries.append(Binary())
+        return self.binaries[-1]
+
+
+def test_a_binary_is_launched_again_for_what_it_was_made_for_alone() -> None:
+    """Triton makes other code for addresses and integers that 16 divides, for 1, and for integers of 64 bits."""
+    kernel = Kernel()
+    launch = Launch("copy", cast(Any, kernel), {"X": "*fp32", "n": "i32"}, {"BLOCK": 8}, num_warps=1)
+    aligned = torch.zeros(64)
+    kinds = [(aligned, 32), (aligned[1:], 32), (aligned, 33), (aligned, 1), (aligned, 2**31), (aligned, 2**31 + 1)]
+    for arguments in kinds:
+        launch((4,), *arguments)
+    assert len(kernel.binaries) == len(kinds) and not any(map(len, kernel.binaries))
+    again = [*kinds, (aligned[4:], 48), (aligned[3:], 16), (aligned, 35)]
+    for arguments in again:
+        launch((4, 2), *arguments)
+    assert len(kernel.binaries) == len(kinds)
+    given = [[n for _, _, n, _ in binary] for binary in kernel.binaries]
+    assert given == [[32, 48], [32, 16], [33, 35], [1], [2**31], [2**31 + 1]]
+    assert all(grid == (4, 2, 1) and block == 8 for binary in kernel.binaries for grid, _, _, block in binary)
+    replace(launch, num_warps=2)((4,), aligned, 32)
+    assert len(kernel.binaries) == len(kinds) + 1, "another launch has its own"
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
