@@ -39,7 +39,7 @@ Names = dict[str, Any]
 class Setting:
     """The launches that titan_kernels.`module` makes with `maker` (all of them where empty) get `warps` times their
     warps and those of these constexprs that they have. `names` of the module, which grids and blocks follow, are
-    others."""
+    others. A launch whose name is in `kernels` runs that kernel."""
 
     label: str
     module: str
@@ -47,6 +47,7 @@ class Setting:
     warps: float = 1.0
     constexprs: Names = field(default_factory=dict)
     names: Callable[[Any], Names] = lambda module: {}
+    kernels: Names = field(default_factory=dict)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -74,7 +75,8 @@ class Setting:
                 return launch
             constexprs = {name: value for name, value in self.constexprs.items() if name in launch.constexprs}
             warps = min(max(int(launch.num_warps * self.warps), 1), 32)
-            return replace(launch, num_warps=warps, constexprs={**launch.constexprs, **constexprs})
+            kernel = self.kernels.get(launch.name, launch.kernel)
+            return replace(launch, kernel=kernel, num_warps=warps, constexprs={**launch.constexprs, **constexprs})
 
         return changed
 
@@ -139,12 +141,17 @@ def _swiglu_settings() -> tuple[Setting, ...]:
 
 
 def _loss_settings() -> tuple[Setting, ...]:
-    def block_and_warps(block: int, warps: int) -> Setting:
+    from benchmarks.kernel_trials import cross_entropy_ahead
+
+    def block_and_warps(block: int, warps: int, ahead: bool = False) -> Setting:
         names = {"_block_read_twice": lambda vocab: (block, warps)}
-        return Setting(f"{block} columns, {warps} warps", "cross_entropy", names=lambda module: names)
+        kernels = {"cross_entropy_with_grad": cross_entropy_ahead} if ahead else {}
+        label = f"{block} columns, {warps} warps" + ", one fetched ahead" * ahead
+        return Setting(label, "cross_entropy", names=lambda module: names, kernels=kernels)
 
     sizes = ((4096, 8), (8192, 8), (8192, 16), (8192, 32), (16384, 16), (16384, 32), (32768, 16), (32768, 32))
-    return tuple(block_and_warps(*size) for size in sizes)
+    ahead = ((8192, 16), (16384, 16), (16384, 32), (32768, 16), (32768, 32))
+    return tuple(block_and_warps(*size) for size in sizes) + tuple(block_and_warps(*size, True) for size in ahead)
 
 
 def contests(smoke: bool) -> list[Contest]:

@@ -417,6 +417,8 @@ def test_other_launch_settings_are_launched_checked_and_forgotten(
     assert unchanged == of_grids | todays | {"8192 columns, 16 warps"}  # the last for the 13B's vocabulary
     small = kernel_settings.contests(smoke=True)
     assert len(small) == 9  # both ways of four operators, the loss's step
+    loss = next(one for one in small if one.direction == "step")  # kernels on trial are right, too
+    assert not any("problem" in row for row in kernel_settings.measured(loss, CPU, 1, 1).values())
     contest = next(one for one in small if one.name.startswith("swiglu") and one.direction == "backward")
     # Blocks that the grid does not follow: a part of each row is left out.
     wrong = kernel_settings.Setting("wrong", "swiglu", constexprs={"BLOCK": 32})
