@@ -148,10 +148,9 @@ def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
     if size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _integer("MASTER_PORT", 29500)
-    hosts_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         # Not waiting for the others here: torch would only count them, and `_meet` names those that are missing.
-        store = dist.TCPStore(host, port, size, hosts_it, timeout, wait_for_workers=False, multi_tenant=True)
+        store = dist.TCPStore(host, port, size, _hosts_store(rank), timeout, wait_for_workers=False, multi_tenant=True)
     except RuntimeError as error:
         raise CommunicationError(
             f"rank {rank} of {size} found nobody at {host}:{port} for {timeout.total_seconds():.0f} s, where rank 0 or "
@@ -160,6 +159,11 @@ def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
         ) from error
     # torchrun keeps one store over restarts, and gloo would meet the dead attempt's addresses in it.
     return dist.PrefixStore(f"attempt_{restart_count()}", store)
+
+
+def _hosts_store(rank: int) -> bool:
+    """Whether the store ends with this process; torchrun's agent says where it has it."""
+    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def _meet(store: dist.Store, rank: int, size: int, limit_seconds: float) -> None:
@@ -173,7 +177,7 @@ def _meet(store: dist.Store, rank: int, size: int, limit_seconds: float) -> None
             store.set("missing", ", ".join(map(str, missing)))
         if store.check(["missing"]):
             names = store.get("missing").decode()
-            if rank == 0:
+            if _hosts_store(rank):
                 time.sleep(_LINGER_SECONDS)  # the store may end with this process, and others have yet to read it
             raise CommunicationError(
                 f"rank {names} of {size} did not start within {limit_seconds:.0f} s; the others are here",
@@ -197,8 +201,8 @@ def _name_the_lost(store: dist.Store, rank: int, size: int, error: BaseException
             silent = [other for other in silent if not store.check([f"left/{other}"])]
             time.sleep(_POLL_SECONDS)
         reasons = {other: store.get(f"left/{other}").decode() for other in range(size) if other not in silent}
-        if rank == 0:
-            time.sleep(_LINGER_SECONDS)  # the store may end with this process, and others may have noticed later
+        if _hosts_store(rank):
+            time.sleep(_LINGER_SECONDS)  # others may have noticed later
     except RuntimeError:  # the store is gone, and with it rank 0 or torchrun
         silent, reasons = [0], {}
     first = {other: reason for other, reason in reasons.items() if reason}
