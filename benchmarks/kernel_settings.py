@@ -1,4 +1,4 @@
-"""Other ways to launch our kernels, timed in turn with the way they are launched: what to change for a new GPU.
+"""Other ways to launch our kernels, and kernels on trial, timed in turn with what is launched today.
 
     python -m benchmarks.kernel_settings                 all contests on this GPU, planned for 3 minutes
     python -m benchmarks.kernel_settings --only rope     those whose name contains this
