@@ -7,10 +7,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradients import gradient
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy
+from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy, root_gradient
 from titan_fast.ops import REFERENCE
+
+
+class Operators(TorchDispatchMode):
+    """The operators that run, and dtype and shape of what they give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.results: set[tuple[torch.dtype, torch.Size]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.names.append(str(function))
+        self.results |= {(t.dtype, t.shape) for t in tree_leaves(result) if isinstance(t, torch.Tensor)}
+        return result
 
 
 def expected(
@@ -93,3 +110,46 @@ def test_logits_of_one_chunk_at_a_time(trains: bool, monkeypatch: pytest.MonkeyP
     x, weight = torch.randn(6, 8, requires_grad=trains), torch.randn(9, 8, requires_grad=trains)
     LinearCrossEntropy(REFERENCE, 2)(x, weight, torch.arange(6), torch.tensor(1.0))
     assert len(made) == 3
+
+
+@pytest.mark.parametrize("chunk_size", [0, 32, 16])
+def test_as_root_it_multiplies_with_nothing(chunk_size: int) -> None:
+    """The same gradients bit for bit by `root_gradient` as by torch's own 1, and no pass over either of them."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 32).bfloat16(), torch.randn(50, 32).bfloat16()
+    labels = torch.randint(50, (64,))
+
+    def differentiate(root: bool) -> tuple[list[torch.Tensor], list[str]]:
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+        loss = LinearCrossEntropy(REFERENCE, chunk_size)(*inputs, labels, torch.tensor(0.3))
+        one = root_gradient(loss) if root else torch.ones_like(loss)
+        with Operators() as seen:
+            loss.backward(one)
+        return [gradient(tensor) for tensor in inputs], seen.names
+
+    (ours, spared), (theirs, multiplied) = differentiate(root=True), differentiate(root=False)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert any("mul" in name for name in multiplied) and not any("mul" in name for name in spared)
+
+
+def test_two_chunks_are_rounded_less_often_in_bfloat16() -> None:
+    """Two chunks' gradient of the weight is nearer to float64 than that of many, which are summed in float32 and each
+    rounded, and no copy of it in float32 is made."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(256, 64).bfloat16(), torch.randn(500, 64).bfloat16()
+    labels = torch.randint(500, (256,))
+    truth = expected(x, weight, labels, 1.0, 0.0)[2]
+
+    def error(chunk_size: int) -> tuple[float, bool]:
+        head = weight.clone().requires_grad_()
+        with Operators() as seen:
+            loss = LinearCrossEntropy(REFERENCE, chunk_size)(x, head, labels, torch.tensor(1.0))
+        loss.backward()
+        return ((gradient(head).double() - truth).norm() / truth.norm()).item(), (
+            torch.float32,
+            weight.shape,
+        ) in seen.results
+
+    (one, _), (two, two_wide), (four, four_wide) = error(256), error(128), error(64)
+    assert not two_wide and four_wide
+    assert one < two < four

@@ -121,9 +121,9 @@ class Training:
 @dataclass(frozen=True)
 class Loss:
     chunk_size: int = 8192
-    """Tokens per chunk of the head and cross entropy: the logits of so many exist at once. 0: of all. Several chunks
-    sum the head's gradient in float32, so they are slower, and save memory only where a pass has more than about twice
-    the model's width in tokens."""
+    """Tokens per chunk of the head and cross entropy: the logits of so many exist at once. 0: of all. More than
+    two sum the head's gradient in float32, so they are slower, and save memory only where a pass has more than about
+    twice the model's width in tokens."""
     z_loss: float = 0.0
     """Weight of logsumexp^2, which keeps the logits near zero (PaLM)."""
     implementation: Literal["chunked", "torch"] = "chunked"

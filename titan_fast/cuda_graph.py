@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from titan_fast.loss import root_gradient
 from titan_fast.masters import gradient_of, set_gradient
 from titan_fast.model import Llama
 from titan_fast.step import Batch
@@ -88,7 +89,7 @@ class RecordedPasses:
 
     def _pass(self) -> Tensor:
         loss = self._model(*self._inputs)
-        loss.backward()
+        loss.backward(root_gradient(loss))
         return loss.detach()
 
     def _record(self, passes: int) -> None:

@@ -89,8 +89,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = loss.chunk_size or max(rows, 1)
         wants_x, wants_weight = (trains and wanted for wanted in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x) if wants_x else None
-        # Several chunks are summed in float32: a bfloat16 sum would lose a bit with each.
-        sum_dtype = torch.float32 if rows > step and weight.dtype != torch.float64 else weight.dtype
+        # More than two chunks are summed in float32, for a bfloat16 sum rounds once more with each. Two are rounded
+        # less often without: the first product, and the second with it added.
+        sum_dtype = torch.float32 if rows > 2 * step and weight.dtype != torch.float64 else weight.dtype
         grad_weight: Tensor | None = None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         for start in range(0, rows, step):
@@ -119,12 +120,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
+        if _is_root_gradient(grad):
+            return grad_x, None if grad_weight is None else grad_weight.to(ctx.weight_dtype), None, None, None, None
         if grad_x is not None:
-            grad_x = grad_x * grad
+            grad_x = _times(grad_x, grad)
         if grad_weight is not None and grad_weight.dtype == ctx.weight_dtype:
-            # By a kernel for lists: that of `*` does not vectorise where a factor is a 0-dim tensor of the device.
-            (grad_weight,) = torch._foreach_mul([grad_weight], grad.to(ctx.weight_dtype))
+            grad_weight = _times(grad_weight, grad)
         elif grad_weight is not None:  # scaled and rounded in one pass
             rounded = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, grad, out=rounded)
         return grad_x, grad_weight, None, None, None, None
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """By a kernel for lists: that of `*` does not vectorise where a factor is a 0-dim tensor of the device."""
+    return torch._foreach_mul([x], factor.to(x.dtype))[0]
+
+
+def root_gradient(loss: Tensor) -> Tensor:
+    """1, for `loss.backward` of a graph that is not kept. It is marked, so that the loss's backward pass multiplies
+    with nothing where it gets this very tensor, and spares a pass over the head's gradient."""
+    gradient = torch.ones_like(loss)
+    gradient.is_one = True  # type: ignore[attr-defined]
+    return gradient
+
+
+def _is_root_gradient(gradient: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and getattr(gradient, "is_one", False)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps
 from titan_fast.flavors import ModelShape
-from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy, torch_linear_cross_entropy
+from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy, root_gradient, torch_linear_cross_entropy
 from titan_fast.masters import narrow
 from titan_fast.model import Llama, init_weights
 from titan_fast.ops import Ops, Workload
@@ -91,7 +91,7 @@ def forward_backward(model: Llama, batches: Sequence[Batch], scale: Tensor) -> T
     for i, batch in enumerate(batches):
         replicate_only_after_last(model, is_last=i == len(batches) - 1)
         loss = model(batch.tokens, batch.labels, scale)
-        loss.backward()
+        loss.backward(root_gradient(loss))
         total += loss.detach()
     finish_gradients(model)
     return total
