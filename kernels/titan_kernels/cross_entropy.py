@@ -32,7 +32,7 @@ from titan_kernels.launch import POINTER, Launch, blocks, empty_rows, power_of_t
 from titan_kernels.sharding import no_matrix_product, register_placements
 from titan_kernels.validation import require_device, require_dtypes, shape
 
-_LOWEST = tl.constexpr(-3.4e38)  # below every finite logit; -inf would make the first rescaling inf - inf
+_LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's least; -inf would make the first rescaling inf - inf
 
 # ---- launch: 16 elements per thread and step
 

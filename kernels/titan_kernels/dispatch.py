@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-# Private, so it may go away: then every call takes the dispatcher's way, which is only slower.
+# Private, so they may go away: then every call takes the dispatcher's way, which is only slower.
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_transforms: Callable[[], Any] = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: 1)
 
 
 def is_plain_eager(*tensors: Tensor) -> bool:
-    """Whether a call on these tensors is seen by no compiler, no dispatch mode and no tensor subclass."""
-    if torch.compiler.is_compiling() or _dispatch_modes():
+    """Whether a call on these tensors is seen by no compiler, dispatch mode, torch.func transform or subclass."""
+    if torch.compiler.is_compiling() or _dispatch_modes() or _transforms() is not None:
         return False
     return all(type(tensor) in (Tensor, Parameter) and not tensor.is_meta for tensor in tensors)
 

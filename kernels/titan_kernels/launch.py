@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import JITFunction
+from triton.compiler import CompiledKernel
 
 MAX_BLOCKS = 32  # that a multiprocessor of any of the three architectures can hold at once
 
@@ -38,7 +39,8 @@ class Launch:
     max_resident: int = MAX_BLOCKS
     """The most blocks of a grid for each multiprocessor, where the grid is sized by their number."""
     _compiled: dict[tuple[Any, ...], Any] = field(init=False, repr=False, compare=False, default_factory=dict)
-    """The binary for each kind of arguments seen so far; None from the interpreter."""
+    """The binary for each kind of arguments seen so far. What is asked of Triton when a kernel is looked up (debugging,
+    instrumentation, hooks before a run) is asked at the first launch of a kind only; launch hooks at every one."""
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch with `arguments` in the order of `signature`, on the device that holds the first of them."""
@@ -54,9 +56,12 @@ class Launch:
         if compiled := self._compiled.get(kind):
             compiled[(*grid, 1, 1)[:3]](*arguments, *self.constexprs.values())
         else:  # Triton's own way, which makes the binary or looks for it: 10 us of the host's 34 for a launch
-            self._compiled[kind] = self.kernel[grid](
+            binary = self.kernel[grid](
                 *arguments, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
             )
+            # On ROCm a tensor's size decides too; the interpreter has no binary, nor has what is compiled meanwhile.
+            if isinstance(binary, CompiledKernel) and not torch.version.hip:
+                self._compiled[kind] = binary
 
 
 def _kind(argument: Tensor | int) -> object:

@@ -1,5 +1,7 @@
 """Cross entropy, its gradient in place and its vocabulary-parallel form, against the reference in float64."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -132,6 +134,13 @@ def test_impossible_label_gives_nan(label: int, device: torch.device) -> None:
 def test_huge_and_tiny(magnitude: float, device: torch.device) -> None:
     logits = torch.randn(4, 130, dtype=BF16, device=device) * magnitude
     check(logits, some_labels(4, 130, device), torch.randn(4, device=device), 0.0)
+
+
+def test_a_row_of_the_least_number(device: torch.device) -> None:
+    """Its columns are equally likely, as of any other number."""
+    least = torch.full((2, 10), torch.finfo(torch.float32).min, device=device)
+    loss = cross_entropy(least, torch.tensor([0, 9], device=device))
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(10)))
 
 
 def test_minus_infinity_masks_a_column(device: torch.device) -> None:

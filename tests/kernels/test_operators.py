@@ -24,6 +24,7 @@ from titan_kernels.swiglu import launches as swiglu_launches
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
+from triton.compiler import CompiledKernel
 
 from tests.kernels.operators import OPERATORS, Operator
 
@@ -198,14 +199,14 @@ def test_what_runs_is_what_launches_lists(
             assert name not in launch.aligned or value % 16 == 0, f"{launch.name}: {name} = {value}"
 
 
-class Binary(list[tuple[Any, ...]]):
-    """Stands in for compiled code: a list of what it was launched with."""
+class Binary(CompiledKernel):
+    """Stands in for compiled code: notes what it is launched with."""
 
-    def __bool__(self) -> bool:
-        return True
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda *arguments: self.append((grid, *arguments))
+        return lambda *arguments: self.launches.append((grid, *arguments))
 
 
 class Kernel:
@@ -230,16 +231,34 @@ def test_a_binary_is_launched_again_for_what_it_was_made_for_alone() -> None:
     kinds = [(aligned, 32), (aligned[1:], 32), (aligned, 33), (aligned, 1), (aligned, 2**31), (aligned, 2**31 + 1)]
     for arguments in kinds:
         launch((4,), *arguments)
-    assert len(kernel.binaries) == len(kinds) and not any(map(len, kernel.binaries))
+    assert len(kernel.binaries) == len(kinds) and not any(binary.launches for binary in kernel.binaries)
     again = [*kinds, (aligned[4:], 48), (aligned[3:], 16), (aligned, 35)]
     for arguments in again:
         launch((4, 2), *arguments)
     assert len(kernel.binaries) == len(kinds)
-    given = [[n for _, _, n, _ in binary] for binary in kernel.binaries]
+    given = [[n for _, _, n, _ in binary.launches] for binary in kernel.binaries]
     assert given == [[32, 48], [32, 16], [33, 35], [1], [2**31], [2**31 + 1]]
-    assert all(grid == (4, 2, 1) and block == 8 for binary in kernel.binaries for grid, _, _, block in binary)
+    launches = [launched for binary in kernel.binaries for launched in binary.launches]
+    assert all(grid == (4, 2, 1) and block == 8 for grid, _, _, block in launches)
     replace(launch, num_warps=2)((4,), aligned, 32)
     assert len(kernel.binaries) == len(kinds) + 1, "another launch has its own"
+
+
+def test_on_rocm_triton_chooses_at_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes other code for a tensor of more than 2 GiB there."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    kernel = Kernel()
+    launch = Launch("copy", cast(Any, kernel), {"X": "*fp32"}, {}, num_warps=1)
+    for _ in range(2):
+        launch((4,), torch.zeros(64))
+    assert len(kernel.binaries) == 2
+
+
+def test_vectorised_by_torch_func(device: torch.device) -> None:
+    x, weight = torch.randn(3, 4, 32, device=device), torch.randn(32, device=device)
+    whole = titan_kernels.rms_norm(x, weight, 1e-5)
+    each = torch.func.vmap(lambda rows: titan_kernels.rms_norm(rows, weight, 1e-5))(x)
+    torch.testing.assert_close(each, whole, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
