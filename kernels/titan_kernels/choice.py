@@ -34,6 +34,9 @@ between the collectives of tensor parallelism; the loss on a rank's slice of the
 
 # A measurement speaks for shapes whose every size is within this factor of its own.
 REACH = 2.0
+# One whose two times are further apart than CLEAR speaks for more: by so much a single kernel differs from the dozen
+# that plain PyTorch launches in eager mode, and no size turns that round.
+CLEAR, CLEAR_REACH = 3.0, 16.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class Cell:
     @property
     def speedup(self) -> float:
         return self.reference_us / self.triton_us
+
+    @property
+    def reach(self) -> float:
+        """By what factor the sizes of a shape may differ from its own."""
+        return CLEAR_REACH if max(self.speedup, 1 / self.speedup) > CLEAR else REACH
 
     @property
     def triton_wins(self) -> bool:
@@ -186,7 +194,7 @@ def _by_measurement(
     if nearest.variant:
         context += f" ({nearest.variant})"
     at = " x ".join(f"{name} {size}" for name, size in nearest.shape.items())
-    if any(max(size / shape[name], shape[name] / size) > REACH for name, size in nearest.shape.items()):
+    if any(max(size / shape[name], shape[name] / size) > nearest.reach for name, size in nearest.shape.items()):
         return Choice("reference", f"not measured {context} on {architecture} near this shape (nearest: {at})")
     verdict = f"{nearest.speedup:.2f}x the reference {context} at {at} on {table.device}"
     return Choice("triton" if nearest.triton_wins else "reference", f"the kernel is {verdict}")
