@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from titan_kernels.choice import SHAPE_KEYS
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -72,21 +73,28 @@ MEMORY_ROWS = (
     (_seed("Llama 2 70B, full, batch 4", "llama2_70b", 4096, 4, "full", "op", 0), True),
 )
 
+# Other programs have neither our kernels nor our optimizer.
+_NO_KERNELS = " ".join(f"--kernels.{operator} reference" for operator in SHAPE_KEYS)
+_COMPILED = f"--compile.enable True --compile.components blocks norm loss {_NO_KERNELS}"
+
 _8B = "--model.flavor llama3_8b --training.seq_len 8192"
-_70B = "--model.flavor llama3_70b --training.seq_len 8192 --training.local_batch_size 2 --compile.enable True"
-_SAC = "--training.local_batch_size 2 --activation_checkpoint.mode selective --compile.enable True"
-_BARE = "--training.local_batch_size 1 --compile.enable False --optimizer.implementation fused --loss.chunk_size 0"
+_70B = f"--model.flavor llama3_70b --training.seq_len 8192 --training.local_batch_size 2 {_COMPILED}"
+_SAC = f"--training.local_batch_size 2 --activation_checkpoint.mode selective {_COMPILED}"
+_BARE = (
+    "--training.local_batch_size 1 --compile.enable False --optimizer.implementation fused --loss.chunk_size 0 "
+    f"{_NO_KERNELS}"
+)
 _LLMQ = (
     "--parallelism.single_device masters --training.seq_len 1024 --training.local_batch_size 4 "
-    "--training.global_batch_size 512 --compile.enable True"
+    f"--training.global_batch_size 512 --compile.enable True {_NO_KERNELS}"
 )
 _MAXTEXT = "--activation_checkpoint.mode selective"
 HELD_OUT = (
     Row("NeMo 8B, context parallel 2, 8 GPUs", f"{_8B} --training.local_batch_size 1 --training.global_batch_size 128 "
-        "--compile.enable True", "h100-sxm", 8, 10_682, "dgxc-benchmarking v25.04; another program and layout"),
+        f"{_COMPILED}", "h100-sxm", 8, 10_682, "dgxc-benchmarking v25.04; another program and layout"),
     Row("torchtitan 8B compiled, 8 GPUs", f"{_8B} {_SAC}", "h100-500w", 8, 6667, "llama3_h100_202412_torchtitan.md"),
     Row("torchtitan 8B compiled, 128 GPUs", f"{_8B} {_SAC}", "h100-500w", 128, 6514, "the same"),
-    Row("torchtitan 8B whole graph, 8 GPUs", f"{_8B} --training.local_batch_size 1 --compile.enable True", "h100-500w",
+    Row("torchtitan 8B whole graph, 8 GPUs", f"{_8B} --training.local_batch_size 1 {_COMPILED}", "h100-500w",
         8, 7890, "torchtitan PR 3429; another compiler"),
     Row("torchtitan 8B eager, 8 GPUs", f"{_8B} {_BARE}", "h100-500w", 8, 7380,
         "SimpleFSDP PR; its recomputation is not said, none is taken", "titan"),
