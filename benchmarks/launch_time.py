@@ -27,7 +27,6 @@ ONE_GPU = {
     "training.mixed_precision_param": "bfloat16",
     "parallelism.single_device": "masters",
     "compile.enable": True,
-    "compile.components": "blocks norm loss optimizer",
 }
 TINY = {
     "model.dim": 32, "model.n_layers": 1, "model.n_heads": 4, "model.n_kv_heads": 2, "model.ffn_dim": 48,

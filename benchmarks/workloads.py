@@ -77,8 +77,7 @@ OPERATORS = ("rms_norm", "rope", "swiglu", "cross_entropy", "reemit")
 REFERENCE: Options = {f"kernels.{operator}": "reference" for operator in OPERATORS}
 # reemit replaces the norms and SwiGLU that it contains, so it is a switch of its own and not part of "all kernels".
 TRITON: Options = REFERENCE | {f"kernels.{operator}": "triton" for operator in OPERATORS[:-1]}
-COMPONENTS = ["blocks", "norm", "loss", "optimizer"]
-COMPILED: Options = {"compile.enable": True, "compile.components": COMPONENTS}
+COMPILED: Options = {"compile.enable": True}
 
 EAGER_REFERENCE = Variant("eager, reference", REFERENCE)
 EAGER_KERNELS = Variant("eager, kernels", TRITON)

@@ -201,11 +201,11 @@ def test_what_is_written_in_place_is_written_once_and_takes_no_memory() -> None:
     with FakeTensorMode(), torch.no_grad(), counter.recorder as recorder:
         weight, gradient = (torch.empty(1024, 512, dtype=torch.bfloat16) for _ in range(2))
         master, mean, square = (torch.empty(1024, 512) for _ in range(3))
-        numbers = torch.empty(5)
+        numbers = torch.empty(6)
         recorder.memory.see((weight, gradient, master, mean, square, numbers))
         recorder.mark("optimizer", "all")
         before = recorder.memory.total
-        compiled(weight, master, gradient, mean, square, numbers, 0.9, 0.95, 1e-8, 0.1)
+        compiled(weight, master, gradient, mean, square, numbers, 0.9, 0.95, 1e-8)
         (step,) = recorder.finish()
     assert sum(o.nbytes for o in step.operations) == 30 * weight.numel() + numbers.nbytes
     assert step.peak.total == before

@@ -16,6 +16,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "FSDP2": {"parallelism__single_device": "fsdp"},
     "offloaded": {"training__enable_cpu_offload": True},
+    "offloaded, compiled": {"training__enable_cpu_offload": True, "compile__enable": True},
     "foreach": {"optimizer__implementation": "foreach"},
     "for-loop": {"optimizer__implementation": "for-loop"},
     "two passes": {"training__global_batch_size": 4},

@@ -207,7 +207,7 @@ class ActivationCheckpoint:
 class Compile:
     enable: bool = False
     """Compile what `components` names with torch.compile(fullgraph=True)."""
-    components: tuple[CompileComponent, ...] = ("blocks", "norm", "loss")
+    components: tuple[CompileComponent, ...] = ("blocks", "norm", "loss", "optimizer")
     """blocks: each decoder block. norm: the last norm. loss: cross entropy on a chunk of logits, where it is the
     reference's. optimizer: clipping and AdamW, one pass over each tensor. model: the whole model with its loss as one
     graph instead of blocks, norm and loss; without FSDP2."""

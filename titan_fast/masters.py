@@ -136,16 +136,16 @@ class OnePassAdamW(torch.optim.AdamW):
         device = parameters[0].device
         one = torch.ones((), device=device)
         bad = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
-        factor = one if self.factor is None else self.factor
+        # With offloading, parameters are in host memory and the norm is not.
+        factor = one if self.factor is None else self.factor.to(device)
         steps = [self.state[p]["step"] for p in parameters]
         torch._foreach_add_(steps, [(bad == 0).float()] * len(steps))
         beta1, beta2 = group["betas"]
         # One clock for all: it stands at 0 only where the very first step is not applied.
         now = steps[0].clamp(min=1.0)
-        # Numbers that change go in as tensors, or each new learning rate would compile everything again.
-        changing = torch.stack(
-            (factor, bad, torch.full_like(one, group["lr"]), 1 - beta1**now, (1 - beta2**now).sqrt())
-        )
+        # What differs from step to step or from group to group goes in as a tensor, or it would compile code anew.
+        rate, decay = (torch.full_like(one, group[name]) for name in ("lr", "weight_decay"))
+        changing = torch.stack((factor, bad, rate, decay, 1 - beta1**now, (1 - beta2**now).sqrt()))
         assert self._update is not None
         for parameter in parameters:
             state = self.state[parameter]
@@ -154,9 +154,8 @@ class OnePassAdamW(torch.optim.AdamW):
             gradient = gradient_of(parameter)
             assert gradient is not None
             self._update(
-                weight, local(master_of(parameter)), local(gradient), *moments, changing,
-                beta1, beta2, group["eps"], group["weight_decay"],
-            )  # fmt: skip
+                weight, local(master_of(parameter)), local(gradient), *moments, changing, beta1, beta2, group["eps"]
+            )
 
     def _by_buckets(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
@@ -181,12 +180,12 @@ class OnePassAdamW(torch.optim.AdamW):
 
 def update(
     weight: Tensor | None, master: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, changing: Tensor,
-    beta1: float, beta2: float, eps: float, decay: float,
+    beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
     """AdamW on one tensor, in place (Loshchilov and Hutter, arXiv:1711.05101). master, mean, square: float32; weight:
-    bfloat16 or None, gets the rounded master; gradient: either. changing, float32 [5]: the gradient's factor, whether
-    to change nothing, learning rate, 1 - beta1^t, sqrt(1 - beta2^t)."""
-    factor, bad, rate, correction1, correction2 = changing.unbind()
+    bfloat16 or None, gets the rounded master; gradient: either. changing, float32 [6]: the gradient's factor, whether
+    to change nothing, learning rate, weight decay, 1 - beta1^t, sqrt(1 - beta2^t)."""
+    factor, bad, rate, decay, correction1, correction2 = changing.unbind()
     g = gradient.float() * factor
     m = mean + (g - mean) * (1 - beta1)
     v = square * beta2 + g * g * (1 - beta2)

@@ -159,13 +159,13 @@ def check_optimizer(settings: Config) -> None:
     if asked == "fused":
         return
     if settings.parallelism.single_device == "masters":
-        why = "parallelism.single_device masters"
+        why, other = "parallelism.single_device masters", "another single_device"
     elif settings.compile.enable and "optimizer" in settings.compile.components:
-        why = "compile.components with optimizer"
+        why, other = "compile.components with optimizer", "components without it"
     else:
         return
     raise ConfigError(
-        f"optimizer.implementation is {asked}, and {why} has a step of its own", "take fused, or change one"
+        f"optimizer.implementation is {asked}, and {why} has a step of its own", f"take fused, or {other}"
     )
 
 
