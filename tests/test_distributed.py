@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,15 @@ from titan_fast.errors import reported
 SIZE, LIMIT_SECONDS = 3, 5
 
 
-def be_rank(rank: int, fault: str, port: int, output: Path) -> None:
+def be_rank(rank: int, fault: str, port: int, output: Path, restarts: int | None) -> None:
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(SIZE), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    if restarts is not None:
+        os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=str(restarts))
     distributed.SPARE_SECONDS = 0
     if fault == "missing" and rank == 1:
         sys.exit(3)
@@ -48,10 +51,15 @@ def be_rank(rank: int, fault: str, port: int, output: Path) -> None:
         print("left in peace", flush=True)  # noqa: T201
 
 
-def world(fault: str, folder: Path) -> list[tuple[int | None, str]]:
-    """(exit status, output) of each rank of a small world, started without torchrun as a batch system does it."""
-    port = free_port()
-    ranks = [CHILDREN.Process(target=be_rank, args=(r, fault, port, folder / str(r))) for r in range(SIZE)]
+def world(
+    fault: str, folder: Path, port: int | None = None, restarts: Sequence[int | None] = (None,) * SIZE
+) -> list[tuple[int | None, str]]:
+    """(exit status, output) of each rank of a small world, started without torchrun as a batch system does it; or, with
+    a port, at a store that is there already, `restarts` as torchrun counts them on each rank's host."""
+    port = port or free_port()
+    ranks = [
+        CHILDREN.Process(target=be_rank, args=(r, fault, port, folder / str(r), restarts[r])) for r in range(SIZE)
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -84,3 +92,18 @@ def test_nobody_is_missed_where_nobody_is_missing(fault: str, tmp_path: Path) ->
     """Nor where one prepares data for longer than set-up may take."""
     found = world(fault, tmp_path)
     assert [(status, output.strip()[-13:]) for status, output in found] == [(0, "left in peace")] * SIZE
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_hosts_that_count_restarts_differently_meet_again(lost: int, tmp_path: Path) -> None:
+    """torchrun's store keeps what the dead attempt wrote, and only the host that lost a process counts a restart."""
+    port = free_port()
+    agents = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
+    counts = [0] * SIZE
+    for attempt in range(2):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        found = world("none", folder, port, counts)
+        assert [(status, output.strip()[-13:]) for status, output in found] == [(0, "left in peace")] * SIZE
+        counts[lost] += 1
+    del agents

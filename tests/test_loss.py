@@ -120,8 +120,8 @@ def test_as_root_it_multiplies_with_nothing(chunk_size: int) -> None:
     labels = torch.randint(50, (64,))
 
     def differentiate(root: bool) -> tuple[list[torch.Tensor], list[str]]:
-        inputs = [tensor.clone().requires_grad_() for tensor in (x, weight)]
-        loss = LinearCrossEntropy(REFERENCE, chunk_size)(*inputs, labels, torch.tensor(0.3))
+        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = LinearCrossEntropy(REFERENCE, chunk_size)(inputs[0], inputs[1], labels, torch.tensor(0.3))
         one = root_gradient(loss) if root else torch.ones_like(loss)
         with Operators() as seen:
             loss.backward(one)

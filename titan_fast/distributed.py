@@ -1,9 +1,10 @@
 """The process group: the only reader of torchrun's environment."""
 
 import os
+import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -109,8 +110,7 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
     late = timedelta(seconds=comm.init_timeout_seconds + SPARE_SECONDS)
     _stay_on_this_machine(size)
     try:
-        store = _store(rank, size, timeout)
-        _meet(store, rank, size, comm.init_timeout_seconds)
+        store = _meet(_store(rank, size, timeout), rank, size, comm.init_timeout_seconds)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=late,
             device_id=device if device.type == "cuda" else None,
@@ -150,15 +150,13 @@ def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _integer("MASTER_PORT", 29500)
     try:
         # Not waiting for the others here: torch would only count them, and `_meet` names those that are missing.
-        store = dist.TCPStore(host, port, size, _hosts_store(rank), timeout, wait_for_workers=False, multi_tenant=True)
+        return dist.TCPStore(host, port, size, _hosts_store(rank), timeout, wait_for_workers=False, multi_tenant=True)
     except RuntimeError as error:
         raise CommunicationError(
             f"rank {rank} of {size} found nobody at {host}:{port} for {timeout.total_seconds():.0f} s, where rank 0 or "
             f"torchrun should be: {str(error).splitlines()[0]}",
             "look at the log of rank 0; MASTER_ADDR and MASTER_PORT must lead to it",
         ) from error
-    # torchrun keeps one store over restarts, and gloo would meet the dead attempt's addresses in it.
-    return dist.PrefixStore(f"attempt_{restart_count()}", store)
 
 
 def _hosts_store(rank: int) -> bool:
@@ -166,17 +164,36 @@ def _hosts_store(rank: int) -> bool:
     return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
-def _meet(store: dist.Store, rank: int, size: int, limit_seconds: float) -> None:
-    """Returns when all ranks are here; CommunicationError with the numbers of those that are not within the limit. The
-    first rank to give up tells the others."""
-    store.set(f"here/{rank}", socket.gethostname())
-    missing = list(range(size))
+def _meet(store: dist.Store, rank: int, size: int, limit_seconds: float) -> dist.Store:
+    """Returns when all ranks are here, with a part of the store that is this meeting's alone; CommunicationError with
+    the numbers of those that are not here within the limit. The first rank to give up tells the others.
+
+    torchrun keeps one store over restarts, with all that dead processes wrote, and hosts need not agree on how often
+    they were started: only the one that lost a process counts that. So each process comes with a new token. Rank 0
+    answers it with its own, which names the meeting, each confirms the answer, and when all have, the meeting begins.
+    """
+    own = secrets.token_hex(8)
+    store.set(f"here/{rank}", own)
+    answered = [""] * size  # rank 0's
     deadline = time.monotonic() + limit_seconds
-    while missing := [other for other in missing if not store.check([f"here/{other}"])]:
-        if time.monotonic() > deadline:
-            store.set("missing", ", ".join(map(str, missing)))
-        if store.check(["missing"]):
-            names = store.get("missing").decode()
+    while True:
+        if rank == 0:
+            answers = [token and f"{own} {token}" for token in _read(store, "here", range(size))]
+            for other in range(size):
+                if answers[other] != answered[other]:
+                    store.set(f"answer/{other}", answers[other])
+            answered = answers
+        (answer,) = _read(store, "answer", [rank])
+        meeting, _, token = answer.partition(" ")
+        is_met = token == own
+        if is_met:
+            store.set(f"confirmed/{rank}", answer)
+            if rank == 0 and all(answered) and _read(store, "confirmed", range(size)) == answered:
+                store.set(f"begun/{meeting}", "")
+            if store.check([f"begun/{meeting}"]):
+                return dist.PrefixStore(meeting, store)
+        if time.monotonic() > deadline or (is_met and store.check([f"missing/{meeting}"])):
+            names = _missing(store, meeting, size) if is_met else "0"
             if _hosts_store(rank):
                 time.sleep(_LINGER_SECONDS)  # the store may end with this process, and others have yet to read it
             raise CommunicationError(
@@ -185,6 +202,20 @@ def _meet(store: dist.Store, rank: int, size: int, limit_seconds: float) -> None
                 where=f"rank {rank}",
             )
         time.sleep(_POLL_SECONDS)
+
+
+def _missing(store: dist.Store, meeting: str, size: int) -> str:
+    """Who has not confirmed; what the first to ask found stands for all."""
+    absent = [r for r, answer in enumerate(_read(store, "confirmed", range(size))) if answer.split(" ")[0] != meeting]
+    return store.compare_set(f"missing/{meeting}", "", ", ".join(map(str, absent))).decode()
+
+
+def _read(store: dist.Store, name: str, ranks: Sequence[int]) -> list[str]:
+    """What each of `ranks` has under `name`, empty where nothing."""
+    keys = [f"{name}/{rank}" for rank in ranks]
+    if store.check(keys):  # at once, for many ranks
+        return [value.decode() for value in store.multi_get(keys)]
+    return [store.get(key).decode() if store.check([key]) else "" for key in keys]
 
 
 def _name_the_lost(store: dist.Store, rank: int, size: int, error: BaseException) -> None:
