@@ -524,6 +524,11 @@ def test_a_lock_of_another_machine_is_judged_by_its_pulse(tmp_path: Path, monkey
             lock.check()
 
 
+def test_a_holder_that_ends_while_it_is_judged_is_gone(tmp_path: Path) -> None:
+    assert RunLock(tmp_path)._doubt({"machine": "x", "namespace": "y"}) is None
+    assert not list(tmp_path.iterdir())
+
+
 # Hangs and stragglers
 
 

@@ -12,19 +12,27 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import runs
 import safetensors.torch
 import torch
 from torchrun import start
+from worlds import Task, World, results, run_world
 
-from titan_fast import checkpoint_command, checkpointer, loop, manifest, safe_unpickle
-from titan_fast.checkpoint import check_tensors
+from titan_fast import checkpoint_command, checkpointer, generate, loop, manifest, safe_unpickle
+from titan_fast.checkpoint import check_tensors, tensors_of
+from titan_fast.config import mesh_degrees, model_shape, parse
 from titan_fast.errors import CheckpointError, NumericsError, TitanFastError
+from titan_fast.flavors import ModelShape
 from titan_fast.initial_weights import checkpoint_folder
+from titan_fast.model import Llama, init_weights
+from titan_fast.ops import REFERENCE
+from titan_fast.optim import build_optimizer
 from titan_fast.redaction import redact
+from titan_fast.step import build_model
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -467,3 +475,49 @@ def test_no_secret_reaches_what_a_run_leaves(data: Path, tmp_path: Path, capsys:
     assert any("tfevents" in path.name for path in left)
     assert [path for path in left if secret.encode() in path.read_bytes()] == []
     assert secret not in "".join(capsys.readouterr())
+
+
+# Two ranks
+
+
+def room_asked_for(world: World, replicate: int, folder: Path) -> int:
+    """What a save wants to be free, where `replicate` ranks hold the same."""
+    ways = {"data_parallel_replicate_degree": replicate, "data_parallel_shard_degree": world.size // replicate}
+    config = parse(runs.arguments(folder, folder, **{f"parallelism__{key}": value for key, value in ways.items()}))
+    degrees = mesh_degrees(config.parallelism, world.size)
+    model = build_model(config, model_shape(config.model), REFERENCE, degrees, world.device)
+    tokenizer = folder / "tokenizer.model"
+    tokenizer.touch()
+    saving = checkpointer.Checkpointer(config, folder, world, tokenizer)
+    asked = []
+    for name, function in {
+        "_begin": lambda temporary, need: asked.append(need), "_write_tensors": lambda *_: None,
+        "_write_files": lambda *_: {}, "_publish": lambda *_: None,
+    }.items():  # fmt: skip
+        setattr(saving, name, function)
+    saving._write(tensors_of(model, build_optimizer(model, config.optimizer)), {}, 1)
+    return asked[0] - checkpointer._SPARE_BYTES
+
+
+def sampled(world: World) -> str:
+    """A text from ranks that do not agree on its tokens."""
+    generate.next_token = lambda logits, *_: torch.full((len(logits), 1), 65 + world.rank)
+    shape = ModelShape(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=128, max_seq_len=16)
+    model = Llama(shape)
+    init_weights(model, 0)
+    eos_of_rank_1 = cast(Any, SimpleNamespace(
+        bos_id=None, eos_id=66, vocab_size=128, encode=lambda text: list(text.encode()), decode=lambda ids: bytes(ids),
+    ))  # fmt: skip
+    return generate.generate_text(model, eos_of_rank_1, "x", 5, generate.Sampling(), world.device)
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    tasks = [
+        Task("sharded", room_asked_for, (1, tmp_path)),
+        Task("replicated", room_asked_for, (2, tmp_path)),
+        Task("sampled", sampled),
+    ]
+    found = run_world(2, tasks, tmp_path / "world")
+    sharded, replicated = results(found, "sharded"), results(found, "replicated")
+    assert sharded == pytest.approx(replicated, rel=0.01) and sharded[0] > 100_000, "a replica is written once"
+    assert results(found, "sampled") == [b"xAAAAA"] * 2

@@ -57,9 +57,7 @@ def world(
     """(exit status, output) of each rank of a small world, started without torchrun as a batch system does it; or, with
     a port, at a store that is there already, `restarts` as torchrun counts them on each rank's host."""
     port = port or free_port()
-    ranks = [
-        CHILDREN.Process(target=be_rank, args=(r, fault, port, folder / str(r), restarts[r])) for r in range(SIZE)
-    ]
+    ranks = [CHILDREN.Process(target=be_rank, args=(r, fault, port, folder / str(r), restarts[r])) for r in range(SIZE)]
     for rank in ranks:
         rank.start()
     for rank in ranks:

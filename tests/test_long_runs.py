@@ -17,8 +17,10 @@ import torch.distributed as dist
 
 from titan_fast import checkpointer, loop, manifest, watchdog
 from titan_fast.agreement import Agreement
+from titan_fast.config import parse
+from titan_fast.data_command import prepare_folder
 from titan_fast.distributed import World
-from titan_fast.errors import CheckpointError, NumericsError
+from titan_fast.errors import CheckpointError, ConfigError, DataError, NumericsError
 from titan_fast.run_lock import NAME as LOCK
 from titan_fast.run_lock import RunLock
 from titan_fast.watchdog import Limit, Watchdog
@@ -187,6 +189,57 @@ def test_going_back_is_done_once(data: Path, tmp_path: Path, capsys: pytest.Capt
     (folder / "checkpoint" / "went_back.json").unlink()
     runs.run(data, folder, checkpoint__load_step=5, training__steps=6, checkpoint__keep_latest_k=0)
     assert max(runs.losses(folder)) == 6
+
+
+def test_a_start_that_is_refused_changes_nothing(data: Path, tmp_path: Path) -> None:
+    """Neither one that went back to a step nor one with other settings: the run's own command goes on."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    runs.run(data, folder)
+    other.mkdir()
+    documents = runs.write_documents(other / "documents.jsonl", 900)
+    tokenizer = ["--model.tokenizer_path", str(data), "--model.vocab_size", "331"]
+    prepare_folder(parse(["--training.dataset_path", str(documents), *tokenizer]), other / "tokens", None)
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.name == "config.toml")
+    steps = sorted(path.name for path in (folder / "checkpoint").iterdir())
+    with pytest.raises(CheckpointError, match="data"):  # refused when all is loaded, for only then the data is seen
+        runs.run(other / "tokens", folder, checkpoint__load_step=5, training__steps=12)
+    with pytest.raises(ConfigError, match="seq_len was 32 and is 16"):
+        runs.run(data, folder, checkpoint__load_step=5, training__seq_len=16)
+    assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == steps
+    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.name == "config.toml") == before
+    runs.run(data, folder, training__steps=12)
+    assert sorted(runs.losses(folder)) == list(range(1, 13))
+
+
+def test_going_back_after_a_start_that_failed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun starts it a second time, and what was asked for is still to be done."""
+
+    def no_tokenizer(*arguments: Any) -> Any:
+        raise OSError("no tokenizer")
+
+    folder = tmp_path / "run"
+    runs.run(data, folder)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no tokenizer"):
+        patch.setattr(loop, "build_tokenizer", no_tokenizer)
+        runs.run(data, folder, checkpoint__load_step=5, training__steps=7)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    runs.run(data, folder, checkpoint__load_step=5, training__steps=7)
+    assert "the run goes back to step 5" in capsys.readouterr().out
+
+
+def test_a_first_start_that_failed_binds_to_no_more_than_its_tokenizer(tmp_path: Path) -> None:
+    documents, folder = runs.write_documents(tmp_path / "documents.jsonl", 60), tmp_path / "run"
+    with pytest.raises(DataError, match="sequences of 2048"):
+        runs.run(documents, folder, training__seq_len=2048, training__local_batch_size=100)
+    other = runs.write_documents(tmp_path / "other.jsonl", 60)
+    with pytest.raises(ConfigError, match=r"dataset_path was .*; nothing was trained yet but tokenizer\.model"):
+        runs.run(other, folder)
+    runs.run(documents, folder, model__n_layers=2)
+    assert max(runs.losses(folder)) == 10
+    with pytest.raises(ConfigError, match="n_layers was 2 and is 1"):
+        runs.run(documents, folder)
 
 
 def test_a_run_that_saves_nothing_does_not_promise_to_go_on(

@@ -21,6 +21,11 @@ def test_schedule_warms_up_holds_and_decays() -> None:
     assert rates[89] == pytest.approx(2.0 * 0.55) and rates[99] == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("settings", [LrScheduler(2, 10, decay_ratio=0.0), LrScheduler(20, 10)])
+def test_what_does_not_decay_stays_where_it_is_past_the_schedule(settings: LrScheduler) -> None:
+    assert [learning_rate(step, settings, 1.0, 30) for step in (10, 11, 30)] == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(("kind", "middle"), [("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5)), ("cosine", 0.5)])
 def test_decay_shapes(kind: str, middle: float) -> None:
     settings = LrScheduler(warmup_steps=0, decay_type=kind, min_lr_factor=0.0)  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ from titan_fast.masters import round_masters
 from titan_fast.optim import rate_at
 from titan_fast.redaction import redacted
 from titan_fast.run_directory import differences
-from titan_fast.shards import local
+from titan_fast.shards import copies, local
 from titan_fast.signals import may_wait_longer, seconds_to_stop
 
 WENT_BACK = "went_back.json"
@@ -62,9 +62,8 @@ def check_start(settings: Checkpoint, run_dir: Path) -> None:
     as long as nothing is loaded."""
     folder = run_dir / settings.folder
     found = list(manifest.checkpoints(folder)) if settings.enable else []
-    # A run that went back before and has come further may have lost that step since, and goes on; one that torchrun
-    # starts again asks for none.
-    goes_on = (folder / WENT_BACK).exists() or distributed.restart_count() > 0
+    # A run that went back before and has come further may have lost that step since, and goes on.
+    goes_on = (folder / WENT_BACK).exists()
     if settings.load_step != -1 and settings.load_step not in found and not goes_on:
         raise _no_such_step(settings.load_step, found, folder)
     if settings.initial_load_path is not None and not found and not Path(settings.initial_load_path).is_dir():
@@ -103,11 +102,12 @@ class Checkpointer:
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
         self.saved_step = -1
-        """Of the last save that was begun."""
+        """Of the last save that was begun, or of what was loaded."""
         self.step_seconds = 0.0
         """Of a step, as the caller has seen it: what a run told to stop finishes before its last save."""
         self.stall_seconds = 0.0
         """How long saves have kept their caller, since the last `take_stall_seconds`."""
+        self._goes_back = False  # to checkpoint.load_step
         self._last_save = time.monotonic()
         self._pending: Future[Path] | None = None
         self._failures = 0  # in a row
@@ -235,7 +235,8 @@ class Checkpointer:
         started = time.perf_counter()
         final = manifest.folder_of(self.folder, step)
         temporary = manifest.writing(final)
-        own = sum(local(tensor).nbytes for tensor in tensors.values()) + sum(map(len, files.values()))
+        # What several ranks hold is written by one of them.
+        own = sum(local(t).nbytes // copies(t) for t in tensors.values()) + sum(map(len, files.values()))
         need = sum(self._together(lambda: own)) + _SPARE_BYTES
         try:
             self._together(lambda: self._begin(temporary, need))
@@ -409,9 +410,7 @@ class Checkpointer:
             path = manifest.folder_of(self.folder, step)
             reason = self._problem(path)
             if reason is None:
-                if wanted != -1 and self.world.is_main:
-                    self._set_aside_after(step)
-                    self._went_back.write_text(json.dumps({"load_step": step}))
+                self._goes_back = wanted != -1
                 return path
             passed_over.append(f"step-{step} is not loaded ({reason})")
             if self.settings.strict or wanted != -1:
@@ -433,7 +432,7 @@ class Checkpointer:
         """`load_step`, -1 where this run has gone back to it already and has saved since: a job that is started again
         by the same command goes on, and does not lose what it has done. The main rank's answer counts."""
         wanted = self.settings.load_step
-        if wanted == -1 or distributed.restart_count() > 0:
+        if wanted == -1:
             return -1
         try:
             before = json.loads(self._went_back.read_text())["load_step"]
@@ -463,13 +462,17 @@ class Checkpointer:
             )
         return next((reason for _, reason in answers if reason), None)
 
-    def _set_aside_after(self, step: int) -> None:
-        """Takes later steps out of the way of a run that goes back, without deleting them."""
+    def begin(self) -> None:
+        """Takes later steps out of the way of a run that goes back, without deleting them. To be called when all is
+        loaded: a start that is refused before changes nothing."""
+        if not (self._goes_back and self.world.is_main):
+            return
         for later, path in manifest.checkpoints(self.folder).items():
-            if later > step:
+            if later > self.saved_step:
                 target = path.with_name(f"superseded-{int(time.time())}-{path.name}")
                 path.rename(target)
-                self._notes.append(f"{path.name} is now {target.name}: the run goes back to step {step}")
+                self._notes.append(f"{path.name} is now {target.name}: the run goes back to step {self.saved_step}")
+        self._went_back.write_text(json.dumps({"load_step": self.saved_step}))
 
     def _from_main(self, value: T) -> T:
         values = [value]

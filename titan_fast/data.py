@@ -23,6 +23,7 @@ from titan_fast.corpus import Corpus, RowLedger, open_corpus, stdlib_corpus
 from titan_fast.errors import DataError
 from titan_fast.loader import Loader, Share, Step
 from titan_fast.prepared import FORMAT_VERSION, PreparedTokens, SampleOrder, is_prepared, prepare
+from titan_fast.run_directory import TOKENIZER_NAME
 from titan_fast.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_sentencepiece
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def build_tokenizer(
     if path is None and training.dataset_path and is_prepared(Path(training.dataset_path)):
         path = Path(training.dataset_path)
     if path is None:
-        trained = run_dir / "tokenizer.model"
+        trained = run_dir / TOKENIZER_NAME
 
         def train() -> str:
             if not trained.exists():

@@ -70,11 +70,6 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def restart_count() -> int:
-    """How often torchrun has restarted these processes."""
-    return _integer("TORCHELASTIC_RESTART_COUNT", 0)
-
-
 def _integer(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor
 
@@ -72,6 +73,8 @@ def generate(
         logits = model(tokens, caches=caches, start=start)[:, -1, :vocab_size]
         start += tokens.shape[1]
         tokens = next_token(logits, sampling, generator)
+        if dist.is_initialized():  # by a last bit a rank may have drawn another, which ends the text at another place
+            dist.broadcast(tokens, 0)
         yield tokens
 
 
@@ -127,14 +130,17 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="titan_fast.generate", use_underscores=True)
     sampling = arguments.sampling
-    within = sampling.temperature == 0 or COLDEST <= sampling.temperature < math.inf
-    within &= 0 < sampling.top_p <= 1 and sampling.top_k >= 0 and arguments.max_new_tokens >= 1
-    if not within or not 0 <= sampling.seed < 2**63:
-        raise ConfigError(
-            f"temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}, max_new_tokens "
-            f"{arguments.max_new_tokens}, seed {sampling.seed}: one of them is out of range",
-            f"temperature 0 or at least {COLDEST}, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1, 0 <= seed < 2^63",
-        )
+    temperature = sampling.temperature
+    ranges = {
+        "temperature": (temperature, temperature == 0 or COLDEST <= temperature < math.inf, f"0, or {COLDEST} or more"),
+        "top_p": (sampling.top_p, 0 < sampling.top_p <= 1, "above 0, at most 1"),
+        "top_k": (sampling.top_k, sampling.top_k >= 0, "0 or more"),
+        "max_new_tokens": (arguments.max_new_tokens, arguments.max_new_tokens >= 1, "1 or more"),
+        "seed": (sampling.seed, 0 <= sampling.seed < 2**63, "0 or more, below 2^63"),
+    }
+    for name, (value, is_within, wanted) in ranges.items():
+        if not is_within:
+            raise ConfigError(f"{name} is {value}", f"it has to be {wanted}")
     name = arguments.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -39,7 +39,7 @@ from titan_fast.metrics import MetricsLogger
 from titan_fast.ops import Ops, build_ops
 from titan_fast.optim import build_optimizer, clip_gradients, learning_rate, step_unless
 from titan_fast.profiling import Profiler, check_profiling, memory_history
-from titan_fast.run_directory import open_run_directory, write_config
+from titan_fast.run_directory import is_new, open_run_directory, write_config
 from titan_fast.run_lock import RunLock
 from titan_fast.signals import StopRequest, resume_command
 from titan_fast.startup import logged_to_console, set_determinism, startup_lines
@@ -69,7 +69,7 @@ def train(config: Config) -> None:
         distributed.start(config.comm, device) as world,
         out_of_memory.explained(config, shape, degrees, device),
     ):
-        if world.is_main:
+        if world.is_main and is_new(config, run_dir):
             write_config(config, run_dir)
         set_determinism(config.debug)
         Run(config, degrees, world, run_dir, ops, lock).train()
@@ -100,6 +100,9 @@ class Run:
             config, run_dir, world, self.tokenizer.path, lock.check if lock else lambda: None
         )
         self.progress = self._resume()
+        self.checkpointer.begin()
+        if world.is_main:
+            write_config(config, run_dir)
         self.first_step = self.progress.step + 1
         self.metrics = MetricsLogger(
             config,
@@ -242,6 +245,7 @@ class Run:
         if not last and due(config.metrics.sample_freq) and not agreed.stop:
             self.sample(step)
         if agreed.save_failed:
+            self._watch_save(step)
             self.checkpointer.settle()
         self.save_is_owed = saves and self.guard.last_was_bad and not must_save
         if saves and not self.save_is_owed:
@@ -313,12 +317,15 @@ class Run:
         """A checkpoint of this moment."""
         if self.checkpointer.saved_step == self.progress.step:
             return
-        limit = Limit(self.config.checkpoint.save_timeout_seconds, "checkpoint.save_timeout_seconds")
-        self.watchdog.at(self.progress.step, "checkpoint", limit)
+        self._watch_save(self.progress.step)
         with self.metrics.pause():
             self.progress.data = gather_data_state(self.loader.state_dict(), self.world)
             self.progress.elapsed_seconds = self.metrics.elapsed_seconds
             self.checkpointer.save(self.model, self.optimizer, self.progress, must_succeed)
+
+    def _watch_save(self, step: int) -> None:
+        limit = Limit(self.config.checkpoint.save_timeout_seconds, "checkpoint.save_timeout_seconds")
+        self.watchdog.at(step, "checkpoint", limit)
 
     def _say_notes(self) -> None:
         for note in self.checkpointer.notes():

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from titan_fast import config
 from titan_fast.masters import OnePassAdamW, gradient_of
-from titan_fast.shards import local
+from titan_fast.shards import copies, local
 
 
 def build_optimizer(
@@ -46,9 +45,9 @@ def learning_rate(step: int, settings: config.LrScheduler, peak: float, training
     if step <= warmup:
         return peak * step / warmup
     decay = _decay_steps(settings, total)
-    if step <= total - decay:
+    if step <= total - decay or decay == 0:
         return peak
-    progress = 1.0 if decay == 0 else min((step - (total - decay)) / decay, 1.0)
+    progress = min((step - (total - decay)) / decay, 1.0)
     left = {
         "linear": 1.0 - progress,
         "sqrt": 1.0 - math.sqrt(progress),
@@ -73,9 +72,10 @@ def describe_schedule(settings: config.LrScheduler, peak: float, training_steps:
     """Its shape in words, and what of the warm-up does not fit."""
     total = settings.total_steps or training_steps
     if settings.warmup_steps >= total:
+        every = "all " if total >= training_steps else ""
         return (
-            f"rises for all {total:,} steps to {peak:.2e}: lr_scheduler.warmup_steps {settings.warmup_steps:,} leaves "
-            "none to decay"
+            f"rises for {every}{total:,} steps to {peak:.2e}: lr_scheduler.warmup_steps {settings.warmup_steps:,} "
+            "leaves none to decay"
         )
     decay = _decay_steps(settings, total)
     parts = [f"{peak:.2e} after {settings.warmup_steps:,} warm-up steps" if settings.warmup_steps else f"{peak:.2e}"]
@@ -126,12 +126,12 @@ def global_norm(gradients: list[Tensor], loss: Tensor, summed: Tensor | None = N
     """
     by_copies: dict[int, list[Tensor]] = {}
     for gradient in gradients:
-        by_copies.setdefault(_copies(gradient), []).append(gradient)
+        by_copies.setdefault(copies(gradient), []).append(gradient)
     total = loss.float() * 0.0
     # A number per group and not a tensor of numbers, which would be a copy to the device that the host waits for.
-    for copies, group in by_copies.items():
+    for number, group in by_copies.items():
         norms = torch.stack(torch._foreach_norm([local(g) for g in group], 2, torch.float32))
-        total = total + (norms.square().sum() / copies).to(total.device)
+        total = total + (norms.square().sum() / number).to(total.device)
     if dist.is_initialized():
         shared = total[None] if summed is None else torch.cat([total[None], summed])
         dist.all_reduce(shared)
@@ -139,19 +139,6 @@ def global_norm(gradients: list[Tensor], loss: Tensor, summed: Tensor | None = N
         if summed is not None:
             summed.copy_(shared[1:])
     return total.sqrt()
-
-
-def _copies(gradient: Tensor) -> int:
-    """How many ranks of the world hold these same values."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if not isinstance(gradient, DTensor):
-        return world_size
-    sharded_over = 1
-    for size, placement in zip(gradient.device_mesh.shape, gradient.placements, strict=True):
-        assert not isinstance(placement, Partial), "a gradient reached clipping before it was reduced"
-        if not isinstance(placement, Replicate):
-            sharded_over *= size
-    return world_size // sharded_over
 
 
 def step_unless(optimizer: torch.optim.AdamW, bad: Tensor) -> None:

@@ -2,12 +2,13 @@
 
 import os
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from titan_fast.checkpoint import tokenizer_of
+from titan_fast.checkpoint import read_config, tokenizer_of
 from titan_fast.config import Config, to_dict
 from titan_fast.errors import CheckpointError, ConfigError, DataError
 from titan_fast.manifest import checkpoints
@@ -16,6 +17,8 @@ from titan_fast.redaction import redacted
 from titan_fast.tokenizer import load_tokenizer
 
 CONFIG_NAME = "config.toml"
+TOKENIZER_NAME = "tokenizer.model"
+"""Of a tokenizer that was trained on the run's own text."""
 
 # What may not change within a run: with another of these, the weights or the data position mean something else.
 _FIXED_TABLES = ("model",)
@@ -26,12 +29,18 @@ _FIXED_KEYS = {
 # These may with checkpoint.data_state "reset". What the data at a path is, its fingerprint says when it is opened.
 _DATA_KEYS = {"model": ("tokenizer_path",), **_FIXED_KEYS}
 _PATHS = ("dataset_path", "tokenizer_path")
+# What a tokenizer that was trained here depends on.
+_TOKENIZER_KEYS = {
+    "model": ("flavor", "vocab_size"),
+    "training": ("dataset", "dataset_path", "dataset_config", "dataset_split", "text_column"),
+    "debug": ("seed",),
+}
 
 
 def open_run_directory(config: Config) -> Path:
     """The folder `job.dump_folder`, made if need be and found writable; ConfigError where it is not, or where it holds
-    a run of another model or other data, or one that this config would begin over; a start that failed before it had
-    anything of the data is no run. Every process may call it, before there is a process group."""
+    a run of another model or other data, or one that this config would begin over. Of a start that failed before it
+    trained, only the tokenizer binds. Every process may call it, before there is a process group."""
     folder = Path(config.job.dump_folder)
     _check_writable(folder, "job.dump_folder")
     if config.checkpoint.enable:
@@ -48,16 +57,32 @@ def open_run_directory(config: Config) -> Path:
         )
     now, resets = redacted(to_dict(config)), config.checkpoint.data_state == "reset"
     saved = checkpoints(kept)
-    begun = saved or any((folder / name).exists() for name in ("metrics.jsonl", "tokenizer.model"))
-    newest = saved[max(saved)] if saved else None
-    if begun and before and (differing := differences(before, now, newest, reset_data=resets)):
+    origin = saved.get(config.checkpoint.load_step, saved[max(saved)]) if saved else None
+    if origin is not None:
+        with suppress(CheckpointError):  # where it is damaged the folder's is as good, and what is loaded is verified
+            before = read_config(origin)
+    if not before:
+        return folder
+    if saved or (folder / "metrics.jsonl").exists():
+        differing = differences(before, now, origin, reset_data=resets)
+        hint = "--checkpoint.data_state reset accepts what concerns the data and begins it again"
+    elif (folder / TOKENIZER_NAME).exists():
+        differing = _differing(before, now, _TOKENIZER_KEYS, None)
+        hint = f"nothing was trained yet but {TOKENIZER_NAME}: deleting it begins anew"
+    else:
+        return folder
+    if differing:
         raise ConfigError(
             f"job.dump_folder holds a run of another config: {'; '.join(differing)}",
-            "choose another --job.dump_folder, or go back to these values; --checkpoint.data_state reset accepts what "
-            "concerns the data and begins it again",
+            f"choose another --job.dump_folder, or go back to these values; {hint}",
             where=str(folder),
         )
     return folder
+
+
+def is_new(config: Config, folder: Path) -> bool:
+    """Whether there is no checkpoint that the run in `folder` could go on from."""
+    return not checkpoints(folder / config.checkpoint.folder)
 
 
 def _check_writable(folder: Path, key: str) -> None:
@@ -99,8 +124,18 @@ def differences(
     then lie elsewhere."""
     fixed = {table: tuple(before.get(table, {}) | now[table]) for table in _FIXED_TABLES} | _FIXED_KEYS
     free = _DATA_KEYS if reset_data else {}
+    keys = {table: tuple(key for key in names if key not in free.get(table, ())) for table, names in fixed.items()}
+    return _differing(before, now, keys, checkpoint)
+
+
+def _differing(
+    before: dict[str, dict[str, Any]],
+    now: dict[str, dict[str, Any]],
+    keys: dict[str, tuple[str, ...]],
+    checkpoint: Path | None,
+) -> list[str]:
     found = []
-    for table, key in [(table, key) for table, keys in fixed.items() for key in keys if key not in free.get(table, ())]:
+    for table, key in [(table, key) for table, names in keys.items() for key in names]:
         was, value = before.get(table, {}).get(key), now[table].get(key)
         if was != value and not (key in _PATHS and _is_only_moved(key, was, value, checkpoint)):
             found.append(f"{table}.{key} was {was!r} and is {value!r}")

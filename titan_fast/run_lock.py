@@ -99,11 +99,15 @@ class RunLock:
             return False if alive else None
         now = self.path.with_name(f".{NAME}.{self._me['token']}")
         now.touch()
-        age = now.stat().st_mtime - self.path.stat().st_mtime
-        now.unlink()
+        try:
+            seen = self.path.stat().st_mtime
+            age = now.stat().st_mtime - seen
+        except FileNotFoundError:  # it has ended since
+            return None
+        finally:
+            now.unlink()
         if age > SILENT_SECONDS:
             return None
-        seen = self.path.stat().st_mtime
         self._first_seen = self._first_seen or seen
         return seen == self._first_seen
 

@@ -1,7 +1,8 @@
 """What this rank holds of a tensor that may be spread over several."""
 
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -21,3 +22,16 @@ def window(tensor: Tensor) -> tuple[slice, ...]:
 def copy_shard(into: Tensor, whole: Tensor) -> None:
     """Copies this rank's part of `whole` into `into`. No communication."""
     local(into).copy_(whole[window(into)])
+
+
+def copies(tensor: Tensor) -> int:
+    """How many ranks of the world hold these same values."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if not isinstance(tensor, DTensor):
+        return world_size
+    sharded_over = 1
+    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+        assert not isinstance(placement, Partial), "a sum over ranks that was not taken yet has no copies"
+        if not isinstance(placement, Replicate):
+            sharded_over *= size
+    return world_size // sharded_over

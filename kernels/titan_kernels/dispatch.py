@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 # Private, so they may go away: then every call takes the dispatcher's way, which is only slower.
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_transforms: Callable[[], Any] = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: 1)
+_transforms: Callable[[], Any] = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: 1)
 
 
 def is_plain_eager(*tensors: Tensor) -> bool:
