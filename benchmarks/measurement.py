@@ -8,8 +8,9 @@ import functools
 import gc
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -121,6 +122,21 @@ def disagreement(found: tuple[Tensor, ...], reference: tuple[Tensor, ...], truth
     return ""
 
 
+@contextmanager
+def nan_where_unwritten() -> Iterator[None]:
+    """Inside, what `torch.empty` returns is full of NaN: elements that a kernel leaves out show, where otherwise they
+    may be those of a right result that lay in the same memory. Not around attention or code that Dynamo traces, which
+    deterministic algorithms change."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+
+
 def measure_case(
     case: Case, names: set[str], device: torch.device, backend: str, passes: int, calls: int
 ) -> MeasuredCase:
@@ -196,7 +212,10 @@ def _checked(
             function = build(case, provider, backend, device)
             # Some work in place on the gradients that they are given, so that each gets its own.
             run = functools.partial(results, case, function)
-            problem = disagreement(run(fresh(inputs), copies(gradients)), reference, truth)
+            with nullcontext() if provider.compiled or case.op.startswith("block") else nan_where_unwritten():
+                checked = run(fresh(inputs), copies(gradients))
+            problem = disagreement(checked, reference, truth)
+            del checked
             if problem:
                 measured.problem, measured.failed = f"wrong: {problem}", True
                 continue

@@ -190,6 +190,21 @@ def test_ours_failing_fails_a_test_and_a_peer_failing_skips_it() -> None:
         test_kernels.test_operator(None, (case, "forward", "liger"), failed, lambda moved=None: 1.0)
 
 
+def test_a_provider_that_writes_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although right results of the same size lay in the same memory before."""
+    case = swiglu_case()
+
+    def build(case: Case, provider: providers.Provider, *rest: Any) -> providers.Function:
+        if provider is providers.EAGER:
+            return providers.build(case, provider, *rest)
+        return lambda gate, up: (torch.empty_like(gate) + 0 * (gate + up),)
+
+    monkeypatch.setattr(measurement, "build", build)
+    measured = measurement.measure_case(case, {"ours"}, CPU, "eager", 1, 1)
+    assert "wrong: result 0 is off by nan" in measured.providers["ours"].problem
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_nothing_but_the_provider_allocates_while_its_peak_is_taken() -> None:
     """What runs between the two readings of the allocator makes no gradients of outputs."""
     case, seen = smoke_case("rope"), []

@@ -4,6 +4,7 @@ Without one they run on the CPU through Triton's interpreter, which tests/confte
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent) and "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def unwritten_elements_are_nan(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of tensors from `torch.empty`, where a test runs kernels: what a kernel leaves out could else be right by chance,
+    if a right result lay in the same memory before."""
+    if "device" not in request.fixturenames:
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -26,6 +26,11 @@ ENOUGH = 2**31 * 17 // 16  # elements of a packed projection, for q alone to hav
 BF16 = torch.bfloat16
 
 
+@pytest.fixture(autouse=True)
+def unwritten_elements_are_nan() -> None:
+    """Not here: to fill such tensors would touch every page of them."""
+
+
 def far_apart(values: Tensor) -> Tensor:
     """The rows of values [ROWS, WIDTH] with the last one beyond 2^31 elements."""
     memory = torch.empty((ROWS - 1) * STRIDE + WIDTH, dtype=values.dtype, device=values.device)
