@@ -75,7 +75,7 @@ def test_hyphens_are_underscores() -> None:
 
 @pytest.mark.parametrize(
     ("word", "value"),
-    [("True", True), ("False", False)],
+    [("True", True), ("False", False), ("true", True), ("false", False)],
 )
 def test_flags_take_a_word(word: str, value: bool) -> None:
     assert parse(["--compile.enable", word]).compile.enable is value
@@ -100,6 +100,7 @@ def test_toml_booleans_and_floats(tmp_path: Path) -> None:
         (["train"], "unexpected argument 'train'"),
         (["--training.steps"], "key 'training.steps' has no value"),
         (["--config", "a", "b"], "--config takes one path, not 2"),
+        (["--config", "a", "--config", "b"], "--config is given twice"),
         (["--model.flavor", "llama3_8bb"], "unknown model.flavor 'llama3_8bb'; did you mean llama3_8b?"),
     ],
 )
@@ -112,7 +113,12 @@ def test_unknown_names(argv: list[str], sentence: str) -> None:
     [
         (["--training.steps", "many"], ["wrong type", "training.steps", "many"]),
         (["--training.steps", "1.5"], ["wrong type", "training.steps", "1.5"]),
-        (["--training.steps", "1", "2"], ["wrong type", "2"]),
+        (["--training.steps", "1", "2"], ["training.steps takes one value, not 2: 1 2"]),
+        (["--metrics.sample_prompt", "def", "main"], ["metrics.sample_prompt takes one value, not 2: def main"]),
+        (["--model.rope_scaling", "8", "1", "4"], ["wrong type", "FLOAT FLOAT FLOAT INT", "['8', '1', '4'];"]),
+        (["--optimizer.lr", "inf"], ["optimizer.lr is inf, not a finite number"]),
+        (["--optimizer.lr", "nan"], ["optimizer.lr is nan, not a finite number"]),
+        (["--optimizer.lr", "-1"], ["optimizer.lr is -1.0, not 0 or more"]),
         (["--compile.enable", "maybe"], ["wrong type", "compile.enable", "maybe"]),
         (["--optimizer.name", "Adam"], ["wrong type", "optimizer.name", "Adam"]),
         (["--kernels.rope", "cuda"], ["wrong type", "kernels.rope", "cuda"]),
@@ -135,7 +141,7 @@ def test_wrong_types(argv: list[str], parts: list[str]) -> None:
         (b"[training]\nstep = 1\n", "unknown key 'training.step'; did you mean training.steps?"),
         (b'[training]\nsteps = "one"\n', "wrong type"),
         (b"[training.more]\nsteps = 1\n", "training.more"),
-        (b"[training]\nsteps = [1, 2]\n", "wrong type"),
+        (b"[training]\nsteps = [1, 2]\n", "training.steps takes one value, not 2: 1 2"),
         (b"[training]\nsteps = []\n", "key 'training.steps' has no value"),
     ],
 )

@@ -240,6 +240,13 @@ def test_refusals_say_what_and_what_to_do(options: str, words: list[str]) -> Non
         assert word in str(caught.value)
 
 
+def test_pictures_need_a_folder_before_anything_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "pictures"):
+        with pytest.raises(ConfigError, match="no folder for --plot"):
+            plan(f"{SMALL} --plot {place}")
+
+
 def test_calibration_replaces_rates_and_is_of_the_same_device(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"device": "NVIDIA H100 80GB HBM3", "rates": {"gemm": 6e14, "attention_forward": 5e14}}))

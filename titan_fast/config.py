@@ -8,16 +8,14 @@ Tables and keys are torchtitan 0.2's where it has them, but `comm.timeout_second
 
 import dataclasses
 import difflib
-import io
-import re
 import tomllib
-from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
+from titan_fast import command_line
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import FLAVORS, ModelShape, RopeScaling
 
@@ -394,6 +392,9 @@ class Config:
     """Seed and determinism."""
 
 
+_Flagless = tyro.conf.FlagConversionOff[Config]
+"""Takes --table.key True, as TOML does, and no --table.key alone."""
+
 SHAPE_KEYS = tuple(field.name for field in dataclasses.fields(ModelShape))
 """The keys of [model] that override the flavor's."""
 
@@ -435,7 +436,7 @@ def parse(argv: list[str]) -> Config:
     """
     options = _split_command_line(argv)
     if "help" in options:
-        tyro.cli(tyro.conf.FlagConversionOff[Config], prog="titan_fast.train", args=["--help"], use_underscores=True)
+        command_line.read(_Flagless, ["--help"], "titan_fast.train")
     config = from_options(_read_toml(options.pop("config", None)) | options)
     validate(config)
     return config
@@ -446,16 +447,13 @@ def from_options(options: dict[str, list[str]]) -> Config:
     _check_names(options)
     argv: list[str] = []
     for name, values in options.items():  # a single value may begin with a dash
-        argv += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
-    captured = io.StringIO()
+        words = [word.capitalize() if word in ("true", "false") else word for word in values]
+        words = words if known_keys()[name].type is bool else values
+        argv += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     try:
-        with redirect_stderr(captured):
-            return tyro.cli(tyro.conf.FlagConversionOff[Config], args=argv, use_underscores=True)
-    except SystemExit as stop:
-        text = re.sub(r"\x1b\[[0-9;]*m|[^\x20-\x7e]", " ", captured.getvalue())
-        text = re.split(r"Argument helptext|For full helptext", re.sub(r"\s+", " ", text))[0]
-        text = re.sub(r"Parsing error|Value error|Invalid choice(?= invalid)", "", text).strip(" -")
-        raise ConfigError(f"a value has the wrong type: {text}", "see --help for the type of each key") from stop
+        return command_line.read(_Flagless, argv, "titan_fast.train")
+    except ConfigError as error:
+        raise ConfigError(f"a value has the wrong type: {error.what}", "see --help for the type of each key") from error
 
 
 def _split_command_line(argv: list[str]) -> dict[str, list[str]]:
@@ -467,6 +465,8 @@ def _split_command_line(argv: list[str]) -> dict[str, list[str]]:
         if word.startswith("--"):
             name, has_value, value = word[2:].partition("=")
             name = name.replace("-", "_")
+            if name == "config" and name in options:
+                raise ConfigError("--config is given twice", "give one TOML file; other options change its keys")
             options[name] = [value] if has_value else []
         elif name is None:
             raise ConfigError(f"unexpected argument {word!r}", "options look like --training.seq_len 512")
@@ -521,6 +521,8 @@ def _check_names(options: dict[str, list[str]]) -> None:
             problems.add(f"unknown key {name!r}", f"did you mean {close[0]}?" if close else "see --help for all keys")
         elif not values:
             problems.add(f"key {name!r} has no value", f"write --{name} VALUE")
+        elif len(values) > 1 and "tuple" not in str(known[name].type):
+            problems.add(f"{name} takes one value, not {len(values)}: {' '.join(values)}", "leave the others out")
     problems.refuse()
 
 
@@ -634,7 +636,9 @@ def _check_ranges(config: Config, problems: Problems) -> None:
     for name, (least, most, words) in _RANGES.items():
         table, _, key = name.partition(".")
         value = getattr(getattr(config, table), key)
-        if value is not None and not (least <= value <= most and value < 1e300):
+        if value is not None and not abs(value) < 1e300:
+            problems.add(f"{name} is {value}, not a finite number", "change it")
+        elif value is not None and not least <= value <= most:
             problems.add(f"{name} is {value}, not {words}", "change it")
     for name, path in (
         ("job.dump_folder", config.job.dump_folder),

@@ -1,6 +1,5 @@
 """`python -m titan_fast.data prepare|show`: token shards ahead of a run, and what a step of a run was trained on."""
 
-import argparse
 import itertools
 import json
 import logging
@@ -15,6 +14,7 @@ from typing import Any
 from titan_fast import config as configuration
 from titan_fast import run_history
 from titan_fast.checkpoint import checkpoints, read_state
+from titan_fast.command_line import Parser
 from titan_fast.config import Config, is_hub
 from titan_fast.corpus import RowLedger, open_corpus, stdlib_corpus
 from titan_fast.data import build_tokenizer, training_order
@@ -27,7 +27,7 @@ from titan_fast.tokenizer import Tokenizer, load_tokenizer
 def main() -> None:
     """The command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m titan_fast.data",
         description="Token shards. Every option of titan_fast.train (--config, --training.dataset_path, "
         "--model.tokenizer_path, ...) says which data and which tokenizer.",

@@ -15,8 +15,9 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from titan_fast.command_line import Parser
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape, parse
 from titan_fast.errors import ConfigError, command
 from titan_fast.flavors import ModelShape
@@ -214,14 +215,9 @@ def on_gpu(config: Config) -> Config:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, mixed_precision_param="bfloat16"))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, "see --help")
-
-
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(prog="titan_fast.estimate", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(prog="titan_fast.estimate", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the whole run")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs that share NVLink (8)")
@@ -247,11 +243,15 @@ def plan_of(argv: list[str]) -> tuple[Plan, argparse.Namespace]:
         value = getattr(own, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, not a positive number", "change it")
-    if own.plot is not None and own.plot.exists() and not own.plot.is_dir():
-        raise ConfigError("--plot is a file, and it takes a folder", "give another name", str(own.plot))
     nic = gpu.nic.value if own.nic_gbps is None else own.nic_gbps * 1e9 / 8
     network = Network(min(own.gpus_per_node, own.gpus), nic)
-    return Plan(on_gpu(parse(rest)), gpu, own.gpus, network, own.all_blocks), own
+    plan = Plan(on_gpu(parse(rest)), gpu, own.gpus, network, own.all_blocks)
+    if own.plot is not None:
+        try:
+            own.plot.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"no folder for --plot: {error.strerror}", "give another name", str(own.plot)) from error
+    return plan, own
 
 
 @command

@@ -11,8 +11,9 @@ import difflib
 import re
 import sys
 from dataclasses import dataclass
-from typing import Literal, NoReturn, get_args
+from typing import Literal, get_args
 
+from titan_fast.command_line import Parser
 from titan_fast.errors import ConfigError, command
 from titan_fast.flavors import FLAVORS, ModelShape
 
@@ -140,11 +141,6 @@ def unknown_peak_sentence(device_name: str) -> str:
     return f"no MFU: the peak of {device_name!r} is not known (known: {', '.join(peak.name for peak in PEAKS)})"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, "see --help")
-
-
 def _shape(name: str) -> ModelShape:
     if name not in FLAVORS:
         close = difflib.get_close_matches(name, FLAVORS, n=1)
@@ -170,7 +166,7 @@ def _peak(arguments: argparse.Namespace) -> tuple[float, str] | None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="titan_fast.flops",
         description="Exact parameters, FLOPs per token and MFU of a Llama.",
         epilog="Formulas: " + "; ".join(f"{name}: {text}" for name, text in EXPLANATION.items()) + ".",

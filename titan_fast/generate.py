@@ -12,6 +12,7 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
+from titan_fast import command_line
 from titan_fast.checkpoint import read_config, tokenizer_of
 from titan_fast.config import Config, from_dict
 from titan_fast.errors import ConfigError, command
@@ -128,7 +129,7 @@ class Arguments:
 
 @command
 def main() -> None:
-    arguments = tyro.cli(Arguments, prog="titan_fast.generate", use_underscores=True)
+    arguments = command_line.read(Arguments, None, "titan_fast.generate")
     sampling = arguments.sampling
     temperature = sampling.temperature
     ranges = {

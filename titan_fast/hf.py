@@ -17,6 +17,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from titan_fast import command_line
 from titan_fast.errors import CheckpointError, ConfigError, command
 from titan_fast.flavors import ModelShape, RopeScaling
 from titan_fast.model import Llama
@@ -279,8 +280,9 @@ class Export:
 def main() -> None:
     from titan_fast.hf_convert import export_checkpoint, import_model
 
-    commands = Annotated[Import, tyro.conf.subcommand("import")] | Annotated[Export, tyro.conf.subcommand("export")]
-    arguments: Import | Export = tyro.cli(commands, prog="titan_fast.hf", use_underscores=True)  # type: ignore[arg-type]
+    importing, exporting = tyro.conf.subcommand("import"), tyro.conf.subcommand("export")
+    commands: Any = Annotated[Import, importing] | Annotated[Export, exporting]
+    arguments: Import | Export = command_line.read(commands, None, "titan_fast.hf")
     if isinstance(arguments, Import):
         lines = import_model(arguments.folder, arguments.out.absolute(), arguments.tokenizer)
     else:
