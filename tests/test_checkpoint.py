@@ -279,12 +279,40 @@ def test_a_full_disk_is_foreseen(data: Path, tmp_path: Path, monkeypatch: pytest
     runs.run(data, tmp_path / "run", training__steps=5)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 4096, 4096))
     with pytest.raises(CheckpointError, match=r"disk full.*needs [\d,]+ bytes, has 4,096 bytes free") as caught:
-        runs.run(data, tmp_path / "run")
+        runs.run(data, tmp_path / "run", checkpoint__on_save_error="continue")
     assert str(tmp_path / "run" / "checkpoint") in str(caught.value)
     assert "newest whole checkpoint is of step 5" in str(caught.value)
     assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["step-5"] or (
         manifest.problem(runs.checkpoint(tmp_path / "run", 5)) is None
     )
+
+
+def test_a_run_that_could_not_save_does_not_begin(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage, asked = namedtuple("usage", "total used free"), []
+    true_begin = checkpointer.Checkpointer._begin
+
+    def begin(self: checkpointer.Checkpointer, temporary: Path, need: int) -> None:
+        asked.append(need)
+        true_begin(self, temporary, need)
+
+    monkeypatch.setattr(checkpointer.Checkpointer, "_begin", begin)
+    runs.run(data, tmp_path / "saved", training__steps=1)
+    run, free = tmp_path / "run", asked[0] // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free))
+    words = r"a checkpoint of this model needs ([\d,]+) bytes, and the disk has"
+    with pytest.raises(CheckpointError, match=words) as caught:
+        runs.run(data, run)
+    found = re.search(words, caught.value.what)
+    assert found is not None
+    need = int(found[1].replace(",", ""))
+    assert 0.95 * asked[0] < need <= asked[0], "random states and the like are not foreseen"
+    assert not (run / "train.log").exists() and not list((run / "checkpoint").iterdir())
+    killed = run / "checkpoint" / ".writing-step-7"  # whose room comes back
+    killed.mkdir()
+    (killed / "__0_0.distcp").write_bytes(bytes(need - free))
+    checkpointer.check_start(parse(runs.arguments(data, run)), run, 12)
+    with pytest.raises(CheckpointError, match=words):
+        checkpointer.check_start(parse(runs.arguments(data, run)), run, 13)
 
 
 def failing_save(monkeypatch: pytest.MonkeyPatch, failures: int) -> list[int]:
@@ -418,6 +446,8 @@ def test_the_command_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     status, out, _ = command(capsys, "list", str(copy))
     assert status == 0 and out.count("640 tokens") == 1 and "step       10" in out
     assert command(capsys, "export", str(copy), "--out", str(tmp_path / "w.safetensors"))[0] == 0
+    (tmp_path / "any file").touch()
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "any file").stat().st_mode
     weights, saved = safetensors.torch.load_file(tmp_path / "w.safetensors"), runs.tensors(runs.checkpoint(copy, 10))
     assert {f"model.{name}" for name in weights} == {name for name in saved if name.startswith("model.")}
     assert all(torch.equal(tensor, saved[f"model.{name}"]) for name, tensor in weights.items())

@@ -28,7 +28,7 @@ from titan_fast.corpus import Document, RowLedger
 from titan_fast.errors import CheckpointError, ConfigError, DataError
 from titan_fast.hub import StreamSource
 from titan_fast.loader import Loader, Share
-from titan_fast.prepared import PreparedTokens, SampleOrder, is_prepared, prepare
+from titan_fast.prepared import PreparedTokens, SampleOrder, check_empty, is_prepared, prepare
 from titan_fast.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 CPU = torch.device("cpu")
@@ -413,6 +413,8 @@ def test_nothing_half_written_is_left(tokenizer: Tokenizer, tmp_path: Path) -> N
         prepare(
             [Document("x", "y", 1)], tokenizer, tmp_path / "mine" / "file", source={"name": "x"}, ledger=RowLedger()
         )
+    with pytest.raises(DataError, match=r"cannot be written in .*mine/file: it is a file"):
+        check_empty(tmp_path / "mine" / "file" / "prepared")
     assert (tmp_path / "mine" / "file").read_text() == "keep"
 
 

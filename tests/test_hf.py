@@ -344,6 +344,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert run_command(monkeypatch, "export", ours / "step-0", "--out", back, "--max_shard_gb", "0.0001") == 0
     assert_same_tensors(tensors(source), tensors(back))
     assert len(list(back.glob("*.safetensors"))) > 1
+    assert len({file.stat().st_mode for file in back.iterdir()}) == 1
     capsys.readouterr()
     assert run_command(monkeypatch, "export", tmp_path, "--out", back / "more") == 4
     assert capsys.readouterr().err.startswith("titan_fast: no checkpoint here [")
@@ -351,6 +352,9 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert run_command(monkeypatch, "export", ours, "--out", tmp_path / "x", "--max_shard_gb", size) == 2
     edit_json(source / "config.json", hidden_act="gelu")
     assert run_command(monkeypatch, "import", source, "--out", tmp_path / "y") == 2
+    capsys.readouterr()
+    assert run_command(monkeypatch, "import", source) == 2
+    assert capsys.readouterr().err.startswith("titan_fast: Missing from titan_fast.hf import: --out PATH")
 
 
 _MEASURE = """

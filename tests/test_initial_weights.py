@@ -13,6 +13,7 @@ from small_runs import build, config_of, named_whole
 from torch import Tensor
 from worlds import Task, results, run_world
 
+from titan_fast import loop
 from titan_fast.config import Config, from_options, model_of, to_dict
 from titan_fast.distributed import World
 from titan_fast.errors import CheckpointError
@@ -120,6 +121,19 @@ def test_training_begins_with_the_folders_weights(dtype: torch.dtype, tmp_path: 
     train(run_config(again, checkpoint__initial_load_path=tmp_path / "run"))
     export_checkpoint(again / "run", tmp_path / "back again", dtype, 10**9)
     assert_same_tensors(tensors(source), tensors(tmp_path / "back again"))
+
+
+def test_what_headers_tell_is_refused_before_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop.distributed, "start", lambda *_: pytest.fail("the ranks met"))
+    source = hf_folder(SHAPE, tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=r"n_layers is \d there and 1 here"):
+        train(run_config(tmp_path, checkpoint__initial_load_path=source, model__n_layers=1))
+    train_sentencepiece(iter([TEXT]), SHAPE.vocab_size, source / "tokenizer.model", 1)
+    with pytest.raises(CheckpointError, match=rf"came with a tokenizer.*; add --model.tokenizer_path {source}"):
+        train(run_config(tmp_path, checkpoint__initial_load_path=source))
+    monkeypatch.undo()
+    train(run_config(tmp_path, checkpoint__initial_load_path=source, model__tokenizer_path=source))
+    assert "WARNING" not in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_another_tokenizer_than_the_weights_came_with_is_warned_of(tmp_path: Path) -> None:

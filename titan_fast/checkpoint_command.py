@@ -1,17 +1,17 @@
 """`python -m titan_fast.checkpoint list|verify|prune|export DIR`: the checkpoints of a run, without the run."""
 
-import argparse
 import sys
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from titan_fast import manifest
 from titan_fast.checkpoint import checkpoints_of, load_tensors, read_config, read_state
+from titan_fast.command_line import Parser
 from titan_fast.errors import CheckpointError, ConfigError, command
+from titan_fast.hf_files import save_readable
 from titan_fast.safe_unpickle import load_metadata
 
 
@@ -76,7 +76,7 @@ def export(path: Path, out: Path) -> list[str]:
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     temporary = out.with_name(f".{out.name}.tmp")
     try:
-        safetensors.torch.save_file(weights, temporary, {"step": str(read_state(folder)["step"])})
+        save_readable(weights, temporary, {"step": str(read_state(folder)["step"])})
         manifest.sync_file(temporary)
         temporary.replace(out)
         manifest.sync_folder(out.absolute().parent)
@@ -91,7 +91,7 @@ def export(path: Path, out: Path) -> list[str]:
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="titan_fast.checkpoint", description=__doc__)
+    parser = Parser(prog="titan_fast.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="action", required=True)
     for name, words in (
         ("list", "a line per checkpoint"),

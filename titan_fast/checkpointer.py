@@ -32,11 +32,14 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from titan_fast import distributed, manifest
 from titan_fast.agreement import Agreement
 from titan_fast.checkpoint import Progress, cause, copy_tokenizer, load_tensors, read_config, read_state, tensors_of
-from titan_fast.config import Checkpoint, Config, to_dict
+from titan_fast.config import Config, model_shape, to_dict
 from titan_fast.distributed import World
 from titan_fast.errors import NO_ROOM, CheckpointError, ConfigError, NumericsError
+from titan_fast.flops import parameter_count
+from titan_fast.initial_weights import check_initial_weights
 from titan_fast.masters import round_masters
 from titan_fast.optim import rate_at
+from titan_fast.prepared import is_prepared
 from titan_fast.redaction import redacted
 from titan_fast.run_directory import differences
 from titan_fast.shards import copies, local
@@ -57,19 +60,34 @@ def check(config: Config, device: torch.device) -> None:
         )
 
 
-def check_start(settings: Checkpoint, run_dir: Path) -> None:
-    """CheckpointError where what the run is to begin from, a step or other weights, is not there. For one process, and
-    as long as nothing is loaded."""
+def check_start(config: Config, run_dir: Path, bytes_per_parameter: int) -> None:
+    """CheckpointError where what the run is to begin from, a step or other weights, is not there or of another model,
+    or where the disk has no room for one checkpoint. For one process, and as long as nothing is loaded.
+    bytes_per_parameter: of a checkpoint, weight and moments."""
+    settings, shape = config.checkpoint, model_shape(config.model)
     folder = run_dir / settings.folder
     found = list(manifest.checkpoints(folder)) if settings.enable else []
     # A run that went back before and has come further may have lost that step since, and goes on.
     goes_on = (folder / WENT_BACK).exists()
     if settings.load_step != -1 and settings.load_step not in found and not goes_on:
         raise _no_such_step(settings.load_step, found, folder)
-    if settings.initial_load_path is not None and not found and not Path(settings.initial_load_path).is_dir():
-        raise CheckpointError(
-            "there is no such folder", "change checkpoint.initial_load_path", settings.initial_load_path
-        )
+    if settings.initial_load_path is not None and not found:
+        data = config.training.dataset_path
+        names_tokenizer = bool(config.model.tokenizer_path or (data and is_prepared(Path(data))))
+        path = Path(settings.initial_load_path)
+        check_initial_weights(path, shape, settings.initial_load_changes, names_tokenizer)
+    saves = settings.enable and max(found, default=0) < config.training.steps
+    if saves and settings.on_save_error == "abort":
+        need = parameter_count(shape) * bytes_per_parameter + _SPARE_BYTES
+        # What a killed save has left is deleted before the next one.
+        free = shutil.disk_usage(folder).free + manifest.leftover_bytes(folder)
+        if free < need:
+            raise CheckpointError(
+                f"a checkpoint of this model needs {need:,} bytes, and the disk has {free:,} free",
+                "make room or choose another --job.dump_folder; with --checkpoint.on_save_error continue the run "
+                "starts all the same",
+                str(folder),
+            )
 
 
 def _no_such_step(wanted: int, found: Sequence[int], folder: Path) -> CheckpointError:

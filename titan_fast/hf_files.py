@@ -4,6 +4,7 @@ Nothing is unpickled, and nothing outside the folder is read.
 """
 
 import json
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,15 @@ def _write_shard(path: Path, names: list[str], tensors: Iterator[tuple[str, Tens
         name, tensor = next(tensors)
         assert name == expected, (name, expected)
         shard[name] = tensor
-    save_file(shard, path, metadata={"format": "pt"})  # transformers refuses a file without this
+    save_readable(shard, path, {"format": "pt"})  # transformers refuses a file without this
+
+
+def save_readable(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes safetensors with the rights that a new file gets here; by itself it leaves one for its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(stat.S_IMODE(mode))
 
 
 def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:

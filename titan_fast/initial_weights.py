@@ -38,15 +38,15 @@ def foreign_weights(path: Path) -> Weights | None:
     return MetaFolder(path) if (path / PARAMS).is_file() else None
 
 
-def checkpoint_folder(path: Path, part: tuple[int, int] = (0, 1)) -> Path:
+def checkpoint_folder(path: Path, part: tuple[int, int] | None = (0, 1)) -> Path:
     """The checkpoint at `path`: itself a step-N folder, or the newest in a run directory or in its checkpoint folder.
     CheckpointError where there is none, or it is not what its manifest says. `part` (i, n): this process is the i-th of
-    n that share the hashing."""
+    n that share the hashing; None: nothing is hashed."""
     candidates = [path] if (path / "state.json").is_file() else list(checkpoints_of(path).values())
     if not candidates:
         raise CheckpointError("no checkpoint here", "give a run directory or one of its step-N folders", str(path))
     newest = candidates[-1]
-    if reason := manifest.problem(newest, part=part):
+    if part is not None and (reason := manifest.problem(newest, part=part)):
         raise CheckpointError(
             f"the checkpoint is not loaded ({reason})", "restore it from a copy or name an older one", str(newest)
         )
@@ -111,6 +111,21 @@ class _CachedReader(SafeReader):
         return self._metadata
 
 
+def check_initial_weights(path: Path, shape: ModelShape, allow_changes: bool, names_tokenizer: bool) -> None:
+    """CheckpointError where `load_initial_weights` would refuse, as far as names, configs and headers tell, and where a
+    model of others that has a tokenizer would be trained on a new one. For one process, and before there is a model."""
+    weights = _open(path, part=None)
+    _compare_shapes(weights, shape, allow_changes)
+    has_tokenizer = any((path / name).is_file() for name in NAMES_IN_FOLDER)
+    if has_tokenizer and not names_tokenizer and not isinstance(weights, CheckpointWeights):
+        raise CheckpointError(
+            "these weights came with a tokenizer, and without model.tokenizer_path a new one would be trained, to "
+            "which they mean nothing",
+            f"add --model.tokenizer_path {path}",
+            str(path),
+        )
+
+
 @torch.no_grad()
 def load_initial_weights(
     model: Llama, path: Path, shape: ModelShape, allow_changes: bool = False, tokenizer: Tokenizer | None = None
@@ -124,8 +139,10 @@ def load_initial_weights(
     weights: Weights | CheckpointWeights | None = None
     error: CheckpointError | None = None
     try:
-        weights = _open(path)
-        changes = _compare(weights, model, shape, allow_changes)
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        weights = _open(path, (rank, size))
+        changes = _compare_shapes(weights, shape, allow_changes)
+        _check_dtypes(weights, model)
     except CheckpointError as caught:
         error, changes = caught, []
     _raise_together(error)
@@ -157,18 +174,18 @@ def _other_tokenizer(weights: Weights | CheckpointWeights, tokenizer: Tokenizer 
     )
 
 
-def _open(path: Path) -> Weights | CheckpointWeights:
+def _open(path: Path, part: tuple[int, int] | None) -> Weights | CheckpointWeights:
+    """part: see `checkpoint_folder`."""
     if not path.is_dir():
         raise CheckpointError("there is no such folder", "change checkpoint.initial_load_path", str(path))
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
         found = foreign_weights(path)
     except ValueError as error:  # a config that is no shape of ours
         raise CheckpointError(str(error), "change checkpoint.initial_load_path", str(path)) from error
-    return found or CheckpointWeights(checkpoint_folder(path, part=(rank, size)))
+    return found or CheckpointWeights(checkpoint_folder(path, part))
 
 
-def _compare(weights: Weights | CheckpointWeights, model: Llama, shape: ModelShape, allow_changes: bool) -> list[str]:
+def _compare_shapes(weights: Weights | CheckpointWeights, shape: ModelShape, allow_changes: bool) -> list[str]:
     """The differences that are accepted, in words; CheckpointError for those that are not."""
     there, here = vars(weights.shape), vars(shape)
     differing = [name for name in there if there[name] != here[name] and name != "max_seq_len"]
@@ -181,6 +198,10 @@ def _compare(weights: Weights | CheckpointWeights, model: Llama, shape: ModelSha
             f"change [model]{accept}",
             str(weights.path),
         )
+    return list(words.values())
+
+
+def _check_dtypes(weights: Weights | CheckpointWeights, model: Llama) -> None:
     for name, parameter in model.named_parameters():
         dtype = _dtype(weights, name)
         if torch.promote_types(dtype, parameter.dtype) != parameter.dtype:
@@ -189,7 +210,6 @@ def _compare(weights: Weights | CheckpointWeights, model: Llama, shape: ModelSha
                 "convert the weights first",
                 str(weights.path),
             )
-    return list(words.values())
 
 
 def _dtype(weights: Weights | CheckpointWeights, name: str) -> torch.dtype:

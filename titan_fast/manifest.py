@@ -12,6 +12,7 @@ import shutil
 import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,6 +191,17 @@ def delete(folder: Path) -> None:
     folder.rename(doomed)
     sync_folder(folder.parent)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def leftover_bytes(parent: Path) -> int:
+    """Of what `clean` would delete or put back."""
+    total = 0
+    for folder in parent.glob(".*"):
+        if _LEFTOVER.fullmatch(folder.name) and not folder.is_symlink():
+            for file in folder.rglob("*"):
+                with suppress(FileNotFoundError):  # a run that is still going on may be at it
+                    total += file.lstat().st_size
+    return total
 
 
 def clean(parent: Path) -> list[str]:

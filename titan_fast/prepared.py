@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -73,11 +74,15 @@ def prepare(
 
 
 def check_empty(folder: Path) -> None:
-    """DataError when there is something where shards are to be written."""
+    """DataError when there is something where shards are to be written, or they cannot be."""
     if folder.exists() and not folder.is_dir():
         raise DataError("the folder for the token shards is a file", "name another, or remove it", str(folder))
     if folder.exists() and any(folder.iterdir()):
         raise DataError("the folder for the token shards is not empty", "name another, or remove it", str(folder))
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        why = "not allowed to write there" if there.is_dir() else "it is a file"
+        raise DataError(f"the token shards cannot be written in {there}: {why}", "name another folder", str(folder))
 
 
 def _write(
