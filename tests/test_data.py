@@ -747,8 +747,11 @@ def test_a_hub_that_cannot_be_reached_is_a_sentence(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     config = configuration.parse(["--training.dataset", "c4"])
-    with pytest.raises(DataError, match="the hub cannot be reached for the data set 'allenai/c4'"):
+    with pytest.raises(DataError, match=r"cannot be reached for the data set 'allenai.c4'.*; check the network"):
         data.build_tokenizer(config, tmp_path, 400, is_main=True, barrier=lambda: None)
+    mistyped = configuration.parse(["--training.dataset", "stdli"])
+    with pytest.raises(DataError, match=r"data set 'stdli'.*; did you mean stdlib\? check the network"):
+        data.build_tokenizer(mistyped, tmp_path, 400, is_main=True, barrier=lambda: None)
 
 
 def test_hub_names_and_no_validation_for_streams(tokenizer: Tokenizer, stream_files: list[str], tmp_path: Path) -> None:

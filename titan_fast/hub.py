@@ -5,6 +5,7 @@ not yet trained on. The order of the files is shuffled, not their rows: what a s
 """
 
 import copy
+import difflib
 import itertools
 import json
 import logging
@@ -74,15 +75,17 @@ def open_stream(training: Training) -> datasets.IterableDataset:
     try:
         return datasets.load_dataset(name, config, split=training.dataset_split, streaming=True)
     except Exception as error:
+        close = difflib.get_close_matches(training.dataset, ("stdlib", *KNOWN_NAMES), n=1)
+        hint = f"did you mean {close[0]}? " if close and training.dataset not in KNOWN_NAMES else ""
         if _is_connection_error(error):
             raise DataError(
                 f"the hub cannot be reached for the data set {name!r}: {_first_line(error)}",
-                "check the network, or give local data with training.dataset_path",
+                f"{hint}check the network, or give local data with training.dataset_path",
             ) from error
         if isinstance(error, ValueError | DatasetsError | FileNotFoundError | RuntimeError):
             raise DataError(
                 f"the data set {name!r} cannot be opened: {_first_line(error)}",
-                "check training.dataset, dataset_config and dataset_split",
+                f"{hint}check training.dataset, dataset_config and dataset_split",
             ) from error
         raise
 
