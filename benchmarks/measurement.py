@@ -127,14 +127,14 @@ def nan_where_unwritten() -> Iterator[None]:
     """Inside, what `torch.empty` returns is full of NaN: elements that a kernel leaves out show, where otherwise they
     may be those of a right result that lay in the same memory. Not around attention or code that Dynamo traces, which
     deterministic algorithms change."""
-    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        torch.set_deterministic_debug_mode(before)
 
 
 def measure_case(

@@ -277,9 +277,15 @@ def test_parameters_that_are_not_finite_are_never_published(
 def test_a_full_disk_is_foreseen(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     runs.run(data, tmp_path / "run", training__steps=5)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 4096, 4096))
+    true_train = loop.Run.train
+
+    def train(self: loop.Run) -> None:  # there was room at the start
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 4096, 4096))
+        true_train(self)
+
+    monkeypatch.setattr(loop.Run, "train", train)
     with pytest.raises(CheckpointError, match=r"disk full.*needs [\d,]+ bytes, has 4,096 bytes free") as caught:
-        runs.run(data, tmp_path / "run", checkpoint__on_save_error="continue")
+        runs.run(data, tmp_path / "run")
     assert str(tmp_path / "run" / "checkpoint") in str(caught.value)
     assert "newest whole checkpoint is of step 5" in str(caught.value)
     assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["step-5"] or (
@@ -310,9 +316,22 @@ def test_a_run_that_could_not_save_does_not_begin(data: Path, tmp_path: Path, mo
     killed = run / "checkpoint" / ".writing-step-7"  # whose room comes back
     killed.mkdir()
     (killed / "__0_0.distcp").write_bytes(bytes(need - free))
-    checkpointer.check_start(parse(runs.arguments(data, run)), run, 12)
-    with pytest.raises(CheckpointError, match=words):
-        checkpointer.check_start(parse(runs.arguments(data, run)), run, 13)
+    config = parse(runs.arguments(data, run, training__steps=1))
+    checkpointer.check_start(config, run, 12)
+    with pytest.raises(CheckpointError, match=r"bytes free and [\d,]+ more in what a killed save has left"):
+        checkpointer.check_start(config, run, 13)
+    killed.rename(killed.with_name(".replaced-step-7"))  # is put back
+    with pytest.raises(CheckpointError, match=r"bytes free \[.*; make room or choose another --job\.dump_folder"):
+        checkpointer.check_start(config, run, 12)
+    shutil.copytree(runs.checkpoint(tmp_path / "saved", 1), run / "checkpoint" / "step-1")
+    checkpointer.check_start(config, run, 12)  # the run is at its end
+    (run / "checkpoint" / "step-1" / "state.json").write_text("")
+    with pytest.raises(CheckpointError, match="bytes free"):
+        checkpointer.check_start(config, run, 12)
+    elsewhere = parse(runs.arguments(data, run, checkpoint__folder=tmp_path / "saves"))
+    (tmp_path / "saves").mkdir()
+    with pytest.raises(CheckpointError, match=r"another --checkpoint\.folder"):
+        checkpointer.check_start(elsewhere, run, 12)
 
 
 def failing_save(monkeypatch: pytest.MonkeyPatch, failures: int) -> list[int]:

@@ -79,6 +79,7 @@ def test_hyphens_are_underscores() -> None:
 )
 def test_flags_take_a_word(word: str, value: bool) -> None:
     assert parse(["--compile.enable", word]).compile.enable is value
+    assert parse(["--model.tied", word]).model.tied is value
 
 
 def test_toml_booleans_and_floats(tmp_path: Path) -> None:
@@ -113,8 +114,13 @@ def test_unknown_names(argv: list[str], sentence: str) -> None:
     [
         (["--training.steps", "many"], ["wrong type", "training.steps", "many"]),
         (["--training.steps", "1.5"], ["wrong type", "training.steps", "1.5"]),
-        (["--training.steps", "1", "2"], ["training.steps takes one value, not 2: 1 2"]),
-        (["--metrics.sample_prompt", "def", "main"], ["metrics.sample_prompt takes one value, not 2: def main"]),
+        (["--training.steps", "1", "2"], ["training.steps takes one value, not 2: '1', '2'; quote"]),
+        (
+            ["--metrics.sample_prompt", "def\nmain", *"abc"],
+            [r"takes one value, not 4: 'def\nmain', 'a', 'b' and 1 more;"],
+        ),
+        (["--training.steps", "a---b[bold]x[/bold]|"], ["'a---b[bold]x[/bold]|';"]),
+        (["--training.steps", "Value error"], ["'Value error';"]),
         (["--model.rope_scaling", "8", "1", "4"], ["wrong type", "FLOAT FLOAT FLOAT INT", "['8', '1', '4'];"]),
         (["--optimizer.lr", "inf"], ["optimizer.lr is inf, not a finite number"]),
         (["--optimizer.lr", "nan"], ["optimizer.lr is nan, not a finite number"]),
@@ -141,7 +147,7 @@ def test_wrong_types(argv: list[str], parts: list[str]) -> None:
         (b"[training]\nstep = 1\n", "unknown key 'training.step'; did you mean training.steps?"),
         (b'[training]\nsteps = "one"\n', "wrong type"),
         (b"[training.more]\nsteps = 1\n", "training.more"),
-        (b"[training]\nsteps = [1, 2]\n", "training.steps takes one value, not 2: 1 2"),
+        (b"[training]\nsteps = [1, 2]\n", "training.steps takes one value, not 2: '1', '2'"),
         (b"[training]\nsteps = []\n", "key 'training.steps' has no value"),
     ],
 )

@@ -413,7 +413,7 @@ def test_nothing_half_written_is_left(tokenizer: Tokenizer, tmp_path: Path) -> N
         prepare(
             [Document("x", "y", 1)], tokenizer, tmp_path / "mine" / "file", source={"name": "x"}, ledger=RowLedger()
         )
-    with pytest.raises(DataError, match=r"cannot be written in .*mine/file: it is a file"):
+    with pytest.raises(DataError, match=r"cannot be written: .*mine/file is a file"):
         check_empty(tmp_path / "mine" / "file" / "prepared")
     assert (tmp_path / "mine" / "file").read_text() == "keep"
 

@@ -355,6 +355,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     capsys.readouterr()
     assert run_command(monkeypatch, "import", source) == 2
     assert capsys.readouterr().err.startswith("titan_fast: Missing from titan_fast.hf import: --out PATH")
+    assert run_command(monkeypatch, "imprt", source) == 2
+    assert "imprt" in (said := capsys.readouterr().err) and "import, export" in said and said.count("\n") == 1
 
 
 _MEASURE = """

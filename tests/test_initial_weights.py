@@ -131,9 +131,21 @@ def test_what_headers_tell_is_refused_before_data_is_read(tmp_path: Path, monkey
     train_sentencepiece(iter([TEXT]), SHAPE.vocab_size, source / "tokenizer.model", 1)
     with pytest.raises(CheckpointError, match=rf"came with a tokenizer.*; add --model.tokenizer_path {source}"):
         train(run_config(tmp_path, checkpoint__initial_load_path=source))
+    imported = tmp_path / "imported"
+    import_model(source, imported)
+    with pytest.raises(CheckpointError, match=rf"add --model.tokenizer_path {imported / 'step-0' / 'tokenizer'}"):
+        train(run_config(tmp_path, checkpoint__initial_load_path=imported))
     monkeypatch.undo()
     train(run_config(tmp_path, checkpoint__initial_load_path=source, model__tokenizer_path=source))
     assert "WARNING" not in (tmp_path / "run" / "train.log").read_text()
+    monkeypatch.setattr(loop.distributed, "start", lambda *_: pytest.fail("the ranks met"))
+    other, last = tmp_path / "other", tmp_path / "run" / "checkpoint" / "step-1"
+    with pytest.raises(CheckpointError, match=rf"add --model.tokenizer_path {last / 'tokenizer'}"):
+        train(run_config(tmp_path, checkpoint__initial_load_path=tmp_path / "run", job__dump_folder=other))
+    with (last / "config.toml").open("a") as file:
+        file.write("[none]\nof = 1\n")
+    with pytest.raises(CheckpointError, match=r"the checkpoint is not loaded \(config.toml: \d+ bytes, not \d+\)"):
+        train(run_config(tmp_path, checkpoint__initial_load_path=tmp_path / "run", job__dump_folder=other))
 
 
 def test_another_tokenizer_than_the_weights_came_with_is_warned_of(tmp_path: Path) -> None:

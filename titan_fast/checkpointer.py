@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from titan_fast import distributed, manifest
 from titan_fast.agreement import Agreement
 from titan_fast.checkpoint import Progress, cause, copy_tokenizer, load_tensors, read_config, read_state, tensors_of
-from titan_fast.config import Config, model_shape, to_dict
+from titan_fast.config import Checkpoint, Config, model_shape, to_dict
 from titan_fast.distributed import World
 from titan_fast.errors import NO_ROOM, CheckpointError, ConfigError, NumericsError
 from titan_fast.flops import parameter_count
@@ -60,34 +60,42 @@ def check(config: Config, device: torch.device) -> None:
         )
 
 
-def check_start(config: Config, run_dir: Path, bytes_per_parameter: int) -> None:
+def check_start(config: Config, run_dir: Path, saved_bytes: int) -> None:
     """CheckpointError where what the run is to begin from, a step or other weights, is not there or of another model,
-    or where the disk has no room for one checkpoint. For one process, and as long as nothing is loaded.
-    bytes_per_parameter: of a checkpoint, weight and moments."""
+    or where the disk has no room for one checkpoint of `saved_bytes` a parameter. For one process, and as long as
+    nothing is loaded."""
     settings, shape = config.checkpoint, model_shape(config.model)
     folder = run_dir / settings.folder
-    found = list(manifest.checkpoints(folder)) if settings.enable else []
+    found = manifest.checkpoints(folder) if settings.enable else {}
     # A run that went back before and has come further may have lost that step since, and goes on.
     goes_on = (folder / WENT_BACK).exists()
     if settings.load_step != -1 and settings.load_step not in found and not goes_on:
-        raise _no_such_step(settings.load_step, found, folder)
+        raise _no_such_step(settings.load_step, list(found), folder)
     if settings.initial_load_path is not None and not found:
         data = config.training.dataset_path
         names_tokenizer = bool(config.model.tokenizer_path or (data and is_prepared(Path(data))))
         path = Path(settings.initial_load_path)
         check_initial_weights(path, shape, settings.initial_load_changes, names_tokenizer)
-    saves = settings.enable and max(found, default=0) < config.training.steps
-    if saves and settings.on_save_error == "abort":
-        need = parameter_count(shape) * bytes_per_parameter + _SPARE_BYTES
-        # What a killed save has left is deleted before the next one.
-        free = shutil.disk_usage(folder).free + manifest.leftover_bytes(folder)
-        if free < need:
+    if settings.load_step != -1 and not goes_on:
+        first = settings.load_step
+    else:
+        first = max((step for step, path in found.items() if manifest.problem(path, contents=False) is None), default=0)
+    if settings.enable and first < config.training.steps:
+        need = parameter_count(shape) * saved_bytes + _SPARE_BYTES
+        free, comes_free = shutil.disk_usage(folder).free, manifest.leftover_bytes(folder)
+        if free + comes_free < need:
+            and_more = f" and {comes_free:,} more in what a killed save has left" if comes_free else ""
             raise CheckpointError(
-                f"a checkpoint of this model needs {need:,} bytes, and the disk has {free:,} free",
-                "make room or choose another --job.dump_folder; with --checkpoint.on_save_error continue the run "
-                "starts all the same",
+                f"a checkpoint of this model needs {need:,} bytes, and the disk has {free:,} bytes free{and_more}",
+                _room(settings),
                 str(folder),
             )
+
+
+def _room(settings: Checkpoint) -> str:
+    """What to do where there is none."""
+    key = "checkpoint.folder" if Path(settings.folder).is_absolute() else "job.dump_folder"
+    return f"make room or choose another --{key}"
 
 
 def _no_such_step(wanted: int, found: Sequence[int], folder: Path) -> CheckpointError:
@@ -325,7 +333,7 @@ class Checkpointer:
         fix = error.fix if isinstance(error, CheckpointError) else ""
         if any(word in what for word in ("disk full", *map(os.strerror, NO_ROOM))):
             what += f": needs {need:,} bytes, has {have} bytes free"
-            fix = "make room or choose another --job.dump_folder"
+            fix = _room(self.settings)
         what = f"the checkpoint could not be written: {what}"
         return CheckpointError(what, f"{fix or 'see what is wrong there'}; {kept}", str(self.folder))
 

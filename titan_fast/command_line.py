@@ -2,8 +2,10 @@
 
 import argparse
 import io
+import os
 import re
 from contextlib import redirect_stderr
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -15,7 +17,7 @@ T = TypeVar("T")
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, f"see {self.prog} --help")
+        raise ConfigError(" ".join(message.split()), "see --help")
 
 
 def read(kind: type[T], argv: list[str] | None, prog: str) -> T:
@@ -28,18 +30,29 @@ def read(kind: type[T], argv: list[str] | None, prog: str) -> T:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(_sentence(captured.getvalue()), f"see {prog} --help") from stop
+        raise ConfigError(_sentence(captured.getvalue()), "see --help") from stop
 
 
-# What tyro says twice, what is in boxes of their own, and the parts of a union that did not match either.
-_HEADINGS = (
-    r"Parsing error|Value error|Required options|Error parsing|Invalid choice(?= invalid)|Unrecognized options(?= U)"
-)
-_MORE = r"Argument helptext|For full helptext|Got errors:|Available subcommands:"
+# The manual, and the parts of a union that did not match either.
+_MORE = re.compile(r"Argument helptext|For full helptext|Got errors:")
 
 
 def _sentence(refusal: str) -> str:
-    """tyro's words without their frame, colours and manual."""
-    text = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]|[\u2500-\u257f]|-{3,}|^[|+]|[|+]$", " ", refusal, flags=re.MULTILINE)
-    text = re.split(_MORE, re.sub(r"\s+", " ", text))[0]
-    return re.sub(_HEADINGS, "", text).strip(" .")
+    """tyro's words, which stand in a box with a title, without either, colours and manual."""
+    words = []
+    for line in re.sub(r"\x1b\[[0-9;]*m|\[/?bold\](?=FLOAT|`)", "", refusal).strip().splitlines()[1:]:
+        inside = line.strip("\u2502| ").removeprefix("Error parsing ")
+        if _MORE.match(inside):
+            break
+        if inside.strip("\u2500\u2570\u256f-+"):
+            words.append(inside)
+    return " ".join(words).strip(" .")
+
+
+def obstacle(folder: Path) -> str:
+    """Why nothing can be written in a folder that is there or is yet to be made, as far as names and rights tell; empty
+    where nothing stands in the way."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        return f"{there} is a file"
+    return "" if os.access(there, os.W_OK | os.X_OK) else f"not allowed to write in {there}"

@@ -448,7 +448,7 @@ def from_options(options: dict[str, list[str]]) -> Config:
     argv: list[str] = []
     for name, values in options.items():  # a single value may begin with a dash
         words = [word.capitalize() if word in ("true", "false") else word for word in values]
-        words = words if known_keys()[name].type is bool else values
+        words = words if known_keys()[name].type in (bool, bool | None) else values
         argv += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     try:
         return command_line.read(_Flagless, argv, "titan_fast.train")
@@ -522,7 +522,9 @@ def _check_names(options: dict[str, list[str]]) -> None:
         elif not values:
             problems.add(f"key {name!r} has no value", f"write --{name} VALUE")
         elif len(values) > 1 and "tuple" not in str(known[name].type):
-            problems.add(f"{name} takes one value, not {len(values)}: {' '.join(values)}", "leave the others out")
+            listed = ", ".join(map(repr, values[:3])) + (f" and {len(values) - 3} more" if len(values) > 3 else "")
+            remedy = "quote what has spaces, or name a folder"
+            problems.add(f"{name} takes one value, not {len(values)}: {listed}", remedy)
     problems.refuse()
 
 
@@ -637,7 +639,7 @@ def _check_ranges(config: Config, problems: Problems) -> None:
         table, _, key = name.partition(".")
         value = getattr(getattr(config, table), key)
         if value is not None and not abs(value) < 1e300:
-            problems.add(f"{name} is {value}, not a finite number", "change it")
+            problems.add(f"{name} is {value}, not a finite number below 1e300", "change it")
         elif value is not None and not least <= value <= most:
             problems.add(f"{name} is {value}, not {words}", "change it")
     for name, path in (

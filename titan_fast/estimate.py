@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titan_fast.command_line import Parser
+from titan_fast.command_line import Parser, obstacle
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape, parse
 from titan_fast.errors import ConfigError, command
 from titan_fast.flavors import ModelShape
@@ -246,11 +246,8 @@ def plan_of(argv: list[str]) -> tuple[Plan, argparse.Namespace]:
     nic = gpu.nic.value if own.nic_gbps is None else own.nic_gbps * 1e9 / 8
     network = Network(min(own.gpus_per_node, own.gpus), nic)
     plan = Plan(on_gpu(parse(rest)), gpu, own.gpus, network, own.all_blocks)
-    if own.plot is not None:
-        try:
-            own.plot.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"no folder for --plot: {error.strerror}", "give another name", str(own.plot)) from error
+    if own.plot is not None and (why := obstacle(own.plot)):
+        raise ConfigError(f"no folder for --plot: {why}", "give another name", str(own.plot))
     return plan, own
 
 

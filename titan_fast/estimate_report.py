@@ -120,6 +120,7 @@ def plots(found: Estimate, folder: Path) -> list[Path]:
     """Writes memory.png (timeline by part) and step.png (time by part); their paths."""
     from matplotlib.figure import Figure
 
+    folder.mkdir(parents=True, exist_ok=True)
     segments = [s for s in found.segments if s.phase != "end"]
     places = range(len(segments))
     figure = Figure(figsize=(11, 5), layout="constrained")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from titan_fast import manifest
-from titan_fast.checkpoint import cause, check_tensors, checkpoints_of, read_config
+from titan_fast.checkpoint import cause, check_tensors, checkpoints_of, read_config, read_state
 from titan_fast.config import from_dict, model_shape
 from titan_fast.errors import CheckpointError, TitanFastError
 from titan_fast.flavors import ModelShape
@@ -41,12 +41,12 @@ def foreign_weights(path: Path) -> Weights | None:
 def checkpoint_folder(path: Path, part: tuple[int, int] | None = (0, 1)) -> Path:
     """The checkpoint at `path`: itself a step-N folder, or the newest in a run directory or in its checkpoint folder.
     CheckpointError where there is none, or it is not what its manifest says. `part` (i, n): this process is the i-th of
-    n that share the hashing; None: nothing is hashed."""
+    n that share the hashing; None: only names and sizes are compared."""
     candidates = [path] if (path / "state.json").is_file() else list(checkpoints_of(path).values())
     if not candidates:
         raise CheckpointError("no checkpoint here", "give a run directory or one of its step-N folders", str(path))
     newest = candidates[-1]
-    if part is not None and (reason := manifest.problem(newest, part=part)):
+    if reason := manifest.problem(newest, contents=part is not None, part=part or (0, 1)):
         raise CheckpointError(
             f"the checkpoint is not loaded ({reason})", "restore it from a copy or name an older one", str(newest)
         )
@@ -116,14 +116,28 @@ def check_initial_weights(path: Path, shape: ModelShape, allow_changes: bool, na
     model of others that has a tokenizer would be trained on a new one. For one process, and before there is a model."""
     weights = _open(path, part=None)
     _compare_shapes(weights, shape, allow_changes)
-    has_tokenizer = any((path / name).is_file() for name in NAMES_IN_FOLDER)
-    if has_tokenizer and not names_tokenizer and not isinstance(weights, CheckpointWeights):
+    folder = _tokenizer_folder(weights)
+    if folder is not None and not names_tokenizer and not _was_trained_by_run(weights):
         raise CheckpointError(
             "these weights came with a tokenizer, and without model.tokenizer_path a new one would be trained, to "
             "which they mean nothing",
-            f"add --model.tokenizer_path {path}",
+            f"add --model.tokenizer_path {folder}",
             str(path),
         )
+
+
+def _tokenizer_folder(weights: Weights | CheckpointWeights) -> Path | None:
+    """Where the tokenizer lies that came with the weights, if one did."""
+    folder = weights.path / "tokenizer" if isinstance(weights, CheckpointWeights) else weights.path
+    return folder if any((folder / name).is_file() for name in NAMES_IN_FOLDER) else None
+
+
+def _was_trained_by_run(weights: Weights | CheckpointWeights) -> bool:
+    """Whether their tokenizer is one that a run trained on its text, as another run on the same text would."""
+    if not isinstance(weights, CheckpointWeights):
+        return False
+    is_imported = read_state(weights.path)["tokens_seen"] == 0
+    return not is_imported and read_config(weights.path)["model"].get("tokenizer_path") is None
 
 
 @torch.no_grad()
@@ -159,8 +173,8 @@ def load_initial_weights(
 
 def _other_tokenizer(weights: Weights | CheckpointWeights, tokenizer: Tokenizer | None) -> str:
     """A warning, where a tokenizer came with the weights and another one is in use."""
-    folder = weights.path / "tokenizer" if isinstance(weights, CheckpointWeights) else weights.path
-    if tokenizer is None or not any((folder / name).is_file() for name in NAMES_IN_FOLDER):
+    folder = _tokenizer_folder(weights)
+    if tokenizer is None or folder is None:
         return ""
     try:
         same = load_tokenizer(folder).fingerprint == tokenizer.fingerprint
@@ -179,10 +193,10 @@ def _open(path: Path, part: tuple[int, int] | None) -> Weights | CheckpointWeigh
     if not path.is_dir():
         raise CheckpointError("there is no such folder", "change checkpoint.initial_load_path", str(path))
     try:
-        found = foreign_weights(path)
+        return foreign_weights(path) or CheckpointWeights(checkpoint_folder(path, part))
     except ValueError as error:  # a config that is no shape of ours
-        raise CheckpointError(str(error), "change checkpoint.initial_load_path", str(path)) from error
-    return found or CheckpointWeights(checkpoint_folder(path, part))
+        what = f"its config is none of this project's: {error}"
+        raise CheckpointError(what, "change checkpoint.initial_load_path", str(path)) from error
 
 
 def _compare_shapes(weights: Weights | CheckpointWeights, shape: ModelShape, allow_changes: bool) -> list[str]:

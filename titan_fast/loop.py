@@ -60,8 +60,8 @@ def train(config: Config) -> None:
     checkpointer.check(config, device)
     run_dir = open_run_directory(config)
     if distributed.is_main_process():
-        kept = parallel.weights_kept(config, degrees.data * degrees.tensor, parallel.precision(config.training, device))
-        checkpointer.check_start(config, run_dir, bytes_per_parameter=6 if kept == "bfloat16" else 12)
+        dtypes = parallel.precision(config.training, device)
+        checkpointer.check_start(config, run_dir, parallel.saved_bytes(config, degrees.data * degrees.tensor, dtypes))
         check_data(config)
     lock = RunLock(run_dir) if distributed.is_main_process() else None
     with (

@@ -194,12 +194,13 @@ def delete(folder: Path) -> None:
 
 
 def leftover_bytes(parent: Path) -> int:
-    """Of what `clean` would delete or put back."""
+    """Of what `clean` would delete. A run that is still going on may be at it too."""
     total = 0
     for folder in parent.glob(".*"):
-        if _LEFTOVER.fullmatch(folder.name) and not folder.is_symlink():
-            for file in folder.rglob("*"):
-                with suppress(FileNotFoundError):  # a run that is still going on may be at it
+        match = _LEFTOVER.fullmatch(folder.name)
+        if match and not folder.is_symlink() and (match[1] != "replaced" or folder.with_name(match[2]).exists()):
+            with suppress(FileNotFoundError):
+                for file in folder.rglob("*"):
                     total += file.lstat().st_size
     return total
 

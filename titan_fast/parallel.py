@@ -132,6 +132,11 @@ def weights_kept(settings: Config, world_size: int, dtypes: Precision) -> Litera
     return "masters" if alone and settings.optimizer.implementation == "fused" else "fsdp"
 
 
+def saved_bytes(settings: Config, world_size: int, dtypes: Precision) -> int:
+    """Of one parameter in a checkpoint: the weight and its two moments."""
+    return 3 * (2 if weights_kept(settings, world_size, dtypes) == "bfloat16" else 4)
+
+
 def buffers_are_direct(settings: config.Parallelism, device_type: str) -> bool:
     """`parallelism.fsdp_buffers` with auto resolved."""
     if settings.fsdp_buffers == "auto":

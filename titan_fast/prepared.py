@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from titan_fast.command_line import obstacle
 from titan_fast.corpus import Document, RowLedger
 from titan_fast.errors import DataError
 from titan_fast.tokenizer import Tokenizer, available_processors
@@ -79,10 +79,8 @@ def check_empty(folder: Path) -> None:
         raise DataError("the folder for the token shards is a file", "name another, or remove it", str(folder))
     if folder.exists() and any(folder.iterdir()):
         raise DataError("the folder for the token shards is not empty", "name another, or remove it", str(folder))
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        why = "not allowed to write there" if there.is_dir() else "it is a file"
-        raise DataError(f"the token shards cannot be written in {there}: {why}", "name another folder", str(folder))
+    if why := obstacle(folder.absolute().parent):  # they are written beside it
+        raise DataError(f"the token shards cannot be written: {why}", "name another folder", str(folder))
 
 
 def _write(

@@ -24,13 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def unwritten_elements_are_nan(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Of tensors from `torch.empty`, where a test runs kernels: what a kernel leaves out could else be right by chance,
-    if a right result lay in the same memory before. Not without PyTorch's cache, as compute-sanitizer is run, whose
-    initcheck sees for itself what is read unwritten."""
-    if "device" not in request.fixturenames or "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
-        yield
-        return
-    torch.use_deterministic_algorithms(True, warn_only=True)
+def unwritten_elements_are_nan() -> Iterator[None]:
+    """Of tensors from `torch.empty`: what a kernel leaves out could else be right by chance, if a right result lay in
+    the same memory before. Not without PyTorch's cache, as compute-sanitizer is run, whose initcheck sees for itself
+    what is read unwritten."""
+    before = torch.get_deterministic_debug_mode()
+    if "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ:
+        torch.set_deterministic_debug_mode("warn")
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode(before)
