@@ -30,7 +30,7 @@ from titan_fast.run_lock import NAME as LOCK
 from titan_fast.run_lock import SILENT_SECONDS, RunLock
 from titan_fast.signals import resume_command, seconds_to_stop
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,10 @@ def newest_step(folder: Path) -> int:
 
 def killed_at_random(data: Path, tmp_path: Path, times: int, seed: int) -> list[str]:
     """Two ranks that save after every step are killed `times` times, one or both, at a random moment once they
-    train; each start must go on from the newest published step. Then they finish."""
-    chance, folder, log, last = random.Random(seed), tmp_path / "killed", [], 14 * times
-    more: dict[str, Any] = {"training__steps": last, "checkpoint__interval": 1, "checkpoint__keep_latest_k": 2}
+    train; each start must go on from the newest published step. Then they finish, three steps later."""
+    chance, folder, log = random.Random(seed), tmp_path / "killed", []
+    more: dict[str, Any] = {"training__steps": 200 * times, "checkpoint__interval": 1, "checkpoint__keep_latest_k": 2}
+    more |= {"lr_scheduler__total_steps": 200 * times}
     for _ in range(times):
         before = max(whole_steps(folder), default=0)
         process = start(2, data, folder, [], **more)
@@ -89,6 +90,8 @@ def killed_at_random(data: Path, tmp_path: Path, times: int, seed: int) -> list[
             assert f"after step {before:,}," in output, output
         torn = [path.name for path in (folder / "checkpoint").glob(".*")]
         log.append(f"{len(chosen)} killed, {max(whole_steps(folder), default=0)} published, left {torn}")
+    last = newest_step(folder) + 3
+    more["training__steps"] = last
     process = start(2, data, folder, [], **more)
     output = runs.finish(process)
     assert process.returncode == 0, output
@@ -228,7 +231,7 @@ def test_a_signal_to_one_rank_stops_all_after_one_save(data: Path, tmp_path: Pat
     assert resume is not None, output
     assert "--nproc-per-node=2" in resume[1] and str(runs.FAULTS) in resume[1]
     again = subprocess.run(
-        ["sh", "-c", resume[1]], capture_output=True, text=True, timeout=100, env=runs.environment(FAULTS="[]")
+        ["sh", "-c", resume[1]], capture_output=True, text=True, timeout=180, env=runs.environment(FAULTS="[]")
     )
     assert again.returncode == 0 and "after step 3," in again.stdout, again.stdout + again.stderr
     assert whole_steps(tmp_path / "run") == [3, 5, 10]
@@ -473,7 +476,7 @@ for folder in sys.argv[1:]:
     command = [sys.executable, "-c", program, str(tmp_path / "one"), str(tmp_path / "two")]
     if os.geteuid() == 0:
         command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]  # a root that modes bind
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=runs.environment())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=runs.environment())
     assert done.returncode == 0, done.stderr
     for folder, key in refused.items():
         assert f"{key} cannot be written: Permission denied [{folder}]" in done.stderr
@@ -537,7 +540,7 @@ def test_a_slow_rank_is_told_and_a_hanging_one_is_named(data: Path, tmp_path: Pa
     faults = [{"what": "slow", "rank": 1, "step": 2, "seconds": 0.25}]
     faults += [{"what": "sleep", "rank": 1, "step": 60, "seconds": 1000.0}]
     process = start(2, data, tmp_path / "run", faults, training__steps=100, comm__timeout_seconds=12)
-    wait_for(lambda: max(runs.losses(tmp_path / "run"), default=0) >= 59, 90)
+    wait_for(lambda: max(runs.losses(tmp_path / "run"), default=0) >= 59)
     began = time.monotonic()
     output = runs.finish(process, 60)
     assert time.monotonic() - began < 12 + 30, "the verdict within the limit; torchrun needs a moment to end"

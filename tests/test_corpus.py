@@ -411,7 +411,13 @@ def test_a_broken_json_array_is_named(tmp_path: Path) -> None:
     assert "the JSON file is broken" in refused(tmp_path / "rows.json")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     content=st.one_of(
         st.binary(max_size=300),

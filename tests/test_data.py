@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -318,9 +319,8 @@ def test_the_default_run_reads_the_standard_library(tmp_path: Path) -> None:
     assert "stdlib: " in loader.describe()
     folders = sorted((tmp_path / "data").glob("*/index.json"))
     written = folders[0].stat().st_mtime_ns
-    started = time.perf_counter()
     data.build_loader(config, tokenizer, dp_rank=0, is_main=True, **arguments)
-    assert time.perf_counter() - started < 2 and len(folders) == 1
+    assert len(folders) == 1
     assert folders[0].stat().st_mtime_ns == written  # it was not prepared twice
     text = "".join(tokenizer.decode(row) for _ in range(10) for row in next(loader)[0].tokens.tolist())
     loader.close()
@@ -537,10 +537,11 @@ def test_an_error_in_the_thread_surfaces_at_next_again_and_again(make: Callable)
 def test_waiting_is_counted(make: Callable) -> None:
     loader = make()
     inner = loader._source.next_step
-    loader._source.next_step = lambda stopping: (time.sleep(0.05), inner(stopping))[1]
+    delays = iter([0.5])
+    loader._source.next_step = lambda stopping: (time.sleep(next(delays, 0.0)), inner(stopping))[1]
     for _ in range(4):
         next(loader)
-    assert 0.15 < loader.wait_seconds < 2
+    assert loader.wait_seconds > 0.2
 
 
 # Streams: the same class that reads from the hub, over a local streamed data set.
@@ -690,15 +691,21 @@ def test_a_connection_that_stays_lost_is_an_error_with_its_place(
 def test_a_lost_connection_is_given_up_before_the_others_are(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "RETRY_SECONDS", (0, 0.3, 0.3, 0.3, 60))
+    monkeypatch.setattr(hub, "RETRY_SECONDS", (0, 3, 3, 3, 60))
+    clock = [100.0]
+
+    class Stopping(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            clock[0] += timeout or 0
+            return False
+
+    monkeypatch.setattr(hub, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     dataset = Flaky(set(range(50, 10_000))).dataset()
-    loader = Loader(StreamSource(dataset, "test", "text", tokenizer, Share(0, 1, 2, 2), SEQ_LEN, 3, patience=0.5), CPU)
-    started = time.monotonic()
-    with pytest.raises(DataError, match=r"the stream broke: the line is dead, for 0 s"):
+    source = StreamSource(dataset, "test", "text", tokenizer, Share(0, 1, 2, 2), SEQ_LEN, 3, patience=5)
+    with pytest.raises(DataError, match=r"the stream broke: the line is dead, for 3 s"):
         for _ in range(100):
-            next(loader)
-    assert 0.3 <= time.monotonic() - started < 5
-    loader.close()
+            source.next_step(Stopping())
+    assert clock == [103.0]
 
 
 def test_a_stream_says_where_every_rank_reads_all_of_it(stream: Callable) -> None:
@@ -714,7 +721,7 @@ def test_closing_does_not_wait_for_a_retry(stream: Callable, monkeypatch: pytest
     time.sleep(0.3)
     started = time.monotonic()
     loader.close()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 30
 
 
 def test_a_stream_without_the_column_or_without_rows_is_refused_at_once(stream: Callable) -> None:
@@ -825,6 +832,6 @@ sys.exit(7)
     )
     root = str(Path(data.__file__).parents[1])
     ended = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": root}
+        [sys.executable, script], capture_output=True, text=True, timeout=180, env=os.environ | {"PYTHONPATH": root}
     )
     assert ended.returncode == 7 and not ended.stderr, ended.stderr

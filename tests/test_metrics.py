@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer
 
 from titan_fast import run_history
 from titan_fast.config import Config, model_shape, parse
@@ -305,7 +306,9 @@ def events(folder: Path) -> Any:
     return EventAccumulator(str(folder)).Reload()
 
 
-def test_tensorboard(tmp_path: Path) -> None:
+def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Files of one second are read in the order of the names' last part, which counts in this process: 10 before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     first = logger(tmp_path, "--optimizer.lr", "0.0123")
     for step in (1, 2, 3, 4):
         log(first, step, loss=float(step))
@@ -393,7 +396,7 @@ def on_a_terminal(*arguments: str) -> tuple[int, str]:
             break
         output += chunk
     os.close(controller)
-    return process.wait(timeout=30), output.decode()
+    return process.wait(timeout=180), output.decode()
 
 
 @pytest.mark.parametrize("how", ["finish", "stop"])
@@ -410,7 +413,7 @@ def test_progress_bar_on_a_terminal_only(tmp_path: Path, how: str) -> None:
 def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
     command = [sys.executable, "-c", DRIVE, str(tmp_path)]
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "FORCE_COLOR": "1"}
-    result = subprocess.run(command, capture_output=True, env=environment, timeout=30)
+    result = subprocess.run(command, capture_output=True, env=environment, timeout=180)
     assert result.returncode == 0, result.stderr
     assert b"\x1b" not in result.stdout
     assert rb"\xe9 [bold]" in result.stdout
@@ -422,7 +425,7 @@ def test_a_console_that_nobody_reads_does_not_end_the_run(tmp_path: Path) -> Non
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-c", DRIVE, str(tmp_path)]
-    assert subprocess.run(command, stdout=writer, stderr=writer, timeout=30).returncode == 0
+    assert subprocess.run(command, stdout=writer, stderr=writer, timeout=180).returncode == 0
     os.close(writer)
     lines = (tmp_path / "train.log").read_text(encoding="utf-8")
     assert lines.count("WARNING: the console is gone: Broken pipe; the run goes on") == 1
