@@ -437,8 +437,9 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line(data: Path, tmp_path: Pat
     assert output.count(f"{log} cannot be written: File too large; the run goes on") == 1
     assert output.count(f"{log} is written again") == 1 and "TensorBoard's events cannot be written" in output
     assert list(runs.losses(tmp_path / "run")) == list(range(1, 11))
-    shown = [line for line in output.splitlines() if line.startswith("step ")]
-    assert [line[20:] for line in log.read_text().splitlines() if line[20:].startswith("step ")] == shown
+    lines = [line[20:] for line in log.read_text().splitlines() if line[20:].startswith("step ")]
+    assert [int(line[5:7]) for line in lines] == list(range(1, 11))
+    assert all(line in output for line in lines)  # a thread may have said something in front of one
     assert whole_steps(tmp_path / "run") == [10]
 
 
