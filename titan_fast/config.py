@@ -446,9 +446,9 @@ def from_options(options: dict[str, list[str]]) -> Config:
     """A Config from {"table.key": [words]}; names and types are checked, values are not."""
     _check_names(options)
     argv: list[str] = []
+    flags = {name for name, key in known_keys().items() if key.type in (bool, bool | None)}
     for name, values in options.items():  # a single value may begin with a dash
-        words = [word.capitalize() if word in ("true", "false") else word for word in values]
-        words = words if known_keys()[name].type in (bool, bool | None) else values
+        words = [word.capitalize() if name in flags and word in ("true", "false") else word for word in values]
         argv += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     try:
         return command_line.read(_Flagless, argv, "titan_fast.train")
