@@ -177,7 +177,7 @@ def contests(smoke: bool) -> list[Contest]:
 
 def measured(contest: Contest, device: torch.device, passes: int, calls: int) -> dict[str, Names]:
     """{setting: microseconds, and how much slower than "as it is" that is; or what is wrong with it}."""
-    from benchmarks.measurement import copies, disagreement, fresh, nan_where_unwritten, results, run_of, truths
+    from benchmarks.measurement import copies, fault, run_of, truths
     from benchmarks.providers import OURS, build, make_inputs
     from benchmarks.timing import Run, difference, measure
 
@@ -193,10 +193,7 @@ def measured(contest: Contest, device: torch.device, passes: int, calls: int) ->
 
     def add(label: str, active: Callable[[], AbstractContextManager[None]]) -> None:
         with active():
-            with nan_where_unwritten():
-                found = results(case, function, fresh(inputs), copies(gradients))
-            problem = disagreement(found, reference, truth)
-            if problem:
+            if problem := fault(case, function, inputs, gradients, reference, truth):
                 raise ValueError(problem)
             run = run_of(case, contest.direction, function, inputs, copies(gradients))
 

@@ -137,6 +137,22 @@ def nan_where_unwritten() -> Iterator[None]:
         torch.set_deterministic_debug_mode(before)
 
 
+def fault(
+    case: Case,
+    function: Function,
+    inputs: tuple[Tensor, ...],
+    gradients: tuple[Tensor, ...],
+    reference: tuple[Tensor, ...],
+    truth: tuple[Tensor, ...],
+    fills: bool = True,
+) -> str:
+    """What is wrong with what `function` gives, empty where nothing is; its memory is filled as `nan_where_unwritten`
+    does where `fills`. It may write into what it is given, which is its own."""
+    with nan_where_unwritten() if fills else nullcontext():
+        found = results(case, function, fresh(inputs), copies(gradients))
+    return disagreement(found, reference, truth)
+
+
 def measure_case(
     case: Case, names: set[str], device: torch.device, backend: str, passes: int, calls: int
 ) -> MeasuredCase:
@@ -210,15 +226,11 @@ def _checked(
         measured = found[name]
         with _caught(measured, device):
             function = build(case, provider, backend, device)
-            # Some work in place on the gradients that they are given, so that each gets its own.
-            run = functools.partial(results, case, function)
-            with nullcontext() if provider.compiled or case.op.startswith("block") else nan_where_unwritten():
-                checked = run(fresh(inputs), copies(gradients))
-            problem = disagreement(checked, reference, truth)
-            del checked
-            if problem:
+            fills = not (provider.compiled or case.op.startswith("block"))
+            if problem := fault(case, function, inputs, gradients, reference, truth, fills):
                 measured.problem, measured.failed = f"wrong: {problem}", True
                 continue
+            run = functools.partial(results, case, function)
             measured.peak_bytes = peak_bytes(run, fresh(inputs), copies(gradients), device)
             functions[name] = function
     return functions, gradients

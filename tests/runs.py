@@ -5,7 +5,9 @@ import os
 import random
 import subprocess
 import sys
+import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,14 @@ def run(data: Path, folder: Path, **changes: Any) -> None:
     from titan_fast import loop
 
     loop.train(parse(arguments(data, folder, **changes)))
+
+
+def wait_for(condition: Callable[[], Any], limit_seconds: float = 180.0) -> None:
+    """Until it holds."""
+    give_up = time.monotonic() + limit_seconds
+    while not condition():
+        assert time.monotonic() < give_up, "it did not come to that"
+        time.sleep(0.02)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -48,13 +48,6 @@ def start_interpreters(
     )  # fmt: skip
 
 
-def wait_for(condition: Any, limit_seconds: float = 180.0) -> None:
-    give_up = time.monotonic() + limit_seconds
-    while not condition():
-        assert time.monotonic() < give_up, "it did not come to that"
-        time.sleep(0.02)
-
-
 def whole_steps(folder: Path) -> list[int]:
     """Steps of the published checkpoints; every one must verify."""
     found = manifest.checkpoints(folder / "checkpoint")
@@ -79,7 +72,7 @@ def killed_at_random(data: Path, tmp_path: Path, times: int, seed: int) -> list[
     for _ in range(times):
         before = max(whole_steps(folder), default=0)
         process = start(2, data, folder, [], **more)
-        wait_for(lambda before=before: newest_step(folder) > before)
+        runs.wait_for(lambda before=before: newest_step(folder) > before)
         time.sleep(chance.uniform(0, 0.6))
         workers = children(process.pid)
         chosen = workers if chance.random() < 0.5 else [chance.choice(workers)]
@@ -133,7 +126,7 @@ def test_one_rank_killed_at_random(kills: int, data: Path, tmp_path: Path) -> No
     for _ in range(kills):
         before = max(whole_steps(folder), default=0)
         child = started(None, 0, data, folder, more)
-        wait_for(lambda before=before: newest_step(folder) > before)
+        runs.wait_for(lambda before=before: newest_step(folder) > before)
         time.sleep(chance.uniform(0.0, 2.0))
         child.kill()
         killed += exit_status(child) == -signal.SIGKILL
@@ -242,7 +235,7 @@ def test_sigusr1_to_torchrun_saves_and_leaves_no_process(data: Path, tmp_path: P
     flags = ("--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",)
     more = {"training__steps": 5000, "checkpoint__interval": 10**6, "validation__enable": True, "validation__freq": 3}
     process = start_interpreters(2, data, tmp_path / "run", [], flags, **more)
-    wait_for(lambda: max(runs.losses(tmp_path / "run"), default=0) >= 4)
+    runs.wait_for(lambda: max(runs.losses(tmp_path / "run"), default=0) >= 4)
     workers = children(process.pid)
     assert {address for worker in workers for address in listening(worker)} <= {"127.0.0.1", "::1"}
     process.send_signal(signal.SIGUSR1)
@@ -541,7 +534,7 @@ def test_a_slow_rank_is_told_and_a_hanging_one_is_named(data: Path, tmp_path: Pa
     faults = [{"what": "slow", "rank": 1, "step": 2, "seconds": 0.25}]
     faults += [{"what": "sleep", "rank": 1, "step": 60, "seconds": 1000.0}]
     process = start(2, data, tmp_path / "run", faults, training__steps=100, comm__timeout_seconds=12)
-    wait_for(lambda: max(runs.losses(tmp_path / "run"), default=0) >= 59)
+    runs.wait_for(lambda: max(runs.losses(tmp_path / "run"), default=0) >= 59)
     began = time.monotonic()
     output = runs.finish(process, 60)
     assert time.monotonic() - began < 12 + 30, "the verdict within the limit; torchrun needs a moment to end"

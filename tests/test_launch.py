@@ -3,12 +3,12 @@
 import os
 import signal
 import subprocess
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import yaml
 from torch.distributed.run import get_args_parser
 
@@ -53,10 +53,7 @@ def test_slurm_passes_the_signal_on_and_waits(tmp_path: Path) -> None:
     )
     job = subprocess.Popen([SLURM], env=environment, start_new_session=True)
     try:
-        deadline = time.monotonic() + 20
-        while not (tmp_path / "up").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        runs.wait_for((tmp_path / "up").exists)
         job.send_signal(signal.SIGTERM)
         assert job.wait(20) == 0 and saved.exists()
     finally:

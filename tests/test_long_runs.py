@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,9 @@ def test_a_stall_that_ends_is_forgotten_and_the_next_one_is_not_missed(
     one.at(1, "data")
     other.at(1, "data")
     with one, other:
-        wait_until(lambda: all(map(stores.check, reports)))  # both collect reports, and go on before they have judged
+        runs.wait_for(
+            lambda: all(map(stores.check, reports))
+        )  # both collect reports, and go on before they have judged
         while any(map(stores.check, reports)):  # they would name the wrong one
             step = next(steps)
             one.at(step, "data")
@@ -66,17 +68,10 @@ def test_a_stall_that_ends_is_forgotten_and_the_next_one_is_not_missed(
             time.sleep(0.1)
         assert not left
         one.at(step + 1, "optimizer", Limit(60.0, "comm.init_timeout_seconds"))
-        wait_until(lambda: left)
+        runs.wait_for(lambda: left)
     assert set(left) == {6}
     said = capsys.readouterr().err
     assert "rank 1 hangs" in said and f"step {step}, phase 'data'" in said and "at most 2 s" in said, said
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.02)
 
 
 def test_a_phase_has_all_of_its_limit(stores: dist.Store) -> None:
@@ -88,7 +83,7 @@ def test_a_phase_has_all_of_its_limit(stores: dist.Store) -> None:
     with Watchdog(World(0, 1, 0, CPU, stores), Limit(1.0, "comm.timeout_seconds"), print, leave) as one:
         began = time.monotonic()
         one.at(1, "data")
-        wait_until(lambda: left)
+        runs.wait_for(lambda: left)
     status, ended = left[0]
     assert status == 6 and ended - began >= 1.0
 
