@@ -58,10 +58,8 @@ def test_a_stall_that_ends_is_forgotten_and_the_next_one_is_not_missed(
     one.at(1, "data")
     other.at(1, "data")
     with one, other:
-        runs.wait_for(
-            lambda: all(map(stores.check, reports))
-        )  # both collect reports, and go on before they have judged
-        while any(map(stores.check, reports)):  # they would name the wrong one
+        runs.wait_for(lambda: all(map(stores.check, reports)))
+        while any(map(stores.check, reports)):  # ranks go on before they judge; these would name the wrong one
             step = next(steps)
             one.at(step, "data")
             other.at(step, "data")
