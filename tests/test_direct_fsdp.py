@@ -29,17 +29,20 @@ def another_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_rank_is_sent_the_rows_that_it_keeps(dtype: torch.dtype) -> None:
     gradients = [torch.randn(shape).to(dtype) for shape in SHAPES]
-    padded = [
-        -(-shape[0] // RANKS) * RANKS * (gradient[0].numel()) for shape, gradient in zip(SHAPES, gradients, strict=True)
-    ]
-    flat, direct = (torch.full((sum(padded),), torch.nan) for _ in range(2))
-    direct.part_sizes = []  # type: ignore[attr-defined]
+    rows = [-(-shape[0] // RANKS) * RANKS for shape in SHAPES]
+    total = sum(n * gradient[0].numel() for n, gradient in zip(rows, gradients, strict=True))
+    flat = torch.full((total,), torch.nan)
+    direct = direct_fsdp.DirectReduceScatter().allocate((total,), dtype=torch.float32, device=CPU)
     direct_fsdp._copy_in(list(gradients), flat, RANKS)
     direct_fsdp._copy_in(list(gradients), direct, RANKS)
-    parts = direct.split(direct.part_sizes)  # type: ignore[attr-defined]
+    parts = direct.parts  # type: ignore[attr-defined]
     for rank in range(RANKS):
         own = torch.cat([part.view(RANKS, -1)[rank] for part in parts])
         assert torch.equal(own, flat.view(RANKS, -1)[rank])
+    assert direct.untyped_storage().nbytes() == 4
+    for part, gradient, shape in zip(parts, gradients, SHAPES, strict=True):
+        in_place = part.data_ptr() == gradient.data_ptr()
+        assert in_place == (dtype == torch.float32 and shape[0] % RANKS == 0)
 
 
 @pytest.mark.parametrize(

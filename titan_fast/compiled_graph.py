@@ -29,6 +29,7 @@ _VIEWS = (_ATEN._unsafe_view.default, _ATEN.alias.default, _ATEN.lift_fresh_copy
 _OPAQUE_NAMESPACES = ("titan_kernels", "_c10d_functional", "c10d")
 _OPAQUE = (
     _ATEN.mm.default,
+    _ATEN.mm.dtype,
     _ATEN.addmm.default,
     _ATEN.bmm.default,
     _ATEN._scaled_mm.default,

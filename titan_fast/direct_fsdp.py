@@ -56,19 +56,29 @@ class DirectAllGather(collectives.DefaultAllGather):
 
 
 class DirectReduceScatter(collectives.DefaultReduceScatter):
-    """FSDP2's `ReduceScatter` of a unit whose gradients are reduced one by one."""
+    """FSDP2's `ReduceScatter` of a unit whose gradients are reduced one by one.
+
+    FSDP2 asks for memory for the input, has it filled by `_copy_in`, and asks for memory for the output. What it gets
+    for the input has a single element, and the gradients as `parts`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_filled = False
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        buffer = super().allocate(size, dtype=dtype, device=device)
-        buffer.part_sizes = []  # type: ignore[attr-defined]  # to be filled by `_copy_in`, if it is for an input
-        return buffer
+        self._is_filled = not self._is_filled
+        if not self._is_filled:
+            return super().allocate(size, dtype=dtype, device=device)
+        stand_in = super().allocate((1,), dtype=dtype, device=device).expand(size)
+        stand_in.parts = []  # type: ignore[attr-defined]
+        return stand_in
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
-        sizes: list[int] = input_tensor.part_sizes  # type: ignore[attr-defined]
-        outputs = output_tensor.split([size // group.size() for size in sizes])
-        self.reduce_each(list(outputs), list(input_tensor.split(sizes)), group, op)
+        parts: list[Tensor] = input_tensor.parts  # type: ignore[attr-defined]
+        outputs = output_tensor.split([part.numel() // group.size() for part in parts])
+        self.reduce_each(list(outputs), parts, group, op)
 
     def reduce_each(self, outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup, op: Any) -> None:
         """outputs[i]: [n_i], the own part of the sum over ranks of inputs[i], [ranks * n_i]. On the current stream."""
@@ -83,8 +93,8 @@ def _finish(work: dist.Work | None) -> None:
 
 
 def use(model: nn.Module, direct: bool) -> None:
-    """Makes every FSDP2 unit of `model` gather and reduce so, or as FSDP2 does. RuntimeError for direct where torch is
-    `unsupported`."""
+    """Makes every FSDP2 unit of `model` that several ranks share gather and reduce so, or as FSDP2 does. RuntimeError
+    for direct where torch is `unsupported`."""
     if direct and (problem := unsupported()):
         raise RuntimeError(problem)
     if direct:
@@ -93,8 +103,15 @@ def use(model: nn.Module, direct: bool) -> None:
         collectives.foreach_reduce_scatter_copy_in = _copy_in
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(DirectAllGather() if direct else collectives.DefaultAllGather())
-            module.set_custom_reduce_scatter(DirectReduceScatter() if direct else collectives.DefaultReduceScatter())
+            shared = direct and _ranks_of(module) > 1
+            module.set_custom_all_gather(DirectAllGather() if shared else collectives.DefaultAllGather())
+            module.set_custom_reduce_scatter(DirectReduceScatter() if shared else collectives.DefaultReduceScatter())
+
+
+def _ranks_of(module: FSDPModule) -> int:
+    """Over how many ranks a unit's weights are cut; 0 where it has none of its own."""
+    unit: Any = module._get_fsdp_state()._fsdp_param_group
+    return 0 if unit is None else unit._all_gather_process_group.size()
 
 
 def direct_units(model: nn.Module) -> Iterator[tuple[FSDPModule, Any]]:
@@ -184,15 +201,24 @@ def _arrive(all_gather_result: Any, fsdp_params: list[Any], group: dist.ProcessG
 
 
 def _copy_in(unsharded_grads: list[Tensor], reduce_scatter_input: Tensor, world_size: int) -> None:
-    """Gradients into the buffer to be reduced, in its dtype: one after the other, with zeros up to a multiple of the
-    ranks, where FSDP2 lays rank after rank."""
-    sizes = getattr(reduce_scatter_input, "part_sizes", None)
-    if sizes is None:
+    """Lists the gradients to be reduced, flat, in the buffer's dtype and with zeros up to a multiple of the ranks: those
+    that are so already from where they are, the others in one new buffer, one after the other (FSDP2 lays rank after
+    rank)."""
+    parts = getattr(reduce_scatter_input, "parts", None)
+    if parts is None:
         _flat["foreach_reduce_scatter_copy_in"](unsharded_grads, reduce_scatter_input, world_size)
         return
-    sizes[:] = [collectives._get_dim0_padded_size(grad.size(), world_size).numel() for grad in unsharded_grads]
-    places = []
-    for grad, part in zip(unsharded_grads, reduce_scatter_input.split(sizes), strict=True):
-        places.append(part[: grad.numel()].view(grad.shape))
-        part[grad.numel() :].zero_()
-    torch._foreach_copy_(places, unsharded_grads)
+    dtype, places, copied = reduce_scatter_input.dtype, [], []
+    sizes = [collectives._get_dim0_padded_size(grad.size(), world_size).numel() for grad in unsharded_grads]
+    ready = [grad.dtype == dtype and grad.numel() == n for grad, n in zip(unsharded_grads, sizes, strict=True)]
+    lacking = [size for size, is_ready in zip(sizes, ready, strict=True) if not is_ready]
+    buffer = torch.empty(sum(lacking), dtype=dtype, device=reduce_scatter_input.device)
+    free = iter(buffer.split(lacking) if lacking else ())
+    for grad, is_ready in zip(unsharded_grads, ready, strict=True):
+        parts.append(grad.reshape(-1) if is_ready else next(free))
+        if not is_ready:
+            parts[-1][grad.numel() :].zero_()
+            places.append(parts[-1][: grad.numel()].view(grad.shape))
+            copied.append(grad)
+    if copied:
+        torch._foreach_copy_(places, copied)

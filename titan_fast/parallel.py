@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils._pytree import tree_map_only
 
-from titan_fast import activation_checkpoint, compilation, config, direct_fsdp, float8
+from titan_fast import activation_checkpoint, compilation, config, direct_fsdp, float8, wide_gradients
 from titan_fast.config import Config, MeshDegrees
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
@@ -80,7 +80,10 @@ def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: tor
     check_optimizer(settings)
     if settings.parallelism.fsdp_buffers == "direct" and (problem := direct_fsdp.unsupported()):
         raise ConfigError(problem, "take flat", "parallelism.fsdp_buffers direct")
-    float8.check(settings, shape, tensor, precision(settings.training, device).param, device.type == "cuda")
+    param = precision(settings.training, device).param
+    float8.check(settings, shape, tensor, param, device.type == "cuda")
+    direct = buffers_are_direct(settings.parallelism, device.type)
+    wide_gradients.check(settings, degrees.shard, tensor, param, direct, device.type)
     if settings.training.cuda_graph:
         check_cuda_graph(device, shards)
     if settings.loss.implementation == "torch":
@@ -353,8 +356,8 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Conf
 
 
 def set_fsdp_policy(model: Llama, settings: config.Parallelism, shards: int, device_type: str) -> None:
-    """What of FSDP2 can be changed between steps: when gathered weights are freed, and which way they and gradients
-    go."""
+    """What of FSDP2 can be changed between steps: when gathered weights are freed, which way they and gradients go, and
+    in which dtype gradients are made."""
     reshard = settings.fsdp_reshard_after_forward
     if reshard == "default" and shards == 1:
         reshard = "never"  # nothing to gather again, only the cast would be repeated in the backward pass
@@ -365,6 +368,7 @@ def set_fsdp_policy(model: Llama, settings: config.Parallelism, shards: int, dev
             kept = module is model.blocks[-1] or module in ends
             module.set_reshard_after_forward(reshard == "always" or (reshard == "default" and not kept), recurse=False)
     direct_fsdp.use(model, buffers_are_direct(settings, device_type))
+    wide_gradients.use(model, torch.float32 if settings.fsdp_wide_gradients else None, device_type)
 
 
 def free_gathered_weights(model: nn.Module) -> None:

@@ -293,6 +293,7 @@ class _NotedAllGather(DirectAllGather):
 
 class _NotedReduceScatter(DirectReduceScatter):
     def __init__(self, recorder: StepRecorder) -> None:
+        super().__init__()
         self.recorder = recorder
 
     def reduce_each(self, outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup, op: Any) -> None:

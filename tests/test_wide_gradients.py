@@ -1,0 +1,165 @@
+"""Weight gradients that leave their products in float32."""
+
+from typing import Any
+
+import pytest
+import torch
+from shapes import LLAMA3
+from small_runs import Trace, build, config_of, own_batches, train
+from torch import Tensor
+from worlds import Task, World, results, run_world
+
+from titan_fast import direct_fsdp, parallel, wide_gradients
+from titan_fast.config import from_options, mesh_degrees, model_shape
+from titan_fast.errors import ConfigError
+from titan_fast.model import Linear, Llama
+from titan_fast.ops import REFERENCE
+from titan_fast.step import forward_backward, one_over_valid_tokens
+
+CPU = torch.device("cpu")
+BFLOAT16 = {"training.mixed_precision_param": "bfloat16", "parallelism.fsdp_buffers": "direct"}
+WIDE = BFLOAT16 | {"parallelism.fsdp_wide_gradients": True}
+TRACED = {"compile.enable": True, "compile.backend": "aot_eager"}
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "traced": TRACED,
+    "traced, pointwise": TRACED | {"activation_checkpoint.mode": "pointwise"},
+    "full": {"activation_checkpoint.mode": "full"},
+    "offloaded": {"training.enable_cpu_offload": True},
+    "never resharded": {"parallelism.fsdp_reshard_after_forward": "never"},
+}
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def test_the_gradient_is_the_product_unrounded() -> None:
+    torch.manual_seed(0)
+    linear = Linear(48, 40, REFERENCE).bfloat16()
+    x, dy = torch.randn(3, 5, 48).bfloat16().requires_grad_(), torch.randn(3, 5, 40).bfloat16()
+    exact = torch.einsum("bso,bsi->oi", dy.double(), x.double())
+    narrow_y = linear(x)
+    narrow_y.backward(dy)
+    narrow, narrow_dx, x.grad = linear.weight.grad, x.grad, None
+    linear.weight.grad = None
+    wide_gradients.widen(linear, torch.float32, CPU)
+    assert isinstance(linear, wide_gradients.WideLinear)
+    wide_y = linear(x)
+    wide_y.backward(dy)
+    assert torch.equal(wide_y, narrow_y) and x.grad is not None and narrow_dx is not None
+    assert torch.equal(x.grad, narrow_dx)
+    assert linear.weight.grad is None and linear.port.grad is not None and narrow is not None
+    assert relative_error(linear.port.grad, exact) < 1e-6
+    assert relative_error(narrow, exact) > 1e-4
+    assert linear.port.untyped_storage().nbytes() == 4
+    assert [name for name, _ in linear.named_parameters()] == ["weight"] and list(linear.state_dict()) == ["weight"]
+
+
+def test_it_can_be_taken_back() -> None:
+    linear = Linear(4, 4, REFERENCE).bfloat16()
+    wide_gradients.widen(linear, torch.float32, CPU)
+    wide_gradients.narrow(linear)
+    linear(torch.ones(1, 4).bfloat16()).sum().backward()
+    assert linear.weight.grad is not None and not hasattr(linear, "port")
+
+
+def trained(world: World, options: dict[str, Any]) -> Trace:
+    return train(world, LLAMA3, options, passes=2, steps=6)
+
+
+def a_step(model: Llama, options: dict[str, Any], world: World) -> None:
+    config = config_of(options, world.size)
+    batches = own_batches(config, world, 0, LLAMA3.vocab_size)
+    forward_backward(model, batches, one_over_valid_tokens(batches, mesh_degrees(config.parallelism, world.size)))
+
+
+def reduced(world: World, options: dict[str, Any]) -> list[tuple[bool, bool, bool]]:
+    """Of every weight of a block that is reduced: (it is a matrix, it is reduced from memory of its own, its gradient
+    is more than bfloat16 can hold)."""
+    model, found = build(config_of(options, world.size), LLAMA3, world), []
+    reduce = direct_fsdp.DirectReduceScatter.reduce_each
+
+    def noted(self: Any, outputs: list[Tensor], inputs: list[Tensor], group: Any, op: Any) -> None:
+        if len(inputs) > 2:  # a block, not the embedding, nor norm and head
+            for one in inputs:
+                alone = one.untyped_storage().nbytes() == one.numel() * one.element_size()
+                found.append((one.numel() > LLAMA3.dim, alone, not torch.equal(one, one.bfloat16().float())))
+        reduce(self, outputs, inputs, group, op)
+
+    direct_fsdp.DirectReduceScatter.reduce_each = noted  # type: ignore[method-assign]
+    try:
+        a_step(model, options, world)
+    finally:
+        direct_fsdp.DirectReduceScatter.reduce_each = reduce  # type: ignore[method-assign]
+    return found
+
+
+def switched(world: World) -> list[bool]:
+    """Whether all gradients that leave the step are equal: of a model built narrow, switched to wide, and back, to those
+    of one that was built so."""
+    narrow, wide = (build(config_of(options, world.size), LLAMA3, world) for options in (BFLOAT16, WIDE))
+    one, equal = build(config_of(BFLOAT16, world.size), LLAMA3, world), []
+    for options, other in ((WIDE, wide), (BFLOAT16, narrow)):
+        parallel.set_fsdp_policy(one, config_of(options, world.size).parallelism, world.size, "cpu")
+        for model in (one, other):
+            a_step(model, options, world)
+        pairs = zip(one.parameters(), other.parameters(), strict=True)
+        equal.append(all(torch.equal(a.grad.to_local(), b.grad.to_local()) for a, b in pairs))  # type: ignore[union-attr]
+        one.zero_grad()
+    return equal
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    tasks = [Task("narrow", trained, (BFLOAT16,)), Task("exact", trained, ({},))]
+    tasks += [Task(f"wide, {name}", trained, (WIDE | way,)) for name, way in WAYS.items()]
+    tasks += [Task(f"reduced {i}", reduced, (options,)) for i, options in enumerate((BFLOAT16, WIDE))]
+    return run_world(2, [*tasks, Task("switched", switched)], tmp_path_factory.mktemp("world"))
+
+
+def test_matrices_are_reduced_from_where_they_were_made(found: dict[str, list[Any]]) -> None:
+    for rank in results(found, "reduced 0"):
+        assert rank and not any(alone or wide for _, alone, wide in rank)
+    for rank in results(found, "reduced 1"):
+        assert rank and all(alone and wide for is_matrix, alone, wide in rank if is_matrix)
+        assert not any(wide for is_matrix, _, wide in rank if not is_matrix)
+
+
+def test_a_run_trains_as_in_float32(found: dict[str, list[Any]]) -> None:
+    """Both bfloat16 runs are off by what their activations are rounded."""
+    exact, narrow, wide = (results(found, name)[0].losses for name in ("exact", "narrow", "wide, plain"))
+    for losses in (narrow, wide):
+        assert losses == pytest.approx(exact, abs=3e-3)
+    assert narrow != wide
+
+
+@pytest.mark.parametrize("way", list(WAYS)[1:])
+def test_however_blocks_run(found: dict[str, list[Any]], way: str) -> None:
+    for plain, other in zip(results(found, "wide, plain"), results(found, f"wide, {way}"), strict=True):
+        assert other.losses == plain.losses and other.norms == plain.norms
+        assert all(torch.equal(other.last[name], weight) for name, weight in plain.last.items())
+
+
+def test_a_built_model_can_be_switched(found: dict[str, list[Any]]) -> None:
+    assert results(found, "switched") == [[True, True]] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "said"),
+    [
+        ({}, 1, "there is one, so that nothing is reduced; turn it off"),
+        ({"parallelism.tensor_parallel_degree": 2}, 4, "tensor_parallel_degree is 2; take one of them"),
+        ({"training.mixed_precision_param": "float32"}, 2, "computes in float32 and reduces in float32"),
+        ({"training.mixed_precision_reduce": "bfloat16"}, 2, "computes in bfloat16 and reduces in bfloat16"),
+        ({"parallelism.fsdp_buffers": "flat"}, 2, "buffers are flat; take --parallelism.fsdp_buffers direct"),
+        ({"float8.enable": True}, 2, "float8.enable has products of its own"),
+        ({"kernels.reemit": "triton"}, 2, "kernels.reemit has products of its own"),
+        ({"compile.enable": True}, 2, "Inductor has no such products for a CPU"),
+    ],
+)
+def test_what_it_cannot_do_is_said(options: dict[str, Any], ranks: int, said: str) -> None:
+    settings = from_options({key: [str(value)] for key, value in (WIDE | options).items()})
+    degrees = mesh_degrees(settings.parallelism, ranks)
+    with pytest.raises(ConfigError, match="fsdp_wide_gradients is for .*" + said):
+        parallel.check(settings, model_shape(settings.model), degrees, CPU)

@@ -1,0 +1,127 @@
+"""Weight gradients that leave their matrix product in the dtype in which FSDP2 reduces them.
+
+    dW = dy^T x
+
+is summed in float32 by the tensor cores. Written in the weight's bfloat16 it is rounded, and read and written once
+more to be widened for the reduction: of a Llama 3 8B block 436 MB written, 436 read and 872 written. Here the product
+writes float32, and `direct_fsdp` reduces from there: 872 MB written.
+
+Autograd gives a tensor only a gradient of its own dtype. So each matrix has a port beside it: a leaf of its shape and
+of the wide dtype, without memory of its own, through which the gradient comes out.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.library import Library
+
+from titan_fast import config
+from titan_fast.direct_fsdp import direct_units
+from titan_fast.errors import ConfigError
+from titan_fast.model import Linear
+
+
+class WideLinear(Linear):
+    """`Linear`, whose weight's gradient is left in `port.grad`."""
+
+    port: Tensor
+    """[out, in] in the gradient's dtype; every element is the same one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Linear.apply(x, self.weight, self.port)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, port: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.wide = port.dtype
+        return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[2]:
+            dw = torch.mm(dy.flatten(0, -2).t(), x.flatten(0, -2), out_dtype=ctx.wide)
+        return dx, None, dw
+
+
+def check(
+    settings: config.Config, shards: int, tensor_degree: int, param: torch.dtype, direct: bool, device_type: str
+) -> None:
+    """ConfigError where `parallelism.fsdp_wide_gradients` asks for what cannot be, or would change nothing."""
+    if not settings.parallelism.fsdp_wide_gradients:
+        return
+    compiles, training = settings.compile, settings.training
+    inductor = compiles.enable and compiles.backend == "inductor" and "blocks" in compiles.components
+    for wrong, problem, hint in (
+        (shards == 1, "there is one, so that nothing is reduced", "turn it off"),
+        (tensor_degree > 1, f"tensor_parallel_degree is {tensor_degree}", "take one of them"),
+        (
+            param == torch.float32 or training.mixed_precision_reduce != "float32",
+            f"it computes in {str(param).removeprefix('torch.')} and reduces in {training.mixed_precision_reduce}, "
+            "so that nothing is widened",
+            "turn it off, or compute in bfloat16 and reduce in float32",
+        ),
+        (not direct, "buffers are flat", "take --parallelism.fsdp_buffers direct"),
+        (settings.float8.enable, "float8.enable has products of its own", "take one of them"),
+        (settings.kernels.reemit == "triton", "kernels.reemit has products of its own", "take one of them"),
+        (device_type == "cpu" and inductor, "Inductor has no such products for a CPU", "turn compile or it off"),
+    ):
+        if wrong:
+            raise ConfigError(
+                f"parallelism.fsdp_wide_gradients is for weights of bfloat16 on several shards; {problem}", hint
+            )
+
+
+def widen(module: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Makes every `Linear` within `module` a `WideLinear` with gradients of `dtype`, in place."""
+    for linear in module.modules():
+        if isinstance(linear, Linear):
+            linear.__class__ = WideLinear
+            linear.port = torch.zeros((), dtype=dtype, device=device).expand(linear.weight.shape).requires_grad_()
+
+
+def narrow(module: nn.Module) -> None:
+    """Takes back what `widen` did."""
+    for linear in module.modules():
+        if isinstance(linear, WideLinear):
+            linear.__class__ = Linear
+            del linear.port
+
+
+def use(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str) -> None:
+    """Makes the units of `model` that reduce directly get their matrices' gradients in `dtype`, or, with None, as
+    autograd makes them. To be called after `direct_fsdp.use`."""
+    for module, unit in direct_units(model):
+        if dtype is not None:
+            widen(module, dtype, device)
+            unit.post_backward = functools.partial(_post_backward, unit)
+        else:
+            narrow(module)
+            unit.__dict__.pop("post_backward", None)
+
+
+def _post_backward(unit: Any, *unused: Any) -> None:
+    """FSDP2's own, after the unit's gradients are all where it keeps those that are of the reduction's dtype."""
+    for parameter in unit.fsdp_params:
+        linear = parameter._module_info.module
+        if isinstance(linear, WideLinear):
+            parameter.unsharded_accumulated_grad, linear.port.grad = linear.port.grad, None
+        elif hasattr(parameter, "_unsharded_param"):
+            parameter.to_accumulated_grad_if_needed()
+    type(unit).post_backward(unit)
+
+
+def _product_on_cpu(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return left.to(out_dtype) @ right.to(out_dtype)
+
+
+_library = Library("aten", "IMPL")
+"""torch has this product for GPUs alone (2.13)."""
+if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", "CPU"):
+    _library.impl("mm.dtype", _product_on_cpu, "CPU")
