@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from titan_fast import wide_gradients
 from titan_fast.canary import check_compiled_gradients, exact_ops
 from titan_fast.config import Compile
 from titan_fast.errors import NumericsError
@@ -26,6 +27,22 @@ class WrongWhenCompiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return dy * 0.99
+
+
+def test_the_canary_compares_gradients_that_are_made_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = SHAPE, REFERENCE, Compile(enable=True, backend="aot_eager"), torch.bfloat16, torch.device("cpu"), 2, 16
+    torch._dynamo.reset()
+    assert 0 < check_compiled_gradients(*arguments, wide=True) < 0.05
+
+    def wrong(ctx: Any, dy: torch.Tensor) -> Any:
+        dx, nothing, dw = right(ctx, dy)
+        return dx, nothing, dw * 0.8 if dw is not None and dw.shape[0] == SHAPE.ffn_dim else dw
+
+    right = wide_gradients._Linear.backward
+    monkeypatch.setattr(wide_gradients._Linear, "backward", staticmethod(wrong))
+    torch._dynamo.reset()
+    with pytest.raises(NumericsError, match=r"gradient of feed_forward.(gate|up).weight"):
+        check_compiled_gradients(*arguments, wide=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

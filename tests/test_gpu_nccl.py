@@ -86,6 +86,15 @@ def test_ranks_train_as_one_process(way: str, data: Path, alone: dict[int, float
     assert runs.losses(tmp_path) == pytest.approx(alone, rel=2e-4)
 
 
+def test_gradients_made_in_float32_train_as_rounded_ones(data: Path, tmp_path: Path) -> None:
+    more = {"training__mixed_precision_param": "bfloat16", "compile__enable": True}
+    for wide in (False, True):
+        ended = together(2, data, tmp_path / str(wide), [], **more, parallelism__fsdp_wide_gradients=wide)
+        assert all(status == 0 for status, _ in ended), ended
+    losses = runs.losses(tmp_path / "True")
+    assert losses == pytest.approx(runs.losses(tmp_path / "False"), abs=0.02)
+
+
 def test_offloaded_ranks_train_as_one_offloaded_process(data: Path, tmp_path: Path) -> None:
     """Not as one on the device, whose random numbers are others."""
     for ranks in (1, 2):

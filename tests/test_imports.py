@@ -32,6 +32,7 @@ LEAVES: dict[str, set[str]] = {
     "hf_tokenizer": {"tokenizer"},
     "activation_checkpoint": {"config", "errors", "model"},
     "direct_fsdp": {"errors"},
+    "wide_gradients": {"config", "direct_fsdp", "errors", "model"},
     "parallel": {
         "activation_checkpoint",
         "compilation",
@@ -43,6 +44,7 @@ LEAVES: dict[str, set[str]] = {
         "loss",
         "masters",
         "model",
+        "wide_gradients",
     },
 }
 

@@ -96,8 +96,8 @@ def reduced(world: World, options: dict[str, Any]) -> list[tuple[bool, bool, boo
 
 
 def switched(world: World) -> list[bool]:
-    """Whether all gradients that leave the step are equal: of a model built narrow, switched to wide, and back, to those
-    of one that was built so."""
+    """Whether all gradients of a model that was built narrow, switched to wide, and back, are those of one that was
+    built so."""
     narrow, wide = (build(config_of(options, world.size), LLAMA3, world) for options in (BFLOAT16, WIDE))
     one, equal = build(config_of(BFLOAT16, world.size), LLAMA3, world), []
     for options, other in ((WIDE, wide), (BFLOAT16, narrow)):
@@ -163,3 +163,21 @@ def test_what_it_cannot_do_is_said(options: dict[str, Any], ranks: int, said: st
     degrees = mesh_degrees(settings.parallelism, ranks)
     with pytest.raises(ConfigError, match="fsdp_wide_gradients is for .*" + said):
         parallel.check(settings, model_shape(settings.model), degrees, CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu(compiled: bool) -> None:
+    """Real sizes, and a product that the compiler calls."""
+    device = torch.device("cuda", 0)
+    linear = Linear(1024, 1536, REFERENCE).to(device, torch.bfloat16)
+    wide_gradients.widen(linear, torch.float32, device)
+    if compiled:
+        linear.compile(fullgraph=True)
+    x = torch.randn(2, 512, 1024, device=device, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(2, 512, 1536, device=device, dtype=torch.bfloat16)
+    linear(x).backward(dy)
+    ((_, port),) = wide_gradients.ports(linear)
+    assert port.grad is not None and port.grad.dtype == torch.float32 and x.grad is not None
+    assert relative_error(port.grad, torch.einsum("bso,bsi->oi", dy.double(), x.double())) < 1e-5
+    assert relative_error(x.grad, dy.double() @ linear.weight.double()) < 5e-3

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-from titan_fast import compilation
+from titan_fast import compilation, wide_gradients
 from titan_fast.config import Compile, Config
 from titan_fast.errors import NumericsError
 from titan_fast.flavors import ModelShape
@@ -27,14 +27,23 @@ def check(config: Config, shape: ModelShape, ops: Ops, device: torch.device) -> 
     of_blocks = {"blocks", "model"} & set(config.compile.components)
     if config.compile.enable and config.compile.canary and of_blocks:
         size = training.local_batch_size, training.seq_len
-        check_compiled_gradients(shape, ops, config.compile, dtype, device, *size)
+        wide = config.parallelism.fsdp_wide_gradients
+        check_compiled_gradients(shape, ops, config.compile, dtype, device, *size, wide=wide)
 
 
 def check_compiled_gradients(
-    shape: ModelShape, ops: Ops, settings: Compile, dtype: torch.dtype, device: torch.device, batch: int, seq_len: int
+    shape: ModelShape,
+    ops: Ops,
+    settings: Compile,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int,
+    seq_len: int,
+    wide: bool = False,
 ) -> float:
     """Compares one compiled block, built on `ops`, with the same block in eager PyTorch and float32: the gradient of
-    every parameter and of the input, on random values at the run's own sizes. Returns the largest relative error.
+    every parameter and of the input, on random values at the run's own sizes. wide: the compiled one's matrices have
+    gradients in float32. Returns the largest relative error.
 
     NumericsError names the parameter. Every rank checks its own device.
     """
@@ -44,6 +53,8 @@ def check_compiled_gradients(
     rope = rope_tables(shape, seq_len, device)
     exact = _gradients(_block(shape, exact_ops(device), torch.float32, device), x, dy, rope)
     compiled = _block(shape, ops, dtype, device)
+    if wide:
+        wide_gradients.widen(compiled, torch.float32, device)
     compiled.compile(**compilation.arguments(settings))
     found = _gradients(compiled, x.to(dtype), dy.to(dtype), rope)
     bounds = dict.fromkeys(exact, FLOAT32_BOUND)
@@ -97,6 +108,7 @@ def _gradients(block: nn.Module, x: Tensor, dy: Tensor, rope: tuple[Tensor, Tens
     x = x.clone().requires_grad_()
     block(x, None, rope)[0].backward(dy)
     gradients = {name: parameter.grad for name, parameter in block.named_parameters()} | {"its input": x.grad}
+    gradients |= {f"{name}.weight": port.grad for name, port in wide_gradients.ports(block)}
     return {name: gradient.float() for name, gradient in gradients.items() if gradient is not None}
 
 

@@ -1,4 +1,5 @@
-"""FSDP2 without its copies: every weight is gathered into its place, every gradient reduced from where it is widened.
+"""FSDP2 without its copies: every weight is gathered into its place, every gradient reduced from where it is in the
+reduction's dtype.
 
 FSDP2 gathers a unit's weights into one buffer, in which what belongs to a rank lies together, and copies them out of it
 weight by weight; gradients it copies together the other way round, with a kernel that reaches half of the memory's
@@ -201,9 +202,9 @@ def _arrive(all_gather_result: Any, fsdp_params: list[Any], group: dist.ProcessG
 
 
 def _copy_in(unsharded_grads: list[Tensor], reduce_scatter_input: Tensor, world_size: int) -> None:
-    """Lists the gradients to be reduced, flat, in the buffer's dtype and with zeros up to a multiple of the ranks: those
-    that are so already from where they are, the others in one new buffer, one after the other (FSDP2 lays rank after
-    rank)."""
+    """Lists the gradients to be reduced, flat, in the buffer's dtype and with zeros up to a multiple of the ranks:
+    those that are so already from where they are, the others one after the other in a new buffer, where FSDP2 lays
+    rank after rank."""
     parts = getattr(reduce_scatter_input, "parts", None)
     if parts is None:
         _flat["foreach_reduce_scatter_copy_in"](unsharded_grads, reduce_scatter_input, world_size)

@@ -73,6 +73,8 @@ class Workload:
     """Whether blocks compute again all but matrix products and attention."""
     float8: str | None = None
     """By which recipe blocks multiply in float8; None: not."""
+    wide_gradients: bool = False
+    """Whether blocks' products write weight gradients in float32."""
 
     def sizes(self) -> dict[str, dict[str, int]]:
         """For each operator with a switch, the sizes of a call."""
@@ -218,6 +220,8 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload, archit
             choice = Choice("reference", "pointwise recomputation saves as much")
         elif operator == "reemit" and workload.float8 is not None:
             choice = Choice("reference", "its products are not float8")
+        elif operator == "reemit" and workload.wide_gradients:
+            choice = Choice("reference", "its products do not write gradients in float32")
         reasons.append((operator, choice.implementation, choice.reason))
         if choice.implementation == "triton":
             chosen |= {name: getattr(titan_kernels, name) for name in _FUNCTIONS[operator]}

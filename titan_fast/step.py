@@ -48,6 +48,7 @@ def workload(config: Config, shape: ModelShape, degrees: MeshDegrees) -> Workloa
         dtype=str(precision(config.training, torch.device("cuda")).param).removeprefix("torch."),
         pointwise=config.activation_checkpoint.mode == "pointwise",
         float8=config.float8.recipe_name if config.float8.enable else None,
+        wide_gradients=config.parallelism.fsdp_wide_gradients,
     )
 
 

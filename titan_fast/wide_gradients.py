@@ -11,7 +11,8 @@ of the wide dtype, without memory of its own, through which the gradient comes o
 """
 
 import functools
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,11 +87,18 @@ def widen(module: nn.Module, dtype: torch.dtype, device: torch.device | str) -> 
             linear.port = torch.zeros((), dtype=dtype, device=device).expand(linear.weight.shape).requires_grad_()
 
 
+def ports(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name within `module`, port) of every `WideLinear`."""
+    for name, linear in module.named_modules():
+        if isinstance(linear, WideLinear):
+            yield name, linear.port
+
+
 def narrow(module: nn.Module) -> None:
     """Takes back what `widen` did."""
     for linear in module.modules():
         if isinstance(linear, WideLinear):
-            linear.__class__ = Linear
+            linear.__class__ = Linear  # type: ignore[assignment]
             del linear.port
 
 
@@ -99,10 +107,10 @@ def use(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str)
     autograd makes them. To be called after `direct_fsdp.use`."""
     for module, unit in direct_units(model):
         if dtype is not None:
-            widen(module, dtype, device)
+            widen(cast(nn.Module, module), dtype, device)
             unit.post_backward = functools.partial(_post_backward, unit)
         else:
-            narrow(module)
+            narrow(cast(nn.Module, module))
             unit.__dict__.pop("post_backward", None)
 
 
