@@ -32,7 +32,7 @@ LEAVES: dict[str, set[str]] = {
     "hf_tokenizer": {"tokenizer"},
     "activation_checkpoint": {"config", "errors", "model"},
     "direct_fsdp": {"errors"},
-    "wide_gradients": {"config", "direct_fsdp", "errors", "model"},
+    "wide_gradients": {"config", "errors", "model"},
     "parallel": {
         "activation_checkpoint",
         "compilation",

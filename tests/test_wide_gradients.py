@@ -148,20 +148,24 @@ def test_a_built_model_can_be_switched(found: dict[str, list[Any]]) -> None:
 @pytest.mark.parametrize(
     ("options", "ranks", "said"),
     [
-        ({}, 1, "there is one, so that nothing is reduced; turn it off"),
-        ({"parallelism.tensor_parallel_degree": 2}, 4, "tensor_parallel_degree is 2; take one of them"),
-        ({"training.mixed_precision_param": "float32"}, 2, "computes in float32 and reduces in float32"),
-        ({"training.mixed_precision_reduce": "bfloat16"}, 2, "computes in bfloat16 and reduces in bfloat16"),
-        ({"parallelism.fsdp_buffers": "flat"}, 2, "buffers are flat; take --parallelism.fsdp_buffers direct"),
-        ({"float8.enable": True}, 2, "float8.enable has products of its own"),
-        ({"kernels.reemit": "triton"}, 2, "kernels.reemit has products of its own"),
-        ({"compile.enable": True}, 2, "Inductor has no such products for a CPU"),
+        ({}, 1, "has nothing to widen on one shard; turn it off"),
+        ({"parallelism.tensor_parallel_degree": 2}, 4, "cannot be with tensor_parallel_degree 2; take one of them"),
+        ({"training.mixed_precision_param": "float32"}, 2, "computes in float32 and reduces in float32; turn"),
+        (
+            {"training.mixed_precision_reduce": "bfloat16"},
+            2,
+            "computes in bfloat16 and reduces in bfloat16; turn",
+        ),
+        ({"parallelism.fsdp_buffers": "flat"}, 2, "they are flat; take --parallelism.fsdp_buffers direct"),
+        ({"float8.enable": True}, 2, "cannot be with float8.enable"),
+        ({"kernels.reemit": "triton"}, 2, "cannot be with kernels.reemit 'triton'"),
+        ({"compile.enable": True}, 2, "Inductor does not have for a CPU; turn compile.enable or it off"),
     ],
 )
 def test_what_it_cannot_do_is_said(options: dict[str, Any], ranks: int, said: str) -> None:
     settings = from_options({key: [str(value)] for key, value in (WIDE | options).items()})
     degrees = mesh_degrees(settings.parallelism, ranks)
-    with pytest.raises(ConfigError, match="fsdp_wide_gradients is for .*" + said):
+    with pytest.raises(ConfigError, match="parallelism.fsdp_wide_gradients .*" + said):
         parallel.check(settings, model_shape(settings.model), degrees, CPU)
 
 

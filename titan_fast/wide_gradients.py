@@ -16,12 +16,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.library import Library
 
 from titan_fast import config
-from titan_fast.direct_fsdp import direct_units
 from titan_fast.errors import ConfigError
-from titan_fast.model import Linear
+from titan_fast.model import Linear, Llama
 
 
 class WideLinear(Linear):
@@ -59,24 +59,30 @@ def check(
         return
     compiles, training = settings.compile, settings.training
     inductor = compiles.enable and compiles.backend == "inductor" and "blocks" in compiles.components
+    dtypes = f"computes in {str(param).removeprefix('torch.')} and reduces in {training.mixed_precision_reduce}"
     for wrong, problem, hint in (
-        (shards == 1, "there is one, so that nothing is reduced", "turn it off"),
-        (tensor_degree > 1, f"tensor_parallel_degree is {tensor_degree}", "take one of them"),
+        (shards == 1, "has nothing to widen on one shard", "turn it off"),
+        (tensor_degree > 1, f"cannot be with tensor_parallel_degree {tensor_degree}", "take one of them"),
         (
             param == torch.float32 or training.mixed_precision_reduce != "float32",
-            f"it computes in {str(param).removeprefix('torch.')} and reduces in {training.mixed_precision_reduce}, "
-            "so that nothing is widened",
+            f"has nothing to widen where a run {dtypes}",
             "turn it off, or compute in bfloat16 and reduce in float32",
         ),
-        (not direct, "buffers are flat", "take --parallelism.fsdp_buffers direct"),
-        (settings.float8.enable, "float8.enable has products of its own", "take one of them"),
-        (settings.kernels.reemit == "triton", "kernels.reemit has products of its own", "take one of them"),
-        (device_type == "cpu" and inductor, "Inductor has no such products for a CPU", "turn compile or it off"),
+        (not direct, "needs direct buffers, and they are flat", "take --parallelism.fsdp_buffers direct"),
+        (settings.float8.enable, "cannot be with float8.enable, which has products of its own", "take one of them"),
+        (
+            settings.kernels.reemit == "triton",
+            "cannot be with kernels.reemit 'triton', which has products of its own",
+            "take one of them",
+        ),
+        (
+            device_type == "cpu" and inductor,
+            "needs a product that Inductor does not have for a CPU",
+            "turn compile.enable or it off",
+        ),
     ):
         if wrong:
-            raise ConfigError(
-                f"parallelism.fsdp_wide_gradients is for weights of bfloat16 on several shards; {problem}", hint
-            )
+            raise ConfigError(f"parallelism.fsdp_wide_gradients {problem}", hint)
 
 
 def widen(module: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -102,16 +108,19 @@ def narrow(module: nn.Module) -> None:
             del linear.port
 
 
-def use(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str) -> None:
-    """Makes the units of `model` that reduce directly get their matrices' gradients in `dtype`, or, with None, as
-    autograd makes them. To be called after `direct_fsdp.use`."""
-    for module, unit in direct_units(model):
+def use(model: Llama, dtype: torch.dtype | None, device: torch.device | str) -> None:
+    """Makes the blocks of `model`, where they are FSDP2 units, get their matrices' gradients in `dtype`; with None as
+    autograd makes them."""
+    for block in model.blocks:
+        if not isinstance(block, FSDPModule):
+            continue
+        unit: Any = block._get_fsdp_state()._fsdp_param_group
         if dtype is not None:
-            widen(cast(nn.Module, module), dtype, device)
+            widen(cast(nn.Module, block), dtype, device)
             unit.post_backward = functools.partial(_post_backward, unit)
         else:
-            narrow(cast(nn.Module, module))
-            unit.__dict__.pop("post_backward", None)
+            narrow(cast(nn.Module, block))
+            vars(unit).pop("post_backward", None)
 
 
 def _post_backward(unit: Any, *unused: Any) -> None:
