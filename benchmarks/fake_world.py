@@ -6,7 +6,8 @@ an all-gather copies the own shard into every slot, a reduce-scatter takes the o
 numbers as everywhere, which matters: a GPU draws less power, and clocks higher, on zeros.
 
 What a step then lacks is the network, and the wait for it. What it does more than a real one is little: the copy of the
-own shard into the other slots is done by this GPU, where a real one's memory is written by the network.
+own shard into the other slots is done by this GPU, where a real one's memory is written by the network. As NCCL's
+kernels do, it takes some multiprocessors for a while: a plain copy takes all of them, and held the computation up.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import triton
+import triton.language as tl
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
@@ -22,6 +25,35 @@ from torch.distributed.tensor import DTensor
 
 from titan_fast.direct_fsdp import DirectAllGather, DirectReduceScatter, direct_units
 from titan_fast.distributed import World
+
+MULTIPROCESSORS = 16
+"""What a gather takes, as many as NCCL's kernels of 16 channels do."""
+BLOCK = 8192
+
+
+@triton.jit
+def _fill(SLOTS, SHARD, n, slots, BLOCK: tl.constexpr):
+    for start in range(tl.program_id(0) * BLOCK, n, tl.num_programs(0) * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        values = tl.load(SHARD + at, mask=at < n)
+        place = SLOTS + at
+        for _ in range(slots):
+            tl.store(place, values, mask=at < n)
+            place += n
+
+
+def fill_slots(slots: Tensor, shard: Tensor) -> None:
+    """Makes every row of `slots` [k, n], contiguous, a copy of `shard` [n], of the same dtype and device."""
+    if shard.device.type == "cuda":
+        launch_fill(slots, shard)
+    else:
+        slots.copy_(shard.expand_as(slots))
+
+
+def launch_fill(slots: Tensor, shard: Tensor) -> None:
+    """`fill_slots` by the kernel."""
+    kernel: Any = _fill[(MULTIPROCESSORS,)]
+    kernel(slots, shard, shard.numel(), slots.shape[0], BLOCK=BLOCK, num_warps=16)
 
 
 class _Buffers:
@@ -37,8 +69,8 @@ class CopyToAll(_Buffers, AllGather):
     ) -> None:
         slots = output_tensor.view(group.size(), -1)
         own = group.rank()  # already in its slot: FSDP2 gathers in place
-        slots[:own].copy_(input_tensor.expand(own, -1))
-        slots[own + 1 :].copy_(input_tensor.expand(group.size() - own - 1, -1))
+        fill_slots(slots[:own], input_tensor)
+        fill_slots(slots[own + 1 :], input_tensor)
         if slots[own].data_ptr() != input_tensor.data_ptr():
             slots[own].copy_(input_tensor)
 
@@ -76,7 +108,7 @@ class CopyEachToAll(DirectAllGather):
 
     def gather_each(self, outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup) -> None:
         for output, shard in zip(outputs, inputs, strict=True):
-            output.view(group.size(), -1).copy_(shard.expand(group.size(), -1))
+            fill_slots(output.view(group.size(), -1), shard)
 
 
 class TakeOwnOfEach(DirectReduceScatter):

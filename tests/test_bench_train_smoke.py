@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,26 @@ def test_a_policy_of_fsdp_changes_no_gradient() -> None:
     assert not all(map(torch.equal, wide, one))
     for exact, rounded in zip(wide, one, strict=True):
         assert (exact - rounded).norm() <= 4e-3 * exact.norm()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels on a CPU need Triton's interpreter")
+@pytest.mark.parametrize("n", [1, 7, 64, 2 * fake_world.BLOCK, 5 * fake_world.BLOCK + 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots_are_filled_by_few_programs(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the interpreter with three programs, where a GPU is given them all."""
+    monkeypatch.setattr(fake_world, "MULTIPROCESSORS", 3)
+    shard, memory = torch.randn(n).to(dtype), torch.full((6, n), torch.nan, dtype=dtype)
+    fake_world.launch_fill(memory[1:5], shard)
+    assert torch.equal(memory[1:5], shard.expand(4, n)) and memory[0].isnan().all() and memory[5].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [64, 917_504, 917_507])
+def test_slots_of_a_gpu(n: int) -> None:
+    shard = torch.randn(n, device="cuda").bfloat16()
+    slots = torch.full((64, n), torch.nan, dtype=torch.bfloat16, device="cuda")
+    fake_world.fill_slots(slots, shard)
+    assert torch.equal(slots, shard.expand(64, n))
 
 
 @BOTH_BUFFERS
