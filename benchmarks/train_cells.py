@@ -95,13 +95,12 @@ MEMORY_LEVERS = (
     _lever("full", FULL),
 )
 NEVER_RESHARD: Options = {"parallelism.fsdp_reshard_after_forward": "never"}
-FLAT: Options = {"parallelism.fsdp_buffers": "flat"}
 WIDE: Options = {"parallelism.fsdp_wide_gradients": True, "parallelism.fsdp_buffers": "direct"}
 FSDP_POLICIES = (
     _lever("wide gradients", WIDE),
     _lever("never reshard", NEVER_RESHARD),
     _lever("never reshard, wide gradients", NEVER_RESHARD | WIDE),
-    _lever("flat buffers", FLAT),
+    _lever("wide gradients, chunk 2048", WIDE | {"loss.chunk_size": 2048}),
 )
 BFLOAT16_REDUCTION = _lever("bfloat16 reduction", {"training.mixed_precision_reduce": "bfloat16"})
 FSDP: Options = {"parallelism.single_device": "fsdp"}

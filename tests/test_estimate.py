@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.estimate_errors import FITTED_ROWS, HELD_OUT, MEMORY_ROWS, OUTPUT, counted, plan_of, timed
-from titan_fast import compiled_graph, masters
+from titan_fast import compiled_graph, estimate_report, masters
 from titan_fast import estimate as planner
 from titan_fast.advice import scaling, search
 from titan_fast.errors import ConfigError
@@ -168,6 +168,33 @@ def test_compiled_step_moves_fewer_bytes_and_is_traced(small: Estimate) -> None:
     assert ours < 0.6 * eager
     assert compiled.fullest.peak.parts["saved activations"] < small.fullest.peak.parts["saved activations"]
     assert compiled.time.seconds < small.time.seconds
+
+
+def test_a_model_in_one_graph_is_counted_as_its_parts() -> None:
+    one = f"{SMALL} --gpus 1 --compile.enable True --training.mixed_precision_param bfloat16 --loss.chunk_size 512"
+    parts = estimate(plan(f"{one} --compile.components blocks norm loss optimizer"))
+    whole = estimate(plan(f"{one} --compile.components model optimizer"))
+    assert whole.segments == parts.segments
+    assert "counted as blocks, norm and loss" in estimate_report.table(whole)[-1]
+    assert "counted as" not in estimate_report.table(parts)[-1]
+
+
+def test_wide_gradients_are_not_widened() -> None:
+    """A pass over each block's gradients less: read in bfloat16, written in float32."""
+    narrow, wide = (
+        estimate(plan(f"{SMALL} --compile.enable True --parallelism.fsdp_wide_gradients {on}")) for on in (False, True)
+    )
+    shape = narrow.plan.shape
+    matrices = shape.dim * (shape.qkv_dim + shape.dim + 3 * shape.ffn_dim)
+
+    def in_block(found: Estimate, kind: str) -> tuple[float, float]:
+        steps = [o for s in found.segments if (s.phase, s.unit) == ("backward", "block 1") for o in s.operations]
+        return sum(o.nbytes for o in steps if o.kind == kind), sum(o.flops for o in steps if o.kind == kind)
+
+    (moved, flops), (moved_wide, flops_wide) = in_block(narrow, "gemm"), in_block(wide, "gemm")
+    assert flops_wide == flops and moved_wide - moved == 2 * matrices
+    assert in_block(narrow, "memory")[0] - in_block(wide, "memory")[0] == pytest.approx(6 * matrices, rel=1e-3)
+    assert in_block(narrow, "reduce") == in_block(wide, "reduce")
 
 
 def test_float8_products_are_counted_as_such() -> None:

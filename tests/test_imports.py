@@ -22,7 +22,8 @@ LEAVES: dict[str, set[str]] = {
     "ops": {"errors", "config", "flavors", "float8"},
     "shards": set(),
     "model": {"flavors", "ops", "shards"},
-    "loss": {"ops"},
+    "wide_products": set(),
+    "loss": {"ops", "wide_products"},
     "masters": {"config", "shards"},
     "optim": {"config", "errors", "masters", "shards"},
     "compilation": {"config", "errors", "loss", "model", "ops"},
@@ -32,7 +33,7 @@ LEAVES: dict[str, set[str]] = {
     "hf_tokenizer": {"tokenizer"},
     "activation_checkpoint": {"config", "errors", "model"},
     "direct_fsdp": {"errors"},
-    "wide_gradients": {"config", "errors", "model"},
+    "wide_gradients": {"config", "errors", "loss", "model", "wide_products"},
     "parallel": {
         "activation_checkpoint",
         "compilation",

@@ -132,9 +132,9 @@ def test_as_root_it_multiplies_with_nothing(chunk_size: int) -> None:
     assert any("mul" in name for name in multiplied) and not any("mul" in name for name in spared)
 
 
-def test_two_chunks_are_rounded_less_often_in_bfloat16() -> None:
-    """Two chunks' gradient of the weight is nearer to float64 than that of many, which are summed in float32 and each
-    rounded, and no copy of it in float32 is made."""
+def test_chunks_are_rounded_at_most_twice() -> None:
+    """The weight's gradient of two chunks is a bfloat16 sum, rounded twice; more are summed in float32 and rounded
+    once, as if there were one."""
     torch.manual_seed(0)
     x, weight = torch.randn(256, 64).bfloat16(), torch.randn(500, 64).bfloat16()
     labels = torch.randint(500, (256,))
@@ -145,11 +145,29 @@ def test_two_chunks_are_rounded_less_often_in_bfloat16() -> None:
         with Operators() as seen:
             loss = LinearCrossEntropy(REFERENCE, chunk_size)(x, head, labels, torch.tensor(1.0))
         loss.backward()
-        return ((gradient(head).double() - truth).norm() / truth.norm()).item(), (
-            torch.float32,
-            weight.shape,
-        ) in seen.results
+        wide = (torch.float32, weight.shape) in seen.results
+        return ((gradient(head).double() - truth).norm() / truth.norm()).item(), wide
 
-    (one, _), (two, two_wide), (four, four_wide) = error(256), error(128), error(64)
+    (one, _), (two, two_wide), (four, four_wide), (many, _) = error(256), error(128), error(64), error(8)
     assert not two_wide and four_wide
-    assert one < two < four
+    assert one < two
+    assert four == pytest.approx(one, rel=1e-2) and many == pytest.approx(one, rel=1e-2)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 32, 16])
+def test_a_port_takes_the_gradient_unrounded(chunk_size: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 32).bfloat16(), torch.randn(50, 32).bfloat16().requires_grad_()
+    labels, port = torch.randint(50, (64,)), torch.zeros(()).expand(50, 32).requires_grad_()
+
+    def found(factor: float, way: torch.Tensor | None) -> torch.Tensor:
+        loss = LinearCrossEntropy(REFERENCE, chunk_size, port=way)(x, weight, labels, torch.tensor(0.3))
+        (factor * loss).backward() if factor != 1 else loss.backward(root_gradient(loss))
+        return gradient(weight if way is None else way)
+
+    one = found(1.0, port)
+    assert weight.grad is None and one.dtype == torch.float32
+    port.grad = None
+    torch.testing.assert_close(found(2.0, port), 2 * one)
+    narrow = found(1.0, None)
+    assert 1e-4 < ((narrow.float() - one).norm() / one.norm()).item() < 1e-2

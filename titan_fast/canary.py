@@ -107,8 +107,7 @@ def _block(shape: ModelShape, ops: Ops, dtype: torch.dtype, device: torch.device
 def _gradients(block: nn.Module, x: Tensor, dy: Tensor, rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     block(x, None, rope)[0].backward(dy)
-    gradients = {name: parameter.grad for name, parameter in block.named_parameters()} | {"its input": x.grad}
-    gradients |= {f"{name}.weight": port.grad for name, port in wide_gradients.ports(block)}
+    gradients = wide_gradients.gradients(block) | {"its input": x.grad}
     return {name: gradient.float() for name, gradient in gradients.items() if gradient is not None}
 
 

@@ -26,10 +26,9 @@ from titan_fast.step_record import Operation, StepRecorder, attention_workspace,
 
 _ATEN = torch.ops.aten
 _VIEWS = (_ATEN._unsafe_view.default, _ATEN.alias.default, _ATEN.lift_fresh_copy.default)
-_OPAQUE_NAMESPACES = ("titan_kernels", "_c10d_functional", "c10d")
+_OPAQUE_NAMESPACES = ("titan_kernels", "titan_fast", "_c10d_functional", "c10d")
 _OPAQUE = (
     _ATEN.mm.default,
-    _ATEN.mm.dtype,
     _ATEN.addmm.default,
     _ATEN.bmm.default,
     _ATEN._scaled_mm.default,

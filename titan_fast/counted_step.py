@@ -102,10 +102,14 @@ def count_step(
 
 
 def _compiled_by(backend: Any, config: Config) -> Config:
-    """`config` with another compiler, which has none of Inductor's settings."""
+    """`config` with another compiler, which has none of Inductor's settings. A model that is one graph is counted as
+    its parts, whose boundaries are what is marked."""
     compiles: Any = config.compile
     known = {key.name for key in dataclasses.fields(compiles)}
     changes = {"backend": backend, "coordinate_descent": False, "max_autotune": False, "cache_folder": None}
+    if "model" in compiles.components:
+        parts = {"blocks", "norm", "loss", *compiles.components} - {"model"}
+        changes["components"] = tuple(sorted(parts))
     changes = {name: value for name, value in changes.items() if name in known}
     return dataclasses.replace(config, compile=dataclasses.replace(compiles, **changes))
 

@@ -39,6 +39,8 @@ def table(found: Estimate) -> list[str]:
     ]
     if plan.config.compile.enable:
         lines.append("compiled blocks: saved activations are the partitioner's own; what Inductor fuses is estimated")
+        if "model" in plan.config.compile.components:
+            lines.append("compile.components model: counted as blocks, norm and loss, each compiled by itself")
     return lines
 
 

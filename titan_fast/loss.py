@@ -5,7 +5,7 @@ Liger and of "Cut your losses", arXiv:2411.09009); the backward pass only scales
 holds a slice of the vocabulary, and three numbers per token are exchanged instead of its logits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from titan_fast.ops import Ops
+from titan_fast.wide_products import add_product_, product
 
 IGNORE_INDEX = -100
 
@@ -33,6 +34,8 @@ class LinearCrossEntropy:
     """The ranks among which the vocabulary is split; None: not split."""
     vocab_offset: int = 0
     """This rank's first row of the whole weight."""
+    port: Tensor | None = field(default=None, compare=False)
+    """Where the weight's gradient goes, in its dtype, instead of into the weight's; see wide_gradients.py."""
 
     def __call__(self, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         """x: [..., D], weight: [V, D] (a DTensor's local rows are taken), labels: [...] int64 with IGNORE_INDEX where
@@ -41,7 +44,7 @@ class LinearCrossEntropy:
             weight = weight.to_local()
         # An autograd function is not told: its needs_input_grad is that of the tensors, also under no_grad.
         trains = torch.is_grad_enabled()
-        return _LinearCrossEntropy.apply(x.flatten(0, -2), weight, labels.flatten(), scale, self, trains)
+        return _LinearCrossEntropy.apply(x.flatten(0, -2), weight, self.port, labels.flatten(), scale, self, trains)
 
     def differentiate_(self, logits: Tensor, labels: Tensor, scale: Tensor, wanted: bool) -> Tensor:
         """The sum of the rows' losses; `logits`, [N, V] of this rank, become their gradient times `scale` if wanted."""
@@ -83,15 +86,24 @@ def torch_linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, scale:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, loss: LinearCrossEntropy, trains: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        port: Tensor | None,
+        labels: Tensor,
+        scale: Tensor,
+        loss: LinearCrossEntropy,
+        trains: bool,
     ) -> Tensor:
         rows = x.shape[0]
         step = loss.chunk_size or max(rows, 1)
         wants_x, wants_weight = (trains and wanted for wanted in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x) if wants_x else None
-        # More than two chunks are summed in float32, for a bfloat16 sum rounds once more with each. Two are rounded
-        # less often without: the first product, and the second with it added.
+        # More than two chunks are summed in float32, for a bfloat16 sum rounds once more with each. Of two that second
+        # rounding is left: float32 would be three times the memory traffic.
         sum_dtype = torch.float32 if rows > 2 * step and weight.dtype != torch.float64 else weight.dtype
+        if port is not None:
+            sum_dtype = port.dtype
         grad_weight: Tensor | None = None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         for start in range(0, rows, step):
@@ -102,34 +114,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=grad_x[start : start + step])
             if wants_weight:
                 if grad_weight is None:
-                    grad_weight = (logits.T @ chunk).to(sum_dtype)
-                elif sum_dtype == weight.dtype:
-                    grad_weight.addmm_(logits.T, chunk)
+                    grad_weight = product(logits.T, chunk, sum_dtype)
                 else:
-                    grad_weight += logits.T @ chunk
+                    add_product_(grad_weight, logits.T, chunk)
             del logits  # or they would live until the next chunk's exist
         if wants_weight and grad_weight is None:  # no token at all
-            grad_weight = torch.zeros_like(weight)
+            grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
         if grad_x is not None and loss.vocab_group is not None:
             dist.all_reduce(grad_x, dist.ReduceOp.SUM, loss.vocab_group)
         ctx.save_for_backward(grad_x, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.has_port, ctx.weight_dtype = port is not None, weight.dtype if port is None else port.dtype
         return total * scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         if _is_root_gradient(grad):
-            return grad_x, None if grad_weight is None else grad_weight.to(ctx.weight_dtype), None, None, None, None
-        if grad_x is not None:
-            grad_x = _times(grad_x, grad)
-        if grad_weight is not None and grad_weight.dtype == ctx.weight_dtype:
-            grad_weight = _times(grad_weight, grad)
-        elif grad_weight is not None:  # scaled and rounded in one pass
-            rounded = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
-            grad_weight = torch.mul(grad_weight, grad, out=rounded)
-        return grad_x, grad_weight, None, None, None, None
+            grad_weight = None if grad_weight is None else grad_weight.to(ctx.weight_dtype)
+        else:
+            grad_x = None if grad_x is None else _times(grad_x, grad)
+            if grad_weight is not None and grad_weight.dtype == ctx.weight_dtype:
+                grad_weight = _times(grad_weight, grad)
+            elif grad_weight is not None:  # scaled and rounded in one pass
+                rounded = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
+                grad_weight = torch.mul(grad_weight, grad, out=rounded)
+        of_weight = (None, grad_weight) if ctx.has_port else (grad_weight, None)
+        return grad_x, *of_weight, None, None, None, None
 
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: tor
     param = precision(settings.training, device).param
     float8.check(settings, shape, tensor, param, device.type == "cuda")
     direct = buffers_are_direct(settings.parallelism, device.type)
-    wide_gradients.check(settings, degrees.shard, tensor, param, direct, device.type)
+    wide_gradients.check(settings, degrees.shard, tensor, param, direct)
     if settings.training.cuda_graph:
         check_cuda_graph(device, shards)
     if settings.loss.implementation == "torch":

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter
 
 from titan_fast.direct_fsdp import DirectAllGather, DirectReduceScatter, direct_units
 from titan_fast.memory_count import MemoryCounter, Peak, is_on_device
+from titan_fast.wide_products import add_product_, product
 
 Kind = Literal["gemm", "attention", "memory", "gather", "reduce", "replicas", "copy_out", "blocking", "tensor", "wait"]
 """gemm, attention: bound by arithmetic; memory: by bandwidth. gather, reduce, replicas (HSDP's sum over its copies):
@@ -71,7 +72,8 @@ class Segment:
 
 
 _ATEN = torch.ops.aten
-_GEMMS = {_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.addmm_, _ATEN._scaled_mm}
+_WIDE = {one._opoverload.overloadpacket for one in (product, add_product_)}
+_GEMMS = {_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.addmm_, _ATEN._scaled_mm} | _WIDE
 _ATTENTION = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: False,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: True,
@@ -90,7 +92,7 @@ def operation_of(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Op
     """The Operation that a call of an ATen (or other) operator amounts to; None for views and bare allocations."""
     packet, namespace = func.overloadpacket, func.namespace
     if packet in _GEMMS:
-        return _gemm(packet, args, out)
+        return _gemm(packet, args, args[0] if out is None else out)  # `add_product_` returns nothing
     if packet in _ATTENTION:
         return _attention(func.__name__, args, _ATTENTION[packet])
     if namespace in ("c10d", "_c10d_functional", "_dtensor"):

@@ -10,18 +10,19 @@ Autograd gives a tensor only a gradient of its own dtype. So each matrix has a p
 of the wide dtype, without memory of its own, through which the gradient comes out.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.library import Library
 
 from titan_fast import config
 from titan_fast.errors import ConfigError
-from titan_fast.model import Linear, Llama
+from titan_fast.loss import LinearCrossEntropy
+from titan_fast.model import Head, Linear, Llama
+from titan_fast.wide_products import product
 
 
 class WideLinear(Linear):
@@ -47,24 +48,21 @@ class _Linear(torch.autograd.Function):
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[2]:
-            dw = torch.mm(dy.flatten(0, -2).t(), x.flatten(0, -2), out_dtype=ctx.wide)
+            dw = product(dy.flatten(0, -2).t(), x.flatten(0, -2), ctx.wide)
         return dx, None, dw
 
 
-def check(
-    settings: config.Config, shards: int, tensor_degree: int, param: torch.dtype, direct: bool, device_type: str
-) -> None:
+def check(settings: config.Config, shards: int, tensor_degree: int, param: torch.dtype, direct: bool) -> None:
     """ConfigError where `parallelism.fsdp_wide_gradients` asks for what cannot be, or would change nothing."""
     if not settings.parallelism.fsdp_wide_gradients:
         return
-    compiles, training = settings.compile, settings.training
-    inductor = compiles.enable and compiles.backend == "inductor" and "blocks" in compiles.components
-    dtypes = f"computes in {str(param).removeprefix('torch.')} and reduces in {training.mixed_precision_reduce}"
+    reduce = settings.training.mixed_precision_reduce
+    dtypes = f"computes in {str(param).removeprefix('torch.')} and reduces in {reduce}"
     for wrong, problem, hint in (
         (shards == 1, "has nothing to widen on one shard", "turn it off"),
         (tensor_degree > 1, f"cannot be with tensor_parallel_degree {tensor_degree}", "take one of them"),
         (
-            param == torch.float32 or training.mixed_precision_reduce != "float32",
+            param == torch.float32 or reduce != "float32",
             f"has nothing to widen where a run {dtypes}",
             "turn it off, or compute in bfloat16 and reduce in float32",
         ),
@@ -75,70 +73,71 @@ def check(
             "cannot be with kernels.reemit 'triton', which has products of its own",
             "take one of them",
         ),
-        (
-            device_type == "cpu" and inductor,
-            "needs a product that Inductor does not have for a CPU",
-            "turn compile.enable or it off",
-        ),
     ):
         if wrong:
             raise ConfigError(f"parallelism.fsdp_wide_gradients {problem}", hint)
 
 
 def widen(module: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Makes every `Linear` within `module` a `WideLinear` with gradients of `dtype`, in place."""
-    for linear in module.modules():
-        if isinstance(linear, Linear):
-            linear.__class__ = WideLinear
-            linear.port = torch.zeros((), dtype=dtype, device=device).expand(linear.weight.shape).requires_grad_()
+    """Makes every `Linear` within `module` a `WideLinear` with gradients of `dtype`, and gives the loss of a head a
+    port, in place."""
+    for matrix in module.modules():
+        if isinstance(matrix, Linear):
+            matrix.__class__ = WideLinear
+            matrix.port = _new_port(matrix.weight, dtype, device)
+        elif isinstance(matrix, Head) and isinstance(matrix.loss, LinearCrossEntropy):
+            matrix.loss = dataclasses.replace(matrix.loss, port=_new_port(matrix.weight, dtype, device))
 
 
-def ports(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name within `module`, port) of every `WideLinear`."""
-    for name, linear in module.named_modules():
-        if isinstance(linear, WideLinear):
-            yield name, linear.port
+def _new_port(weight: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device).expand(weight.shape).requires_grad_()
 
 
 def narrow(module: nn.Module) -> None:
     """Takes back what `widen` did."""
-    for linear in module.modules():
-        if isinstance(linear, WideLinear):
-            linear.__class__ = Linear  # type: ignore[assignment]
-            del linear.port
+    for matrix in module.modules():
+        if isinstance(matrix, WideLinear):
+            matrix.__class__ = Linear  # type: ignore[assignment]
+            del matrix.port
+        elif isinstance(matrix, Head) and isinstance(matrix.loss, LinearCrossEntropy):
+            matrix.loss = dataclasses.replace(matrix.loss, port=None)
+
+
+def gradients(block: nn.Module) -> dict[str, Tensor | None]:
+    """Of every parameter of `block`, by its name: a matrix's from its port, if it has one."""
+    found = {name: parameter.grad for name, parameter in block.named_parameters()}
+    return found | {f"{name}.weight": m.port.grad for name, m in block.named_modules() if isinstance(m, WideLinear)}
 
 
 def use(model: Llama, dtype: torch.dtype | None, device: torch.device | str) -> None:
-    """Makes the blocks of `model`, where they are FSDP2 units, get their matrices' gradients in `dtype`; with None as
-    autograd makes them."""
-    for block in model.blocks:
-        if not isinstance(block, FSDPModule):
+    """Makes the blocks of `model` and its head, where they are FSDP2 units, get their matrices' gradients in `dtype`;
+    with None as autograd makes them. A head that shares its weight with the embedding, or whose loss is torch's, stays
+    as it is."""
+    for module in (*model.blocks, model.head):
+        if not isinstance(module, FSDPModule):
             continue
-        unit: Any = block._get_fsdp_state()._fsdp_param_group
+        unit: Any = module._get_fsdp_state()._fsdp_param_group
         if dtype is not None:
-            widen(cast(nn.Module, block), dtype, device)
+            widen(cast(nn.Module, module), dtype, device)
             unit.post_backward = functools.partial(_post_backward, unit)
         else:
-            narrow(cast(nn.Module, block))
+            narrow(cast(nn.Module, module))
             vars(unit).pop("post_backward", None)
 
 
 def _post_backward(unit: Any, *unused: Any) -> None:
     """FSDP2's own, after the unit's gradients are all where it keeps those that are of the reduction's dtype."""
     for parameter in unit.fsdp_params:
-        linear = parameter._module_info.module
-        if isinstance(linear, WideLinear):
-            parameter.unsharded_accumulated_grad, linear.port.grad = linear.port.grad, None
+        port = _port(parameter._module_info.module)
+        if port is not None:
+            parameter.unsharded_accumulated_grad, port.grad = port.grad, None
         elif hasattr(parameter, "_unsharded_param"):
             parameter.to_accumulated_grad_if_needed()
     type(unit).post_backward(unit)
 
 
-def _product_on_cpu(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return left.to(out_dtype) @ right.to(out_dtype)
-
-
-_library = Library("aten", "IMPL")
-"""torch has this product for GPUs alone (2.13)."""
-if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", "CPU"):
-    _library.impl("mm.dtype", _product_on_cpu, "CPU")
+def _port(module: nn.Module) -> Tensor | None:
+    """Of a matrix whose gradient is made wide."""
+    if isinstance(module, Head):
+        return module.loss.port if isinstance(module.loss, LinearCrossEntropy) else None
+    return module.port if isinstance(module, WideLinear) else None

@@ -1,0 +1,36 @@
+"""Products of bfloat16 matrices in float32, in which tensor cores sum them: written, or added up, without rounding.
+
+On a GPU they are torch's `mm` and `addmm` with an `out_dtype`. Those do not exist for a CPU, Inductor cannot compile
+them for one, and torch 2.11 cannot tell the shape of `addmm`'s result; so they are operators of their own here, which
+run, compile and are counted alike everywhere.
+"""
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("titan_fast::product", mutates_args=())
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left [M, K] @ right [K, N] -> [M, N] in `dtype`: float32, or that of both."""
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
+@product.register_fake
+def _(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    return left.new_empty((left.shape[0], right.shape[1]), dtype=dtype)
+
+
+@torch.library.custom_op("titan_fast::add_product_", mutates_args=("total",))
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [M, N] += left [M, K] @ right [K, N]; total is float32, or of their dtype."""
+    if left.device.type == "cuda" and total.dtype != left.dtype:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+@add_product_.register_fake
+def _(total: Tensor, left: Tensor, right: Tensor) -> None:
+    return None
