@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from titan_fast import wide_gradients
-from titan_fast.canary import check_compiled_gradients, exact_ops
-from titan_fast.config import Compile
+from titan_fast.canary import check, check_compiled_gradients, exact_ops
+from titan_fast.config import Compile, from_options
 from titan_fast.errors import NumericsError
 from titan_fast.flavors import FLAVORS
 from titan_fast.ops import REFERENCE, with_equal_heads
@@ -43,6 +43,11 @@ def test_the_canary_compares_gradients_that_are_made_in_float32(monkeypatch: pyt
     torch._dynamo.reset()
     with pytest.raises(NumericsError, match=r"gradient of feed_forward.(gate|up).weight"):
         check_compiled_gradients(*arguments, wide=True)
+    options = {"compile.enable": "True", "compile.backend": "aot_eager", "training.mixed_precision_param": "bfloat16"}
+    options |= {"training.seq_len": "16", "parallelism.fsdp_wide_gradients": "True"}
+    torch._dynamo.reset()
+    with pytest.raises(NumericsError, match=r"gradient of feed_forward.(gate|up).weight"):
+        check(from_options({key: [value] for key, value in options.items()}), SHAPE, REFERENCE, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

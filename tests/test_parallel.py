@@ -92,6 +92,8 @@ LAYOUTS = [
     Layout("FSDP 2, direct", 2, 1e-6, mesh(1, 2, 1) | DIRECT, passes=2),
     Layout("FSDP 2, direct, offload", 2, 1e-6, mesh(1, 2, 1) | DIRECT | {"training.enable_cpu_offload": True}),
     Layout("FSDP 2, direct, never reshard", 2, 1e-6, mesh(1, 2, 1) | DIRECT | {RESHARD: "never"}, "tied", steps=5),
+    Layout("FSDP 1, direct, offload", 1, 1e-6, mesh(1, 1, 1) | DIRECT | {"training.enable_cpu_offload": True}, steps=5),
+    Layout("HSDP 2 x 1, direct", 2, 1e-6, mesh(2, 1, 1) | DIRECT, steps=5),
     Layout("TP 2", 2, 1e-5, mesh(1, 1, 2)),
     Layout("TP 2, odd vocabulary", 2, 1e-5, mesh(1, 1, 2), "odd vocabulary"),
     Layout("TP 2, carried residual", 2, 1e-5, mesh(1, 1, 2) | {"kernels.carry_residual": True}),

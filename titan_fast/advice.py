@@ -90,6 +90,8 @@ def _batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -
             "parallelism.fsdp_reshard_after_forward": reshard,
             **{f"activation_checkpoint.{key}": value for key, value in recompute.items()},
         }
+        if degree > 1 and plan.config.parallelism.fsdp_wide_gradients:
+            changes["parallelism.fsdp_wide_gradients"] = False  # the two cannot be together
         try:
             answer = estimate(dataclasses.replace(plan, config=changed(plan.config, changes)), check_depth=False)
         except ConfigError:

@@ -84,6 +84,8 @@ def advice(config: Config, shape: ModelShape, degrees: MeshDegrees, device: torc
         )
     if config.parallelism.fsdp_reshard_after_forward == "never":
         lines.append("--parallelism.fsdp_reshard_after_forward default: gathered weights are freed after use")
+    if config.parallelism.fsdp_wide_gradients:
+        lines.append("--parallelism.fsdp_wide_gradients False: a block's gradients are bfloat16 until they are reduced")
     if batch > 1:
         keep = sequences_per_step(training, degrees.data)
         lines.append(

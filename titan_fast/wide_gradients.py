@@ -59,7 +59,7 @@ def check(settings: config.Config, shards: int, tensor_degree: int, param: torch
     reduce = settings.training.mixed_precision_reduce
     dtypes = f"computes in {str(param).removeprefix('torch.')} and reduces in {reduce}"
     for wrong, problem, hint in (
-        (shards == 1, "has nothing to widen on one shard", "turn it off"),
+        (shards == 1, "needs several shards", "turn it off"),
         (tensor_degree > 1, f"cannot be with tensor_parallel_degree {tensor_degree}", "take one of them"),
         (
             param == torch.float32 or reduce != "float32",
@@ -127,6 +127,7 @@ def use(model: Llama, dtype: torch.dtype | None, device: torch.device | str) -> 
 
 def _post_backward(unit: Any, *unused: Any) -> None:
     """FSDP2's own, after the unit's gradients are all where it keeps those that are of the reduction's dtype."""
+    assert unit.reduce_grads, "what an earlier pass left would be lost"
     for parameter in unit.fsdp_params:
         port = _port(parameter._module_info.module)
         if port is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 @torch.library.custom_op("titan_fast::product", mutates_args=())
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left [M, K] @ right [K, N] -> [M, N] in `dtype`: float32, or that of both."""
-    if left.device.type == "cuda":
+    if left.device.type == "cuda" and dtype != left.dtype:
         return torch.mm(left, right, out_dtype=dtype)
     return left.to(dtype) @ right.to(dtype)
 
