@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from titan_fast.wide_products import add_product_, product
 
@@ -47,4 +48,9 @@ def test_in_their_own_dtype_they_are_those_of_torch(device: str) -> None:
 def test_as_operators_they_are_sound(device: str) -> None:
     left, right, _ = operands(device, torch.bfloat16)
     torch.library.opcheck(product, (left, right, torch.float32))
-    torch.library.opcheck(add_product_, (torch.ones(96, 64, device=device), left, right))
+    total = torch.ones(96, 64, device=device)
+    torch.library.opcheck(add_product_, (total, left, right))
+    with FlopCounterMode(display=False) as counted:
+        product(left, right, torch.float32)
+        add_product_(total, left, right)
+    assert counted.get_total_flops() == 2 * 2 * 96 * 256 * 64

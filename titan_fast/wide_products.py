@@ -5,8 +5,11 @@ them for one, and torch 2.11 cannot tell the shape of `addmm`'s result; so they 
 run, compile and are counted alike everywhere.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import mm_flop, register_flop_formula
 
 
 @torch.library.custom_op("titan_fast::product", mutates_args=())
@@ -34,3 +37,13 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 @add_product_.register_fake
 def _(total: Tensor, left: Tensor, right: Tensor) -> None:
     return None
+
+
+@register_flop_formula(torch.ops.titan_fast.product)
+def _(left_shape: torch.Size, right_shape: torch.Size, *_: Any, **__: Any) -> int:
+    return mm_flop(left_shape, right_shape)
+
+
+@register_flop_formula(torch.ops.titan_fast.add_product_)
+def _(total_shape: torch.Size, left_shape: torch.Size, right_shape: torch.Size, *_: Any, **__: Any) -> int:
+    return mm_flop(left_shape, right_shape)
