@@ -59,7 +59,7 @@ def startup_lines(
     buffers = "direct" if buffers_are_direct(config.parallelism, device.type) else "flat"
     shards = f"float32 shards, gathered as {dtype} by FSDP2 through {buffers} buffers"
     if config.parallelism.fsdp_wide_gradients:
-        shards += ", the blocks' gradients made in float32"
+        shards += ", the matrices' gradients made in float32"
     kept = {
         "fsdp": shards if uses_fsdp(config, devices, dtypes) else "float32",
         "masters": "bfloat16, with float32 masters that the optimizer updates",
