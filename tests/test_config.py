@@ -145,10 +145,13 @@ def test_wrong_types(argv: list[str], parts: list[str]) -> None:
         (b"{'training': {'steps': 1}}", "the config file is not valid TOML"),
         (b"steps = 1\n", "key 'steps' stands outside a table"),
         (b"[training]\nstep = 1\n", "unknown key 'training.step'; did you mean training.steps?"),
-        (b'[training]\nsteps = "one"\n', "wrong type"),
+        (b'[training]\nsteps = "3"\n', "training.steps is the text '3', and takes none; write"),
+        (b'[compile]\nenable = "true"\n', "compile.enable is the text 'true', and takes none"),
+        (b"[training]\nsteps = 1.5\n", "wrong type"),
         (b"[training.more]\nsteps = 1\n", "training.more"),
-        (b"[training]\nsteps = [1, 2]\n", "training.steps takes one value, not 2: '1', '2'"),
-        (b"[training]\nsteps = []\n", "key 'training.steps' has no value"),
+        (b"[training]\nsteps = [1]\n", "training.steps is the list [1], and takes one value; leave out the brackets"),
+        (b'[compile]\ncomponents = [["blocks"]]\n', "wrong type"),
+        (b"[compile]\ncomponents = []\n", "key 'compile.components' has no value"),
     ],
 )
 def test_bad_files(tmp_path: Path, content: bytes, part: str) -> None:

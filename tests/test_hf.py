@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -255,6 +256,8 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
         lambda folder: rewritten(folder, lambda held: held.update({QUERY: held[QUERY].half()})),
         "have different dtypes torch.float16, torch.float32, torch.float32",
     ),
+    (lambda folder: rewritten(folder, lambda held: held[QUERY][3, 5].fill_(math.inf)), f"{QUERY} has values that"),
+    (lambda folder: rewritten(folder, lambda held: held[NORM][1].fill_(math.nan)), f"{NORM} has values that"),
     (indexed({NORM: "model-2.safetensors"}), f"{NORM} would be in model-2.safetensors, and there is no such file"),
     (indexed({NORM: "../model.safetensors"}), "not a file's plain name"),
     (indexed({"ghost": "model.safetensors"}), "ghost would be in model.safetensors, which has no such tensor"),
@@ -269,6 +272,7 @@ def test_a_damaged_folder_is_refused_in_a_sentence(damage: Callable[[Path], Any]
     with pytest.raises((CheckpointError, ConfigError)) as caught:
         import_model(folder, tmp_path / "ours")
     assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert "cannot be written" not in str(caught.value)  # the disk is not to blame
     assert not any((tmp_path / "ours").glob("*")) and not any((tmp_path / "ours").glob(".*"))
 
 

@@ -1,6 +1,7 @@
 """Training from given weights: every way of cutting the model gets the same ones, and a run begins with them."""
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hf_folders import assert_same_tensors, edit_json, hf_folder, meta_folder, tensors
+from safetensors.torch import load_file, save_file
 from shapes import LLAMA2, LLAMA3
 from small_runs import build, config_of, named_whole
 from torch import Tensor
@@ -40,11 +42,11 @@ def loaded(world: World, path: Path, shape: ModelShape, options: dict[str, Any])
     return {name.replace("_checkpoint_wrapped_module.", ""): t for name, t in named_whole(model).items()}
 
 
-def refusal(world: World, path: Path, shape: ModelShape) -> str:
-    """With the folder hidden from one rank."""
+def refusal(world: World, path: Path, shape: ModelShape, hidden_from: int | None) -> str:
+    """With the folder hidden from one rank, if any."""
     model = build(config_of({}, world.size), shape, world)
     with pytest.raises(CheckpointError) as caught:
-        load_initial_weights(model, path if world.rank != 1 else path / "elsewhere", shape)
+        load_initial_weights(model, path if world.rank != hidden_from else path / "elsewhere", shape)
     return str(caught.value)
 
 
@@ -57,13 +59,17 @@ def world_of_four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[
     hf_folder(LLAMA2, folder / "uneven")
     meta_folder(LLAMA3, folder / "meta", 2)
     hf_folder(LLAMA3, folder / "half", torch.bfloat16)
+    infinite = load_file(hf_folder(LLAMA3, folder / "infinite") / "model.safetensors")
+    infinite["lm_head.weight"][-1, 0] = math.inf
+    save_file(infinite, folder / "infinite" / "model.safetensors", metadata={"format": "pt"})
     import_model(folder / "half", folder / "run" / "checkpoint")
     tasks = [Task(f"hf, {name}", loaded, (folder / "hf", LLAMA3, layout)) for name, layout in LAYOUTS.items()]
     tasks += [
         Task("uneven", loaded, (folder / "uneven", LLAMA2, {})),
         Task("meta", loaded, (folder / "meta", LLAMA3, TWO_BY_TWO)),
         Task("half", loaded, (folder / "run", LLAMA3, TWO_BY_TWO)),
-        Task("refusal", refusal, (folder / "hf", LLAMA3)),
+        Task("hidden", refusal, (folder / "hf", LLAMA3, 1)),
+        Task("not finite", refusal, (folder / "infinite", LLAMA3, None)),  # in one rank's part
     ]
     return folder, run_world(4, tasks, folder / "world")
 
@@ -83,8 +89,10 @@ def test_every_rank_gets_its_part(task: str, source: str, world_of_four: tuple[P
 
 def test_one_ranks_failure_is_every_ranks(world_of_four: tuple[Path, dict[str, list[Any]]]) -> None:
     folder, found = world_of_four
-    assert results(found, "refusal") == [results(found, "refusal")[1]] * 4
-    assert f"there is no such folder [{folder / 'hf' / 'elsewhere'}]" in results(found, "refusal")[0]
+    assert results(found, "hidden") == [results(found, "hidden")[1]] * 4
+    assert f"there is no such folder [{folder / 'hf' / 'elsewhere'}]" in results(found, "hidden")[0]
+    assert len(set(results(found, "not finite"))) == 1
+    assert "lm_head.weight has values that are not finite" in results(found, "not finite")[0]
 
 
 TEXT = "".join(f"line {n}: the quick brown fox jumps over {n * n} lazy dogs\n" for n in range(400))

@@ -493,18 +493,23 @@ def _read_toml(words: list[str] | None) -> dict[str, list[str]]:
         raise ConfigError(f"cannot read the config file: {error.strerror}", "check the path", str(path)) from error
     except (ValueError, RecursionError) as error:  # a ValueError also for bytes that are not UTF-8 and absurd numbers
         raise ConfigError(f"the config file is not valid TOML: {error}", "mend it", str(path)) from error
-    options = {}
+    options, known, problems = {}, known_keys(), Problems()
     for table, keys in tables.items():
         if not isinstance(keys, dict):
             raise ConfigError(f"key {table!r} stands outside a table", "put it under a [table]", str(path))
-        options |= {f"{table}.{key}": _as_words(value) for key, value in keys.items()}
+        for name, value in ((f"{table}.{key}", value) for key, value in keys.items()):
+            options[name] = _as_words(value)
+            kind = str(known[name].type) if name in known else "tuple"  # of an unknown one only that is to be said
+            if isinstance(value, list) and "tuple" not in kind:
+                problems.add(f"{name} is the list {value}, and takes one value", "leave out the brackets")
+            elif isinstance(value, str) and not any(texts in kind for texts in ("str", "Literal", "tuple")):
+                problems.add(f"{name} is the text {value!r}, and takes none", "write the value without quotes")
+    problems.refuse()
     return options
 
 
 def _as_words(value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [word for item in value for word in _as_words(item)]
-    return [str(value)]
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
 def known_keys() -> dict[str, dataclasses.Field]:

@@ -108,12 +108,13 @@ def to_hf(weights: Mapping[str, Tensor], shape: ModelShape) -> Iterator[tuple[st
 
 def read_parameter(weights: Weights, name: str, window: Window | None = None) -> Tensor:
     """Our parameter `name`, or a part of it, from Hugging Face's tensors; of the packed projection no more is read than
-    the groups that the part touches. CheckpointError where q, k and v differ in dtype: packed, one would change."""
+    the groups that the part touches. CheckpointError where q, k and v differ in dtype (packed, one would change) and
+    where a value is not finite."""
     names = hf_names(name)
     if window is None:
         window = tuple(slice(0, length) for length in our_sizes(weights.shape)[name])
     if len(names) == 1:
-        return weights.read(names[0], window)
+        return _read_finite(weights, names[0], window)
     dtypes = [weights.dtype(part) for part in names]
     if len(set(dtypes)) > 1:
         raise CheckpointError(
@@ -128,10 +129,17 @@ def read_parameter(weights: Weights, name: str, window: Window | None = None) ->
 
     def groups(name: str, heads: int) -> Tensor:
         length = heads * shape.head_dim
-        return weights.read(name, (slice(first * length, last * length), *columns))
+        return _read_finite(weights, name, (slice(first * length, last * length), *columns))
 
     packed = pack_qkv(groups(names[0], group), groups(names[1], 1), groups(names[2], 1), shape)
     return packed[rows.start - first * packed_rows : rows.stop - first * packed_rows]
+
+
+def _read_finite(weights: Weights, name: str, window: Window) -> Tensor:
+    part = weights.read(name, window)
+    if part.numel() and not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(part)):
+        raise CheckpointError(f"{name} has values that are not finite", "get the weights again", str(weights.path))
+    return part
 
 
 def hf_config(shape: ModelShape) -> dict[str, Any]:

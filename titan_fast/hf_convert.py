@@ -85,9 +85,15 @@ def _write_dcp(weights: Weights, folder: Path) -> None:
     }
     # A file per tensor: DCP holds a file's tensors until it is written.
     writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=True, overwrite=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(tensors, storage_writer=writer, planner=_SourcePlanner(weights), no_dist=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(tensors, storage_writer=writer, planner=_SourcePlanner(weights), no_dist=True)
+    except dcp.api.CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, CheckpointError):  # of the source, not of the disk
+                raise failure from None
+        raise
 
 
 def _write_small_files(shape: ModelShape, folder: Path) -> None:

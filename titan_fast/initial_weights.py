@@ -6,6 +6,7 @@ Each process reads its own part of each tensor, one tensor after another; there 
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -147,24 +148,16 @@ def load_initial_weights(
     """Fills the model, sharded or whole, and says in words what with, and whether it came with another tokenizer than
     `tokenizer`. Every rank calls it.
 
-    CheckpointError on every rank where the weights are damaged, incomplete, of other sizes, of a dtype with values that
-    the model's cannot hold, or made for another rotary embedding or norm epsilon (which `allow_changes` accepts).
+    CheckpointError on every rank where the weights are damaged, incomplete, of other sizes, not finite, of a dtype with
+    values that the model's cannot hold, or made for another rotary embedding or norm epsilon (which `allow_changes`
+    accepts).
     """
-    weights: Weights | CheckpointWeights | None = None
-    error: CheckpointError | None = None
-    try:
+    with _raised_together():
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         weights = _open(path, (rank, size))
         changes = _compare_shapes(weights, shape, allow_changes)
         _check_dtypes(weights, model)
-    except CheckpointError as caught:
-        error, changes = caught, []
-    _raise_together(error)
-    assert weights is not None
-    if isinstance(weights, CheckpointWeights):
-        weights.fill(dict(model.named_parameters()))
-        dtypes = set(weights.dtypes.values())
-    else:
+    with _raised_together():
         dtypes = _fill(model, weights)
     words = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     said = f"weights from {weights.path}, {words}" + (f"; other than there: {', '.join(changes)}" if changes else "")
@@ -232,7 +225,11 @@ def _dtype(weights: Weights | CheckpointWeights, name: str) -> torch.dtype:
     return weights.dtype(hf_names(name)[0])
 
 
-def _fill(model: Llama, weights: Weights) -> set[torch.dtype]:
+def _fill(model: Llama, weights: Weights | CheckpointWeights) -> set[torch.dtype]:
+    """Fills the model and returns the dtypes that the weights had."""
+    if isinstance(weights, CheckpointWeights):
+        weights.fill(dict(model.named_parameters()))
+        return set(weights.dtypes.values())
     dtypes = set()
     for name, parameter in model.named_parameters():
         own = local(parameter)
@@ -243,8 +240,15 @@ def _fill(model: Llama, weights: Weights) -> set[torch.dtype]:
     return dtypes
 
 
-def _raise_together(error: CheckpointError | None) -> None:
-    """Raises the first error that any rank has, on every rank, so that none waits for one that has stopped."""
+@contextmanager
+def _raised_together() -> Iterator[None]:
+    """Raises the first CheckpointError that any rank has inside, on every rank, so that none waits for one that has
+    stopped."""
+    error: CheckpointError | None = None
+    try:
+        yield
+    except CheckpointError as caught:
+        error = caught
     errors = [error]
     if dist.is_initialized():
         errors = [None] * dist.get_world_size()
