@@ -48,6 +48,14 @@ def test_a_failure_that_nobody_reads_keeps_its_exit_status() -> None:
     assert done.returncode == 3
 
 
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_console_that_was_closed_at_the_start_is_as_good_as_any(closed: str) -> None:
+    body = "from titan_fast.config import parse; parse(['--training.steps', 'x'])"
+    done = run(body, before=["sh", "-c", f'exec "$@" {closed}>&-', "sh"])
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("titan_fast: a value has the wrong type") == (closed == "1")
+
+
 def test_a_path_that_this_user_may_not_use_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch(mode=0o000)
     as_user = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []  # modes bind it

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
+from pathlib import Path
 from typing import NoReturn, ParamSpec
 
 P = ParamSpec("P")
@@ -112,10 +113,14 @@ def leave_console() -> None:
 
 
 def command(main: Callable[P, None]) -> Callable[P, None]:
-    """For the `main` of a command line. A console that is not UTF-8 shows the rest as escapes."""
+    """For the `main` of a command line. A console that is not UTF-8 shows the rest as escapes, and one that was closed
+    at the start shows nothing."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:
+                setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
         with reported():
