@@ -6,14 +6,18 @@ every one that an operator of that shape uses, for `titan_kernels.inspect`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from operator import or_
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton import JITFunction
+from triton import JITFunction, knobs
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 MAX_BLOCKS = 32  # that a multiprocessor of any of the three architectures can hold at once
+_MOST_KEPT = 1024  # binaries of a launch, so that ever new numbers of rows do not gather for ever
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
 """Triton's name for a pointer to each dtype that a kernel takes."""
@@ -38,39 +42,58 @@ class Launch:
     """What one program reads from memory and, when that is done, once more, counting on the level-2 cache."""
     max_resident: int = MAX_BLOCKS
     """The most blocks of a grid for each multiprocessor, where the grid is sized by their number."""
-    _compiled: dict[tuple[Any, ...], Any] = field(init=False, repr=False, compare=False, default_factory=dict)
-    """The binary for each kind of arguments seen so far. What is asked of Triton when a kernel is looked up (debugging,
-    instrumentation, hooks before a run) is asked at the first launch of a kind only; launch hooks at every one."""
+    _compiled: dict[tuple[int, ...], Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """By device and integers, the binary for addresses that 16 divides. What is asked of Triton when a kernel is looked
+    up (debugging, instrumentation, hooks before a run) is asked at the first launch of a kind only; launch hooks at
+    every one."""
+
+    @cached_property
+    def _n_pointers(self) -> int:
+        """They are the first arguments."""
+        return sum(kind.startswith("*") for kind in self.signature.values())
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch with `arguments` in the order of `signature`, on the device that holds the first of them."""
-        device = arguments[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        device = arguments[0].get_device()
+        if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._run(grid, arguments)
+                self._run(device, grid, arguments)
         else:
-            self._run(grid, arguments)
+            self._run(device, grid, arguments)
 
-    def _run(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        kind = (arguments[0].device.index, *map(_kind, arguments))
-        if compiled := self._compiled.get(kind):
-            compiled[(*grid, 1, 1)[:3]](*arguments, *self.constexprs.values())
-        else:  # Triton's own way, which makes the binary or looks for it: 10 us of the host's 34 for a launch
-            binary = self.kernel[grid](
-                *arguments, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
-            )
-            # On ROCm a tensor's size decides too; the interpreter has no binary, nor has what is compiled meanwhile.
-            if isinstance(binary, CompiledKernel) and not torch.version.hip:
-                self._compiled[kind] = binary
+    def _run(self, device: int, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        """Triton by itself looks for the binary at every launch, asks the driver about every address and prepares what
+        it would tell hooks: more of the host's time than the launch."""
+        numbers = arguments[self._n_pointers :]
+        addresses = [tensor.data_ptr() for tensor in arguments[: self._n_pointers]]
+        kind = (device, *numbers)
+        binary = None if reduce(or_, addresses) % 16 else self._compiled.get(kind)
+        if binary is None:
+            self._run_by_triton(kind, grid, arguments)
+        elif _has_hook(knobs.runtime.launch_enter_hook) or _has_hook(knobs.runtime.launch_exit_hook):
+            binary[(*grid, 1, 1)[:3]](*arguments, *self.constexprs.values())
+        else:
+            stream = driver.active.get_current_stream(device)  # pyright: ignore[reportAttributeAccessIssue]
+            binary.run(
+                *(*grid, 1, 1)[:3], stream, binary.function, binary.packed_metadata, None, None, None, *addresses,
+                *numbers, *self.constexprs.values(),
+            )  # fmt: skip
+
+    def _run_by_triton(self, kind: tuple[int, ...], grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        """Triton's way, which makes the binary or finds it. It is kept for these integers, of which Triton makes
+        constants where they are 1, and multiples of 16."""
+        binary = self.kernel[grid](*arguments, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)
+        # On ROCm a tensor's size decides too; the interpreter has no binary, nor has what is compiled meanwhile.
+        kept = isinstance(binary, CompiledKernel) and not torch.version.hip
+        if kept and not any(address.data_ptr() % 16 for address in arguments[: self._n_pointers]):
+            if len(self._compiled) >= _MOST_KEPT:
+                self._compiled.clear()
+            self._compiled[kind] = binary
 
 
-def _kind(argument: Tensor | int) -> object:
-    """Equal for arguments for which Triton takes the same binary: of a tensor it asks for the dtype, which a Launch
-    has in its signature, and whether its address is divisible by 16; of an integer that too, whether it is 1, which it
-    makes a constant of, and whether it needs 64 bits."""
-    if isinstance(argument, Tensor):
-        return argument.data_ptr() % 16 == 0
-    return argument % 16 == 0, argument == 1, -(2**31) <= argument < 2**31
+def _has_hook(chain: Any) -> bool:
+    """Triton has a list of them; a program may have put None or a function there."""
+    return bool(getattr(chain, "calls", chain))
 
 
 def power_of_two(n: int) -> int:
@@ -88,13 +111,16 @@ def is_interpreted(kernel: Any) -> bool:
     return not isinstance(kernel, JITFunction)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """x [..., width] as [rows, width] with adjacent columns: a view wherever the strides allow it, else a copy."""
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """x [..., width] as rows of adjacent columns, and how far apart they begin: x itself, a view of it, or, where its
+    strides allow neither, a copy."""
     width = x.shape[-1]
     if x.is_contiguous():
-        return x.view(-1, width)
+        return x, width
     rows = x.reshape(-1, width)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)
 
 
 def empty_rows(like: Tensor) -> Tensor:

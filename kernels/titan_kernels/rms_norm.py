@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from titan_kernels.dispatch import eager_function, is_plain_eager, unrecorded_dispatch
-from titan_kernels.launch import MAX_BLOCKS, POINTER, Launch, as_rows, blocks, empty_rows, power_of_two
+from titan_kernels.launch import MAX_BLOCKS, POINTER, Launch, blocks, empty_rows, power_of_two, rows_of
 from titan_kernels.sharding import ROWS, SUM, WHOLE, no_matrix_product, register_row_sharding
 from titan_kernels.validation import require_device, require_dtypes, shape
 
@@ -198,14 +198,13 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     width = x.shape[-1]
     y = empty_rows(x)
     new_residual = y if residual is None else empty_rows(x)
-    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    scale = torch.empty(size=x.shape[:-1], dtype=torch.float32, device=x.device)
     if n_rows := scale.numel():
-        rows = as_rows(x)
-        residual_rows = rows if residual is None else as_rows(residual)
+        rows, stride = rows_of(x)
+        residual_rows, residual_stride = (rows, stride) if residual is None else rows_of(residual)
         _forward_launch(width, x.dtype, weight.dtype, eps, residual is not None)(
-            (n_rows,), rows, residual_rows, weight.contiguous(), y, new_residual, scale,
-            rows.stride(0), residual_rows.stride(0),
-        )  # fmt: skip
+            (n_rows,), rows, residual_rows, weight.contiguous(), y, new_residual, scale, stride, residual_stride
+        )
     return y, new_residual, scale
 
 
@@ -319,11 +318,12 @@ def _backward(
     dweight = torch.empty(width, dtype=weight.dtype, device=s.device)
     n_partials = _n_partials(n_rows, width, s.device)
     partials = torch.empty(n_partials, width, dtype=torch.float32, device=s.device)
-    dy_rows, s_rows = as_rows(dy), as_rows(s)
-    dresidual_rows = dy_rows if dresidual is None else as_rows(dresidual)
+    dy_rows, dy_stride = rows_of(dy)
+    s_rows, s_stride = rows_of(s)
+    dresidual_rows, dresidual_stride = (dy_rows, dy_stride) if dresidual is None else rows_of(dresidual)
     _backward_launch(width, s.dtype, weight.dtype, dresidual is not None, emit)(
         (n_partials,), dy_rows, s_rows, weight.contiguous(), scale, dresidual_rows, ds, y, partials,
-        dy_rows.stride(0), s_rows.stride(0), dresidual_rows.stride(0), n_rows,
+        dy_stride, s_stride, dresidual_stride, n_rows,
     )  # fmt: skip
     _sum_launch(width, weight.dtype)((blocks(width, _SUM_COLUMNS),), partials, dweight, n_partials)
     return ds, dweight, y
@@ -470,7 +470,7 @@ def check(operator: str, x: Tensor, residual: Tensor | None, weight: Tensor) -> 
     """Raise ValueError unless `operator` can norm x, after adding `residual` where there is one."""
     if x.dim() == 0 or not 0 < x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{operator}: takes rows of 1 to {MAX_WIDTH} numbers, got shape {shape(x)}")
-    if weight.shape != x.shape[-1:]:
+    if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
         raise ValueError(f"{operator}: weight has shape {shape(weight)}, x of shape {shape(x)} needs [{x.shape[-1]}]")
     others = () if residual is None else (residual,)
     for other in others:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from titan_kernels.dispatch import eager_function, is_plain_eager, unrecorded_dispatch
-from titan_kernels.launch import POINTER, Launch, as_rows, blocks, power_of_two
+from titan_kernels.launch import POINTER, Launch, blocks, power_of_two, rows_of
 from titan_kernels.sharding import no_matrix_product, register_placements
 from titan_kernels.validation import require_device, require_dtypes, shape
 
@@ -111,15 +111,15 @@ def _forward_kernel(
 def _rope(qkv: Tensor, cos: Tensor, sin: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """(q, k, v) [B, heads, S, E]. The group's size, not the number of heads: a shard of the heads has the same."""
     batch, seq_len, n_kv_heads, head_dim = _sizes(qkv, cos, group)
-    q, k, v = _empty_heads(qkv, (batch, seq_len), n_kv_heads, group, head_dim)
+    q, k, v = _empty_heads(qkv, batch, seq_len, n_kv_heads, group, head_dim)
     if qkv.numel():
-        rows = as_rows(qkv)
+        rows, stride = rows_of(qkv)
         n_tokens = batch * seq_len
         _launch(group, n_kv_heads, head_dim, qkv.dtype, False)(
             (blocks(n_tokens, _tokens(head_dim)) * n_kv_heads,),
-            rows, cos.contiguous(), sin.contiguous(), q, k, v, rows.stride(0), seq_len, n_tokens,
+            rows, cos.contiguous(), sin.contiguous(), q, k, v, stride, seq_len, n_tokens,
         )  # fmt: skip
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return q, k, v
 
 
 def _sizes(qkv: Tensor, cos: Tensor, group: int) -> tuple[int, int, int, int]:
@@ -135,12 +135,16 @@ def _sizes(qkv: Tensor, cos: Tensor, group: int) -> tuple[int, int, int, int]:
 
 
 def _empty_heads(
-    like: Tensor, leading: tuple[int, int], n_kv_heads: int, group: int, head_dim: int
+    like: Tensor, batch: int, seq_len: int, n_kv_heads: int, group: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for q, k and v, [B, S, heads, E]."""
-    q = like.new_empty((*leading, n_kv_heads * group, head_dim))
-    k = like.new_empty((*leading, n_kv_heads, head_dim))
-    return q, k, like.new_empty((*leading, n_kv_heads, head_dim))
+    """q, k and v, [B, heads, S, E] as views of [B, S, heads, E] memory would be."""
+    q, k, v = (
+        like.new_empty_strided(
+            (batch, heads, seq_len, head_dim), (seq_len * heads * head_dim, head_dim, heads * head_dim, 1)
+        )
+        for heads in (n_kv_heads * group, n_kv_heads, n_kv_heads)
+    )
+    return q, k, v
 
 
 # ---- backward
@@ -178,7 +182,7 @@ def _rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor)
     batch, n_heads, seq_len, head_dim = dq.shape
     n_kv_heads = dk.shape[1]
     group = n_heads // n_kv_heads
-    dqkv = dq.new_empty((batch, seq_len, n_kv_heads * (group + 2) * head_dim))
+    dqkv = dq.new_empty(batch, seq_len, n_kv_heads * (group + 2) * head_dim)
     if dqkv.numel():
         dq, dk, dv = (x if x.stride(3) == 1 else x.contiguous() for x in (dq, dk, dv))
         n_tokens = batch * seq_len
@@ -199,8 +203,7 @@ backward_op = torch.library.custom_op("titan_kernels::rope_backward", _rope_back
 @rope_op.register_fake
 def _(qkv: Tensor, cos: Tensor, sin: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, seq_len, n_kv_heads, head_dim = _sizes(qkv, cos, group)
-    q, k, v = _empty_heads(qkv, (batch, seq_len), n_kv_heads, group, head_dim)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return _empty_heads(qkv, batch, seq_len, n_kv_heads, group, head_dim)
 
 
 @backward_op.register_fake

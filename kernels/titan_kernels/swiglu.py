@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from titan_kernels.dispatch import eager_function, is_plain_eager, unrecorded_dispatch
-from titan_kernels.launch import POINTER, Launch, as_rows, blocks, empty_rows
+from titan_kernels.launch import POINTER, Launch, blocks, empty_rows, rows_of
 from titan_kernels.sharding import ROWS, no_matrix_product, register_row_sharding
 from titan_kernels.validation import require_device, require_dtypes, shape
 
@@ -61,12 +61,14 @@ def launches(dtype: torch.dtype) -> list[Launch]:
     return [_forward_launch(dtype), _backward_launch(dtype, False), _backward_launch(dtype, True)]
 
 
-def _lay_out(*tensors: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
-    """The tensors as rows, and how many rows of how many columns: one row where all are contiguous."""
+def _lay_out(*tensors: Tensor) -> tuple[list[tuple[Tensor, int]], int, int]:
+    """The tensors as rows, each with its stride, and how many rows of how many columns: one row where all are
+    contiguous."""
+    size = tensors[0].numel()
     if all(tensor.is_contiguous() for tensor in tensors):
-        return [tensor.view(1, -1) for tensor in tensors], (1, tensors[0].numel())
-    rows = [as_rows(tensor) for tensor in tensors]
-    return rows, (rows[0].shape[0], rows[0].shape[1])
+        return [(tensor, size) for tensor in tensors], 1, size
+    width = tensors[0].shape[-1]
+    return [rows_of(tensor) for tensor in tensors], size // width, width
 
 
 # ---- forward
@@ -88,9 +90,9 @@ def _forward_kernel(GATE, UP, H, gate_stride, up_stride, width, BLOCK: tl.conste
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     h = empty_rows(gate)
     if h.numel():
-        (gate, up), (n_rows, width) = _lay_out(gate, up)
+        ((gate, gate_stride), (up, up_stride)), n_rows, width = _lay_out(gate, up)
         grid = (n_rows * blocks(width, _BLOCK),)
-        _forward_launch(gate.dtype)(grid, gate, up, h, gate.stride(0), up.stride(0), width)
+        _forward_launch(gate.dtype)(grid, gate, up, h, gate_stride, up_stride, width)
     return h
 
 
@@ -125,11 +127,9 @@ def _backward(dh: Tensor, gate: Tensor, up: Tensor, emit: bool) -> tuple[Tensor,
     dup = empty_rows(gate)
     h = empty_rows(gate) if emit else dgate
     if dgate.numel():
-        (dh, gate, up), (n_rows, width) = _lay_out(dh, gate, up)
-        _backward_launch(gate.dtype, emit)(
-            (n_rows * blocks(width, _BLOCK),), dh, gate, up, dgate, dup, h,
-            dh.stride(0), gate.stride(0), up.stride(0), width,
-        )  # fmt: skip
+        ((dh, dh_stride), (gate, gate_stride), (up, up_stride)), n_rows, width = _lay_out(dh, gate, up)
+        grid = (n_rows * blocks(width, _BLOCK),)
+        _backward_launch(gate.dtype, emit)(grid, dh, gate, up, dgate, dup, h, dh_stride, gate_stride, up_stride, width)
     return dgate, dup, h
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -24,7 +25,9 @@ from titan_kernels.swiglu import launches as swiglu_launches
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
+from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from tests.kernels.operators import OPERATORS, Operator
 
@@ -150,9 +153,9 @@ class Recorder:
         self.calls: list[tuple[Launch, tuple[Any, ...]]] = []
         run = Launch._run
 
-        def record(launch: Launch, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        def record(launch: Launch, device: int, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
             self.calls.append((launch, arguments))
-            run(launch, grid, arguments)
+            run(launch, device, grid, arguments)
 
         monkeypatch.setattr(Launch, "_run", record)
 
@@ -193,6 +196,8 @@ def test_what_runs_is_what_launches_lists(
         assert launch in listed
         parameters = [name for name in launch.kernel.arg_names if name not in launch.constexprs]
         assert list(launch.signature) == parameters == launch.kernel.arg_names[: len(parameters)]
+        is_pointer = [kind.startswith("*") for kind in launch.signature.values()]
+        assert is_pointer == sorted(is_pointer, reverse=True), "a launch takes the first so many for addresses"
         assert [triton_type(argument) for argument in arguments] == list(launch.signature.values()), launch.name
         for name, argument in zip(launch.signature, arguments, strict=True):
             value = argument.data_ptr() if isinstance(argument, Tensor) else argument
@@ -200,13 +205,17 @@ def test_what_runs_is_what_launches_lists(
 
 
 class Binary(CompiledKernel):
-    """Stands in for compiled code: notes what it is launched with."""
+    """Stands in for compiled code: notes what it is launched with, by Triton's way (`binary[grid]`) and past it."""
+
+    function, packed_metadata = "function", "metadata"
 
     def __init__(self) -> None:
+        self.by_triton: list[tuple[Any, ...]] = []
         self.launches: list[tuple[Any, ...]] = []
+        self._run = lambda *arguments: self.launches.append(arguments)
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda *arguments: self.launches.append((grid, *arguments))
+        return lambda *arguments: self.by_triton.append((grid, *arguments))
 
 
 class Kernel:
@@ -223,25 +232,55 @@ class Kernel:
         return self.binaries[-1]
 
 
-def test_a_binary_is_launched_again_for_what_it_was_made_for_alone() -> None:
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> int:
+    """What a driver would say is the current one."""
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_stream=lambda device: 77))
+    return 77
+
+
+def test_a_binary_is_launched_again_for_what_it_was_made_for_alone(stream: int) -> None:
     """Triton makes other code for addresses and integers that 16 divides, for 1, and for integers of 64 bits."""
     kernel = Kernel()
     launch = Launch("copy", cast(Any, kernel), {"X": "*fp32", "n": "i32"}, {"BLOCK": 8}, num_warps=1)
     aligned = torch.zeros(64)
-    kinds = [(aligned, 32), (aligned[1:], 32), (aligned, 33), (aligned, 1), (aligned, 2**31), (aligned, 2**31 + 1)]
-    for arguments in kinds:
-        launch((4,), *arguments)
-    assert len(kernel.binaries) == len(kinds) and not any(binary.launches for binary in kernel.binaries)
-    again = [*kinds, (aligned[4:], 48), (aligned[3:], 16), (aligned, 35)]
-    for arguments in again:
-        launch((4, 2), *arguments)
-    assert len(kernel.binaries) == len(kinds)
-    given = [[n for _, _, n, _ in binary.launches] for binary in kernel.binaries]
-    assert given == [[32, 48], [32, 16], [33, 35], [1], [2**31], [2**31 + 1]]
-    launches = [launched for binary in kernel.binaries for launched in binary.launches]
-    assert all(grid == (4, 2, 1) and block == 8 for grid, _, _, block in launches)
+    numbers = (32, 33, 1, 2**31)
+    for number in numbers:
+        launch((4,), aligned, number)
+    made = kernel.binaries
+    assert len(made) == len(numbers) and not any(binary.launches for binary in made)
+    for number in numbers:
+        launch((4, 2), aligned[4:], number)
+    assert len(made) == len(numbers)
+    for number, binary in zip(numbers, made, strict=True):
+        options = stream, "function", "metadata", None, None, None
+        assert binary.launches == [(4, 2, 1, *options, aligned[4:].data_ptr(), number, 8)]
+    for _ in range(2):
+        launch((4,), aligned[1:], 32)
+    assert len(made) == len(numbers) + 2 and len(made[0].launches) == 1, "other addresses: Triton chooses every time"
     replace(launch, num_warps=2)((4,), aligned, 32)
-    assert len(kernel.binaries) == len(kinds) + 1, "another launch has its own"
+    assert len(made) == len(numbers) + 3, "another launch has its own"
+
+
+def test_hooks_see_every_launch(stream: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, x = Kernel(), torch.zeros(64)
+    launch = Launch("copy", cast(Any, kernel), {"X": "*fp32"}, {"BLOCK": 8}, num_warps=1)
+    launch((4,), x)
+    (binary,) = kernel.binaries
+    for hooks in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        with monkeypatch.context() as patch:
+            patch.setattr(hooks, "calls", [print])
+            launch((4,), x)
+    assert [grid for grid, *_ in binary.by_triton] == [(4, 1, 1)] * 2 and not binary.launches
+    assert all(given is x and block == 8 for _, given, block in binary.by_triton)
+
+
+def test_binaries_for_ever_new_sizes_do_not_gather(stream: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titan_kernels.launch._MOST_KEPT", 4)
+    launch = Launch("copy", cast(Any, Kernel()), {"X": "*fp32", "n": "i32"}, {}, num_warps=1)
+    for n in range(100):
+        launch((4,), torch.zeros(64), n)
+        assert 0 < len(launch._compiled) <= 4
 
 
 def test_on_rocm_triton_chooses_at_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
