@@ -23,7 +23,7 @@ from torchrun import start
 
 from titan_fast import checkpointer, dry_step, guard, loop, manifest, out_of_memory, signals, watchdog
 from titan_fast.checkpoint import tensors_of
-from titan_fast.config import mesh_degrees, parse
+from titan_fast.config import mesh_degrees, model_shape, parse, sequences_per_step
 from titan_fast.errors import CheckpointError, ConfigError, NumericsError
 from titan_fast.out_of_memory import OutOfMemory
 from titan_fast.run_lock import NAME as LOCK
@@ -390,6 +390,17 @@ def test_a_loss_spike_is_written_down(tmp_path: Path) -> None:
     assert math.isclose(record["usual_loss"], 3.0, abs_tol=0.05)
 
 
+def test_losses_that_stay_higher_are_spikes_no_longer(tmp_path: Path) -> None:
+    watch = guard.StepGuard(parse([]).training, torch.device("cpu"), tmp_path, True)
+    chance, lines = random.Random(0), []
+    for step in range(1, 401):
+        watch.judge(
+            step, {}, torch.tensor((2.6 if step > 200 else 2.0) + chance.uniform(-0.01, 0.01)), torch.tensor(1.0)
+        )
+        lines += watch.look()
+    assert [line.split(":")[0] for line in lines] == [f"step {step}" for step in range(201, 201 + guard.LEAST)]
+
+
 # Disks
 
 
@@ -600,6 +611,33 @@ def test_bytes_of_a_parameter_are_what_training_holds(options: tuple[str, ...], 
     config = parse(["--training.local_batch_size", "4", *options])
     degrees = mesh_degrees(config.parallelism, 1)
     assert out_of_memory.state_bytes(config, degrees, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 12])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--training.global_batch_size -1",
+        "--parallelism.data_parallel_replicate_degree 2 --parallelism.data_parallel_shard_degree 4",
+        "--activation_checkpoint.mode memory_budget --activation_checkpoint.memory_budget 0",
+        "--activation_checkpoint.mode memory_budget",
+        "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option 1",
+    ],
+)
+def test_what_out_of_memory_advises_is_accepted(batch: int, options: str) -> None:
+    """Line by line, by the world that it was said to; the batch stays, and no line repeats what is set."""
+    words = ["--training.local_batch_size", str(batch), *options.split()]
+    config, world = parse(words), 8
+    degrees = mesh_degrees(config.parallelism, world)
+    lines = out_of_memory.advice(config, model_shape(config.model), degrees, torch.device("cpu"))
+    advised = [line.split(":")[0].split(" (now")[0].split() for line in lines if line.startswith("--")]
+    for line in advised:
+        new = parse([*words, *line])
+        assert new != config, line
+        then = mesh_degrees(new.parallelism, world)
+        assert sequences_per_step(new.training, then.data) == sequences_per_step(config.training, degrees.data), line
+    modes = [line for line in advised if line[0].startswith("--activation_checkpoint")]
+    assert len(modes) == ("memory_budget 0" not in options and "option 1" not in options)
 
 
 def test_a_dry_step_finds_it_before_data_is_read(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

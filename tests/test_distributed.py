@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from children import CHILDREN
-from worlds import free_port
+from worlds import CPU, Task, free_port, results, run_world
 
 from titan_fast import distributed
-from titan_fast.config import Comm
-from titan_fast.distributed import start
+from titan_fast.config import Comm, MeshDegrees
+from titan_fast.distributed import World, start
 from titan_fast.errors import reported
+from titan_fast.parallel import build_mesh
 
 SIZE, LIMIT_SECONDS = 3, 5
 WAITED_FOR = ("missing", "busy", "killed while one is busy")
@@ -93,6 +94,25 @@ def test_nobody_is_missed_where_nobody_is_missing(fault: str, tmp_path: Path) ->
     """Nor where one prepares data for longer than set-up may take."""
     found = world(fault, tmp_path)
     assert [(status, output.strip()[-13:]) for status, output in found] == [(0, "left in peace")] * SIZE
+
+
+def limits_of_groups(world: World) -> dict[str, float]:
+    mesh = build_mesh(MeshDegrees(1, 2, 2), CPU)
+    distributed.limit_collectives(world, Comm(init_timeout_seconds=60, timeout_seconds=90))
+    groups = {"world": dist.group.WORLD, "patient": world.patient} | {
+        name: mesh.get_group(name) for name in ("shard", "tensor")
+    }
+    return {
+        name: group._get_backend(CPU).options._timeout.total_seconds()  # type: ignore[union-attr]
+        for name, group in groups.items()
+    }
+
+
+def test_a_collective_of_any_group_outlives_the_longest_phase(tmp_path: Path) -> None:
+    """A validation of 60 s must not end at the 90 of a step's phase, nor a step's of an hour at torch's 10 minutes."""
+    found = results(run_world(4, [Task("limits", limits_of_groups)], tmp_path), "limits")
+    longest = 90 + distributed.SPARE_SECONDS
+    assert found == [{"world": longest, "shard": longest, "tensor": longest, "patient": 7 * 24 * 3600}] * 4
 
 
 @pytest.mark.parametrize("lost", [0, 1])

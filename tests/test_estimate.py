@@ -18,6 +18,7 @@ from titan_fast import estimate as planner
 from titan_fast.advice import scaling, search
 from titan_fast.errors import ConfigError
 from titan_fast.estimate import Estimate, Plan, estimate
+from titan_fast.estimate_report import limits
 from titan_fast.float8 import FORWARD, rounded
 from titan_fast.gpus import GPUS, calibrated, known_gpu
 from titan_fast.step_record import Group, Operation, Segment
@@ -322,8 +323,15 @@ def test_scaling_exposes_communication_sooner_without_copies() -> None:
     fsdp, hsdp = ([p for p in points if p.kind == kind] for kind in ("FSDP", "HSDP"))
     assert fsdp[1].tokens_per_second < fsdp[0].tokens_per_second
     assert hsdp[1].tokens_per_second > fsdp[1].tokens_per_second
-    assert (hsdp[1].replicate, hsdp[1].shard) == (64, 16)
+    assert (hsdp[1].replicate, hsdp[1].shard) == (128, 8), "a copy fits a node"
     assert 0.0 < hsdp[1].communication < fsdp[1].communication < 1.0
+    assert scaling(plan(f"{SMALL} --nic-gbps 10 --gpus 1"), sizes=(64,)) == points[:2], "whatever --gpus is"
+
+
+def test_what_is_on_already_is_not_advised() -> None:
+    host = [planner.estimate(plan(f"{SMALL} --compile.enable {on}")) for on in ("False", "True")]
+    eager, compiled = (" ".join(limits(found)) for found in host)
+    assert "enable compile" in eager and "enable compile" not in compiled
 
 
 def test_command_prints_and_draws(

@@ -77,7 +77,7 @@ def _best_first(found: Iterable[list[Option]]) -> list[Option]:
 
 
 def _tensor_degrees(plan: Plan) -> list[int]:
-    return [degree for degree in (1, 2, 4, 8) if degree <= plan.network.gpus_per_node]
+    return [degree for degree in (1, 2, 4, 8) if degree <= min(plan.network.gpus_per_node, plan.gpus)]
 
 
 def _batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -> list[Option]:
@@ -127,10 +127,8 @@ class ScalingPoint:
 
 def scaling(plan: Plan, sizes: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384)) -> list[ScalingPoint]:
     """Per-GPU speed of `plan`'s config, batch per GPU unchanged, with one copy over all GPUs and with copies over the
-    fewest GPUs, in powers of two nodes, that have room for one."""
-    plan = dataclasses.replace(
-        plan, config=changed(plan.config, {"training.global_batch_size": -1}), network=plan.network
-    )
+    fewest nodes, a power of two, that have room for one. Of `plan.gpus` it takes no notice."""
+    plan = dataclasses.replace(plan, config=changed(plan.config, {"training.global_batch_size": -1}))
     points = []
     for size in sizes:
         points.append(_point(plan, "FSDP", size, 1))
@@ -139,7 +137,7 @@ def scaling(plan: Plan, sizes: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 81
 
 
 def _smallest_copy(plan: Plan, size: int) -> ScalingPoint:
-    copies = max(1, size // (2 * plan.network.gpus_per_node))
+    copies = max(1, size // plan.network.gpus_per_node)
     point = _point(plan, "HSDP", size, copies)
     while not point.fits and copies > 1:
         copies //= 2

@@ -16,7 +16,8 @@ from titan_fast.config import Comm
 from titan_fast.errors import CommunicationError, ConfigError
 
 SPARE_SECONDS = 30
-"""How much longer a collective may take than the phase it is in, so that the watchdog, which knows more, is first."""
+"""How much longer a collective may take than any phase it may be in, so that the watchdog, which knows more, is first.
+"""
 _PATIENCE = timedelta(days=7)
 _POLL_SECONDS = 0.2
 _LINGER_SECONDS = 3.0
@@ -240,9 +241,13 @@ def _name_the_lost(store: dist.Store, rank: int, size: int, error: BaseException
         what = f"{several}rank {', '.join(map(str, silent))} of {size} is gone without a word"
     else:
         what = f"the ranks lost each other: {str(error).splitlines()[0]}"
-    raise CommunicationError(what, "look at its log", where=f"rank {rank}") from error
+    raise CommunicationError(what, "look at the log of the rank that ended first", where=f"rank {rank}") from error
 
 
-def set_timeout(seconds: float) -> None:
-    """How long a collective may take from now on."""
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+def limit_collectives(world: World, comm: Comm) -> None:
+    """Gives every collective of the groups that there are now, those of the mesh too (which come with a time of
+    torch's), as long as the longest phase of a step and `SPARE_SECONDS`; the patient group keeps its own time."""
+    longest = max(comm.init_timeout_seconds, comm.timeout_seconds)
+    for group in dist.distributed_c10d._world.pg_map:
+        if group is not world.patient:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=longest + SPARE_SECONDS), group)

@@ -244,7 +244,7 @@ def plan_of(argv: list[str]) -> tuple[Plan, argparse.Namespace]:
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, not a positive number", "change it")
     nic = gpu.nic.value if own.nic_gbps is None else own.nic_gbps * 1e9 / 8
-    network = Network(min(own.gpus_per_node, own.gpus), nic)
+    network = Network(own.gpus_per_node, nic)
     plan = Plan(on_gpu(parse(rest)), gpu, own.gpus, network, own.all_blocks)
     if own.plot is not None and (why := obstacle(own.plot)):
         raise ConfigError(f"no folder for --plot: {why}", "give another name", str(own.plot))

@@ -58,18 +58,20 @@ def _rows(values: dict[str, float], unit: str, digits: int) -> list[str]:
 
 def limits(found: Estimate) -> list[str]:
     """What holds the run back, and what to change."""
-    parts, lines = found.time.parts, []
+    parts, lines, config = found.time.parts, [], found.plan.config
     seconds = found.time.seconds
     if not found.fits:
         over = (found.device_memory - found.plan.gpu.memory.value) / _GIB
         largest = max((v, k) for k, v in found.memory_parts.items())[1]
         lines.append(f"limit: memory, {over:.1f} GiB too much, most of it {largest}; {_memory_hint(found, largest)}")
+    compiles = "" if config.compile.enable else "enable compile, or "
+    overlaps = "" if config.parallelism.enable_async_tensor_parallel else ", or async tensor parallel"
     hints = {
         "exposed FSDP communication": "use a larger local batch, HSDP, or reshard never",
-        "exposed tensor-parallel communication": "lower tensor_parallel_degree, or async tensor parallel",
-        "waiting for the host": "enable compile, or a larger local batch",
+        "exposed tensor-parallel communication": f"lower tensor_parallel_degree{overlaps}",
+        "waiting for the host": f"{compiles}a larger local batch",
         "recomputation": "recompute less (pointwise, selective) where memory allows",
-        "memory-bound": "enable compile, or kernels",
+        "memory-bound": f"{compiles}kernels",
         "FSDP copies": "more tokens per pass: a larger local batch",
     }
     for name in sorted(hints, key=lambda key: -parts[key]):

@@ -16,7 +16,8 @@ from titan_fast.errors import NumericsError
 from titan_fast.log_file import LogFile
 
 WINDOW, LEAST, DEVIATIONS = 128, 32, 6.0
-"""A spike is this many standard deviations above the mean of the last WINDOW losses, of which there must be LEAST."""
+"""A spike is this many standard deviations above the mean of the last WINDOW losses that were none, of which there must
+be LEAST. As many spikes in a row are the usual from then on."""
 FILE_NAME = "bad_steps.jsonl"
 
 
@@ -42,6 +43,7 @@ class StepGuard:
         self._stopped_at = torch.zeros((), dtype=torch.int64, device=device)  # 0: not stopped
         self._unseen: list[_Step] = []
         self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._spikes: list[float] = []  # in a row
 
     def judge(self, step: int, position: dict[str, Any], loss: Tensor, norm: Tensor) -> Tensor:
         """0-dim float32 on the device, not 0 where the step must not be applied: its norm is not finite, or the run is
@@ -77,8 +79,14 @@ class StepGuard:
             elif (usual := self._spike(loss)) is not None:
                 self._record(item, "loss spike", loss, norm, usual_loss=usual)
                 lines.append(f"step {item.step}: loss {loss:.4f} after {usual:.4f} on average; {self._where(item)}")
+                self._spikes.append(loss)
+                if len(self._spikes) == LEAST:
+                    self._losses.clear()
+                    self._losses.extend(self._spikes)
+                    self._spikes.clear()
             else:
                 self._losses.append(loss)
+                self._spikes.clear()
         return lines
 
     def close(self) -> None:

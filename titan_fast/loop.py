@@ -89,6 +89,7 @@ class Run:
         canary.check(config, self.shape, ops, device)
         self.compile_report = CompileReport()
         self.model = build_model(config, self.shape, ops, degrees, device)
+        distributed.limit_collectives(world, config.comm)
         direct_fsdp.check(self.model, device)
         self.optimizer = build_optimizer(self.model, config.optimizer, compilation.optimizer_compiler(config.compile))
         if dry_step.is_wanted(config, device):
@@ -226,7 +227,7 @@ class Run:
         saves = config.checkpoint.enable and (
             must_save or agreed.save or self.save_is_owed or due(config.checkpoint.interval)
         )
-        logs = due(config.metrics.log_freq) or step == self.first_step
+        logs = due(config.metrics.log_freq) or step == self.first_step or agreed.stop
         # Looking at the outcome waits for a GPU, so there it is done where the host waits anyway.
         if saves or logs or self.world.device.type == "cpu":
             for line in self.guard.look():
@@ -333,7 +334,6 @@ class Run:
             self.metrics.say(note)
 
     def _after_first_step(self, started: float) -> None:
-        distributed.set_timeout(self.config.comm.timeout_seconds + distributed.SPARE_SECONDS)
         if self.config.compile.enable:
             if self.world.device.type == "cuda":
                 torch.cuda.synchronize()

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from titan_fast.config import Config, MeshDegrees, grad_accum_steps, sequences_per_step
+from titan_fast.config import ActivationCheckpoint, Config, MeshDegrees, grad_accum_steps, sequences_per_step
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
 from titan_fast.flops import parameter_count
@@ -14,6 +14,7 @@ from titan_fast.parallel import precision, weights_kept
 GIB = 1024**3
 SMALL_CHUNK = 2048
 """Tokens whose logits are few, and still enough for the head's product to be fast."""
+_OVER_ALL = " --parallelism.data_parallel_shard_degree -1"
 _NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
@@ -72,15 +73,16 @@ def advice(config: Config, shape: ModelShape, degrees: MeshDegrees, device: torc
     training, lines = config.training, []
     batch, tokens = training.local_batch_size, training.local_batch_size * training.seq_len
     chunk = min(config.loss.chunk_size or tokens, tokens)
-    # Several chunks cost a float32 sum of the head's gradient, which fewer tokens than that do not win back.
+    # More than two chunks cost a float32 sum of the head's gradient, which fewer tokens than that do not win back.
     if chunk > SMALL_CHUNK and tokens > 2 * shape.dim:
         logits = precision(training, device).param.itemsize * chunk * shape.vocab_size / degrees.tensor
         lines.append(f"--loss.chunk_size {SMALL_CHUNK}: the logits of {chunk:,} tokens are {logits / GIB:.2f} GiB")
     if degrees.replicate > 1:
-        own, fewer = degrees.shard * degrees.tensor, degrees.data * degrees.tensor
+        now, then = degrees.shard * degrees.tensor, degrees.data * degrees.tensor
+        over_all = "" if config.parallelism.data_parallel_shard_degree == -1 else _OVER_ALL
         lines.append(
-            f"--parallelism.data_parallel_replicate_degree 1: state over {fewer} devices instead of {own}, "
-            f"{state_bytes(config, degrees, device) * parameter_count(shape) / fewer / GIB:.2f} GiB each"
+            f"--parallelism.data_parallel_replicate_degree 1{over_all}: state over {then} devices instead of {now}, "
+            f"{state_bytes(config, degrees, device) * parameter_count(shape) / then / GIB:.2f} GiB each"
         )
     if config.parallelism.fsdp_reshard_after_forward == "never":
         lines.append("--parallelism.fsdp_reshard_after_forward default: gathered weights are freed after use")
@@ -88,16 +90,13 @@ def advice(config: Config, shape: ModelShape, degrees: MeshDegrees, device: torc
         lines.append("--parallelism.fsdp_wide_gradients False: a block's gradients are bfloat16 until they are reduced")
     if batch > 1:
         keep = sequences_per_step(training, degrees.data)
+        fewer = max(each for each in range(1, batch // 2 + 1) if keep // degrees.data % each == 0)
         lines.append(
-            f"--training.local_batch_size {batch // 2} --training.global_batch_size {keep}: half the activations of "
-            f"{tokens:,} tokens, the same batch"
+            f"--training.local_batch_size {fewer} --training.global_batch_size {keep}: activations of "
+            f"{fewer * training.seq_len:,} tokens instead of {tokens:,}, the same batch"
         )
-    if config.activation_checkpoint.mode != "full":
-        more = "full" if config.activation_checkpoint.mode == "selective" else "selective"
-        lines.append(
-            f"--activation_checkpoint.mode {more} (now {config.activation_checkpoint.mode}): less is kept for "
-            "the backward pass, more is computed twice"
-        )
+    if recomputes := _recomputes_more(config.activation_checkpoint):
+        lines.append(f"{recomputes}: less is kept for the backward pass, more is computed twice")
     lines.append(
         f"more devices in data_parallel_shard_degree (now {degrees.shard}) or tensor_parallel_degree (now "
         f"{degrees.tensor})"
@@ -107,3 +106,13 @@ def advice(config: Config, shape: ModelShape, degrees: MeshDegrees, device: torc
     if training.seq_len > 1:
         lines.append(f"--training.seq_len {training.seq_len // 2}")
     return lines
+
+
+def _recomputes_more(now: ActivationCheckpoint) -> str:
+    """The option that keeps less than these; empty where nothing does."""
+    if now.mode == "memory_budget":
+        lower = now.memory_budget / 2 if now.memory_budget > 0.1 else 0
+        return f"--activation_checkpoint.memory_budget {lower:g} (now {now.memory_budget:g})" * (now.memory_budget > 0)
+    if now.mode == "selective":
+        return "" if now.selective_ac_option == "1" else "--activation_checkpoint.mode full (now selective)"
+    return "" if now.mode == "full" else f"--activation_checkpoint.mode selective (now {now.mode})"

@@ -28,6 +28,7 @@ STRAGGLER_SECONDS = 5.0
 """How long a window must be before ranks are compared in it."""
 _WAITING = (
     "distributed_c10d.py", "_functional_collectives.py", "_fsdp_collectives.py", "_fsdp_param_group.py",
+    "titan_fast/direct_fsdp.py",
     "cuda/streams.py",  # for the device, and with it for the other ranks' devices
 )  # fmt: skip
 _REPEAT_SECONDS = 60.0
