@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 # they contain nearly every word below: they are told apart first, by how they begin. Its AdamW is the one that takes a
 # square root and writes in place ("rsqrt" is a norm's, "_to_copy" a cast).
 KINDS: tuple[tuple[str, str], ...] = (
-    ("communication", r"^nccl"),
+    ("communication", r"^nccl|^_fill$"),  # `_fill` stands in for a gather in `fake_world`
     ("matrix products", r"^triton_tem"),
     ("optimizer", r"^triton_(?=.*(?<!r)sqrt)(?=.*(?<!to_)copy_)"),
     ("compiled pointwise and reductions", r"^triton_"),

@@ -27,7 +27,7 @@ from titan_fast.config import mesh_degrees, model_shape, parse, sequences_per_st
 from titan_fast.errors import CheckpointError, ConfigError, NumericsError
 from titan_fast.out_of_memory import OutOfMemory
 from titan_fast.run_lock import NAME as LOCK
-from titan_fast.run_lock import SILENT_SECONDS, RunLock
+from titan_fast.run_lock import SILENT_SECONDS, RunLock, locked
 from titan_fast.signals import resume_command, seconds_to_stop
 
 pytestmark = pytest.mark.timeout(600)
@@ -276,6 +276,8 @@ def test_the_resume_command_does_not_go_back(monkeypatch: pytest.MonkeyPatch) ->
     words = ["python", "-m", "titan_fast.train", "--checkpoint.load_step", "5", "--a=b c", "--checkpoint.load-step=7"]
     monkeypatch.setattr(Path, "read_bytes", lambda path: "\0".join(words).encode() + b"\0")
     assert resume_command() == "python -m titan_fast.train '--a=b c'"
+    words[3:] = ["--job.description", ""]
+    assert resume_command() == "python -m titan_fast.train --job.description ''"
 
 
 @pytest.mark.parametrize(
@@ -499,6 +501,25 @@ def test_two_runs_on_one_folder(data: Path, tmp_path: Path) -> None:
         first.check()
     assert not (tmp / LOCK).exists()
     runs.run(data, tmp, training__steps=1)
+
+
+def test_two_runs_on_one_folder_of_checkpoints(data: Path, tmp_path: Path) -> None:
+    """Each in a directory of its own: they would go on from each other's checkpoints, and delete them."""
+    shared = tmp_path / "shared"
+    config = parse(runs.arguments(data, tmp_path / "first", checkpoint__folder=str(shared)))
+    for folder in (tmp_path / "first", shared):
+        folder.mkdir()
+    with locked(config, tmp_path / "first") as check:
+        with pytest.raises(ConfigError, match=r"another run is using checkpoint.folder: process") as caught:
+            runs.run(data, tmp_path / "second", checkpoint__folder=str(shared))
+        assert caught.value.where == str(shared / LOCK)
+        check()
+        (shared / LOCK).write_text(json.dumps({"token": "another", "pid": 1, "host": "far"}))
+        with pytest.raises(CheckpointError, match=r"checkpoint.folder is now held by process 1 on far"):
+            check()
+    (shared / LOCK).unlink()
+    runs.run(data, tmp_path / "second", checkpoint__folder=str(shared), training__steps=1)
+    assert not (shared / LOCK).exists()
 
 
 def test_a_dead_runs_lock_is_no_obstacle(tmp_path: Path) -> None:

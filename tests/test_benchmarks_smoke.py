@@ -415,6 +415,7 @@ def test_other_launch_settings_are_launched_checked_and_forgotten(
     from titan_kernels import launch
 
     from benchmarks import kernel_settings
+    from benchmarks.kernel_trials import cross_entropy_ahead
 
     for name in ("rms_norm", "rope", "swiglu", "cross_entropy"):  # as Dynamo leaves them once it has traced one
         module = sys.modules[f"titan_kernels.{name}"]
@@ -433,7 +434,14 @@ def test_other_launch_settings_are_launched_checked_and_forgotten(
     small = kernel_settings.contests(smoke=True)
     assert len(small) == 9  # both ways of four operators, the loss's step
     loss = next(one for one in small if one.direction == "step")  # kernels on trial are right, too
-    assert not any("problem" in row for row in kernel_settings.measured(loss, CPU, 1, 1).values())
+    in_parts = kernel_settings.Setting(
+        "a row in parts",
+        "cross_entropy",
+        names=lambda module: {"_block_read_twice": lambda vocab: (128, 4)},
+        kernels={"cross_entropy_with_grad": cross_entropy_ahead},
+    )
+    trials = replace(loss, settings=(*loss.settings, in_parts))
+    assert not any("problem" in row for row in kernel_settings.measured(trials, CPU, 1, 1).values())
     contest = next(one for one in small if one.name.startswith("swiglu") and one.direction == "backward")
     # Blocks that the grid does not follow: a part of each row is left out.
     wrong = kernel_settings.Setting("wrong", "swiglu", constexprs={"BLOCK": 32})
@@ -443,6 +451,8 @@ def test_other_launch_settings_are_launched_checked_and_forgotten(
     kernel_settings.run([contest], True, tmp_path)
     (written,) = tmp_path.glob("kernel-settings-*.json")
     assert list(json.loads(written.read_text())["contests"]) == [contest.name]
+    kernel_settings.run([replace(loss, settings=())], True, tmp_path)
+    assert list(json.loads(written.read_text())["contests"]) == [contest.name, loss.name], "one leaves the others"
     lines = kernel_settings.report("x", 10, 5.0, {
         "as it is": {"median_us": 10.0, "queued": True},
         "better": {"median_us": 8.0, "queued": True, "slower_by_us": -2.0, "error_us": 0.5},

@@ -543,9 +543,9 @@ def room_asked_for(world: World, replicate: int, folder: Path) -> int:
     config = parse(runs.arguments(folder, folder, **{f"parallelism__{key}": value for key, value in ways.items()}))
     degrees = mesh_degrees(config.parallelism, world.size)
     model = build_model(config, model_shape(config.model), REFERENCE, degrees, world.device)
-    tokenizer = folder / "tokenizer.model"
-    tokenizer.touch()
-    saving = checkpointer.Checkpointer(config, folder, world, tokenizer)
+    tokenizer = SimpleNamespace(path=folder / "tokenizer.model", kind="sentencepiece")
+    tokenizer.path.touch()
+    saving = checkpointer.Checkpointer(config, folder, world, cast(Any, tokenizer))
     asked = []
     for name, function in {
         "_begin": lambda temporary, need: asked.append(need), "_write_tensors": lambda *_: None,

@@ -160,6 +160,28 @@ def test_bad_files(tmp_path: Path, content: bytes, part: str) -> None:
     assert part in refusal("--config", str(path))
 
 
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ("--checkpoint.folder ..", "checkpoint.folder is '..', which is the run directory or holds it"),
+        ("--checkpoint.folder .", "which is the run directory or holds it"),
+        ("--checkpoint.folder=", "checkpoint.folder is ''"),
+        ("--checkpoint.folder x/../train.log", "and the run has a train.log of its own"),
+        ("--metrics.save_tb_folder data/tb", "and the run has a data of its own"),
+        ("--profiling.save_traces_folder checkpoint", "'checkpoint' and checkpoint.folder are in each other's way"),
+        ("--profiling.save_memory_snapshot_folder tb/x", "'tb/x' and metrics.save_tb_folder are in each other's way"),
+        ("--job.dump_folder /a/b --checkpoint.folder /a", "checkpoint.folder is '/a', which is the run directory or"),
+        ("--job.dump_folder /a --checkpoint.folder /a/run.lock", "and the run has a run.lock of its own"),
+    ],
+)
+def test_folders_in_each_others_way(options: str, part: str) -> None:
+    assert part in refusal(*options.split())
+
+
+def test_folders_elsewhere() -> None:
+    parse(["--job.dump_folder", "/a/run", "--checkpoint.folder", "../checkpoints", "--metrics.save_tb_folder", "/a/tb"])
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.toml")
     assert (

@@ -162,9 +162,14 @@ def test_a_stray_quote_in_csv_is_counted_by_the_lines_it_swallows(tmp_path: Path
     assert ledger.first_place["broken CSV"] == "rows.csv:12"
 
 
-def test_bad_parquet_rows(tmp_path: Path) -> None:
-    raw = pyarrow.array([b"good", b"\xff", None, b"", b"also good", b"and good"], pyarrow.binary())
-    text = pyarrow.Array.from_buffers(pyarrow.string(), 6, raw.buffers())
+@pytest.mark.parametrize("kind", ["string", "string_view"])
+def test_bad_parquet_rows(kind: str, tmp_path: Path) -> None:
+    is_view = kind == "string_view"
+    of_bytes, of_text = (
+        (pyarrow.binary_view(), pyarrow.string_view()) if is_view else (pyarrow.binary(), pyarrow.string())
+    )
+    raw = pyarrow.array([b"good", b"\xff", None, b"", b"also good", b"and good"], of_bytes)
+    text = pyarrow.Array.from_buffers(of_text, 6, raw.buffers())
     pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "rows.parquet")
     texts, ledger = read(tmp_path / "rows.parquet")
     assert texts == ["good", "also good", "and good"]

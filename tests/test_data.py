@@ -778,6 +778,23 @@ def test_hub_names_and_no_validation_for_streams(tokenizer: Tokenizer, stream_fi
     assert PreparedTokens(folder, verify=True).documents == 20 and is_prepared(folder)
 
 
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ("--samples 1:2 --debug.seed 7", "show reads the run's own config, and --debug.seed is given"),
+        ("--step 1 --training.dataset_path=nowhere", "and --training.dataset_path is given"),
+        ("--samples 1:2 --data-parallel-degree 2", "--data-parallel-degree is for --step"),
+    ],
+)
+def test_show_refuses_what_would_change_nothing(
+    words: str, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["data", "show", "--job.dump_folder", "nowhere", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        data_command.main()
+    assert ended.value.code == 2 and part in capsys.readouterr().err
+
+
 def test_show_prints_the_documents_of_a_step(
     corpus_file: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,6 +99,9 @@ LAYOUTS = [
     Layout("TP 2, carried residual", 2, 1e-5, mesh(1, 1, 2) | {"kernels.carry_residual": True}),
     Layout("TP 2, traced, pointwise", 2, 1e-5, mesh(1, 1, 2) | TRACED | {"activation_checkpoint.mode": "pointwise"}),
     Layout("TP 2, traced, full", 2, 1e-5, mesh(1, 1, 2) | TRACED | {"activation_checkpoint.mode": "full"}),
+    Layout(
+        "TP 2, traced, memory budget", 2, 1e-5, mesh(1, 1, 2) | TRACED | {"activation_checkpoint.mode": "memory_budget"}
+    ),
     Layout("TP 2, selective op", 2, 1e-5, mesh(1, 1, 2) | {"activation_checkpoint.mode": "selective"}),
     Layout("TP 2, triton", 2, 1e-5, mesh(1, 1, 2) | TRITON, steps=1),
     Layout("FSDP 4", 4, 1e-6, mesh(1, 4, 1), steps=20),

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from titan_fast.checkpoint import copy_tokenizer, tokenizer_of
 from titan_fast.errors import DataError
 from titan_fast.tokenizer import (
     LLAMA3_SPLIT,
@@ -254,9 +255,28 @@ def test_hugging_face_ends_are_read_from_the_config_beside_it(folder: Path, tmp_
     config.write_text(json.dumps({"eos_token": "<nowhere>"}))
     with pytest.raises(DataError, match="eos_token '<nowhere>' is not in the vocabulary"):
         load_tokenizer(tmp_path)
-    config.write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer_config\.json cannot be read"):
+    config.write_text(json.dumps({"eos_token": {"content": ["<stop>"]}}))
+    with pytest.raises(DataError, match=r"tokenizer_config\.json's eos_token is \['<stop>'\], not a text"):
         load_tokenizer(tmp_path)
+    for content in ("{", "[]"):
+        config.write_text(content)
+        with pytest.raises(DataError, match=r"tokenizer_config\.json cannot be read"):
+            load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.hf"])
+def test_a_copy_is_the_same_tokenizer(name: str, folder: Path, tmp_path: Path) -> None:
+    """Whatever its file is called: what it is, is read off the content."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "hf" / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<stop>"])
+    tokenizer.save(str(tmp_path / name))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": "<stop>"}))
+    original = load_tokenizer(tmp_path / name)
+    copy_tokenizer(original, tmp_path / "tokenizer")
+    for copy in (load_tokenizer(tmp_path / "tokenizer"), load_tokenizer(tokenizer_of(tmp_path))):
+        assert (
+            (copy.bos_id, copy.eos_id) == (original.bos_id, original.eos_id) == (None, tokenizer.token_to_id("<stop>"))
+        )
 
 
 def test_hugging_face_without_an_end_is_refused(tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ def apply(model: Llama, settings: config.ActivationCheckpoint, keeps_attention: 
     import torch._functorch.config as functorch
 
     functorch.activation_memory_budget = settings.memory_budget if settings.mode == "memory_budget" else 1.0
+    if hasattr(functorch, "unsafe_treat_script_objects_as_zero_size"):  # torch 2.13
+        functorch.unsafe_treat_script_objects_as_zero_size = True  # a mesh, in graphs of DTensors, has no size to weigh
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(_not_about_in_place)
     whole = attention_alone if keeps_attention else None
     for i, block in enumerate(cast(Iterable[Block], model.blocks)):

@@ -29,6 +29,7 @@ from titan_fast.errors import CheckpointError
 from titan_fast.manifest import checkpoints
 from titan_fast.masters import master_of
 from titan_fast.safe_unpickle import SafeReader, load_metadata
+from titan_fast.tokenizer import CONFIG_BESIDE, Tokenizer, tokenizer_files
 
 __all__ = [
     "Progress", "check_tensors", "checkpoints", "copy_tokenizer", "gather_data_state", "load_tensors", "own_data_state",
@@ -157,18 +158,16 @@ def checkpoints_of(path: Path) -> dict[int, Path]:
     return checkpoints(path / folder)
 
 
-def copy_tokenizer(path: Path, folder: Path) -> None:
-    """Copies a tokenizer's file into `folder`, with the config that a Hugging Face tokenizer has beside it."""
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Makes `folder`, which is then another place of the tokenizer."""
     folder.mkdir()
-    shutil.copyfile(path, folder / path.name)
-    beside = path.with_name("tokenizer_config.json")
-    if path.suffix == ".json" and beside.exists():
-        shutil.copyfile(beside, folder / beside.name)
+    for name, path in tokenizer_files(tokenizer).items():
+        shutil.copyfile(path, folder / name)
 
 
 def tokenizer_of(path: Path) -> Path:
     """The tokenizer's file in the checkpoint at `path`."""
-    files = [file for file in (path / "tokenizer").glob("*") if file.name != "tokenizer_config.json"]
+    files = [file for file in (path / "tokenizer").glob("*") if file.name != CONFIG_BESIDE]
     if len(files) != 1:
         raise CheckpointError("the checkpoint has no tokenizer", "take one that was saved whole", where=str(path))
     return files[0]

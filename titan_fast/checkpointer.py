@@ -44,6 +44,7 @@ from titan_fast.redaction import redacted
 from titan_fast.run_directory import differences
 from titan_fast.shards import copies, local
 from titan_fast.signals import may_wait_longer, seconds_to_stop
+from titan_fast.tokenizer import Tokenizer
 
 WENT_BACK = "went_back.json"
 """In the folder of checkpoints: to which `load_step` the run has gone back."""
@@ -115,12 +116,12 @@ class Checkpointer:
         config: Config,
         run_dir: Path,
         world: World,
-        tokenizer_path: Path,
+        tokenizer: Tokenizer,
         check_lock: Callable[[], None] = lambda: None,
     ) -> None:
         """check_lock: raises, on the main rank and before anything is written, where the folder is another run's."""
         self.config, self.settings, self.world = config, config.checkpoint, world
-        self.folder, self.tokenizer_path = run_dir / config.checkpoint.folder, tokenizer_path
+        self.folder, self.tokenizer = run_dir / config.checkpoint.folder, tokenizer
         self.check_lock = check_lock
         # Its own group: a save in the background must not meet the step's collectives.
         timeout = timedelta(seconds=self.settings.save_timeout_seconds + distributed.SPARE_SECONDS)
@@ -304,7 +305,7 @@ class Checkpointer:
     ) -> None:
         if not self.world.is_main:
             return
-        copy_tokenizer(self.tokenizer_path, temporary / "tokenizer")
+        copy_tokenizer(self.tokenizer, temporary / "tokenizer")
         manifest.publish(temporary, final, known, step=step, world_size=self.world.size)
         manifest.prune(self.folder, self.settings.keep_latest_k, always=step)
         seconds = time.perf_counter() - started
@@ -401,6 +402,11 @@ class Checkpointer:
             self._notes.append(
                 f"WARNING: a step was {then} sequences on {world_size} processes and is {today} on {self.world.size}; "
                 f"--training.global_batch_size {then} keeps it"
+            )
+        then, today = (_measured_at_once(*of) for of in ((before, world_size), (now, self.world.size)))
+        if self.config.validation.enable and then != today:
+            self._notes.append(
+                f"validation batches were {then} sequences and are {today}: its losses are of other text than before"
             )
 
     def _compare_schedules(self, step: int, before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> None:
@@ -511,7 +517,12 @@ def _global_batch_size(tables: dict[str, dict[str, Any]], world_size: int) -> in
     training = tables["training"]
     if (asked := training["global_batch_size"]) != -1:
         return asked
-    return training["local_batch_size"] * world_size // tables["parallelism"]["tensor_parallel_degree"]
+    return _measured_at_once(tables, world_size)
+
+
+def _measured_at_once(tables: dict[str, dict[str, Any]], world_size: int) -> int:
+    """Sequences of a validation batch of a config, as tables, on so many processes: accumulation has no part in it."""
+    return tables["training"]["local_batch_size"] * world_size // tables["parallelism"]["tensor_parallel_degree"]
 
 
 def manifest_step(path: Path) -> int:

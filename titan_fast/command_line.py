@@ -30,7 +30,9 @@ def read(kind: type[T], argv: list[str] | None, prog: str) -> T:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(_sentence(captured.getvalue()), "see --help") from stop
+        sentence = _sentence(captured.getvalue())
+        dashed = "write --name=VALUE where the value begins with a dash; " * ("Missing value" in sentence)
+        raise ConfigError(sentence, f"{dashed}see --help") from stop
 
 
 # The manual, and the parts of a union that did not match either.

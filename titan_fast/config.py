@@ -8,6 +8,7 @@ Tables and keys are torchtitan 0.2's where it has them, but `comm.timeout_second
 
 import dataclasses
 import difflib
+import os
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -594,6 +595,7 @@ def validate(config: Config) -> None:
             f"training.dataset_config is {config.training.dataset_config!r}, and the data does not come from the hub",
             "leave it out, or name the hub's data set with training.dataset and no dataset_path",
         )
+    _check_folders(config, problems)
     option = config.activation_checkpoint.selective_ac_option
     if option not in ("op", "attention") and not (option.isdecimal() and int(option) > 0):
         problems.add(
@@ -602,6 +604,39 @@ def validate(config: Config) -> None:
             "write an integer N for every Nth block, or op, or attention",
         )
     problems.refuse()
+
+
+RUN_FILES = frozenset(
+    {
+        "config.toml", "train.log", "metrics.jsonl", "bad_steps.jsonl", "loss_curve.png", "tokenizer.model", "data",
+        "run.lock", ".run.lock.guard", ".config.toml.tmp",
+    }
+)  # fmt: skip
+"""What a run directory has under these names, whatever its config."""
+
+
+def _check_folders(config: Config, problems: Problems) -> None:
+    """Folders that a run writes may lie in its directory or elsewhere, but not in each other's way: a trace of a step
+    has the name of a checkpoint."""
+    run_dir = Path(os.path.normpath(Path(config.job.dump_folder).absolute()))
+    taken: dict[Path, str] = {}
+    for name in (
+        "checkpoint.folder",
+        "metrics.save_tb_folder",
+        "profiling.save_traces_folder",
+        "profiling.save_memory_snapshot_folder",
+    ):
+        table, _, key = name.partition(".")
+        value = getattr(getattr(config, table), key)
+        folder = Path(os.path.normpath(run_dir / value))
+        inside = folder.relative_to(run_dir).parts if folder.is_relative_to(run_dir) else ()
+        if not value or run_dir.is_relative_to(folder):
+            problems.add(f"{name} is {value!r}, which is the run directory or holds it", "name a folder of its own")
+        elif inside and inside[0] in RUN_FILES:
+            problems.add(f"{name} is {value!r}, and the run has a {inside[0]} of its own", "choose another name")
+        elif meets := [path for path in taken if folder.is_relative_to(path) or path.is_relative_to(folder)]:
+            problems.add(f"{name} {value!r} and {taken[meets[0]]} are in each other's way", "choose another name")
+        taken[folder] = name
 
 
 # key -> (least, most, how to say it)

@@ -448,7 +448,10 @@ def _arrow_values(values: Any) -> Iterator[Any]:
 
     if pyarrow.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    if not (pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)):
+    kinds = pyarrow.types
+    if kinds.is_string_view(values.type):
+        values = values.cast(pyarrow.binary_view())
+    elif not (kinds.is_string(values.type) or kinds.is_large_string(values.type)):
         yield from values.to_pylist()
         return
     for value in values.cast(pyarrow.large_binary()).to_pylist():

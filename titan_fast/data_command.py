@@ -1,5 +1,6 @@
 """`python -m titan_fast.data prepare|show`: token shards ahead of a run, and what a step of a run was trained on."""
 
+import argparse
 import itertools
 import json
 import logging
@@ -48,6 +49,7 @@ def main() -> None:
     if options.command == "prepare":
         prepare_folder(configuration.parse(rest), options.out.absolute(), options.max_documents)
     else:
+        _check_shown(rest, options)
         run_dir = Path(configuration.parse(rest).job.dump_folder)
         if options.step is not None:
             lines = step_documents(run_dir, options.step, options.data_parallel_degree, options.characters)
@@ -55,6 +57,15 @@ def main() -> None:
             lines = sample_documents(run_dir, *_first_and_last(options.samples), options.characters)
         for line in lines:
             print(line)  # noqa: T201
+
+
+def _check_shown(rest: list[str], options: argparse.Namespace) -> None:
+    """ConfigError for options that would change nothing: what a run was trained on, its own config says."""
+    names = [word.partition("=")[0] for word in rest if word.startswith("--")]
+    if others := [name for name in names if name not in ("--config", "--job.dump_folder", "--help")]:
+        raise ConfigError(f"show reads the run's own config, and {others[0]} is given", "give --job.dump_folder alone")
+    if options.samples is not None and options.data_parallel_degree is not None:
+        raise ConfigError("--data-parallel-degree is for --step, and --samples is given", "leave it out")
 
 
 def prepare_folder(config: Config, out: Path, max_documents: int | None) -> None:

@@ -50,6 +50,8 @@ def import_model(folder: Path, out: Path, tokenizer_path: Path | None = None) ->
     weights = foreign_weights(folder)
     if weights is None:
         raise CheckpointError("neither config.json nor params.json is there", "give a model's folder", str(folder))
+    if (folder / GENERATION).is_file():
+        read_json(folder / GENERATION)  # which an export reads from the checkpoint, where nothing can be mended
     tokenizer = _find_tokenizer(folder, tokenizer_path)
     if tokenizer is not None:
         check_vocabulary(tokenizer, weights.shape.vocab_size)
@@ -61,7 +63,7 @@ def import_model(folder: Path, out: Path, tokenizer_path: Path | None = None) ->
         _write_dcp(weights, temporary)
         _write_small_files(weights.shape, temporary)
         if tokenizer is not None:
-            copy_tokenizer(tokenizer.path, temporary / "tokenizer")
+            copy_tokenizer(tokenizer, temporary / "tokenizer")
         _keep_files(folder, temporary / KEPT, with_tokenizer=tokenizer_path is None)
         manifest.publish(temporary, final, step=0, world_size=1)
     return _import_lines(final, weights, tokenizer)

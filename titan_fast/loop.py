@@ -40,7 +40,7 @@ from titan_fast.ops import Ops, build_ops
 from titan_fast.optim import build_optimizer, clip_gradients, learning_rate, step_unless
 from titan_fast.profiling import Profiler, check_profiling, memory_history
 from titan_fast.run_directory import is_new, open_run_directory, write_config
-from titan_fast.run_lock import RunLock
+from titan_fast.run_lock import locked
 from titan_fast.signals import StopRequest, resume_command
 from titan_fast.startup import logged_to_console, set_determinism, startup_lines
 from titan_fast.step import build_model, forward_backward, one_over_valid_tokens, validation_loss, workload
@@ -63,9 +63,8 @@ def train(config: Config) -> None:
         dtypes = parallel.precision(config.training, device)
         checkpointer.check_start(config, run_dir, parallel.saved_bytes(config, degrees.data * degrees.tensor, dtypes))
         check_data(config)
-    lock = RunLock(run_dir) if distributed.is_main_process() else None
     with (
-        lock or nullcontext(),
+        locked(config, run_dir) if distributed.is_main_process() else nullcontext(lambda: None) as check_locks,
         logged_to_console(distributed.is_main_process()),
         distributed.start(config.comm, device) as world,
         out_of_memory.explained(config, shape, degrees, device),
@@ -73,14 +72,20 @@ def train(config: Config) -> None:
         if world.is_main and is_new(config, run_dir):
             write_config(config, run_dir)
         set_determinism(config.debug)
-        Run(config, degrees, world, run_dir, ops, lock).train()
+        Run(config, degrees, world, run_dir, ops, check_locks).train()
 
 
 class Run:
     """One run: what it is built of, and the loop over its steps."""
 
     def __init__(
-        self, config: Config, degrees: MeshDegrees, world: World, run_dir: Path, ops: Ops, lock: RunLock | None
+        self,
+        config: Config,
+        degrees: MeshDegrees,
+        world: World,
+        run_dir: Path,
+        ops: Ops,
+        check_locks: Callable[[], None],
     ) -> None:
         self.config, self.degrees, self.world, self.run_dir, self.ops = config, degrees, world, run_dir, ops
         self.shape = model_shape(config.model)
@@ -98,9 +103,7 @@ class Run:
         self.tokenizer = build_tokenizer(config, run_dir, self.shape.vocab_size, world.is_main, world.barrier)
         self.loader = self._data(build_loader)
         self.validation_loader = self._data(build_validation_loader) if config.validation.enable else None
-        self.checkpointer = Checkpointer(
-            config, run_dir, world, self.tokenizer.path, lock.check if lock else lambda: None
-        )
+        self.checkpointer = Checkpointer(config, run_dir, world, self.tokenizer, check_locks)
         self.progress = self._resume()
         self.checkpointer.begin()
         if world.is_main:

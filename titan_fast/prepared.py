@@ -23,7 +23,8 @@ import numpy as np
 from titan_fast.command_line import obstacle
 from titan_fast.corpus import Document, RowLedger
 from titan_fast.errors import DataError
-from titan_fast.tokenizer import Tokenizer, available_processors
+from titan_fast.manifest import sha256
+from titan_fast.tokenizer import Tokenizer, available_processors, tokenizer_files
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,9 @@ def _write(
         bad = ledger.summary()
         raise DataError(f"the data set has no document{f' ({bad})' if bad else ''}", "give other data", source["name"])
     log.info("tokenized: %s", _progress(count, shards.tokens, time.monotonic() - started))
-    copies = _copy_tokenizer(tokenizer, folder)
+    copies = tokenizer_files(tokenizer)
+    for name, path in copies.items():
+        shutil.copyfile(path, folder / name)
     names = [*(shard["name"] for shard in shards.index), "offsets.bin", "origins.bin", *copies]
     index = {
         "format": FORMAT,
@@ -132,7 +135,7 @@ def _write(
         "shards": shards.index,
         "files": list(files),
         "sizes": {name: (folder / name).stat().st_size for name in names},
-        "sha256": {name: _sha256(folder / name) for name in names},
+        "sha256": {name: sha256(folder / name) for name in names},
     }
     content = [index["dtype"], *(index["sha256"][name] for name in names[: len(shards.index) + 1])]
     index["fingerprint"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -162,25 +165,6 @@ def token_arrays(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype) -> lis
 
 def _progress(documents: int, tokens: int, seconds: float) -> str:
     return f"{documents:,} documents, {tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f} per s)"
-
-
-def _copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """So that the shards can be used, and read, without anything else."""
-    sources = [tokenizer.path]
-    name = "tokenizer.json" if tokenizer.kind == "tokenizers" else "tokenizer.model"
-    names = [name]
-    config = tokenizer.path.with_name("tokenizer_config.json")
-    if tokenizer.kind == "tokenizers" and config.is_file():
-        sources.append(config)
-        names.append(config.name)
-    for path, name in zip(sources, names, strict=True):
-        shutil.copyfile(path, folder / name)
-    return names
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _ShardWriter:
@@ -245,7 +229,7 @@ class PreparedTokens:
             log.info("the shards' sha256 is not checked: they hold %.0f GiB", sum(sizes.values()) / 2**30)
             return
         with ThreadPoolExecutor(available_processors()) as pool:
-            digests = pool.map(lambda name: _sha256(self.folder / name), sizes)
+            digests = pool.map(lambda name: sha256(self.folder / name), sizes)
             for name, digest in zip(sizes, digests, strict=True):
                 if digest != self.index["sha256"][name]:
                     place = str(self.folder / name)

@@ -1,4 +1,5 @@
-"""One run at a time in a run directory: a lock that a dead run cannot leave behind.
+"""One run at a time in a run directory, and in a folder of checkpoints elsewhere: a lock that a dead run cannot leave
+behind.
 
 `run.lock` names the process that holds it. On the same machine a dead holder is seen at once, by its process id and
 start time. From another machine (or container) it is judged by its pulse: the file's time, which the holder renews and
@@ -12,10 +13,12 @@ import secrets
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from titan_fast.config import Config
 from titan_fast.errors import CheckpointError, ConfigError
 
 NAME = "run.lock"
@@ -24,11 +27,30 @@ SILENT_SECONDS = 60.0
 """A holder elsewhere whose pulse is older than this is taken for dead."""
 
 
-class RunLock:
-    """Held from `with` to its end; ConfigError where another live run holds the folder."""
+@contextmanager
+def locked(config: Config, run_dir: Path) -> Iterator[Callable[[], None]]:
+    """Holds the run directory and, where it lies elsewhere, the folder of checkpoints; yields what checks that both are
+    still held."""
+    checkpoints = run_dir / config.checkpoint.folder
+    folders = {"job.dump_folder": run_dir}
+    if config.checkpoint.enable and not checkpoints.resolve().is_relative_to(run_dir.resolve()):
+        folders["checkpoint.folder"] = checkpoints
+    with ExitStack() as held:
+        locks = [held.enter_context(RunLock(folder, key)) for key, folder in folders.items()]
 
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / NAME
+        def check() -> None:
+            for lock in locks:
+                lock.check()
+
+        yield check
+
+
+class RunLock:
+    """Held from `with` to its end; ConfigError where another live run holds the folder. key: the setting that names
+    the folder."""
+
+    def __init__(self, folder: Path, key: str = "job.dump_folder") -> None:
+        self.path, self._key = folder / NAME, key
         self._me = _identity()
         self._first_seen = 0.0
         self._stop = threading.Event()
@@ -39,7 +61,7 @@ class RunLock:
         while (holder := self._try()) is not None:
             if time.monotonic() > give_up or not holder.get("may_be_dead"):
                 raise ConfigError(
-                    f"another run is using job.dump_folder: process {holder.get('pid')} on {holder.get('host')} since "
+                    f"another run is using {self._key}: process {holder.get('pid')} on {holder.get('host')} since "
                     f"{holder.get('since')}",
                     "stop it or choose another folder",
                     where=str(self.path),
@@ -70,7 +92,7 @@ class RunLock:
             return
         if holder.get("token") != self._me["token"]:
             raise CheckpointError(
-                f"the run directory is now held by process {holder.get('pid')} on {holder.get('host')}",
+                f"{self._key} is now held by process {holder.get('pid')} on {holder.get('host')}",
                 "one run at a time can write there",
                 where=str(self.path),
             )

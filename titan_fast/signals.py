@@ -75,7 +75,7 @@ def may_wait_longer() -> bool:
 
 def _command_line(process: int) -> list[str]:
     try:
-        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").removesuffix("\0").split("\0")
     except OSError:  # no /proc, as on macOS
         import sys
 

@@ -99,6 +99,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     )
 
 
+CONFIG_BESIDE = "tokenizer_config.json"
+"""What names the special tokens of the tokenizer.json beside it."""
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, Path]:
+    """What to copy, and under which names, for a folder from which `load_tokenizer` reads the same tokenizer."""
+    if tokenizer.kind != HuggingFaceTokenizer.kind:
+        return {"tokenizer.model": tokenizer.path}
+    config = tokenizer.path.with_name(CONFIG_BESIDE)
+    return {"tokenizer.json": tokenizer.path} | ({CONFIG_BESIDE: config} if config.is_file() else {})
+
+
 def _tokenizer_file(path: Path) -> Path:
     if not path.is_dir():
         return path
@@ -310,7 +322,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True  # in text, they are text
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
-        names = _special_names(path.with_name("tokenizer_config.json"))
+        names = _special_names(path.with_name(CONFIG_BESIDE))
         self.bos_id: int | None = self._special_id(ids, "bos_token", names, self._BOS_NAMES)
         eos_id = self._special_id(ids, "eos_token", names, self._EOS_NAMES)
         if eos_id is None:
@@ -350,10 +362,16 @@ def _special_names(path: Path) -> dict[str, str | None]:
         return {}
     try:
         config: Any = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise TypeError("not an object")
         found = {key: config[key] for key in ("bos_token", "eos_token") if key in config}
-        return {key: name["content"] if isinstance(name, dict) else name for key, name in found.items()}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError("tokenizer_config.json cannot be read", "mend or remove it", str(path)) from error
+        names = {key: name["content"] if isinstance(name, dict) else name for key, name in found.items()}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{CONFIG_BESIDE} cannot be read", "mend or remove it", str(path)) from error
+    for key, name in names.items():
+        if not isinstance(name, str | None):
+            raise DataError(f"{CONFIG_BESIDE}'s {key} is {name!r}, not a text", "mend or remove it", str(path))
+    return names
 
 
 TRAINING_CHARACTERS = 2_000_000
