@@ -98,7 +98,7 @@ def fake_world(size: int, device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
     try:
-        yield World(0, size, 0, device)
+        yield World(0, size, device)
     finally:
         dist.destroy_process_group()
 

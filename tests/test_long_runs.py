@@ -46,7 +46,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.Store]:
 
 
 def watch(store: dist.Store, rank: int, left: list[int], seconds: float) -> Watchdog:
-    return Watchdog(World(rank, 2, rank, CPU, store), Limit(seconds, "comm.timeout_seconds"), print, left.append)
+    return Watchdog(World(rank, 2, CPU, store), Limit(seconds, "comm.timeout_seconds"), print, left.append)
 
 
 def test_a_stall_that_ends_is_forgotten_and_the_next_one_is_not_missed(
@@ -78,7 +78,7 @@ def test_a_phase_has_all_of_its_limit(stores: dist.Store) -> None:
     def leave(status: int) -> None:
         left.append((status, time.monotonic()))
 
-    with Watchdog(World(0, 1, 0, CPU, stores), Limit(1.0, "comm.timeout_seconds"), print, leave) as one:
+    with Watchdog(World(0, 1, CPU, stores), Limit(1.0, "comm.timeout_seconds"), print, leave) as one:
         began = time.monotonic()
         one.at(1, "data")
         runs.wait_for(lambda: left)

@@ -37,8 +37,8 @@ class Agreement:
         self._unanswered = Agreed(False, False, False)
 
     def ask(self, loss: Tensor, stop: bool, save: bool, save_failed: bool) -> Tensor:
-        """[4] float32 to be summed over the ranks: this rank's part of the loss, then its wishes. One that awaits its
-        answer is not said again: it would be granted twice."""
+        """[4] float32 to be summed over the ranks: this rank's part of the loss, then its wishes. A wish
+        whose answer is pending is not repeated: it would be granted twice."""
         wishes = Agreed(stop, save, save_failed)
         new = [wish and not said for wish, said in zip(wishes, self._unanswered, strict=True)]
         self._unanswered = Agreed(*(a or b for a, b in zip(new, self._unanswered, strict=True)))

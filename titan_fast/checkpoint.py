@@ -49,9 +49,8 @@ class Progress:
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
-    """Every weight (its float32 master, where it has one) as "model.NAME", and every moment as
-    "optimizer.NAME.MOMENT"; moments that do not exist yet are made, zero, so that a checkpoint can be loaded into
-    them."""
+    """Every weight (its float32 master, where it has one) as "model.NAME", and every moment and count of steps as
+    "optimizer.NAME.MOMENT"; those that do not exist yet are made, zero, for a checkpoint to be loaded into."""
     tensors: dict[str, Tensor] = {}
     owned = {parameter for group in optimizer.param_groups for parameter in group["params"]} if optimizer else set()
     for name, parameter in model.named_parameters():

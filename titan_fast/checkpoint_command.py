@@ -100,7 +100,8 @@ def main() -> None:
         ("export", "the weights as one safetensors file"),
     ):
         sub = commands.add_parser(name, help=words)
-        sub.add_argument("dir", type=Path, help="a run directory, its checkpoint folder, or a step-N folder")
+        one = "" if name == "prune" else ", or a step-N folder"
+        sub.add_argument("dir", type=Path, help=f"a run directory or its checkpoint folder{one}")
         if name == "prune":
             sub.add_argument("--keep", type=int, default=3, help="how many to keep")
         if name == "export":

@@ -49,7 +49,7 @@ class CompileReport:
         return f"compiled {self.graphs} graph{'s' * (self.graphs != 1)} in {self.seconds:.1f} s"
 
     def expect(self) -> None:
-        """What was compiled until now was to be expected, as by the first validation, which has no backward pass."""
+        """Graphs built so far are not reported, as those of the first validation, which has no backward pass."""
         self._reported = self.graphs
 
     def again(self, step: int) -> list[str]:

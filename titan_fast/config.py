@@ -44,8 +44,8 @@ class Model:
     """Which Llama: debug, llama2_7b, llama2_13b, llama2_70b, llama3_8b, llama3_70b, llama3.1_8b, llama3.1_70b,
     llama3.1_405b, llama3_1b or llama3_3b (the last two are the 3.2 shapes)."""
     tokenizer_path: str | None = None
-    """A sentencepiece model, a tiktoken rank file, an HF tokenizer.json, or a folder with one of them. None: a
-    sentencepiece BPE is trained on the corpus and kept in the run directory."""
+    """A sentencepiece model, a tiktoken rank file, an HF tokenizer.json, or a folder with one of them. None: that of
+    the token shards, or else a sentencepiece BPE, trained on the corpus and kept in the run directory."""
     dim: int | None = None
     """Overrides the flavor's width. None: the flavor's."""
     n_layers: int | None = None
@@ -147,7 +147,8 @@ class Optimizer:
     decay_norms_and_embeddings: bool = True
     """Whether weight decay also applies to norm weights and the embedding."""
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
-    """Which of torch's AdamW implementations runs the step."""
+    """Which of torch's AdamW implementations runs the step, where compile.components has no optimizer. On bfloat16
+    weights with masters it is fused."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,8 @@ class Parallelism:
     enable_async_tensor_parallel: bool = False
     """Let the compiler overlap tensor-parallel communication with matrix products. Needs CUDA and compile."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Whether gathered parameters are freed after a block's forward. default: all blocks but the last,
-    and none where data_parallel_shard_degree is 1. Final norm and head stay gathered."""
+    """Whether gathered parameters are freed after their forward. default: the embedding's and those of all blocks but
+    the last, and none where data_parallel_shard_degree is 1. always: those of final norm and head too."""
     fsdp_buffers: Literal["auto", "direct", "flat"] = "auto"
     """How FSDP2 moves a unit's weights and gradients. flat: its own way, weights copied out of one buffer and gradients
     into one. direct: each from and to its own place, which saves those copies. auto: direct on GPUs, unless this
@@ -190,8 +191,8 @@ class Parallelism:
     loss.chunk_size of 2048 more than makes up for. Not yet measured on a GPU."""
     single_device: Literal["auto", "fsdp", "masters", "bfloat16"] = "auto"
     """What a single device that computes in bfloat16 keeps. fsdp: float32 weights, cast by FSDP2 in every step.
-    masters: bfloat16 weights, and float32 ones that the optimizer updates and rounds into them; the same arithmetic
-    bit for bit, with fewer copies. bfloat16: bfloat16 weights and moments only, which loses small updates. auto:
+    masters: bfloat16 weights, and float32 ones that the optimizer updates and rounds into them; the same arithmetic,
+    with fewer copies. bfloat16: bfloat16 weights and moments only, which loses small updates. auto:
     masters, but fsdp where weights are offloaded or `optimizer.implementation` is not fused."""
 
 
@@ -421,7 +422,7 @@ def model_shape(model: Model) -> ModelShape:
     return shape
 
 
-def model_of(shape: ModelShape, tokenizer_path: str | None = None) -> Model:
+def model_of(shape: ModelShape) -> Model:
     """The [model] table with the fewest overrides that `model_shape` makes this shape of."""
 
     def overrides(flavor: str) -> dict[str, Any]:
@@ -433,7 +434,7 @@ def model_of(shape: ModelShape, tokenizer_path: str | None = None) -> Model:
     changes = overrides(flavor)
     if "rope_scaling" in changes:
         changes["rope_scaling"] = dataclasses.astuple(changes["rope_scaling"])
-    return Model(flavor, tokenizer_path, **changes)
+    return Model(flavor, **changes)
 
 
 def parse(argv: list[str]) -> Config:

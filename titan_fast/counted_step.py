@@ -83,8 +83,7 @@ def count_step(
     note_direct_collectives(model, recorder)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=_CPU)
-        if shape.tied:
-            model.tie()
+        model.tie()
         model.init_buffers()
         narrow(model, weights_kept(config, degrees.data * degrees.tensor, dtypes), accumulates=passes > 1)
         mark_units(model, units_of(model), recorder)
@@ -105,12 +104,15 @@ def _compiled_by(backend: Any, config: Config) -> Config:
     """`config` with another compiler, which has none of Inductor's settings. A model that is one graph is counted as
     its parts, whose boundaries are what is marked."""
     compiles: Any = config.compile
-    known = {key.name for key in dataclasses.fields(compiles)}
-    changes = {"backend": backend, "coordinate_descent": False, "max_autotune": False, "cache_folder": None}
+    changes: dict[str, Any] = {
+        "backend": backend,
+        "coordinate_descent": False,
+        "max_autotune": False,
+        "cache_folder": None,
+    }
     if "model" in compiles.components:
         parts = {"blocks", "norm", "loss", *compiles.components} - {"model"}
         changes["components"] = tuple(sorted(parts))
-    changes = {name: value for name, value in changes.items() if name in known}
     return dataclasses.replace(config, compile=dataclasses.replace(compiles, **changes))
 
 

@@ -106,13 +106,14 @@ def _grown_run(first: list[Segment], run: list[Segment], depth: int, step: int, 
     more, by_number = extra // step, {_block(segment): segment for segment in run}
     head = {j: _grown(_twin(first, by_number[j], 0), by_number[j], more) for j in range(2 * step)}
     tail = {j + extra: _grown(_twin(first, by_number[j], step), by_number[j], more) for j in range(2 * step, deep)}
+    ends = head | tail
     found: list[Segment] = []
     for number in range(n_layers):
-        if number in head or number in tail:
-            grown = (head | tail)[number]
+        if number in ends:
+            grown = ends[number]
         else:
-            low = step + (number - step) % step
-            high = extra + 2 * step + (low - step)
+            low = step + number % step
+            high = low + extra + step
             grown = _between(head[low], tail[high], (number - low) / (high - low))
         found.append(dataclasses.replace(grown, unit=f"block {number}"))
     return found if run[0].phase == "forward" else found[::-1]

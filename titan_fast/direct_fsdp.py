@@ -202,9 +202,8 @@ def _arrive(all_gather_result: Any, fsdp_params: list[Any], group: dist.ProcessG
 
 
 def _copy_in(unsharded_grads: list[Tensor], reduce_scatter_input: Tensor, world_size: int) -> None:
-    """Lists the gradients to be reduced, flat, in the buffer's dtype and with zeros up to a multiple of the ranks:
-    those that are so already from where they are, the others one after the other in a new buffer, where FSDP2 lays
-    rank after rank."""
+    """Fills `parts` with the gradients to be reduced, flat, in the buffer's dtype, padded with zeros to a multiple of
+    the ranks: one that is so already is taken as it is, the others are copied, one after another, into a new buffer."""
     parts = getattr(reduce_scatter_input, "parts", None)
     if parts is None:
         _flat["foreach_reduce_scatter_copy_in"](unsharded_grads, reduce_scatter_input, world_size)

@@ -39,7 +39,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
     store: dist.Store = field(default_factory=dist.HashStore, compare=False)
     """What the ranks met at."""
@@ -97,7 +96,7 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
 
     CommunicationError names the ranks that did not come within `comm.init_timeout_seconds`, and later the one that was
     lost when a collective fails."""
-    rank, size, local_rank = _integer("RANK", 0), world_size(), _integer("LOCAL_RANK", 0)
+    rank, size = _integer("RANK", 0), world_size()
     backend = "gloo"
     if device.type == "cuda":
         backend = "cuda:nccl,cpu:gloo"
@@ -121,7 +120,7 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
             f"rank {rank} of {size} could not join the others: {sentence}", "look at the first rank that failed"
         ) from error
     try:
-        yield World(rank, size, local_rank, device, store, patient)
+        yield World(rank, size, device, store, patient)
     except BaseException as error:
         if size > 1:
             _name_the_lost(store, rank, size, error)

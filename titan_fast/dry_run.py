@@ -2,7 +2,7 @@
 
 The model is built and parallelized as rank 0 of that many GPUs, and goes through one step's shapes: forward, backward,
 clipping, optimizer. Tensors have no memory and collectives no partners, so nothing is computed; what cannot work in the
-cluster fails here, with the same sentence. Data and tokenizer are not looked at.
+cluster fails here, with the same sentence, but for data, tokenizer and kernels, which are not looked at.
 """
 
 import dataclasses

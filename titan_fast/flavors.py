@@ -85,7 +85,7 @@ def _llama3_extended(
 
 
 FLAVORS: dict[str, ModelShape] = {
-    # A Llama 3 that two CPU cores train in a minute: grouped queries, a vocabulary that fits its corpus.
+    # A Llama 3 that two CPU cores train in two minutes: grouped queries, a vocabulary that fits its corpus.
     "debug": ModelShape(192, 4, 6, 2, 512, vocab_size=4096, max_seq_len=2048, rope_theta=500_000.0),
     "llama2_7b": _llama2(4096, 32, 32, 32, 11_008),
     "llama2_13b": _llama2(5120, 40, 40, 40, 13_824),

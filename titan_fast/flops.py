@@ -22,7 +22,7 @@ FORMULAS: tuple[Formula, ...] = get_args(Formula)
 
 EXPLANATION: dict[Formula, str] = {
     "palm": "6 x all parameters + 12 x layers x heads x head dimension x sequence (PaLM, appendix B)",
-    "titan": "palm without the input embedding, a look-up; a tied one is the head too, and stays (torchtitan)",
+    "titan": "palm without the input embedding, a look-up (torchtitan, but that a tied one, the head too, stays)",
     "titan_causal": "titan with half the attention term: what causal attention computes",
 }
 
@@ -78,7 +78,8 @@ def flops_per_token(shape: ModelShape, seq_len: int, formula: Formula) -> int:
     """FLOPs of forward and backward per trained token; a multiplication and its addition are two.
 
     A matrix costs 2 FLOPs per element and token forward and 4 backward. `palm` is Chowdhery et al. 2022 (appendix B),
-    `titan` is `torchtitan/models/utils.py`, `titan_causal` is what NVIDIA reports since NeMo 25.09.
+    `titan` is `torchtitan/models/utils.py`, which leaves out a tied head, and `titan_causal` is what NVIDIA reports
+    since NeMo 25.09.
     """
     attention = attention_flops_per_token(shape, seq_len)
     match formula:

@@ -146,9 +146,9 @@ def check_sizes(sizes: Mapping[str, torch.Size], shape: ModelShape, path: Path) 
         raise CheckpointError("; ".join(problems), "give weights and a config that belong together", where=str(path))
 
 
-def some(names: list[str], most: int = 3) -> str:
-    """The first names and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def some(names: list[str]) -> str:
+    """The first three names and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -198,6 +198,9 @@ class Run:
                         break
                 else:
                     self.sample(self.progress.step)
+        except BaseException as error:
+            self.metrics.write_down(f"ended by {type(error).__name__}: {error}")
+            raise
         finally:
             gc.enable()
             self.loader.close()

@@ -1,8 +1,8 @@
 """One device without FSDP2: bfloat16 weights, and beside them the float32 masters that the optimizer updates.
 
 FSDP2 on one device casts every float32 weight to bfloat16 in each step and every bfloat16 gradient to float32, through
-buffers of its own: 18 bytes of state a parameter, and about 68 of traffic in a step. Here the weight is bfloat16
-already and its gradient is read as it is: 14 bytes of state. With `optimizer` among `compile.components` clipping and
+buffers of its own: about 68 bytes of traffic a parameter and step. Here the weight is bfloat16 already and its gradient
+is read as it is; of state both have 16 bytes. With `optimizer` among `compile.components` clipping and
 AdamW write master and rounded weight in one pass, 30 bytes of traffic; else torch's fused AdamW runs on gradients that
 were widened for it, about 50. The arithmetic is the same: sums, moments and masters are float32.
 """

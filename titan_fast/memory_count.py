@@ -95,11 +95,11 @@ class MemoryCounter:
             seen.append(allocation)
         return seen
 
-    def pulse(self, nbytes: int, part: str = "temporaries", at: int | None = None) -> None:
+    def pulse(self, nbytes: int, at: int | None = None) -> None:
         """Memory that an operator takes and gives back before it ends, now or before the event number `at`."""
         if nbytes > 0:
             position = len(self.events) if at is None else at
-            self.allocations.append(Allocation(_rounded(nbytes), self.phase, self.unit, part))
+            self.allocations.append(Allocation(_rounded(nbytes), self.phase, self.unit, "temporaries"))
             index = len(self.allocations) - 1
             self.events[position:position] = [(index, _rounded(nbytes)), (index, -_rounded(nbytes))]
 

@@ -164,6 +164,11 @@ class MetricsLogger:
                 self._leave_console(error)
         self._to_log_file(text)
 
+    def write_down(self, text: str) -> None:
+        """What the console is told by others, to train.log alone."""
+        if self.is_main:
+            self._to_log_file(redact(text))
+
     def _to_log_file(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         self._log_file.write("".join(f"{stamp} {line}\n" for line in text.split("\n")))

@@ -127,7 +127,8 @@ def uses_fsdp(settings: Config, world_size: int, dtypes: Precision) -> bool:
 
 
 def weights_kept(settings: Config, world_size: int, dtypes: Precision) -> Literal["fsdp", "masters", "bfloat16"]:
-    """`parallelism.single_device` with auto resolved; "fsdp" also where that has nothing to do."""
+    """`parallelism.single_device` with auto resolved; "fsdp" also where the setting does not apply: several devices, or
+    float32."""
     choice = settings.parallelism.single_device
     if choice != "auto":
         return choice

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -271,6 +271,3 @@ def _waits_for_others(frame: FrameType | None) -> bool:
             return True
         frame, depth = frame.f_back, depth + 1
     return False
-
-
-__all__: list[Any] = ["Limit", "Report", "Watchdog", "straggler", "verdict"]
