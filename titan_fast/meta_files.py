@@ -184,6 +184,8 @@ def _shape(params: dict[str, Any], sizes: dict[str, torch.Size], tied: bool, pat
 
 
 def released_scaling(sizes: tuple[int, ...], where: str) -> tuple[RopeScaling, int]:
+    """The scaling and the context length of the released model of these sizes (dim, layers, heads, key/value heads,
+    feed-forward); ConfigError where there is none."""
     for known in FLAVORS.values():
         if known.rope_scaling and sizes == (known.dim, known.n_layers, known.n_heads, known.n_kv_heads, known.ffn_dim):
             return known.rope_scaling, known.max_seq_len

@@ -48,6 +48,7 @@ class KVCache:
         self.values: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v: [B, K, S, E] of new tokens -> those of all tokens so far."""
         if self.keys is not None and self.values is not None:
             k, v = torch.cat((self.keys, k), dim=2), torch.cat((self.values, v), dim=2)
         self.keys, self.values = k, v
@@ -94,6 +95,7 @@ class Attention(nn.Module):
         self.out = Linear(shape.dim, shape.dim, ops)
 
     def forward(self, x: Tensor, rope: RopeTables, cache: KVCache | None = None) -> Tensor:
+        """x: [B, S, D] -> [B, S, D]."""
         return self.attend(self.qkv(x), rope, cache)
 
     def attend(self, qkv: Tensor, rope: RopeTables, cache: KVCache | None = None) -> Tensor:
@@ -117,6 +119,7 @@ class FeedForward(nn.Module):
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: [B, S, D] -> [B, S, D]."""
         return self.down(self.ops.swiglu(self.gate(x), self.up(x)))
 
 
@@ -174,6 +177,7 @@ class Head(nn.Module):
         self.loss = loss
 
     def forward(self, x: Tensor, labels: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """x: [B, S, D] -> logits [B, S, V]; with labels [B, S], the scaled sum of losses, 0-dim float32."""
         if labels is None:
             return F.linear(x, self.weight)
         assert self.loss is not None and scale is not None, "a Head that is given labels needs a loss and its scale"

@@ -80,7 +80,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, z_lo
 
 def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """What one slice of the vocabulary says of each row: (largest logit, sum of exp(logit - largest), the label's
-    logit or 0 where the label is not in the slice), [N] float32 each. Slices combine by two reductions.
+    logit or 0 where the label is not in the slice), [N] float32 each (of float64 logits float64). Slices combine by two
+    reductions.
 
     logits: [N, V_local], the columns vocab_offset .. vocab_offset + V_local of the whole; labels: [N] int64.
     """
