@@ -281,7 +281,7 @@ def test_a_batch_that_follows_the_processes_is_warned_of(
     runs.run(data, tmp_path / "run", training__steps=2, validation__enable=True)
     status, output = torchrun(2, data, tmp_path / "run", [], training__steps=3, validation__enable=True)
     assert status == 0, output
-    assert "validation batches were 2 sequences and are 4: its losses are of other text than before" in output
+    assert "a validation batch was 2 sequences and is 4: its losses are of other text than before" in output
     assert "a step was 2 sequences on 1 processes and is 4 on 2; --training.global_batch_size 2 keeps it" in output
     options: dict[str, Any] = {"training__global_batch_size": 4, "validation__enable": True}
     runs.run(data, tmp_path / "run", training__steps=4, **options)

@@ -406,7 +406,7 @@ class Checkpointer:
         then, today = (_measured_at_once(*of) for of in ((before, world_size), (now, self.world.size)))
         if self.config.validation.enable and then != today:
             self._notes.append(
-                f"validation batches were {then} sequences and are {today}: its losses are of other text than before"
+                f"a validation batch was {then} sequences and is {today}: its losses are of other text than before"
             )
 
     def _compare_schedules(self, step: int, before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> None:
