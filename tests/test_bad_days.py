@@ -21,7 +21,19 @@ import torch
 from children import CHILDREN, run_silently
 from torchrun import start
 
-from titan_fast import checkpointer, dry_step, guard, loop, manifest, out_of_memory, signals, watchdog
+from titan_fast import (
+    checkpoint_command,
+    checkpointer,
+    dry_step,
+    estimate,
+    guard,
+    hf,
+    loop,
+    manifest,
+    out_of_memory,
+    signals,
+    watchdog,
+)
 from titan_fast.checkpoint import tensors_of
 from titan_fast.config import mesh_degrees, model_shape, parse, sequences_per_step
 from titan_fast.errors import CheckpointError, ConfigError, NumericsError
@@ -520,6 +532,30 @@ def test_two_runs_on_one_folder_of_checkpoints(data: Path, tmp_path: Path) -> No
     (shared / LOCK).unlink()
     runs.run(data, tmp_path / "second", checkpoint__folder=str(shared), training__steps=1)
     assert not (shared / LOCK).exists()
+
+
+def test_nothing_is_written_into_a_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs.run(data, tmp_path / "run", training__steps=1)
+    step = tmp_path / "run" / "checkpoint" / "step-1"
+    for options in (
+        {"run_dir": step},
+        {"run_dir": step / "more"},
+        {"run_dir": tmp_path / "other", "checkpoint__folder": str(step)},
+        {"run_dir": step.parent},
+    ):
+        with pytest.raises(ConfigError, match=r"in a checkpoint, to which nothing|is a folder of checkpoints"):
+            runs.run(data, options.pop("run_dir"), **options, training__steps=2)  # type: ignore[arg-type]
+    for module, words in (
+        (checkpoint_command, f"export {step} --out {step}/w.safetensors"),
+        (hf, f"export {step} --out {step}/hf"),
+        (estimate, f"--plot {step} --gpu h100-sxm --gpus 1 --model.flavor debug --training.seq_len 64"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["command", *words.split()])
+        with pytest.raises(SystemExit) as ended:
+            module.main()
+        assert ended.value.code in (2, 4)
+    assert manifest.problem(step) is None
+    runs.run(data, tmp_path / "run", training__steps=2)
 
 
 def test_a_dead_runs_lock_is_no_obstacle(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import pickle
 import re
@@ -80,6 +81,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "the manifest torn": (
         lambda folder: (runs.checkpoint(folder, 10) / manifest.NAME).write_text('{"format": 1, "fi'),
+        r"MANIFEST.json is damaged",
+    ),
+    "a size that is none": (
+        lambda folder: (runs.checkpoint(folder, 10) / manifest.NAME).write_text(
+            json.dumps({"format": manifest.FORMAT, "files": {"x": [math.inf, ""]}})
+        ),
+        r"MANIFEST.json is damaged",
+    ),
+    "a pipe for the manifest": (
+        lambda folder: (
+            (runs.checkpoint(folder, 10) / manifest.NAME).unlink(),
+            os.mkfifo(runs.checkpoint(folder, 10) / manifest.NAME),
+        ),
         r"MANIFEST.json is damaged",
     ),
     "a file added": (lambda folder: (runs.checkpoint(folder, 10) / "x.py").touch(), r"x.py: not in MANIFEST.json"),
@@ -480,6 +494,15 @@ def test_the_command_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(torch.equal(tensor, saved[f"model.{name}"]) for name, tensor in weights.items())
     status, _, err = command(capsys, "export", str(copy), "--out", str(tmp_path / "nowhere" / "w.safetensors"))
     assert status == 4 and err.startswith("titan_fast: cannot write: ")
+    assert command(capsys, "export", str(copy), "--out", "/dev/null/x")[0] == 4
+    odd = shutil.copytree(runs.checkpoint(copy, 5), tmp_path / "odd")
+    (odd / "state.json").write_text(
+        (odd / "state.json").read_text().replace('"tokens_seen": 320', '"tokens_seen": "x"')
+    )
+    manifest.publish(odd, runs.checkpoint(copy, 7), step=7, world_size=1)
+    status, out, _ = command(capsys, "list", str(copy))
+    assert status == 0 and "its state.json cannot be read" in out and "640 tokens" in out
+    shutil.rmtree(runs.checkpoint(copy, 7))
     flip_a_bit(copy)
     status, out, err = command(capsys, "verify", str(copy))
     assert status == 4 and "DAMAGED: __0_0.distcp: sha256 mismatch" in out

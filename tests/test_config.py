@@ -151,6 +151,7 @@ def test_wrong_types(argv: list[str], parts: list[str]) -> None:
         (b"[training.more]\nsteps = 1\n", "training.more"),
         (b"[training]\nsteps = [1]\n", "training.steps is the list [1], and takes one value; leave out the brackets"),
         (b'[compile]\ncomponents = [["blocks"]]\n', "wrong type"),
+        (b"[job.dump_folder]\nx = 1\n", "job.dump_folder is a table, and takes one value"),
         (b"[compile]\ncomponents = []\n", "key 'compile.components' has no value"),
     ],
 )
@@ -158,6 +159,28 @@ def test_bad_files(tmp_path: Path, content: bytes, part: str) -> None:
     path = tmp_path / "run.toml"
     path.write_bytes(content)
     assert part in refusal("--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ("--model.dim 100000000000000000000", "dim 100000000000000000000 is more than 2,147,483,648"),
+        ("--model.n_layers 100000000000000", "n_layers 100000000000000 is more than 10,000"),
+        (
+            f"--model.rope_scaling 8 1 4 {10**23}",
+            "original_max_seq_len 100000000000000000000000 is not positive and at",
+        ),
+        (f"--training.local_batch_size {10**21}", "not a finite number below 2^63"),
+        ("--training.local_batch_size 10000000", "training.local_batch_size is 10000000, not between 1 and 2^20"),
+        (f"--training.global_batch_size {10**15}", "neither -1 nor between 1 and 2^40"),
+        (f"--training.steps {2**63}", f"training.steps is {2**63}, not a finite number below 2^63"),
+        ("--job.dry_run True --job.world_size 4294967296", "job.world_size is 4294967296, not between 1 and 2^20"),
+        ("--job.dump_folder a\0b", "job.dump_folder is 'a\\x00b', which is no text in UTF-8 without NUL"),
+        ("--job.dump_folder a\udcff", "which is no text in UTF-8 without NUL"),
+    ],
+)
+def test_absurd_values(options: str, part: str) -> None:
+    assert part in refusal(*options.split())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A rank that does not come, or is lost: the others end in time, with its number and the exit status of their kind."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from worlds import CPU, Task, free_port, results, run_world
 from titan_fast import distributed
 from titan_fast.config import Comm, MeshDegrees
 from titan_fast.distributed import World, start
-from titan_fast.errors import reported
+from titan_fast.errors import ConfigError, reported
 from titan_fast.parallel import build_mesh
 
 SIZE, LIMIT_SECONDS = 3, 5
@@ -113,6 +114,28 @@ def test_a_collective_of_any_group_outlives_the_longest_phase(tmp_path: Path) ->
     found = results(run_world(4, [Task("limits", limits_of_groups)], tmp_path), "limits")
     longest = 90 + distributed.SPARE_SECONDS
     assert found == [{"world": longest, "shard": longest, "tensor": longest, "patient": 7 * 24 * 3600}] * 4
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "1"}, "environment variable RANK is 1, and WORLD_SIZE 1"),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "environment variable RANK is 5, and WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "9" * 5000}, "environment variable WORLD_SIZE is '999"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "abc"},
+            "environment variable MASTER_PORT is 'abc', not a number",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999999"}, "MASTER_PORT is 99999999, which is no port"),
+    ],
+)
+def test_an_environment_that_torchrun_did_not_make_is_refused_at_once(
+    environment: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=re.escape(words)), start(Comm(), CPU):
+        pass
 
 
 @pytest.mark.parametrize("lost", [0, 1])

@@ -56,6 +56,21 @@ def test_a_console_that_was_closed_at_the_start_is_as_good_as_any(closed: str) -
     assert done.stderr.startswith("titan_fast: a value has the wrong type") == (closed == "1")
 
 
+def test_a_name_that_is_too_long_is_refused() -> None:
+    done = run(f"open('{'x' * 300}')")
+    assert done.returncode == 2 and done.stderr.startswith("titan_fast: no such path can be: File name too long [xxx")
+
+
+def test_a_refusal_is_one_line_whatever_it_quotes() -> None:
+    done = run("from titan_fast.errors import DataError; raise DataError('a\\nb\\x1b[1m', 'fix')")
+    assert done.returncode == 3 and done.stderr == "titan_fast: a\\nb\\x1b[1m; fix\n"
+
+
+def test_an_interrupt_is_told_in_a_line() -> None:
+    done = run("raise KeyboardInterrupt")
+    assert done.returncode == 130 and done.stderr == "titan_fast: interrupted; start again as before\n"
+
+
 def test_a_path_that_this_user_may_not_use_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch(mode=0o000)
     as_user = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []  # modes bind it

@@ -252,7 +252,14 @@ def test_what_is_written_in_place_is_written_once_and_takes_no_memory() -> None:
         (f"{SMALL} --training.global_batch_size 7", ["training.global_batch_size 7 is not divisible"]),
         (f"{SMALL} --activation_checkpoint.mode memory_budget", ["memory_budget", "compile.enable"]),
         (f"{SMALL} --training.sequence 7", ["unknown key"]),
-        (f"{SMALL} --nic-gbps 0", ["--nic-gbps is 0.0, not a positive number"]),
+        (f"{SMALL} --nic-gbps 0", ["--nic-gbps is 0.0, not positive and at most 2^20"]),
+        (f"{SMALL} --gpus 1000000000", ["--gpus is 1000000000, not positive and at most 2^20"]),
+        (f"{SMALL} --gpus {10**400}", ["--gpus is 1000"]),
+        (
+            f"{SMALL} --scaling --gpus-per-node 7",
+            ["--scaling is for 256 GPUs and more, which are not whole nodes of 7"],
+        ),
+        (f"{SMALL} --job.print_config True", ["are for titan_fast.train"]),
         (f"{SMALL} --kernels.attention fa4", ["no rate of attention 'fa4' is known for h100-sxm"]),
         (
             f"{SMALL.replace('h100-sxm', 'a100-80gb')} --float8.enable True",
@@ -286,10 +293,27 @@ def test_calibration_replaces_rates_and_is_of_the_same_device(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="calibration is of 'NVIDIA H100 80GB HBM3', and --gpu is a100-80gb"):
         calibrated(GPUS["a100-80gb"], path)
     head = '{"device": "NVIDIA H100 80GB HBM3"'
-    for text in ("{", "[]", head + "}", head + ', "rates": {"gemm": -1}}', head + ', "rates": {"speed": 1}}'):
+    for text in (
+        "{",
+        "[]",
+        "[" * 100_000,
+        head + ', "rates": {"gemm": true}}',
+        head + ', "rates": {"gemm": 1e99}}',
+        head + "}",
+        head + ', "rates": {"gemm": -1}}',
+        head + ', "rates": {"speed": 1}}',
+    ):
         path.write_text(text)
         with pytest.raises(ConfigError, match="it needs"):
             calibrated(H100, path)
+
+
+def test_calibration_of_an_unknown_backend_is_refused(tmp_path: Path) -> None:
+    content = {"device": "NVIDIA H100 80GB HBM3", "rates": {"attention_forward": 5e14}}
+    for backend in ("blub", ["flash"]):
+        (tmp_path / "results.json").write_text(json.dumps(content | {"attention": backend}))
+        with pytest.raises(ConfigError, match=r"attention is .*; it is one of "):
+            calibrated(H100, tmp_path / "results.json")
 
 
 def test_every_rate_has_a_source() -> None:

@@ -258,7 +258,7 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     ),
     (lambda folder: rewritten(folder, lambda held: held[QUERY][3, 5].fill_(math.inf)), f"{QUERY} has values that"),
     (lambda folder: rewritten(folder, lambda held: held[NORM][1].fill_(math.nan)), f"{NORM} has values that"),
-    (lambda folder: edit_json(folder / "config.json", num_hidden_layers=10**9), "says 1000000000 layers, and"),
+    (lambda folder: edit_json(folder / "config.json", num_hidden_layers=10**9), "n_layers 1000000000 is more than"),
     (lambda folder: (folder / "generation_config.json").write_text("[]"), "generation_config.json is not a JSON"),
     (indexed({NORM: "model-2.safetensors"}), f"{NORM} would be in model-2.safetensors, and there is no such file"),
     (indexed({NORM: "../model.safetensors"}), "not a file's plain name"),

@@ -294,6 +294,8 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "model and blocks": (COMPILED | {"compile.components": ["model", "blocks"]}, 1, "which contains blocks"),
     "no such backend": (COMPILED | {"compile.backend": "inducto"}, 1,
                         "no compile.backend 'inducto'; did you mean inductor"),
+    "a backend without its package": (COMPILED | {"compile.backend": "tvm"}, 1,
+                                      "compile.backend 'tvm' needs the package tvm; install it, or take inductor"),
     "tuning without Inductor": (COMPILED | {"compile.max_autotune": True}, 1, "compile.backend is 'aot_eager'"),
     "torch's loss with z": ({"loss.implementation": "torch", "loss.z_loss": 1e-4}, 1,
                             "no z_loss" if has_torch_loss() else "has no torch.nn.functional"),

@@ -1,7 +1,9 @@
 """Meta's files: judged by Meta's own arithmetic, rotary embedding of neighbouring pairs in complex numbers."""
 
 import dataclasses
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,7 +112,7 @@ class Malicious:
 def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path) -> None:
     folder = meta_folder(LLAMA3, tmp_path / "meta", 1)
     torch.save({"tok_embeddings.weight": Malicious(tmp_path / "ran")}, folder / "consolidated.00.pth")
-    with pytest.raises(CheckpointError, match="refused or damaged"):
+    with pytest.raises(CheckpointError, match="damaged, or more than tensors"):
         MetaFolder(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -123,6 +125,10 @@ def test_what_cannot_be_represented_is_refused(tmp_path: Path) -> None:
         ({"n_heads": 7}, "dim 64 is not divisible by n_heads 7"),
         ({"vocab_size": 99}, "vocab_size is 99, and the embedding has 128 rows"),
         ({"dim": ...}, "'dim'"),
+        ({"dim": math.inf}, "a key is missing or no number"),
+        ({"n_layers": 2.5}, "n_layers is 2.5"),
+        ({"n_layers": 10**12}, "n_layers 1000000000000 is more than 10,000"),
+        ({"norm_eps": 10**400}, "a key is missing or no number"),
     ):
         before = (folder / "params.json").read_text()
         edit_json(folder / "params.json", **changes)
@@ -131,6 +137,40 @@ def test_what_cannot_be_represented_is_refused(tmp_path: Path) -> None:
         (folder / "params.json").write_text(before)
     edit_json(folder / "params.json", n_layers=3)
     with pytest.raises(CheckpointError, match=r"model\.layers\.2\.\S+ and 6 more missing"):
+        MetaFolder(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda held: held.update({"norm.weight": torch.ones(7)}),
+            r"norm\.weight is \[64\] in one .* and \[7\] in another",
+        ),
+        (
+            lambda held: held.update({"output.weight": torch.ones(64, 5)}),
+            r"output\.weight is \[64, 64\] in one .* \[64, 5\]",
+        ),
+        (lambda held: held.update({7: torch.ones(1)}), "not a table of tensors"),
+        (lambda held: held.update({"norm.weight": torch.ones(64).to_sparse()}), "not a table of tensors"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(
+    change: Callable[[dict], None], words: str, tmp_path: Path
+) -> None:
+    last = meta_folder(LLAMA3, tmp_path / "meta", 2) / "consolidated.01.pth"
+    held = torch.load(last)
+    change(held)
+    torch.save(held, last)
+    with pytest.raises(CheckpointError, match=words):
+        MetaFolder(tmp_path / "meta")
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    folder = meta_folder(LLAMA3, tmp_path / "meta", 2)
+    (folder / "consolidated.01.pth").unlink()
+    os.mkfifo(folder / "consolidated.01.pth")
+    with pytest.raises(ConfigError, match="vocab_size is 128, and the embedding has 64 rows"):
         MetaFolder(folder)
 
 

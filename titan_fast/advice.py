@@ -11,7 +11,7 @@ from typing import Any
 
 from titan_fast.config import Config
 from titan_fast.errors import ConfigError
-from titan_fast.estimate import Estimate, Plan, estimate
+from titan_fast.estimate import SIZES, Estimate, Plan, estimate
 
 _RECOMPUTE: tuple[dict[str, str], ...] = (
     {"mode": "none"},
@@ -125,7 +125,7 @@ class ScalingPoint:
     """Part of the step that communication costs (StepTime.communication)."""
 
 
-def scaling(plan: Plan, sizes: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384)) -> list[ScalingPoint]:
+def scaling(plan: Plan, sizes: tuple[int, ...] = SIZES) -> list[ScalingPoint]:
     """Per-GPU speed of `plan`'s config, batch per GPU unchanged, with one copy over all GPUs and with copies over the
     fewest nodes, a power of two, that have room for one. Of `plan.gpus` it takes no notice."""
     plan = dataclasses.replace(plan, config=changed(plan.config, {"training.global_batch_size": -1}))

@@ -1,7 +1,9 @@
 """`python -m titan_fast.checkpoint list|verify|prune|export DIR`: the checkpoints of a run, without the run."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -36,11 +38,14 @@ def list_lines(path: Path) -> list[str]:
             lines.append(f"step {step:>8}  damaged: {problem}")
             continue
         size = sum(digest.size for digest in manifest.read(folder).values())
-        state = read_state(folder)
-        lines.append(
-            f"step {step:>8}  {size / 2**20:10.1f} MiB  {state['tokens_seen']:>15,} tokens  "
-            f"{state['world_size']} processes  torch {state.get('torch')}"
-        )
+        try:
+            state = read_state(folder)
+            said = (
+                f"{int(state['tokens_seen']):>15,} tokens  {state['world_size']} processes  torch {state.get('torch')}"
+            )
+        except (CheckpointError, TypeError, ValueError, OverflowError):
+            said = "and its state.json cannot be read"
+        lines.append(f"step {step:>8}  {size / 2**20:10.1f} MiB  {said}")
     return lines
 
 
@@ -66,7 +71,15 @@ def export(path: Path, out: Path) -> list[str]:
         raise CheckpointError("no checkpoint here is whole", "restore one from a copy", str(path))
     if out.exists():
         raise ConfigError("the file to write exists", "name another with --out", str(out))
-    entries = load_metadata((folder / ".metadata").read_bytes()).state_dict_metadata
+    if manifest.holding(out):
+        raise ConfigError("a checkpoint takes nothing more", "name another place with --out", str(out))
+    model = read_config(folder).get("model", {})
+    flavor = model.get("flavor") if isinstance(model, dict) else None
+    try:
+        entries = load_metadata((folder / ".metadata").read_bytes()).state_dict_metadata
+    except (OSError, UnpicklingError) as error:
+        what = f"the checkpoint's .metadata is not to be trusted: {error}"
+        raise CheckpointError(what, "ask where it comes from", str(folder)) from error
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
@@ -84,8 +97,8 @@ def export(path: Path, out: Path) -> list[str]:
         what = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot write: {what}", "name another --out, or make room", str(out)) from error
     finally:
-        temporary.unlink(missing_ok=True)
-    flavor = read_config(folder).get("model", {}).get("flavor")
+        with suppress(OSError):
+            temporary.unlink()
     return [f"{out}: {len(weights)} tensors of {flavor}, {folder.name}"]
 
 

@@ -5,7 +5,6 @@ manifest. Each stage ends with an exchange: where one rank failed, every rank ra
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -531,7 +530,7 @@ def manifest_step(path: Path) -> int:
 
 def _fingerprint(path: Path) -> str:
     try:
-        return hashlib.sha256((path / manifest.NAME).read_bytes()).hexdigest()
+        return manifest.sha256(path / manifest.NAME) if (path / manifest.NAME).is_file() else "no manifest"
     except OSError:
         return "no manifest"
 

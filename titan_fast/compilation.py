@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,23 @@ from titan_fast.loss import LinearCrossEntropy
 from titan_fast.model import Llama
 from titan_fast.ops import REFERENCE, Ops
 
+_NEED = {"tvm": "tvm", "openxla": "torch_xla", "openxla_eval": "torch_xla"}
+
 
 def check(settings: config.Compile, uses_fsdp: bool) -> None:
     """ConfigError for settings that contradict each other, or would do nothing."""
     if not settings.enable:
         return
     if isinstance(settings.backend, str) and settings.backend not in torch._dynamo.list_backends(None):
-        known = sorted({*torch._dynamo.list_backends(), "aot_eager", "eager"})
+        known = sorted({*torch._dynamo.list_backends(), "aot_eager", "eager"} - _NEED.keys())
         close = difflib.get_close_matches(settings.backend, known, n=1)
         raise ConfigError(
             f"torch {torch.__version__} has no compile.backend {settings.backend!r}",
             f"{f'did you mean {close[0]}? ' if close else ''}known: {', '.join(known)}",
         )
+    if (needs := _NEED.get(settings.backend)) and find_spec(needs) is None:
+        what = f"compile.backend {settings.backend!r} needs the package {needs}"
+        raise ConfigError(what, "install it, or take inductor")
     tuned = [name for name in ("coordinate_descent", "max_autotune") if getattr(settings, name)]
     if tuned and settings.backend != "inductor":
         raise ConfigError(

@@ -504,6 +504,8 @@ def _read_toml(words: list[str] | None) -> dict[str, list[str]]:
             kind = str(known[name].type) if name in known else "tuple"  # of an unknown one only that is to be said
             if isinstance(value, list) and "tuple" not in kind:
                 problems.add(f"{name} is the list {value}, and takes one value", "leave out the brackets")
+            elif isinstance(value, dict):
+                problems.add(f"{name} is a table, and takes one value", "write it as NAME = VALUE")
             elif isinstance(value, str) and not any(texts in kind for texts in ("str", "Literal", "tuple")):
                 problems.add(f"{name} is the text {value!r}, and takes none", "write the value without quotes")
     problems.refuse()
@@ -642,9 +644,9 @@ def _check_folders(config: Config, problems: Problems) -> None:
 
 # key -> (least, most, how to say it)
 _RANGES: dict[str, tuple[float, float, str]] = {
-    "job.world_size": (1, float("inf"), "at least 1"),
+    "job.world_size": (1, 2**20, "between 1 and 2^20"),
     "training.seq_len": (1, float("inf"), "at least 1"),
-    "training.local_batch_size": (1, float("inf"), "at least 1"),
+    "training.local_batch_size": (1, 2**20, "between 1 and 2^20"),
     "training.steps": (1, float("inf"), "at least 1"),
     "training.max_norm": (0, float("inf"), "0 or more"),
     "training.gc_freq": (1, float("inf"), "at least 1"),
@@ -681,14 +683,28 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 }
 
 
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _check_ranges(config: Config, problems: Problems) -> None:
     for name, (least, most, words) in _RANGES.items():
         table, _, key = name.partition(".")
         value = getattr(getattr(config, table), key)
-        if value is not None and not abs(value) < 1e300:
-            problems.add(f"{name} is {value}, not a finite number below 1e300", "change it")
+        if value is not None and not abs(value) < (2**63 if isinstance(value, int) else 1e300):
+            most = "2^63" if isinstance(value, int) else "1e300"
+            problems.add(f"{name} is {value}, not a finite number below {most}", "change it")
         elif value is not None and not least <= value <= most:
             problems.add(f"{name} is {value}, not {words}", "change it")
+    for name in known_keys():
+        table, _, key = name.partition(".")
+        text = getattr(getattr(config, table), key)
+        if isinstance(text, str) and ("\0" in text or not _is_utf8(text)):
+            problems.add(f"{name} is {text!r}, which is no text in UTF-8 without NUL", "change it")
     for name, path in (
         ("job.dump_folder", config.job.dump_folder),
         ("training.dataset_path", config.training.dataset_path),
@@ -699,8 +715,8 @@ def _check_ranges(config: Config, problems: Problems) -> None:
     for name in ("training.global_batch_size", "parallelism.data_parallel_shard_degree"):
         table, _, key = name.partition(".")
         value = getattr(getattr(config, table), key)
-        if value != -1 and value < 1:
-            problems.add(f"{name} is {value}, neither -1 nor at least 1", "change it")
+        if value != -1 and not 1 <= value <= 2**40:
+            problems.add(f"{name} is {value}, neither -1 nor between 1 and 2^40", "change it")
 
 
 @dataclass(frozen=True)

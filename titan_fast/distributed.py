@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from titan_fast.config import Comm
-from titan_fast.errors import CommunicationError, ConfigError
+from titan_fast.errors import CommunicationError, ConfigError, TitanFastError
 
 SPARE_SECONDS = 30
 """How much longer a collective may take than any phase it may be in, so that the watchdog, which knows more, is first.
@@ -72,7 +72,7 @@ def under_torchrun() -> bool:
 
 def _integer(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isdecimal():
+    if not (text.isdecimal() and len(text) < 10):
         raise ConfigError(f"environment variable {name} is {text!r}, not a number", "start with torchrun")
     return int(text)
 
@@ -96,7 +96,11 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
 
     CommunicationError names the ranks that did not come within `comm.init_timeout_seconds`, and later the one that was
     lost when a collective fails."""
-    rank, size = _integer("RANK", 0), world_size()
+    rank, size, port = _integer("RANK", 0), world_size(), _integer("MASTER_PORT", 0)
+    if rank >= size:
+        raise ConfigError(f"environment variable RANK is {rank}, and WORLD_SIZE {size}", "start with torchrun")
+    if port > 65535:
+        raise ConfigError(f"environment variable MASTER_PORT is {port}, which is no port", "start with torchrun")
     backend = "gloo"
     if device.type == "cuda":
         backend = "cuda:nccl,cpu:gloo"
@@ -113,7 +117,7 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
         patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
         assert isinstance(patient, dist.ProcessGroup)
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, CommunicationError):
+        if isinstance(error, TitanFastError):
             raise
         sentence = str(error).splitlines()[0]
         raise CommunicationError(

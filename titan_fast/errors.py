@@ -17,6 +17,8 @@ P = ParamSpec("P")
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a disk says that is full, or as good as that for this user or file."""
 
+_NO_PATH = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP})
+
 
 class TitanFastError(Exception):
     """A failure that the user can act on. `what` went wrong with its value, `fix` what to do, `where` the path, rank,
@@ -66,7 +68,8 @@ def fail(error: TitanFastError) -> NoReturn:
     """Ends the process as the contract says."""
     try:
         sys.stdout.flush()
-        print(f"titan_fast: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+        print(f"titan_fast: {line}", file=sys.stderr, flush=True)  # noqa: T201
     except OSError:  # that nobody reads changes no exit status
         leave_console()
     sys.exit(error.exit_status)
@@ -80,10 +83,15 @@ def reported() -> Iterator[None]:
         yield
     except TitanFastError as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("titan_fast: interrupted; start again as before", file=sys.stderr, flush=True)  # noqa: T201
+        sys.exit(128 + signal.SIGINT)
     except OSError as error:
         where = str(error.filename or "")
         if error.errno in NO_ROOM:
             fail(CheckpointError(f"the disk is full: {error.strerror}", "make room and start again as before", where))
+        if error.errno in _NO_PATH and where:
+            fail(ConfigError(f"no such path can be: {error.strerror}", "name another", where))
         if isinstance(error, PermissionError) and where:
             fail(ConfigError(f"not allowed: {error.strerror}", "give this user the right, or name another path", where))
         if isinstance(error, BrokenPipeError) and _nobody_reads():  # as in `... | head`

@@ -10,13 +10,13 @@ table of rates (gpus.py). How far both are off is in benchmarks/results/estimate
 import argparse
 import dataclasses
 import json
-import math
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from titan_fast import manifest
 from titan_fast.command_line import Parser, obstacle
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape, parse
 from titan_fast.errors import ConfigError, command
@@ -25,6 +25,9 @@ from titan_fast.flops import FORMULAS, flops_per_token, mfu
 from titan_fast.gpus import GPUS, Gpu, calibrated, known_gpu
 from titan_fast.step_record import Segment
 from titan_fast.step_time import Network, StepTime
+
+SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)
+"""The numbers of GPUs of `--scaling`."""
 
 _GIB = 2**30
 
@@ -241,11 +244,19 @@ def plan_of(argv: list[str]) -> tuple[Plan, argparse.Namespace]:
         gpu = calibrated(gpu, own.calibrate)
     for name in ("gpus", "gpus_per_node", "nic_gbps"):
         value = getattr(own, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}, not a positive number", "change it")
+        if value is not None and not 0 < value <= 2**20:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}, not positive and at most 2^20", "change it")
+    if own.scaling and SIZES[0] % own.gpus_per_node:
+        what = f"--scaling is for {SIZES[0]} GPUs and more, which are not whole nodes of {own.gpus_per_node}"
+        raise ConfigError(what, "change --gpus-per-node")
+    config = on_gpu(parse(rest))
+    if config.job.print_config or config.job.dry_run:
+        raise ConfigError("job.print_config and job.dry_run are for titan_fast.train", "leave them out")
     nic = gpu.nic.value if own.nic_gbps is None else own.nic_gbps * 1e9 / 8
     network = Network(own.gpus_per_node, nic)
-    plan = Plan(on_gpu(parse(rest)), gpu, own.gpus, network, own.all_blocks)
+    plan = Plan(config, gpu, own.gpus, network, own.all_blocks)
+    if own.plot is not None and manifest.holding(own.plot):
+        raise ConfigError("a checkpoint takes nothing more", "give another --plot", str(own.plot))
     if own.plot is not None and (why := obstacle(own.plot)):
         raise ConfigError(f"no folder for --plot: {why}", "give another name", str(own.plot))
     return plan, own

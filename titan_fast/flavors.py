@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+MOST = 2**31
+"""Of any size, so that what is absurd is refused before it is counted with."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -46,6 +49,12 @@ class ModelShape:
             for name, value in vars(self).items()
             if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < float("inf")
         ]
+        most = {"n_layers": 10_000}
+        found += [
+            f"{name} {value} is more than {most.get(name, MOST):,}"
+            for name, value in vars(self).items()
+            if isinstance(value, int) and value > most.get(name, MOST)
+        ]
         if found:
             return found
         if self.dim % self.n_heads:
@@ -56,9 +65,9 @@ class ModelShape:
             found.append(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}")
         if (scaling := self.rope_scaling) is not None:
             found += [
-                f"rope_scaling's {name} {value} is not positive and finite"
+                f"rope_scaling's {name} {value} is not positive and at most {MOST:,}"
                 for name, value in vars(scaling).items()
-                if not 0 < value < float("inf")
+                if not 0 < value <= MOST
             ]
             if scaling.low_freq_factor >= scaling.high_freq_factor:
                 found.append(

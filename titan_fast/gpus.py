@@ -204,20 +204,23 @@ def calibrated(gpu: Gpu, path: Path) -> Gpu:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         device, rates = found["device"], dict(found["rates"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"no calibration can be read: {type(error).__name__}: {error}", _SHAPE, where) from error
     pattern = next(peak.pattern for peak in PEAKS if peak.name == gpu.peak_name)
     if not re.match(pattern, str(device).strip()):
         raise ConfigError(f"the calibration is of {device!r}, and --gpu is {gpu.name}", "take the GPU's own", where)
     for name, value in rates.items():
         known = (*_CALIBRATED, "attention_forward", "attention_backward")
-        if name not in known or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name not in known or not is_number or not 0 < value < 1e30:
             raise ConfigError(f"rate {name!r} is {value!r}", _SHAPE, where)
     source = f"measured on {device} ({path.name})"
     changes: dict[str, Any] = {name: Rate(rates[name], source) for name in _CALIBRATED if name in rates}
     if "attention_forward" in rates or "attention_backward" in rates:
         backend = found.get("attention", gpu.default_attention)
-        old = gpu.attention.get(backend, gpu.attention[gpu.default_attention])
+        if not isinstance(backend, str) or backend not in gpu.attention:
+            raise ConfigError(f"attention is {backend!r}", f"it is one of {', '.join(gpu.attention)}", where)
+        old = gpu.attention[backend]
         forward, backward = rates.get("attention_forward", old.forward), rates.get("attention_backward", old.backward)
         changes["attention"] = gpu.attention | {backend: AttentionRate(forward, backward, source)}
     return dataclasses.replace(gpu, **changes)

@@ -214,6 +214,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 @contextmanager
 def _written(final: Path, temporary: Path, need: int) -> Iterator[Path]:
     """An empty folder to write into, removed when that fails; a full disk is found before it is written to."""
+    if checkpoint := manifest.holding(final.parent):
+        raise CheckpointError("a checkpoint takes nothing more", "choose another --out", str(checkpoint))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

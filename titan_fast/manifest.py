@@ -50,6 +50,12 @@ def checkpoints(parent: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def holding(path: Path) -> Path | None:
+    """The published folder that `path` is or lies in: nothing may be added to it."""
+    places = (path.absolute(), *path.absolute().parents)
+    return next((place for place in places if _STEP.fullmatch(place.name) and (place / NAME).exists()), None)
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -121,6 +127,8 @@ def publish(temporary: Path, final: Path, known: dict[str, Digest] | None = None
 def read(folder: Path) -> dict[str, Digest]:
     """The files that the manifest lists. ValueError, in words, where there is no manifest or it is none of ours."""
     try:
+        if (folder / NAME).exists() and not (folder / NAME).is_file():
+            raise ValueError("a pipe, which would be waited for")
         manifest = json.loads((folder / NAME).read_bytes())
         assert manifest["format"] == FORMAT
         files = {str(name): Digest(int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
@@ -128,7 +136,7 @@ def read(folder: Path) -> dict[str, Digest]:
         raise ValueError(f"{NAME} is missing") from None
     except OSError as error:
         raise ValueError(f"{NAME} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{NAME} is damaged") from error
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:

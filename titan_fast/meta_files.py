@@ -5,6 +5,7 @@ row p E / 2 + i here.
 """
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class MetaFolder:
                     where=str(path),
                 )  # fmt: skip
         self._dtypes = {name: tensor.dtype for name, tensor in opened[0].items()}
-        sizes = {name: _whole_size([tensors[name] for tensors in opened], params, name) for name in opened[0]}
+        sizes = {name: _whole_size([tensors[name] for tensors in opened], params, name, path) for name in opened[0]}
         sizes.pop("rope.freqs", None)  # a constant that follows from params.json
         self.shape = _shape(params, sizes, _is_tied(opened), path)
         theirs = {theirs: ours for ours, theirs in self._names().items()}
@@ -100,12 +101,22 @@ def _joined(parts: list[Tensor], dim: int | None, model_dim: int) -> Tensor:
     return torch.cat(parts, dim=(0 if parts[0].shape[1] == model_dim else 1) if dim == -1 else dim)
 
 
-def _whole_size(parts: list[Tensor], params: dict[str, Any], name: str) -> torch.Size:
+def _whole_size(parts: list[Tensor], params: dict[str, Any], name: str, path: Path) -> torch.Size:
+    """That of the parts together; CheckpointError where they are no parts of one."""
     names = dict(_LAYER.values())
     dim = names.get(name.split(".", 2)[-1]) if name.startswith("layers.") else {"output.weight": 0}.get(name)
     if name == "tok_embeddings.weight":
         dim = 0 if parts[0].ndim == 2 and parts[0].shape[1] == params.get("dim") else 1
-    if dim is None or parts[0].ndim != 2:
+    is_cut = dim is not None and parts[0].ndim == 2
+    for part in parts[1:]:
+        if part.ndim != parts[0].ndim or any(
+            part.shape[i] != parts[0].shape[i] for i in range(part.ndim) if not (is_cut and i == dim)
+        ):
+            what = (
+                f"{name} is {list(parts[0].shape)} in one of the consolidated files and {list(part.shape)} in another"
+            )
+            raise CheckpointError(what, "get the files again", str(path))
+    if dim is None or not is_cut:
         return parts[0].shape
     size = list(parts[0].shape)
     size[dim] = sum(part.shape[dim] for part in parts)
@@ -123,7 +134,7 @@ def _is_tied(parts: list[dict[str, Tensor]]) -> bool:
 
 
 def _parts(path: Path) -> list[Path]:
-    parts = sorted(path.glob("consolidated.*.pth"))
+    parts = sorted(part for part in path.glob("consolidated.*.pth") if part.is_file())
     expected = [f"consolidated.{i:02}.pth" for i in range(len(parts))]
     if not parts or [part.name for part in parts] != expected:
         raise CheckpointError(
@@ -139,10 +150,15 @@ def _load(path: Path) -> dict[str, Tensor]:
     """The file's tensors, mapped: nothing is read before it is used, and no code in the file runs."""
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except UnpicklingError as error:  # torch's sentence says how to load it all the same
+        raise CheckpointError("damaged, or more than tensors", "get the file again", where=str(path)) from error
     except Exception as error:  # a damaged pickle raises nearly anything
         sentence = str(error).strip().splitlines()[0][:200]
         raise CheckpointError(f"refused or damaged: {sentence}", "get the file again", where=str(path)) from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.is_cpu
+        for name, tensor in tensors.items()
+    ):
         raise CheckpointError("not a table of tensors", "give Meta's consolidated files", where=str(path))
     floating = torch.float32, torch.bfloat16, torch.float16, torch.float64
     if quantized := [name for name, tensor in tensors.items() if tensor.dtype not in floating]:
@@ -163,11 +179,11 @@ def _shape(params: dict[str, Any], sizes: dict[str, torch.Size], tied: bool, pat
         if len(sizes.get(name, ())) != 2:
             raise CheckpointError(f"{name} missing or not a matrix", "give Meta's consolidated files", where=str(path))
     try:
-        dim, n_layers, n_heads = (int(params[key]) for key in ("dim", "n_layers", "n_heads"))
-        n_kv_heads = int(params.get("n_kv_heads") or n_heads)
+        dim, n_layers, n_heads = (_integer(params, key) for key in ("dim", "n_layers", "n_heads"))
+        n_kv_heads = _integer(params, "n_kv_heads") if params.get("n_kv_heads") else n_heads
         theta, eps = float(params.get("rope_theta", 10_000.0)), float(params["norm_eps"])
-        vocab_size = int(params.get("vocab_size", -1))
-    except (KeyError, TypeError, ValueError) as error:
+        vocab_size = _integer({"vocab_size": -1} | params, "vocab_size")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"a key is missing or no number: {error}", "mend it", where) from error
     rows = sizes["tok_embeddings.weight"][0]
     if vocab_size not in (-1, rows):
@@ -181,6 +197,12 @@ def _shape(params: dict[str, Any], sizes: dict[str, torch.Size], tied: bool, pat
     if problems := shape.problems():
         raise ConfigError("; ".join(problems), "it describes no Llama", where)
     return shape
+
+
+def _integer(params: dict[str, Any], key: str) -> int:
+    if params[key] != int(params[key]):
+        raise ValueError(f"{key} is {params[key]}")
+    return int(params[key])
 
 
 def released_scaling(sizes: tuple[int, ...], where: str) -> tuple[RopeScaling, int]:

@@ -23,7 +23,7 @@ import numpy as np
 from titan_fast.command_line import obstacle
 from titan_fast.corpus import Document, RowLedger
 from titan_fast.errors import DataError
-from titan_fast.manifest import sha256
+from titan_fast.manifest import holding, sha256
 from titan_fast.tokenizer import Tokenizer, available_processors, tokenizer_files
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,8 @@ def check_empty(folder: Path) -> None:
         raise DataError("the folder for the token shards is a file", "name another, or remove it", str(folder))
     if folder.exists() and any(folder.iterdir()):
         raise DataError("the folder for the token shards is not empty", "name another, or remove it", str(folder))
+    if holding(folder):
+        raise DataError("a checkpoint takes nothing more", "name another folder", str(folder))
     if why := obstacle(folder.absolute().parent):  # they are written beside it
         raise DataError(f"the token shards cannot be written: {why}", "name another folder", str(folder))
 

@@ -11,7 +11,7 @@ import tomli_w
 from titan_fast.checkpoint import read_config, tokenizer_of
 from titan_fast.config import Config, to_dict
 from titan_fast.errors import CheckpointError, ConfigError, DataError
-from titan_fast.manifest import checkpoints
+from titan_fast.manifest import checkpoints, holding
 from titan_fast.prepared import is_prepared
 from titan_fast.redaction import redacted
 from titan_fast.tokenizer import load_tokenizer
@@ -42,6 +42,9 @@ def open_run_directory(config: Config) -> Path:
     a run of another model or other data, or one that this config would begin over. Of a start that failed before it
     trained, only the tokenizer binds. Every process may call it, before there is a process group."""
     folder = Path(config.job.dump_folder)
+    if any(holding(path) for path in checkpoints(folder).values()):
+        what = "job.dump_folder is a folder of checkpoints"
+        raise ConfigError(what, "name the run directory that it belongs to, or a new one", where=str(folder))
     _check_writable(folder, "job.dump_folder")
     if config.checkpoint.enable:
         _check_writable(folder / config.checkpoint.folder, "checkpoint.folder")
@@ -86,6 +89,12 @@ def is_new(config: Config, folder: Path) -> bool:
 
 
 def _check_writable(folder: Path, key: str) -> None:
+    if checkpoint := holding(folder):
+        raise ConfigError(
+            f"{key} would be in a checkpoint, to which nothing may be added",
+            "name another folder; checkpoint.initial_load_path begins with a checkpoint's weights",
+            where=str(checkpoint),
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}"
