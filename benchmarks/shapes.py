@@ -112,8 +112,10 @@ def _context(op: str) -> Context:
 def _is_measured(op: str, name: str, degree: int, tokens: int) -> bool:
     """Compilation, not measurement, is what a full run spends its time on; blocks are few for that reason."""
     if op.startswith("cross_entropy"):
-        # A chunk has the same rows whatever the batch, and Llama 3 one vocabulary.
-        return (degree > 1) == (op == "cross_entropy_sharded") and tokens == 8192 and name != "llama3_70b"
+        # Llama 3 has one vocabulary, and a chunk the same rows whatever the batch: those of today's default, and of
+        # what may be a better one.
+        is_chunk = tokens == LOSS_CHUNK or (name == "llama3_8b" and degree == 1)
+        return (degree > 1) == (op == "cross_entropy_sharded") and is_chunk and name != "llama3_70b"
     if op == "head":
         return name == "llama3_8b" and degree == 1 and tokens == 8192
     if op == "block_carried":

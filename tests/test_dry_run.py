@@ -85,7 +85,7 @@ def test_the_clusters_errors() -> None:
 def test_a_world_size_without_a_dry_run() -> None:
     with pytest.raises(ConfigError, match=r"job\.world_size is 8, and without job\.dry_run"):
         parse(["--job.world_size", "8"])
-    with pytest.raises(ConfigError, match=r"job\.world_size is 0, not at least 1"):
+    with pytest.raises(ConfigError, match=r"job\.world_size is 0, not between 1 and 2\^20"):
         parse(words(job__world_size=0))
 
 
