@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from titan_fast.checkpoint import copy_tokenizer, tokenizer_of
+from titan_fast.checkpoint import tokenizer_of
 from titan_fast.errors import DataError
 from titan_fast.tokenizer import (
     LLAMA3_SPLIT,
     TiktokenTokenizer,
     Tokenizer,
     check_vocabulary,
+    copy_tokenizer,
     llama3_special_tokens,
     load_tokenizer,
     train_sentencepiece,

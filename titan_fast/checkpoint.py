@@ -11,7 +11,6 @@ A checkpoint is the folder `step-N`:
 
 import json
 import pickle
-import shutil
 import tomllib
 import warnings
 from dataclasses import dataclass, field
@@ -29,10 +28,10 @@ from titan_fast.errors import CheckpointError
 from titan_fast.manifest import checkpoints
 from titan_fast.masters import master_of
 from titan_fast.safe_unpickle import SafeReader, load_metadata
-from titan_fast.tokenizer import CONFIG_BESIDE, Tokenizer, tokenizer_files
+from titan_fast.tokenizer import CONFIG_BESIDE
 
 __all__ = [
-    "Progress", "check_tensors", "checkpoints", "copy_tokenizer", "gather_data_state", "load_tensors", "own_data_state",
+    "Progress", "check_tensors", "checkpoints", "gather_data_state", "load_tensors", "own_data_state",
     "read_config", "read_state", "tensors_of", "tokenizer_of",
 ]  # fmt: skip
 
@@ -155,13 +154,6 @@ def checkpoints_of(path: Path) -> dict[int, Path]:
     except (CheckpointError, LookupError, TypeError):
         folder = "checkpoint"
     return checkpoints(path / folder)
-
-
-def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Makes `folder`, which is then another place of the tokenizer."""
-    folder.mkdir()
-    for name, path in tokenizer_files(tokenizer).items():
-        shutil.copyfile(path, folder / name)
 
 
 def tokenizer_of(path: Path) -> Path:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from titan_fast import distributed, manifest
 from titan_fast.agreement import Agreement
-from titan_fast.checkpoint import Progress, cause, copy_tokenizer, load_tensors, read_config, read_state, tensors_of
+from titan_fast.checkpoint import Progress, cause, load_tensors, read_config, read_state, tensors_of
 from titan_fast.config import Checkpoint, Config, model_shape, to_dict
 from titan_fast.distributed import World
 from titan_fast.errors import NO_ROOM, CheckpointError, ConfigError, NumericsError
@@ -43,7 +43,7 @@ from titan_fast.redaction import redacted
 from titan_fast.run_directory import differences
 from titan_fast.shards import copies, local
 from titan_fast.signals import may_wait_longer, seconds_to_stop
-from titan_fast.tokenizer import Tokenizer
+from titan_fast.tokenizer import Tokenizer, copy_tokenizer
 
 WENT_BACK = "went_back.json"
 """In the folder of checkpoints: to which `load_step` the run has gone back."""

@@ -2,10 +2,8 @@
 
 import argparse
 import io
-import os
 import re
 from contextlib import redirect_stderr
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -49,12 +47,3 @@ def _sentence(refusal: str) -> str:
         if inside.strip("\u2500\u2570\u256f-+"):
             words.append(inside)
     return " ".join(words).strip(" .")
-
-
-def obstacle(folder: Path) -> str:
-    """Why nothing can be written in a folder that is there or is yet to be made, as far as names and rights tell; empty
-    where nothing stands in the way."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        return f"{there} is a file"
-    return "" if os.access(there, os.W_OK | os.X_OK) else f"not allowed to write in {there}"

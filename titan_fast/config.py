@@ -609,6 +609,12 @@ def validate(config: Config) -> None:
     problems.refuse()
 
 
+def _value(config: Config, name: str) -> Any:
+    """What the config has at `table.key`."""
+    table, _, key = name.partition(".")
+    return getattr(getattr(config, table), key)
+
+
 RUN_FILES = frozenset(
     {
         "config.toml", "train.log", "metrics.jsonl", "bad_steps.jsonl", "loss_curve.png", "tokenizer.model", "data",
@@ -629,8 +635,7 @@ def _check_folders(config: Config, problems: Problems) -> None:
         "profiling.save_traces_folder",
         "profiling.save_memory_snapshot_folder",
     ):
-        table, _, key = name.partition(".")
-        value = getattr(getattr(config, table), key)
+        value = _value(config, name)
         folder = Path(os.path.normpath(run_dir / value))
         inside = folder.relative_to(run_dir).parts if folder.is_relative_to(run_dir) else ()
         if not value or run_dir.is_relative_to(folder):
@@ -693,16 +698,14 @@ def _is_utf8(text: str) -> bool:
 
 def _check_ranges(config: Config, problems: Problems) -> None:
     for name, (least, most, words) in _RANGES.items():
-        table, _, key = name.partition(".")
-        value = getattr(getattr(config, table), key)
+        value = _value(config, name)
         if value is not None and not abs(value) < (2**63 if isinstance(value, int) else 1e300):
             most = "2^63" if isinstance(value, int) else "1e300"
             problems.add(f"{name} is {value}, not a finite number below {most}", "change it")
         elif value is not None and not least <= value <= most:
             problems.add(f"{name} is {value}, not {words}", "change it")
     for name in known_keys():
-        table, _, key = name.partition(".")
-        text = getattr(getattr(config, table), key)
+        text = _value(config, name)
         if isinstance(text, str) and ("\0" in text or not _is_utf8(text)):
             problems.add(f"{name} is {text!r}, which is no text in UTF-8 without NUL", "change it")
     for name, path in (
@@ -713,8 +716,7 @@ def _check_ranges(config: Config, problems: Problems) -> None:
         if path == "":
             problems.add(f"{name} is empty", "give a path, or leave it out")
     for name in ("training.global_batch_size", "parallelism.data_parallel_shard_degree"):
-        table, _, key = name.partition(".")
-        value = getattr(getattr(config, table), key)
+        value = _value(config, name)
         if value != -1 and not 1 <= value <= 2**40:
             problems.add(f"{name} is {value}, neither -1 nor between 1 and 2^40", "change it")
 

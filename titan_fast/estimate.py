@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titan_fast import manifest
-from titan_fast.command_line import Parser, obstacle
+from titan_fast.command_line import Parser
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape, parse
 from titan_fast.errors import ConfigError, command
 from titan_fast.flavors import ModelShape
 from titan_fast.flops import FORMULAS, flops_per_token, mfu
 from titan_fast.gpus import GPUS, Gpu, calibrated, known_gpu
+from titan_fast.manifest import obstacle
 from titan_fast.step_record import Segment
 from titan_fast.step_time import Network, StepTime
 
@@ -255,8 +255,6 @@ def plan_of(argv: list[str]) -> tuple[Plan, argparse.Namespace]:
     nic = gpu.nic.value if own.nic_gbps is None else own.nic_gbps * 1e9 / 8
     network = Network(own.gpus_per_node, nic)
     plan = Plan(config, gpu, own.gpus, network, own.all_blocks)
-    if own.plot is not None and manifest.holding(own.plot):
-        raise ConfigError("a checkpoint takes nothing more", "give another --plot", str(own.plot))
     if own.plot is not None and (why := obstacle(own.plot)):
         raise ConfigError(f"no folder for --plot: {why}", "give another name", str(own.plot))
     return plan, own

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem
 
 from titan_fast import manifest
-from titan_fast.checkpoint import cause, copy_tokenizer, tokenizer_of
+from titan_fast.checkpoint import cause, tokenizer_of
 from titan_fast.config import Config, model_of, to_dict
 from titan_fast.errors import CheckpointError
 from titan_fast.flavors import ModelShape
@@ -29,14 +29,21 @@ from titan_fast.hf import Weights, hf_config, hf_names, hf_sizes, our_sizes, rea
 from titan_fast.hf_files import CONFIG, read_json, write_shards
 from titan_fast.hf_tokenizer import write_tokenizer
 from titan_fast.initial_weights import CheckpointWeights, checkpoint_folder, foreign_weights
-from titan_fast.tokenizer import NAMES_IN_FOLDER, Tokenizer, check_vocabulary, load_tokenizer
+from titan_fast.tokenizer import (
+    CONFIG_BESIDE,
+    NAMES_IN_FOLDER,
+    Tokenizer,
+    check_vocabulary,
+    copy_tokenizer,
+    load_tokenizer,
+)
 
 KEPT = "hf"
 """The folder in an imported checkpoint that holds the source's own small files, for an export to give them back."""
 
 GENERATION = "generation_config.json"
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.json", "tokenizer.model", CONFIG_BESIDE, "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja",
 )  # fmt: skip
 _SPARE_BYTES = 2**20
@@ -109,7 +116,7 @@ def _write_small_files(shape: ModelShape, folder: Path) -> None:
 def _keep_files(source: Path, folder: Path, with_tokenizer: bool) -> None:
     """Copies what an export could not make again. A tokenizer without its config is not complete for transformers."""
     names = [GENERATION]
-    if with_tokenizer and (source / "tokenizer_config.json").is_file():
+    if with_tokenizer and (source / CONFIG_BESIDE).is_file():
         names += _TOKENIZER_FILES
     for name in names:
         if (source / name).is_file():
@@ -190,7 +197,7 @@ def _write_configs(weights: CheckpointWeights, dtypes: set[torch.dtype], folder:
     kept = {file.name: file for file in (weights.path / KEPT).glob("*")}
     if GENERATION in kept:
         generation = read_json(kept[GENERATION])
-    if "tokenizer_config.json" in kept:
+    if CONFIG_BESIDE in kept:
         spoken = "tokenizer: the files that it was imported with"
     elif has_tokenizer:
         spoken = write_tokenizer(tokenizer, folder, weights.shape.max_seq_len)

@@ -11,9 +11,14 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from titan_fast.tokenizer import LLAMA3_SPLIT, Tokenizer, llama3_special_tokens, read_ranks
-
-CONFIG = "tokenizer_config.json"
+from titan_fast.tokenizer import (
+    CONFIG_BESIDE,
+    LLAMA3_SPLIT,
+    Tokenizer,
+    copy_tokenizer,
+    llama3_special_tokens,
+    read_ranks,
+)
 
 _SPACE = "\u2581"  # sentencepiece's symbol for a space
 _PROBES = (
@@ -35,11 +40,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> str
         return _write_sentencepiece(tokenizer, folder, common)
     if tokenizer.kind == "tiktoken":
         return _write_ranks(tokenizer.path, folder, common)
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
-    beside = tokenizer.path.with_name(CONFIG)
-    if beside.is_file():
-        shutil.copyfile(beside, folder / CONFIG)
-    else:
+    if CONFIG_BESIDE not in copy_tokenizer(tokenizer, folder):
         loaded = tokenizers.Tokenizer.from_file(str(tokenizer.path))
         names = {"eos_token": loaded.id_to_token(tokenizer.eos_id)}
         if tokenizer.bos_id is not None:
@@ -49,7 +50,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> str
 
 
 def _write_config(folder: Path, content: Mapping[str, Any]) -> None:
-    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    (folder / CONFIG_BESIDE).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _write_sentencepiece(tokenizer: Tokenizer, folder: Path, common: dict[str, Any]) -> str:

@@ -56,6 +56,17 @@ def holding(path: Path) -> Path | None:
     return next((place for place in places if _STEP.fullmatch(place.name) and (place / NAME).exists()), None)
 
 
+def obstacle(folder: Path) -> str:
+    """Why nothing can be written in a folder that is there or is yet to be made, as far as names and rights tell; empty
+    where nothing stands in the way."""
+    if checkpoint := holding(folder):
+        return f"{checkpoint} is a checkpoint, to which nothing may be added"
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        return f"{there} is a file"
+    return "" if os.access(there, os.W_OK | os.X_OK) else f"not allowed to write in {there}"
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -126,9 +137,9 @@ def publish(temporary: Path, final: Path, known: dict[str, Digest] | None = None
 
 def read(folder: Path) -> dict[str, Digest]:
     """The files that the manifest lists. ValueError, in words, where there is no manifest or it is none of ours."""
+    if (folder / NAME).is_fifo():  # which would be waited for
+        raise ValueError(f"{NAME} is damaged")
     try:
-        if (folder / NAME).exists() and not (folder / NAME).is_file():
-            raise ValueError("a pipe, which would be waited for")
         manifest = json.loads((folder / NAME).read_bytes())
         assert manifest["format"] == FORMAT
         files = {str(name): Digest(int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}

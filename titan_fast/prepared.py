@@ -20,11 +20,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from titan_fast.command_line import obstacle
 from titan_fast.corpus import Document, RowLedger
 from titan_fast.errors import DataError
-from titan_fast.manifest import holding, sha256
-from titan_fast.tokenizer import Tokenizer, available_processors, tokenizer_files
+from titan_fast.manifest import obstacle, sha256
+from titan_fast.tokenizer import Tokenizer, available_processors, copy_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +79,6 @@ def check_empty(folder: Path) -> None:
         raise DataError("the folder for the token shards is a file", "name another, or remove it", str(folder))
     if folder.exists() and any(folder.iterdir()):
         raise DataError("the folder for the token shards is not empty", "name another, or remove it", str(folder))
-    if holding(folder):
-        raise DataError("a checkpoint takes nothing more", "name another folder", str(folder))
     if why := obstacle(folder.absolute().parent):  # they are written beside it
         raise DataError(f"the token shards cannot be written: {why}", "name another folder", str(folder))
 
@@ -113,9 +110,7 @@ def _write(
         bad = ledger.summary()
         raise DataError(f"the data set has no document{f' ({bad})' if bad else ''}", "give other data", source["name"])
     log.info("tokenized: %s", _progress(count, shards.tokens, time.monotonic() - started))
-    copies = tokenizer_files(tokenizer)
-    for name, path in copies.items():
-        shutil.copyfile(path, folder / name)
+    copies = copy_tokenizer(tokenizer, folder)
     names = [*(shard["name"] for shard in shards.index), "offsets.bin", "origins.bin", *copies]
     index = {
         "format": FORMAT,

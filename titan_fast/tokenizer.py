@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,12 +104,17 @@ CONFIG_BESIDE = "tokenizer_config.json"
 """What names the special tokens of the tokenizer.json beside it."""
 
 
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, Path]:
-    """What to copy, and under which names, for a folder from which `load_tokenizer` reads the same tokenizer."""
-    if tokenizer.kind != HuggingFaceTokenizer.kind:
-        return {"tokenizer.model": tokenizer.path}
-    config = tokenizer.path.with_name(CONFIG_BESIDE)
-    return {"tokenizer.json": tokenizer.path} | ({CONFIG_BESIDE: config} if config.is_file() else {})
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
+    """Copies into `folder`, made if need be, what `load_tokenizer` reads the same tokenizer from; the files' names."""
+    files = {"tokenizer.model": tokenizer.path}
+    if tokenizer.kind == HuggingFaceTokenizer.kind:
+        files = {"tokenizer.json": tokenizer.path}
+        if (config := tokenizer.path.with_name(CONFIG_BESIDE)).is_file():
+            files[CONFIG_BESIDE] = config
+    folder.mkdir(exist_ok=True)
+    for name, path in files.items():
+        shutil.copyfile(path, folder / name)
+    return list(files)
 
 
 def _tokenizer_file(path: Path) -> Path:
