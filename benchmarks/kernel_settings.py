@@ -73,8 +73,8 @@ class Setting:
             launch = make(*arguments)
             if self.maker not in ("", maker):
                 return launch
+            constexprs = {name: value for name, value in self.constexprs.items() if name in launch.constexprs}
             kernel = self.kernels.get(launch.name, launch.kernel)
-            constexprs = {name: value for name, value in self.constexprs.items() if name in kernel.arg_names}
             warps = min(max(int(launch.num_warps * self.warps), 1), 32)
             return replace(launch, kernel=kernel, num_warps=warps, constexprs={**launch.constexprs, **constexprs})
 
@@ -141,25 +141,18 @@ def _swiglu_settings() -> tuple[Setting, ...]:
 
 
 def _loss_settings() -> tuple[Setting, ...]:
-    from benchmarks.kernel_trials import cross_entropy_ahead, cross_entropy_staged
+    from benchmarks.kernel_trials import cross_entropy_lean
 
-    def setting(block: int, warps: int, label: str = "", trial: Any = None, **constexprs: int) -> Setting:
+    def setting(block: int, warps: int, label: str = "", trial: Any = None) -> Setting:
         names = {"_block_read_twice": lambda vocab: (block, warps)}
         kernels = {} if trial is None else {"cross_entropy_with_grad": trial}
-        label = f"{block} columns, {warps} warps{label}"
-        return Setting(label, "cross_entropy", constexprs=constexprs, names=lambda module: names, kernels=kernels)
+        return Setting(
+            f"{block} columns, {warps} warps{label}", "cross_entropy", names=lambda module: names, kernels=kernels
+        )
 
-    sizes = ((8192, 32), (16384, 16), (32768, 16))
-    ahead = ((8192, 32), (16384, 32), (32768, 16), (32768, 32))
-    staged = (
-        (4096, 8, 12), (4096, 8, 20), (4096, 16, 20), (8192, 8, 6), (8192, 16, 4), (8192, 16, 6), (8192, 16, 9),
-        (8192, 16, 12), (8192, 32, 9), (8192, 32, 12), (16384, 16, 6), (16384, 32, 4), (16384, 32, 6),
-    )  # fmt: skip
-    return (
-        *(setting(*size) for size in sizes),
-        *(setting(*size, ", one fetched ahead", cross_entropy_ahead) for size in ahead),
-        *(setting(block, warps, f", {n} stages", cross_entropy_staged, STAGES=n) for block, warps, n in staged),
-    )
+    sizes = ((8192, 32), (16384, 16), (16384, 32), (32768, 16), (32768, 32))
+    lean = ((16384, 16), (16384, 32), (32768, 8), (32768, 16), (32768, 32), (65536, 16), (65536, 32))
+    return (*(setting(*size) for size in sizes), *(setting(*size, ", lean", cross_entropy_lean) for size in lean))
 
 
 def contests(smoke: bool) -> list[Contest]:

@@ -144,7 +144,7 @@ class Bench:
 
     def _set_fsdp_policy(self) -> None:
         """Nothing is on its way between steps. Copies take the place of the collectives of either kind."""
-        parallel.set_fsdp_policy(self.model, self.config.parallelism, self.degrees.shard, self.device.type)
+        parallel.set_fsdp_policy(self.model, self.config, self.degrees, self.device)
         if self.world.size > 1:
             fake_world.use_copies(self.model)
 

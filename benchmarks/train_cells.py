@@ -60,11 +60,12 @@ NEW_FLASH_LEVERS = (
     _lever("attention fa3", {"kernels.attention": "fa3"}),
     _lever("attention fa4", {"kernels.attention": "fa4"}),
 )
+CARRIED: Options = {"kernels.carry_residual": True}
 SCOPE_LEVERS = (
     _lever("blocks alone", {"compile.components": ["blocks"]}),
     _lever("blocks and loss", {"compile.components": ["blocks", "loss"]}),
     _lever("blocks, loss and norm", {"compile.components": ["blocks", "loss", "norm"]}),
-    _lever("carried residual", {"kernels.carry_residual": True}),
+    _lever("carried residual", CARRIED),
 )
 # `auto` takes our loss where it was measured, at 8192 rows and what is near them: a chunk is not to change that too.
 OUR_LOSS: Options = {"kernels.cross_entropy": "triton"}
@@ -97,12 +98,15 @@ MEMORY_LEVERS = (
     _lever("full", FULL),
 )
 NEVER_RESHARD: Options = {"parallelism.fsdp_reshard_after_forward": "never"}
+# What a GPU has by default, said for the CPU too.
 WIDE: Options = {"parallelism.fsdp_wide_gradients": True, "parallelism.fsdp_buffers": "direct"}
+NARROW: Options = {"parallelism.fsdp_wide_gradients": False}
 FSDP_POLICIES = (
     _lever("wide gradients", WIDE),
-    _lever("never reshard", NEVER_RESHARD),
-    _lever("never reshard, wide gradients", NEVER_RESHARD | WIDE),
-    _lever("wide gradients, chunk 2048", WIDE | OUR_LOSS | {"loss.chunk_size": 2048}),
+    _lever("narrow gradients", NARROW),
+    _lever("wide gradients, carried residual", WIDE | CARRIED),
+    _lever("never reshard, wide gradients", WIDE | NEVER_RESHARD),
+    _lever("never reshard, wide gradients, carried residual", WIDE | NEVER_RESHARD | CARRIED),
 )
 BFLOAT16_REDUCTION = _lever("bfloat16 reduction", {"training.mixed_precision_reduce": "bfloat16"})
 FSDP: Options = {"parallelism.single_device": "fsdp"}
@@ -164,7 +168,7 @@ def _more_cells() -> list[Cell]:
         Cell("levers", slice4, (BASE, *LOSS_LEVERS, NO_CLIPPING), label="loss and clipping"),
         *(Cell("levers", slice4, (lever,), label=lever.name.removeprefix("attention ")) for lever in NEW_FLASH_LEVERS),
         Cell("levers-memory", slice4, MEMORY_LEVERS, label="one kind of recomputation each"),
-        Cell("levers-fsdp", eight, (BASE, *FSDP_POLICIES), label="FSDP2"),
+        Cell("levers-fsdp", eight, FSDP_POLICIES, label="FSDP2"),
         Cell("levers-fsdp", eight, (BFLOAT16_REDUCTION,), label="bfloat16 reduction"),
         Cell("levers-kernels", slice4, _per_operator(), label="one kernel each"),
         *_single_device_paths("levers-optimizer", LLAMA_1B),

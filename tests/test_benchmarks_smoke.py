@@ -415,7 +415,7 @@ def test_other_launch_settings_are_launched_checked_and_forgotten(
     from titan_kernels import launch
 
     from benchmarks import kernel_settings
-    from benchmarks.kernel_trials import cross_entropy_ahead, cross_entropy_staged
+    from benchmarks.kernel_trials import cross_entropy_lean
 
     for name in ("rms_norm", "rope", "swiglu", "cross_entropy"):  # as Dynamo leaves them once it has traced one
         module = sys.modules[f"titan_kernels.{name}"]
@@ -434,17 +434,13 @@ def test_other_launch_settings_are_launched_checked_and_forgotten(
     small = kernel_settings.contests(smoke=True)
     assert len(small) == 9  # both ways of four operators, the loss's step
     loss = next(one for one in small if one.direction == "step")  # kernels on trial are right, too
-    in_parts = [
-        kernel_settings.Setting(
-            f"a row in parts, {trial.__name__}",
-            "cross_entropy",
-            constexprs={"STAGES": 3},
-            names=lambda module: {"_block_read_twice": lambda vocab: (128, 4)},
-            kernels={"cross_entropy_with_grad": trial},
-        )
-        for trial in (cross_entropy_ahead, cross_entropy_staged)
-    ]
-    trials = replace(loss, settings=(*loss.settings, *in_parts))
+    in_parts = kernel_settings.Setting(
+        "a row in parts",
+        "cross_entropy",
+        names=lambda module: {"_block_read_twice": lambda vocab: (128, 4)},
+        kernels={"cross_entropy_with_grad": cross_entropy_lean},
+    )
+    trials = replace(loss, settings=(*loss.settings, in_parts))
     assert not any("problem" in row for row in kernel_settings.measured(trials, CPU, 1, 1).values())
     contest = next(one for one in small if one.name.startswith("swiglu") and one.direction == "backward")
     # Blocks that the grid does not follow: a part of each row is left out.

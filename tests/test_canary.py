@@ -9,7 +9,7 @@ import torch
 
 from titan_fast import wide_gradients
 from titan_fast.canary import check, check_compiled_gradients, exact_ops
-from titan_fast.config import Compile, from_options
+from titan_fast.config import Compile, MeshDegrees, from_options
 from titan_fast.errors import NumericsError
 from titan_fast.flavors import FLAVORS
 from titan_fast.ops import REFERENCE, with_equal_heads
@@ -47,7 +47,8 @@ def test_the_canary_compares_gradients_that_are_made_in_float32(monkeypatch: pyt
     options |= {"training.seq_len": "16", "parallelism.fsdp_wide_gradients": "True"}
     torch._dynamo.reset()
     with pytest.raises(NumericsError, match=r"gradient of feed_forward.(gate|up).weight"):
-        check(from_options({key: [value] for key, value in options.items()}), SHAPE, REFERENCE, torch.device("cpu"))
+        settings = from_options({key: [value] for key, value in options.items()})
+        check(settings, SHAPE, REFERENCE, MeshDegrees(1, 2, 1), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -99,11 +99,15 @@ def test_compiled_blocks_in_float8_do_not_follow_bfloat16(monkeypatch: pytest.Mo
     assert eager.add_rms_norm is titan_kernels.add_rms_norm
 
 
-def test_blocks_with_wide_gradients_do_not_reemit() -> None:
+def test_blocks_with_wide_gradients_do_not_reemit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose products would make them narrow."""
-    config = config_of(parallelism__fsdp_wide_gradients="True")
-    ops = build_ops(config.kernels, CPU, workload(config, LLAMA3, ONE))
-    assert ("reemit", "reference", "its products do not write gradients in float32") in ops.reasons
+    monkeypatch.setattr("titan_fast.ops.choose", lambda *_, **__: choice.Choice("triton", "it wins"))
+    for wide, found in (
+        ("False", ("reemit", "triton", "it wins")),
+        ("True", ("reemit", "reference", "its products do not write gradients in float32")),
+    ):
+        config = config_of(parallelism__fsdp_wide_gradients=wide)
+        assert found in build_ops(config.kernels, CPU, workload(config, LLAMA3, ONE), "sm_99").reasons
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,19 @@ def test_wide_gradients_are_not_widened() -> None:
     assert in_block(narrow, "reduce") == in_block(wide, "reduce")
 
 
+def test_wide_gradients_cost_a_product_where_eager_blocks_are_computed_again() -> None:
+    """Which is why they are not, there, unless asked for."""
+    full = f"{SMALL} --activation_checkpoint.mode full"
+    again = {
+        words: sum(o.flops for s in estimate(plan(f"{full} {words}")).segments for o in s.operations if o.recomputed)
+        for words in ("", "--parallelism.fsdp_wide_gradients True", "--compile.enable True")
+    }
+    shape, training = plan(full).shape, plan(full).config.training
+    down = 2 * shape.dim * shape.ffn_dim * training.local_batch_size * training.seq_len * shape.n_layers
+    unasked, asked, compiled = again.values()
+    assert compiled == pytest.approx(unasked, rel=1e-12) and asked == pytest.approx(unasked + down, rel=1e-12)
+
+
 def test_float8_products_are_counted_as_such() -> None:
     found = estimate(plan(f"{SMALL} --compile.enable True --float8.enable True"))
     products = [o for s in found.segments if s.unit == "block 1" for o in s.operations if o.kind == "gemm"]

@@ -10,21 +10,22 @@ from torch import Tensor
 from worlds import Task, World, results, run_world
 
 from titan_fast import direct_fsdp, parallel, wide_gradients
-from titan_fast.config import from_options, mesh_degrees, model_shape
+from titan_fast.config import Config, from_options, mesh_degrees, model_shape
 from titan_fast.errors import ConfigError
 from titan_fast.model import Linear, Llama
 from titan_fast.ops import REFERENCE
 from titan_fast.step import forward_backward, one_over_valid_tokens
 
 CPU = torch.device("cpu")
-BFLOAT16 = {"training.mixed_precision_param": "bfloat16", "parallelism.fsdp_buffers": "direct"}
-WIDE = BFLOAT16 | {"parallelism.fsdp_wide_gradients": True}
+WIDE = {"training.mixed_precision_param": "bfloat16", "parallelism.fsdp_buffers": "direct"}
+NARROW = WIDE | {"parallelism.fsdp_wide_gradients": False}
+HSDP = {"parallelism.data_parallel_replicate_degree": 2}
 TRACED = {"compile.enable": True, "compile.backend": "aot_eager", "compile.components": "blocks"}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "traced": TRACED,
     "traced, pointwise": TRACED | {"activation_checkpoint.mode": "pointwise"},
-    "full": {"activation_checkpoint.mode": "full"},
+    "full": {"activation_checkpoint.mode": "full", "parallelism.fsdp_wide_gradients": True},
     "offloaded": {"training.enable_cpu_offload": True},
     "never resharded": {"parallelism.fsdp_reshard_after_forward": "never"},
 }
@@ -103,10 +104,11 @@ def units_with_matrices(model: Llama) -> list[Any]:
 def switched(world: World) -> list[bool]:
     """Of a model that was built narrow, switched to wide, and back: whether all gradients are those of one that was
     built so, and whether FSDP2 is changed just where it is wide."""
-    narrow, wide = (build(config_of(options, world.size), LLAMA3, world) for options in (BFLOAT16, WIDE))
-    one, equal = build(config_of(BFLOAT16, world.size), LLAMA3, world), []
-    for options, other in ((WIDE, wide), (BFLOAT16, narrow)):
-        parallel.set_fsdp_policy(one, config_of(options, world.size).parallelism, world.size, "cpu")
+    narrow, wide = (build(config_of(options, world.size), LLAMA3, world) for options in (NARROW, WIDE))
+    one, equal = build(config_of(NARROW, world.size), LLAMA3, world), []
+    for options, other in ((WIDE, wide), (NARROW, narrow)):
+        config = config_of(options, world.size)
+        parallel.set_fsdp_policy(one, config, mesh_degrees(config.parallelism, world.size), CPU)
         for model in (one, other):
             a_step(model, options, world)
         pairs = zip(one.parameters(), other.parameters(), strict=True)
@@ -118,10 +120,13 @@ def switched(world: World) -> list[bool]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    tasks = [Task("narrow", trained, (BFLOAT16,)), Task("exact", trained, ({},))]
+    kinds = {"narrow": NARROW, "exact": {}}
+    tasks = [Task(name, trained, (options,)) for name, options in kinds.items()]
     tasks += [Task(f"wide, {name}", trained, (WIDE | way,)) for name, way in WAYS.items()]
-    tasks += [Task(f"reduced {i}", reduced, (options,)) for i, options in enumerate((BFLOAT16, WIDE))]
-    return run_world(2, [*tasks, Task("switched", switched)], tmp_path_factory.mktemp("world"))
+    tasks += [Task(f"reduced {i}", reduced, (options,)) for i, options in enumerate((NARROW, WIDE))]
+    found = run_world(2, [*tasks, Task("switched", switched)], tmp_path_factory.mktemp("world"))
+    hsdp = [Task(f"{name}, HSDP", trained, (options | HSDP,)) for name, options in (kinds | {"wide": WIDE}).items()]
+    return found | run_world(4, hsdp, tmp_path_factory.mktemp("replicas"))
 
 
 def test_matrices_are_reduced_from_where_they_were_made(found: dict[str, list[Any]]) -> None:
@@ -132,9 +137,10 @@ def test_matrices_are_reduced_from_where_they_were_made(found: dict[str, list[An
         assert not any(wide for is_matrix, _, wide in rank if not is_matrix)
 
 
-def test_a_run_trains_as_in_float32(found: dict[str, list[Any]]) -> None:
+@pytest.mark.parametrize("names", [("exact", "narrow", "wide, plain"), ("exact, HSDP", "narrow, HSDP", "wide, HSDP")])
+def test_a_run_trains_as_in_float32(found: dict[str, list[Any]], names: tuple[str, str, str]) -> None:
     """Both bfloat16 runs are off by what their activations are rounded."""
-    exact, narrow, wide = (results(found, name)[0] for name in ("exact", "narrow", "wide, plain"))
+    exact, narrow, wide = (results(found, name)[0] for name in names)
     for one in (narrow, wide):
         assert one.losses == pytest.approx(exact.losses, abs=3e-3)
     assert wide.norms == pytest.approx(narrow.norms, rel=2e-3) and wide.norms != narrow.norms
@@ -172,11 +178,27 @@ def test_a_built_model_can_be_switched(found: dict[str, list[Any]]) -> None:
         ({"kernels.reemit": "triton"}, 2, "cannot be with kernels.reemit 'triton'"),
     ],
 )
-def test_what_it_cannot_do_is_said(options: dict[str, Any], ranks: int, said: str) -> None:
-    settings = from_options({key: [str(value)] for key, value in (WIDE | options).items()})
-    degrees = mesh_degrees(settings.parallelism, ranks)
+def test_what_it_cannot_do_is_said_and_not_done_unasked(options: dict[str, Any], ranks: int, said: str) -> None:
+    degrees = mesh_degrees(settings_of(WIDE | options).parallelism, ranks)
+    assert not parallel.gradients_are_wide(settings_of(WIDE | options), degrees, CPU)
+    settings = settings_of(WIDE | options | {"parallelism.fsdp_wide_gradients": True})
     with pytest.raises(ConfigError, match="parallelism.fsdp_wide_gradients .*" + said):
         parallel.check(settings, model_shape(settings.model), degrees, CPU)
+
+
+def settings_of(options: dict[str, Any]) -> Config:
+    return from_options({key: [str(value)] for key, value in options.items()})
+
+
+def test_it_is_done_unasked_where_it_can_be() -> None:
+    two, gpu = mesh_degrees(settings_of({}).parallelism, 2), torch.device("cuda")
+    assert parallel.gradients_are_wide(settings_of({}), two, gpu)
+    assert not parallel.gradients_are_wide(settings_of({}), two, CPU)  # float32, flat buffers
+    assert parallel.gradients_are_wide(settings_of(WIDE), two, CPU)
+    assert not parallel.gradients_are_wide(settings_of(NARROW), two, gpu)
+    full = settings_of({"activation_checkpoint.mode": "full"})
+    assert not parallel.gradients_are_wide(full, two, gpu)
+    assert parallel.gradients_are_wide(settings_of({"activation_checkpoint.mode": "full"} | TRACED), two, gpu)
 
 
 @pytest.mark.gpu

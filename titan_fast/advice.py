@@ -91,7 +91,7 @@ def _batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -
             **{f"activation_checkpoint.{key}": value for key, value in recompute.items()},
         }
         if degree > 1 and plan.config.parallelism.fsdp_wide_gradients:
-            changes["parallelism.fsdp_wide_gradients"] = False  # the two cannot be together
+            changes["parallelism.fsdp_wide_gradients"] = None  # the two cannot be together
         try:
             answer = estimate(dataclasses.replace(plan, config=changed(plan.config, changes)), check_depth=False)
         except ConfigError:

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from titan_fast import compilation, wide_gradients
-from titan_fast.config import Compile, Config
+from titan_fast.config import Compile, Config, MeshDegrees
 from titan_fast.errors import NumericsError
 from titan_fast.flavors import ModelShape
 from titan_fast.model import Block, init_values, rope_tables
 from titan_fast.ops import REFERENCE, Ops, attention_with, with_equal_heads
-from titan_fast.parallel import precision
+from titan_fast.parallel import gradients_are_wide, precision
 
 FLOAT32_BOUND = 1e-4
 """Largest relative error (Frobenius) of a float32 gradient; a right one is about 1e-6."""
@@ -21,13 +21,13 @@ SLACK = 3.0
 """In a lower precision: how many times eager's own error against float32 the compiled error may be."""
 
 
-def check(config: Config, shape: ModelShape, ops: Ops, device: torch.device) -> None:
+def check(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegrees, device: torch.device) -> None:
     """`check_compiled_gradients` at the run's own sizes and dtype, where the config compiles blocks and wants it."""
     training, dtype = config.training, precision(config.training, device).param
     of_blocks = {"blocks", "model"} & set(config.compile.components)
     if config.compile.enable and config.compile.canary and of_blocks:
         size = training.local_batch_size, training.seq_len
-        wide = config.parallelism.fsdp_wide_gradients
+        wide = gradients_are_wide(config, degrees, device)
         check_compiled_gradients(shape, ops, config.compile, dtype, device, *size, wide=wide)
 
 

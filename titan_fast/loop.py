@@ -91,7 +91,7 @@ class Run:
         self.shape = model_shape(config.model)
         device = world.device
         compilation.keep_code(config.compile, degrees.tensor)
-        canary.check(config, self.shape, ops, device)
+        canary.check(config, self.shape, ops, degrees, device)
         self.compile_report = CompileReport()
         self.model = build_model(config, self.shape, ops, degrees, device)
         distributed.limit_collectives(world, config.comm)

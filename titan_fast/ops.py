@@ -220,7 +220,7 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload, archit
             choice = Choice("reference", "pointwise recomputation saves as much")
         elif operator == "reemit" and workload.float8 is not None:
             choice = Choice("reference", "its products are not float8")
-        elif operator == "reemit" and workload.wide_gradients:
+        elif operator == "reemit" and workload.wide_gradients and choice.implementation == "triton":
             choice = Choice("reference", "its products do not write gradients in float32")
         reasons.append((operator, choice.implementation, choice.reason))
         if choice.implementation == "triton":

@@ -9,7 +9,7 @@ from titan_fast.config import ActivationCheckpoint, Config, MeshDegrees, grad_ac
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
 from titan_fast.flops import parameter_count
-from titan_fast.parallel import precision, weights_kept
+from titan_fast.parallel import gradients_are_wide, precision, weights_kept
 
 GIB = 1024**3
 SMALL_CHUNK = 2048
@@ -86,7 +86,7 @@ def advice(config: Config, shape: ModelShape, degrees: MeshDegrees, device: torc
         )
     if config.parallelism.fsdp_reshard_after_forward == "never":
         lines.append("--parallelism.fsdp_reshard_after_forward default: gathered weights are freed after use")
-    if config.parallelism.fsdp_wide_gradients:
+    if gradients_are_wide(config, degrees, device):
         lines.append("--parallelism.fsdp_wide_gradients False: a block's gradients are bfloat16 until they are reduced")
     if batch > 1:
         keep = sequences_per_step(training, degrees.data)

@@ -80,10 +80,8 @@ def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: tor
     check_optimizer(settings)
     if settings.parallelism.fsdp_buffers == "direct" and (problem := direct_fsdp.unsupported()):
         raise ConfigError(problem, "take flat", "parallelism.fsdp_buffers direct")
-    param = precision(settings.training, device).param
-    float8.check(settings, shape, tensor, param, device.type == "cuda")
-    direct = buffers_are_direct(settings.parallelism, device.type)
-    wide_gradients.check(settings, degrees.shard, tensor, param, direct)
+    float8.check(settings, shape, tensor, precision(settings.training, device).param, device.type == "cuda")
+    wide_gradients.check(*_of_gradients(settings, degrees, device))
     if settings.training.cuda_graph:
         check_cuda_graph(device, shards)
     if settings.loss.implementation == "torch":
@@ -146,6 +144,18 @@ def buffers_are_direct(settings: config.Parallelism, device_type: str) -> bool:
     if settings.fsdp_buffers == "auto":
         return device_type == "cuda" and not direct_fsdp.unsupported()
     return settings.fsdp_buffers == "direct"
+
+
+def gradients_are_wide(settings: Config, degrees: MeshDegrees, device: torch.device) -> bool:
+    """`parallelism.fsdp_wide_gradients` with None resolved."""
+    return wide_gradients.wanted(*_of_gradients(settings, degrees, device))
+
+
+def _of_gradients(
+    settings: Config, degrees: MeshDegrees, device: torch.device
+) -> tuple[Config, int, int, torch.dtype, bool]:
+    param, direct = precision(settings.training, device).param, buffers_are_direct(settings.parallelism, device.type)
+    return settings, degrees.shard, degrees.tensor, param, direct
 
 
 def check_single_device(settings: Config, degrees: MeshDegrees, dtypes: Precision) -> None:
@@ -341,8 +351,9 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Conf
         fully_shard(model.embedding, **common)
         fully_shard([model.norm, model.head], **common)
     fully_shard(model, **common)
-    set_fsdp_policy(model, settings.parallelism, mesh["shard"].size(), mesh.device_type)
-    alone = mesh["replicate"].size() * mesh["shard"].size() == 1
+    degrees = MeshDegrees(*(mesh[name].size() for name in ("replicate", "shard", "tensor")))
+    set_fsdp_policy(model, settings, degrees, torch.device(mesh.device_type))
+    alone = degrees.data == 1
     for module in model.modules():
         if isinstance(module, FSDPModule):
             if not alone:  # one rank divides by nothing; told to divide by 1, it would make a divided copy
@@ -356,11 +367,11 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Conf
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
 
 
-def set_fsdp_policy(model: Llama, settings: config.Parallelism, shards: int, device_type: str) -> None:
+def set_fsdp_policy(model: Llama, settings: Config, degrees: MeshDegrees, device: torch.device) -> None:
     """What of FSDP2 can be changed between steps: when gathered weights are freed, which way they and gradients go, and
     in which dtype gradients are made."""
-    reshard = settings.fsdp_reshard_after_forward
-    if reshard == "default" and shards == 1:
+    reshard = settings.parallelism.fsdp_reshard_after_forward
+    if reshard == "default" and degrees.shard == 1:
         reshard = "never"  # nothing to gather again, only the cast would be repeated in the backward pass
     ends = (model.norm, model.head, model)
     for module in model.modules():
@@ -368,8 +379,8 @@ def set_fsdp_policy(model: Llama, settings: config.Parallelism, shards: int, dev
             # What the backward pass needs first would be gathered again at once.
             kept = module is model.blocks[-1] or module in ends
             module.set_reshard_after_forward(reshard == "always" or (reshard == "default" and not kept), recurse=False)
-    direct_fsdp.use(model, buffers_are_direct(settings, device_type))
-    wide_gradients.use(model, torch.float32 if settings.fsdp_wide_gradients else None, device_type)
+    direct_fsdp.use(model, buffers_are_direct(settings.parallelism, device.type))
+    wide_gradients.use(model, torch.float32 if gradients_are_wide(settings, degrees, device) else None, device)
 
 
 def free_gathered_weights(model: nn.Module) -> None:

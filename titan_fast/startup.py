@@ -15,7 +15,7 @@ from titan_fast.flavors import ModelShape
 from titan_fast.flops import parameter_count
 from titan_fast.ops import Ops
 from titan_fast.optim import describe_schedule
-from titan_fast.parallel import buffers_are_direct, precision, uses_fsdp, weights_kept
+from titan_fast.parallel import buffers_are_direct, gradients_are_wide, precision, uses_fsdp, weights_kept
 from titan_fast.tokenizer import Tokenizer
 
 
@@ -58,7 +58,7 @@ def startup_lines(
     dtype = str(dtypes.param).removeprefix("torch.")
     buffers = "direct" if buffers_are_direct(config.parallelism, device.type) else "flat"
     shards = f"float32 shards, gathered as {dtype} by FSDP2 through {buffers} buffers"
-    if config.parallelism.fsdp_wide_gradients:
+    if gradients_are_wide(config, degrees, device):
         shards += ", the matrices' gradients made in float32"
     kept = {
         "fsdp": shards if uses_fsdp(config, devices, dtypes) else "float32",

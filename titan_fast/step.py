@@ -17,6 +17,7 @@ from titan_fast.parallel import (
     build_mesh,
     finish_gradients,
     free_gathered_weights,
+    gradients_are_wide,
     parallelize,
     precision,
     replicate_only_after_last,
@@ -38,6 +39,7 @@ def workload(config: Config, shape: ModelShape, degrees: MeshDegrees) -> Workloa
     """What one device computes in a pass, for the choice of kernels."""
     tokens = config.training.local_batch_size * config.training.seq_len
     compiled = set(config.compile.components) if config.compile.enable else set()
+    gpu = torch.device("cuda")  # where choices are by measurement
     return Workload(
         shape,
         tokens,
@@ -45,10 +47,10 @@ def workload(config: Config, shape: ModelShape, degrees: MeshDegrees) -> Workloa
         config.loss.chunk_size,
         compiled=bool(compiled & {"blocks", "model"}),
         loss_compiled=bool(compiled & {"loss", "model"}),
-        dtype=str(precision(config.training, torch.device("cuda")).param).removeprefix("torch."),
+        dtype=str(precision(config.training, gpu).param).removeprefix("torch."),
         pointwise=config.activation_checkpoint.mode == "pointwise",
         float8=config.float8.recipe_name if config.float8.enable else None,
-        wide_gradients=config.parallelism.fsdp_wide_gradients,
+        wide_gradients=gradients_are_wide(config, degrees, gpu),
     )
 
 

@@ -167,6 +167,11 @@ def _try_group(candidate: Any) -> Group | None:
         return None  # a ScriptObject of another kind, as a reduction
 
 
+def _saves() -> bool:
+    """Whether hooks of torch.utils.checkpoint see what is saved: in a backward pass, while it computes again."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore
+
+
 def accessed(tensor: Tensor) -> int:
     """Bytes of memory behind a tensor, once each: an expanded one is small."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
@@ -255,7 +260,7 @@ class StepRecorder(TorchDispatchMode):
             backward = bool(self.segments and self.segments[-1].phase == "backward")
             if operation.kind == "blocking" and backward and operation.group.stride > 1:
                 operation = replace(operation, kind="replicas")  # tensor-parallel ranks, who sum too, are neighbours
-            self.add(replace(operation, recomputed=backward and torch.is_grad_enabled()))
+            self.add(replace(operation, recomputed=backward and _saves()))
 
     def note_collective(self, kind: Kind, whole: list[Tensor], own: list[Tensor], group: dist.ProcessGroup) -> None:
         """A unit's gather into, or reduction of, the `whole` tensors of which this rank keeps its `own`."""

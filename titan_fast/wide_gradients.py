@@ -54,11 +54,30 @@ class _Linear(torch.autograd.Function):
 
 def check(settings: config.Config, shards: int, tensor_degree: int, param: torch.dtype, direct: bool) -> None:
     """ConfigError where `parallelism.fsdp_wide_gradients` asks for what cannot be, or would change nothing."""
-    if not settings.parallelism.fsdp_wide_gradients:
-        return
+    found = _obstacles(settings, shards, tensor_degree, param, direct)
+    if settings.parallelism.fsdp_wide_gradients and found:
+        problem, hint = found[0]
+        raise ConfigError(f"parallelism.fsdp_wide_gradients {problem}", hint)
+
+
+def wanted(settings: config.Config, shards: int, tensor_degree: int, param: torch.dtype, direct: bool) -> bool:
+    """`parallelism.fsdp_wide_gradients` with None resolved. A `torch.autograd.Function` saves its input when it is
+    done, so that a checkpoint in eager mode stops one product later than it would: that costs more than is won."""
+    if settings.parallelism.fsdp_wide_gradients is not None:
+        return settings.parallelism.fsdp_wide_gradients
+    eager = not settings.compile.enable or not {"blocks", "model"} & set(settings.compile.components)
+    if eager and settings.activation_checkpoint.mode != "none":
+        return False
+    return not _obstacles(settings, shards, tensor_degree, param, direct)
+
+
+def _obstacles(
+    settings: config.Config, shards: int, tensor_degree: int, param: torch.dtype, direct: bool
+) -> list[tuple[str, str]]:
+    """(why gradients cannot be made wide, what to do about it), each."""
     reduce = settings.training.mixed_precision_reduce
     dtypes = f"computes in {str(param).removeprefix('torch.')} and reduces in {reduce}"
-    for wrong, problem, hint in (
+    found = (
         (shards == 1, "needs several shards", "turn it off"),
         (tensor_degree > 1, f"cannot be with tensor_parallel_degree {tensor_degree}", "take one of them"),
         (
@@ -73,9 +92,8 @@ def check(settings: config.Config, shards: int, tensor_degree: int, param: torch
             "cannot be with kernels.reemit 'triton', which has products of its own",
             "take one of them",
         ),
-    ):
-        if wrong:
-            raise ConfigError(f"parallelism.fsdp_wide_gradients {problem}", hint)
+    )
+    return [(problem, hint) for wrong, problem, hint in found if wrong]
 
 
 def widen(module: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
