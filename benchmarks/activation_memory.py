@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from titan_fast import activation_checkpoint
-from titan_fast.config import ActivationCheckpoint
+from titan_fast.config import ActivationCheckpoint, Compile
 from titan_fast.flavors import FLAVORS, ModelShape
 from titan_fast.model import Block, Llama
 from titan_fast.ops import REFERENCE
@@ -86,14 +86,14 @@ class Meter(TorchDispatchMode):
             weakref.finalize(storage, self.live.pop, key, None)
 
 
-def _block(shape: ModelShape, mode: ActivationCheckpoint) -> Block:
+def _block(shape: ModelShape, mode: ActivationCheckpoint, compiles: Compile) -> Block:
     """A block in bfloat16 with `mode` applied; with "every Nth", one of those."""
     with torch.device("meta"):
         block = Block(shape, REFERENCE).to(torch.bfloat16)
     every = int(mode.selective_ac_option) if mode.selective_ac_option.isdecimal() else 1
     model = nn.Module()
     model.blocks = nn.ModuleList([*(nn.Identity() for _ in range(every - 1)), block])
-    activation_checkpoint.apply(cast(Llama, model), mode)
+    activation_checkpoint.apply(cast(Llama, model), mode, compiles)
     return block
 
 
@@ -103,7 +103,7 @@ def _tables(shape: ModelShape, tokens: int) -> tuple[Tensor, Tensor]:
 
 def eager(shape: ModelShape, mode: ActivationCheckpoint, tokens: int) -> Cost:
     """The block as PyTorch runs it op by op."""
-    block = _block(shape, mode)
+    block = _block(shape, mode, Compile())
     with FakeTensorMode(allow_non_fake_inputs=True):
         block.to_empty(device="cpu")
         rope = _tables(shape, tokens)
@@ -145,7 +145,7 @@ def compiled(shape: ModelShape, mode: ActivationCheckpoint, tokens: int) -> Cost
         bw_compiler=compile_nothing("backward"),
         partition_fn=min_cut_rematerialization_partition,
     )
-    block = _block(shape, mode).to_empty(device="cpu")
+    block = _block(shape, mode, Compile(enable=True)).to_empty(device="cpu")
     block.compile(backend=backend, fullgraph=True, dynamic=False)
     x = torch.empty(1, tokens, shape.dim, dtype=torch.bfloat16, requires_grad=True)
     y, _ = block(x, None, _tables(shape, tokens))

@@ -97,7 +97,7 @@ class Bench:
         model.head.loss = torch_linear_cross_entropy
         if config.loss.implementation == "chunked":
             model.head.loss = LinearCrossEntropy(ops, config.loss.chunk_size, config.loss.z_loss)
-        activation_checkpoint.apply(model, config.activation_checkpoint)
+        activation_checkpoint.apply(model, config.activation_checkpoint, config.compile)
         if config.compile.enable:
             compilation.compile_model(model, config.compile)
         if isinstance(self.optimizer, OnePassAdamW):

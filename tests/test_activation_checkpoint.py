@@ -41,9 +41,10 @@ def gradients(mode: ActivationCheckpoint, ops: Ops = REFERENCE, backend: str | N
     torch._dynamo.reset()
     model = Llama(LLAMA3, ops, LinearCrossEntropy(ops))
     init_weights(model, 0)
-    apply(model, mode)
-    if backend is not None:
-        compile_model(model, Compile(enable=True, backend=backend))
+    compiles = Compile() if backend is None else Compile(enable=True, backend=backend)
+    apply(model, mode, compiles)
+    if compiles.enable:
+        compile_model(model, compiles)
     tokens = torch.randint(0, LLAMA3.vocab_size, (2, 17), generator=torch.Generator().manual_seed(0))
     loss = model(tokens[:, :-1], tokens[:, 1:], torch.tensor(1 / 32))
     loss.backward()
@@ -97,7 +98,7 @@ class Calls(TorchDispatchMode):
 def again(mode: ActivationCheckpoint, ops: Ops = REFERENCE) -> dict[str, int]:
     """How often more than without a checkpoint each forward operator of a block runs in its backward pass."""
     block = Block(SMALL, ops)
-    apply(_model_of(block), mode)
+    apply(_model_of(block), mode, Compile())
     tokens = 29
     rope = torch.ones(tokens, SMALL.head_dim // 2), torch.zeros(tokens, SMALL.head_dim // 2)
     x = torch.randn(1, tokens, SMALL.dim, requires_grad=True)
@@ -227,8 +228,9 @@ def test_the_budget_moves_what_is_kept() -> None:
 def kept_by_compiled_blocks(mode: ActivationCheckpoint) -> int:
     """Bytes that a model's compiled blocks hand from forward to backward, whatever graph the compiler has for them."""
     model = Llama(replace(SMALL, n_layers=1))
-    apply(model, mode)
-    compile_model(model, Compile(enable=True, backend="aot_eager_decomp_partition", components=("blocks",)))
+    compiles = Compile(enable=True, backend="aot_eager_decomp_partition", components=("blocks",))
+    apply(model, mode, compiles)
+    compile_model(model, compiles)
     kept: dict[int, int] = {}
 
     def keep(value: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def report() -> Iterator[CompileReport]:
 def model_of(n_layers: int) -> Llama:
     model = Llama(dataclasses.replace(LLAMA3, n_layers=n_layers), REFERENCE, LinearCrossEntropy(REFERENCE))
     init_weights(model, 0)
-    apply(model, ActivationCheckpoint("pointwise"))
+    apply(model, ActivationCheckpoint("pointwise"), TRACED)
     compile_model(model, TRACED)
     return model
 

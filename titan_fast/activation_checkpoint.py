@@ -79,6 +79,12 @@ def attention_alone() -> Policy:
     return _keeping(())
 
 
+def nothing() -> Policy:
+    """`full` in compiled blocks. Without a policy torch 2.11's compiler repeats nothing that stands in a
+    `torch.autograd.Function`: products in float8, or with gradients in float32."""
+    return lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE
+
+
 SELECTIVE = {"op": every_second_product, "attention": attention_whole}
 """Policies by the `selective_ac_option` that means them; other options are numbers."""
 
@@ -108,7 +114,7 @@ def checkpoint_block(block: Block, make_policy: Callable[[], Policy] | None = No
 
 def check(settings: config.ActivationCheckpoint, compiles: config.Compile, n_layers: int) -> None:
     """ConfigError where the mode cannot work, or would do nothing."""
-    if settings.mode == "memory_budget" and not (compiles.enable and {"blocks", "model"} & set(compiles.components)):
+    if settings.mode == "memory_budget" and not _are_compiled(compiles):
         why = f"compile.components is {' '.join(compiles.components)}" if compiles.enable else "compile.enable is False"
         raise ConfigError(
             f"activation_checkpoint.mode 'memory_budget' is the choice of the blocks' compiler, and {why}",
@@ -123,12 +129,19 @@ def check(settings: config.ActivationCheckpoint, compiles: config.Compile, n_lay
         )
 
 
+def _are_compiled(compiles: config.Compile) -> bool:
+    """Blocks are, each by itself or within the model."""
+    return compiles.enable and bool({"blocks", "model"} & set(compiles.components))
+
+
 def _not_about_in_place(record: logging.LogRecord) -> bool:
     """A log filter: torch.compile asks to make sure that nothing is changed in place in a checkpoint; nothing is."""
     return "Detected that context_fn is passed" not in record.getMessage()
 
 
-def apply(model: Llama, settings: config.ActivationCheckpoint, keeps_attention: bool = False) -> None:
+def apply(
+    model: Llama, settings: config.ActivationCheckpoint, compiles: config.Compile, keeps_attention: bool = False
+) -> None:
     """Applies `[activation_checkpoint]` to every block. keeps_attention: whole blocks, too, keep attention's output."""
     import torch._functorch.config as functorch
 
@@ -136,7 +149,7 @@ def apply(model: Llama, settings: config.ActivationCheckpoint, keeps_attention: 
     if hasattr(functorch, "unsafe_treat_script_objects_as_zero_size"):  # torch 2.13
         functorch.unsafe_treat_script_objects_as_zero_size = True  # a mesh, in graphs of DTensors, has no size to weigh
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(_not_about_in_place)
-    whole = attention_alone if keeps_attention else None
+    whole = attention_alone if keeps_attention else nothing if _are_compiled(compiles) else None
     for i, block in enumerate(cast(Iterable[Block], model.blocks)):
         if settings.mode == "full":
             checkpoint_block(block, whole)

@@ -109,7 +109,7 @@ def parallelize(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Con
     # To run attention again, torch.compile would keep the CPU's random state for it, and 2.13 mixes that up with the
     # DeviceMesh that it keeps for DTensor gradients. CUDA's random state is kept another way.
     keeps_attention = settings.compile.enable and mesh["tensor"].size() > 1 and mesh.device_type == "cpu"
-    activation_checkpoint.apply(model, settings.activation_checkpoint, keeps_attention)
+    activation_checkpoint.apply(model, settings.activation_checkpoint, settings.compile, keeps_attention)
     if settings.compile.enable:
         compilation.compile_model(model, settings.compile)
     if uses_fsdp(settings, mesh.size(), dtypes):
