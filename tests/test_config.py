@@ -23,6 +23,7 @@ from titan_fast.config import (
     model_shape,
     parse,
     to_dict,
+    without_effect,
 )
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import FLAVORS
@@ -444,3 +445,50 @@ def test_a_mistake_is_one_line_and_status_2() -> None:
     result = train("--training.seq_length", "5")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "titan_fast: unknown key 'training.seq_length'; did you mean training.seq_len?\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("", []),
+        ("--compile.enable True --compile.max_autotune True", []),
+        (
+            "--compile.max_autotune True --compile.components blocks",
+            [
+                "compile.components ('blocks',): compile.enable is False",
+                "compile.max_autotune True: compile.enable is False",
+            ],
+        ),
+        ("--validation.enable False", []),
+        ("--validation.enable False --validation.freq 7", ["validation.freq 7: validation.enable is False"]),
+        (
+            "--activation_checkpoint.mode full --activation_checkpoint.memory_budget 0.3",
+            ["activation_checkpoint.memory_budget 0.3: activation_checkpoint.mode is 'full'"],
+        ),
+        ("--profiling.enable_memory_snapshot True --profiling.profile_freq 5", []),
+        (
+            "--profiling.profile_freq 5",
+            ["profiling.profile_freq 5: profiling.enable_profiling is False and "
+             "profiling.enable_memory_snapshot is False"],
+        ),
+        (
+            "--parallelism.fsdp_reshard_after_forward never",
+            ["parallelism.fsdp_reshard_after_forward 'never': a single device without FSDP2"],
+        ),
+    ],
+)  # fmt: skip
+def test_settings_without_effect_are_told(options: str, said: list[str]) -> None:
+    assert without_effect(parse(options.split()), sharded=False) == said
+
+
+def test_every_switch_of_a_setting_is_one() -> None:
+    keys = known_keys()
+    tables = {key.partition(".")[0] for key in keys}
+    for needs in (*settings._NEEDS, settings._OF_FSDP):
+        assert set(needs.settings) <= keys.keys() | tables and set(needs.switches) <= keys.keys()
+    assert not without_effect(parse(["--parallelism.fsdp_buffers", "flat"]), sharded=True)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_no_config_sets_what_has_no_effect(path: Path) -> None:
+    assert not without_effect(parse(["--config", str(path)]), sharded=True)

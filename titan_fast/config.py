@@ -616,6 +616,61 @@ def _value(config: Config, name: str) -> Any:
     return getattr(getattr(config, table), key)
 
 
+@dataclass(frozen=True)
+class _Needs:
+    """Settings that do something only where another is what they need."""
+
+    settings: tuple[str, ...]
+    """Each a `table.key`, or a `table` for all of its others."""
+    switches: tuple[str, ...]
+    """One of these must have one of the values."""
+    values: tuple[Any, ...] | None = None
+    """None: whatever counts as true."""
+
+    def lacks(self, config: Config) -> str:
+        """What stands against them; empty where they count."""
+        found = {name: _value(config, name) for name in self.switches}
+        if any(value in self.values if self.values is not None else value for value in found.values()):
+            return ""
+        return " and ".join(f"{name} is {value!r}" for name, value in found.items())
+
+
+_NEEDS = (
+    *(_Needs((table,), (f"{table}.enable",)) for table in ("compile", "float8", "validation")),
+    _Needs(("checkpoint.folder", "checkpoint.interval", "checkpoint.interval_minutes", "checkpoint.keep_latest_k",
+            "checkpoint.async_mode", "checkpoint.on_save_error", "checkpoint.strict"), ("checkpoint.enable",)),
+    _Needs(("checkpoint.initial_load_changes",), ("checkpoint.initial_load_path",)),
+    _Needs(("checkpoint.max_failed_saves",), ("checkpoint.on_save_error",), ("continue",)),
+    _Needs(("activation_checkpoint.selective_ac_option",), ("activation_checkpoint.mode",), ("selective",)),
+    _Needs(("activation_checkpoint.memory_budget",), ("activation_checkpoint.mode",), ("memory_budget",)),
+    _Needs(("training.max_skipped_steps",), ("training.on_nonfinite",), ("skip",)),
+    _Needs(("training.dataset", "training.dataset_split"), ("training.dataset_path",), (None,)),
+    _Needs(("metrics.save_tb_folder",), ("metrics.enable_tensorboard",)),
+    _Needs(("metrics.sample_freq", "metrics.sample_tokens"), ("metrics.sample_prompt",)),
+    _Needs(("profiling.save_traces_folder",), ("profiling.enable_profiling",)),
+    _Needs(("profiling.save_memory_snapshot_folder",), ("profiling.enable_memory_snapshot",)),
+    _Needs(("profiling.profile_freq",), ("profiling.enable_profiling", "profiling.enable_memory_snapshot")),
+)  # fmt: skip
+_OF_FSDP = _Needs(
+    (*(f"parallelism.{key.name}" for key in dataclasses.fields(Parallelism) if key.name.startswith("fsdp_")),
+     "training.mixed_precision_reduce"), (),
+)  # fmt: skip
+
+
+def without_effect(config: Config, sharded: bool) -> list[str]:
+    """Of every setting that is not its default's and changes nothing: its value, and what stands against it. sharded:
+    FSDP2 is used."""
+    found, defaults = [], Config()
+    against = {needs: needs.lacks(config) for needs in _NEEDS}
+    against[_OF_FSDP] = "" if sharded else "a single device without FSDP2"
+    for needs, lacks in against.items():
+        for name in known_keys() if lacks else ():
+            concerns = name in needs.settings or name.partition(".")[0] in needs.settings
+            if concerns and name not in needs.switches and _value(config, name) != _value(defaults, name):
+                found.append(f"{name} {_value(config, name)!r}: {lacks}")
+    return found
+
+
 RUN_FILES = frozenset(
     {
         "config.toml", "train.log", "metrics.jsonl", "bad_steps.jsonl", "loss_curve.png", "tokenizer.model", "data",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from titan_fast.checkpoint import Progress
-from titan_fast.config import Config, Debug, MeshDegrees, grad_accum_steps, tokens_per_step
+from titan_fast.config import Config, Debug, MeshDegrees, grad_accum_steps, tokens_per_step, without_effect
 from titan_fast.flavors import ModelShape
 from titan_fast.flops import parameter_count
 from titan_fast.ops import Ops
@@ -56,12 +56,13 @@ def startup_lines(
     training, compiles = config.training, config.compile
     dtypes, devices = precision(training, device), degrees.data * degrees.tensor
     dtype = str(dtypes.param).removeprefix("torch.")
+    sharded = uses_fsdp(config, devices, dtypes)
     buffers = "direct" if buffers_are_direct(config.parallelism, device.type) else "flat"
     shards = f"float32 shards, gathered as {dtype} by FSDP2 through {buffers} buffers"
     if gradients_are_wide(config, degrees, device):
         shards += ", the matrices' gradients made in float32"
     kept = {
-        "fsdp": shards if uses_fsdp(config, devices, dtypes) else "float32",
+        "fsdp": shards if sharded else "float32",
         "masters": "bfloat16, with float32 masters that the optimizer updates",
         "bfloat16": "bfloat16 alone, as parallelism.single_device asks: small updates are lost",
     }
@@ -89,6 +90,7 @@ def startup_lines(
     for operator, choice, reason in ops.reasons:
         without_ours = torch_loss and operator == "cross_entropy"
         lines.append((operator, "torch: loss.implementation asks for it" if without_ours else f"{choice}: {reason}"))
+    lines += [("without effect", text) for text in without_effect(config, sharded)]
     lines.append(("run directory", str(Path(config.job.dump_folder))))
     if progress.step:
         lines.append(("goes on", f"after step {progress.step:,}, {progress.tokens_seen:,} tokens"))
