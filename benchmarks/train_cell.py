@@ -102,8 +102,9 @@ class Bench:
             compilation.compile_model(model, config.compile)
         if isinstance(self.optimizer, OnePassAdamW):
             # Without masters the class has nothing but its compiled update to offer; it stays.
-            whole = config.compile.enable and "optimizer" in config.compile.components
-            self.optimizer._update = self.update if whole or not _has_masters(model) else None
+            self.optimizer._update = (
+                self.update if config.compile.takes("optimizer") or not _has_masters(model) else None
+            )
         self.recorded = RecordedPasses(model, CudaRecorder(self.world.device)) if config.training.cuda_graph else None
         batch, self.config = self.config.training.local_batch_size, config
         self._set_fsdp_policy()

@@ -7,6 +7,7 @@ import torch
 from shapes import LLAMA3
 from small_runs import Trace, build, config_of, own_batches, train
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from worlds import Task, World, results, run_world
 
 from titan_fast import direct_fsdp, parallel, wide_gradients
@@ -184,6 +185,15 @@ def test_what_it_cannot_do_is_said_and_not_done_unasked(options: dict[str, Any],
     settings = settings_of(WIDE | options | {"parallelism.fsdp_wide_gradients": True})
     with pytest.raises(ConfigError, match="parallelism.fsdp_wide_gradients .*" + said):
         parallel.check(settings, model_shape(settings.model), degrees, CPU)
+
+
+def test_another_fsdp2_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(FSDPParam, "to_accumulated_grad_if_needed")
+    two = mesh_degrees(settings_of({}).parallelism, 2)
+    assert not parallel.gradients_are_wide(settings_of(WIDE), two, CPU)
+    settings = settings_of(WIDE | {"parallelism.fsdp_wide_gradients": True})
+    with pytest.raises(ConfigError, match=r"needs FSDP2's FSDPParam\.to_accumulated_grad_if_needed, which torch"):
+        parallel.check(settings, model_shape(settings.model), two, CPU)
 
 
 def settings_of(options: dict[str, Any]) -> Config:

@@ -114,7 +114,7 @@ def checkpoint_block(block: Block, make_policy: Callable[[], Policy] | None = No
 
 def check(settings: config.ActivationCheckpoint, compiles: config.Compile, n_layers: int) -> None:
     """ConfigError where the mode cannot work, or would do nothing."""
-    if settings.mode == "memory_budget" and not _are_compiled(compiles):
+    if settings.mode == "memory_budget" and not compiles.takes("blocks", "model"):
         why = f"compile.components is {' '.join(compiles.components)}" if compiles.enable else "compile.enable is False"
         raise ConfigError(
             f"activation_checkpoint.mode 'memory_budget' is the choice of the blocks' compiler, and {why}",
@@ -127,11 +127,6 @@ def check(settings: config.ActivationCheckpoint, compiles: config.Compile, n_lay
             "none would be checkpointed",
             "lower it, or take mode none",
         )
-
-
-def _are_compiled(compiles: config.Compile) -> bool:
-    """Blocks are, each by itself or within the model."""
-    return compiles.enable and bool({"blocks", "model"} & set(compiles.components))
 
 
 def _not_about_in_place(record: logging.LogRecord) -> bool:
@@ -149,7 +144,7 @@ def apply(
     if hasattr(functorch, "unsafe_treat_script_objects_as_zero_size"):  # torch 2.13
         functorch.unsafe_treat_script_objects_as_zero_size = True  # a mesh, in graphs of DTensors, has no size to weigh
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(_not_about_in_place)
-    whole = attention_alone if keeps_attention else nothing if _are_compiled(compiles) else None
+    whole = attention_alone if keeps_attention else nothing if compiles.takes("blocks", "model") else None
     for i, block in enumerate(cast(Iterable[Block], model.blocks)):
         if settings.mode == "full":
             checkpoint_block(block, whole)

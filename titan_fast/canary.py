@@ -24,8 +24,7 @@ SLACK = 3.0
 def check(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegrees, device: torch.device) -> None:
     """`check_compiled_gradients` at the run's own sizes and dtype, where the config compiles blocks and wants it."""
     training, dtype = config.training, precision(config.training, device).param
-    of_blocks = {"blocks", "model"} & set(config.compile.components)
-    if config.compile.enable and config.compile.canary and of_blocks:
+    if config.compile.canary and config.compile.takes("blocks", "model"):
         size = training.local_batch_size, training.seq_len
         wide = gradients_are_wide(config, degrees, device)
         check_compiled_gradients(shape, ops, config.compile, dtype, device, *size, wide=wide)

@@ -71,7 +71,7 @@ def arguments(settings: config.Compile) -> dict[str, Any]:
 
 def optimizer_compiler(settings: config.Compile) -> Callable[[Any], Any] | None:
     """What compiles the optimizer's update, None where it is not to be."""
-    return compiler(settings) if settings.enable and "optimizer" in settings.components else None
+    return compiler(settings) if settings.takes("optimizer") else None
 
 
 def compile_model(model: Llama, settings: config.Compile) -> None:

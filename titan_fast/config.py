@@ -231,6 +231,10 @@ class Compile:
     """Before the run, compare the gradients of one compiled block with those of plain eager PyTorch, and stop where
     they differ."""
 
+    def takes(self, *components: CompileComponent) -> bool:
+        """Whether one of them is compiled. Decoder blocks are by "blocks", and within the "model"."""
+        return self.enable and not set(components).isdisjoint(self.components)
+
 
 @dataclass(frozen=True)
 class Float8:

@@ -179,7 +179,7 @@ def check_optimizer(settings: Config) -> None:
         return
     if settings.parallelism.single_device == "masters":
         why, other = "parallelism.single_device masters", "another single_device"
-    elif settings.compile.enable and "optimizer" in settings.compile.components:
+    elif settings.compile.takes("optimizer"):
         why, other = "compile.components with optimizer", "components without it"
     else:
         return

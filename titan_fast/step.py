@@ -38,15 +38,14 @@ class Batch(Protocol):
 def workload(config: Config, shape: ModelShape, degrees: MeshDegrees) -> Workload:
     """What one device computes in a pass, for the choice of kernels."""
     tokens = config.training.local_batch_size * config.training.seq_len
-    compiled = set(config.compile.components) if config.compile.enable else set()
     gpu = torch.device("cuda")  # where choices are by measurement
     return Workload(
         shape,
         tokens,
         degrees.tensor,
         config.loss.chunk_size,
-        compiled=bool(compiled & {"blocks", "model"}),
-        loss_compiled=bool(compiled & {"loss", "model"}),
+        compiled=config.compile.takes("blocks", "model"),
+        loss_compiled=config.compile.takes("loss", "model"),
         dtype=str(precision(config.training, gpu).param).removeprefix("torch."),
         pointwise=config.activation_checkpoint.mode == "pointwise",
         float8=config.float8.recipe_name if config.float8.enable else None,

@@ -17,12 +17,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from titan_fast import config
 from titan_fast.errors import ConfigError
 from titan_fast.loss import LinearCrossEntropy
 from titan_fast.model import Head, Linear, Llama
 from titan_fast.wide_products import product
+
+_USED = ((FSDPParamGroup, "post_backward"), (FSDPParam, "to_accumulated_grad_if_needed"))
+"""Of FSDP2, which are not public."""
 
 
 class WideLinear(Linear):
@@ -65,8 +70,7 @@ def wanted(settings: config.Config, shards: int, tensor_degree: int, param: torc
     done, so that a checkpoint in eager mode stops one product later than it would: that costs more than is won."""
     if settings.parallelism.fsdp_wide_gradients is not None:
         return settings.parallelism.fsdp_wide_gradients
-    eager = not settings.compile.enable or not {"blocks", "model"} & set(settings.compile.components)
-    if eager and settings.activation_checkpoint.mode != "none":
+    if settings.activation_checkpoint.mode != "none" and not settings.compile.takes("blocks", "model"):
         return False
     return not _obstacles(settings, shards, tensor_degree, param, direct)
 
@@ -77,7 +81,9 @@ def _obstacles(
     """(why gradients cannot be made wide, what to do about it), each."""
     reduce = settings.training.mixed_precision_reduce
     dtypes = f"computes in {str(param).removeprefix('torch.')} and reduces in {reduce}"
+    unknown = [f"{kind.__name__}.{name}" for kind, name in _USED if not hasattr(kind, name)]
     found = (
+        (bool(unknown), f"needs FSDP2's {' and '.join(unknown)}, which torch {torch.__version__} lacks", "turn it off"),
         (shards == 1, "needs several shards", "turn it off"),
         (tensor_degree > 1, f"cannot be with tensor_parallel_degree {tensor_degree}", "take one of them"),
         (
