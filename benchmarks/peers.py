@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import fake_world
 from benchmarks.random_tokens import RandomTokens
 from benchmarks.train_cell import RECOMPILE_LIMIT
 from benchmarks.variants import COLLECT_EVERY, How, Row, Rows, time_variants
-from benchmarks.workloads import Cell, Variant, config_of, shape_of
+from benchmarks.workloads import SMOKE_WORLD, Cell, Variant, config_of, shape_of
 from titan_fast.config import Config
 from titan_fast.flavors import ModelShape
 from titan_fast.hf import hf_config
@@ -159,8 +160,8 @@ def _hugging_face_loss(model: Any, batch: Batch, liger: bool) -> Tensor:
 
 
 def torchtitan(config: Config, shape: ModelShape, device: torch.device, as_shipped: bool) -> Made:
-    """torchtitan's Trainer on one device. as_shipped: float32 weights under autocast, as it runs there by itself;
-    otherwise its pure bfloat16."""
+    """torchtitan's Trainer on one device. as_shipped: float32 weights, as it keeps them by itself, cast by autocast or,
+    as rank 0 of many, by FSDP2; otherwise its pure bfloat16."""
     if device.type == "cpu":
         _let_torchtitan_run_on_cpu()
     version = importlib.import_module("importlib.metadata").version("torchtitan")
@@ -173,6 +174,10 @@ def torchtitan(config: Config, shape: ModelShape, device: torch.device, as_shipp
     spec = dataclasses.replace(llama3.get_train_spec(), build_tokenizer_fn=None, build_dataloader_fn=None)
     train_spec.register_train_spec(name, spec)
     trainer = trainer_class(manager.parse_args(_torchtitan_arguments(config, name, as_shipped)))
+    if trainer.parallel_dims.world_size > 1:
+        (model,) = trainer.model_parts
+        fake_world.use_copies(model)
+        fake_world.assert_gathers_real_weights(model, [*model.layers.values()][:1])
     batches: list[Iterator[tuple[dict[str, Tensor], Tensor]]] = []
     losses: list[Tensor] = []
     trainer.step = 1  # it logs step 1, and every log_freq; logging waits for the device
@@ -270,18 +275,23 @@ PEERS: dict[str, Peer] = {
 
 
 @contextmanager
-def _alone(peer: str) -> Iterator[None]:
-    """What torchrun would set up for one process; torchtitan reads it and makes its own process group."""
+def _surroundings(peer: str, world: int, device: torch.device) -> Iterator[None]:
+    """What torchrun would set up for one process; torchtitan reads it and makes its own process group. As rank 0 of
+    many it gets ours, which claims them."""
     if not peer.startswith("torchtitan"):
-        with nullcontext():
-            yield
+        if world > 1:
+            raise ValueError(f"{peer} is a loop for one device, and {world} were asked for")
+        yield
         return
-    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names | {"MASTER_PORT": str(29_500 + os.getpid() % 20_000)})
     here = Path.cwd()
     try:
-        with TemporaryDirectory() as folder:  # it writes beside where it is started
+        with (
+            TemporaryDirectory() as folder,  # it writes beside where it is started
+            fake_world.fake_world(world, device) if world > 1 else nullcontext(),
+        ):
             os.chdir(folder)
             yield
     finally:
@@ -301,6 +311,7 @@ def run_peer(cell: Cell, device: torch.device, how: How) -> Rows:
     first = cell.variants[0]
     config, shape = config_of(cell.workload, first.options, how.smoke), shape_of(cell.workload, how.smoke)
     home = home_of_batches(cell.peer, device)
+    world = SMOKE_WORLD if how.smoke and cell.workload.world > 1 else cell.workload.world
 
     def new_loader(variant: Variant) -> Loader:
         training = config_of(cell.workload, variant.options, how.smoke).training
@@ -309,7 +320,7 @@ def run_peer(cell: Cell, device: torch.device, how: How) -> Rows:
     arguments = sys.argv
     try:
         sys.argv = arguments[:1]
-        with _alone(cell.peer):
+        with _surroundings(cell.peer, world, device):
             made = PEERS[cell.peer](config, shape, device)
             peer = PeerStep(made, device, new_loader)
             try:

@@ -179,6 +179,7 @@ def _more_cells() -> list[Cell]:
         *_peers("peers-batch-4", batch4, (PEERS[0], PEERS[1], PEERS[2])),
         *_peers("peers-3b", untied(LLAMA_3B), (PEERS[0], PEERS[1], PEERS[2], PEERS[3]), untied(LLAMA_3B)),
         *_peers("peers-8b", _on_one_device(slice4), (PEERS[0], PEERS[2]), eager=PEERS[2]),
+        *_peers_of_rank0("peers-rank0", eight),
         *_peers("peers-float8", _with(untied(LLAMA_1B), FLOAT8, "float8"), (PEERS[0],)),
         *_parity(),
     ]
@@ -231,6 +232,13 @@ def _peers(
         masters = replace(masters, options=masters.options | NONE)
         cells.append(Cell(part, masters, (COMPILED_AUTO,), label="masters"))
     return [*cells, replace(ours, label="pure bfloat16, again")]
+
+
+def _peers_of_rank0(part: str, workload: Workload) -> list[Cell]:
+    """torchtitan as the same rank of as many, by FSDP2, between two runs of ours: float32 shards, bfloat16 between."""
+    ours = Cell(part, workload, (COMPILED_AUTO,), label="beside torchtitan")
+    theirs = Cell(part, workload, (Variant("compiled", PEER_COMPILED),), peer=AS_SHIPPED)
+    return [ours, theirs, replace(ours, label="beside torchtitan, again")]
 
 
 SEARCHED_BATCHES = {"none": (2, 4, 8, 16), "recomputed": (4, 8, 16, 32)}

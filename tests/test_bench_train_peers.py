@@ -127,10 +127,23 @@ def test_what_a_peer_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed")
-@pytest.mark.parametrize(("peer", "part"), [("torchtitan pure bfloat16", "best"), ("torchtitan as shipped", "peers")])
+@pytest.mark.parametrize(
+    ("peer", "part"),
+    [
+        ("torchtitan pure bfloat16", "best"),
+        ("torchtitan as shipped", "peers"),
+        ("torchtitan as shipped", "peers-rank0"),
+    ],
+)
 def test_torchtitans_trainer_trains(peer: str, part: str) -> None:
     rows = run_peer(cell_of(peer, part), CPU, HOW)
     assert all("error" not in row and row["complete"] for row in rows), rows
+
+
+def test_a_loop_for_one_device_is_no_rank_of_many() -> None:
+    one = dataclasses.replace(cell_of("torchtitan as shipped", "peers-rank0"), peer="Hugging Face")
+    with pytest.raises(ValueError, match="Hugging Face is a loop for one device, and 4 were asked for"):
+        run_peer(one, CPU, HOW)
 
 
 def test_torchtitans_shape_is_ours() -> None:
