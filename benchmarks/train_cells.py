@@ -100,6 +100,7 @@ MEMORY_LEVERS = (
 NEVER_RESHARD: Options = {"parallelism.fsdp_reshard_after_forward": "never"}
 # What a GPU has by default, said for the CPU too.
 WIDE: Options = {"parallelism.fsdp_wide_gradients": True, "parallelism.fsdp_buffers": "direct"}
+FLOAT8_WIDE = _lever("float8, tensorwise, wide gradients", FLOAT8 | WIDE)
 NARROW: Options = {"parallelism.fsdp_wide_gradients": False}
 FSDP_POLICIES = (
     _lever("wide gradients", WIDE),
@@ -174,7 +175,7 @@ def _more_cells() -> list[Cell]:
         *_single_device_paths("levers-optimizer", LLAMA_1B),
         Cell("levers-graph", SHORT_1B, (COMPILED_AUTO, EAGER_REFERENCE, *_recorded()), label="recorded"),
         Cell("levers-float8", LLAMA_1B, (COMPILED_AUTO, *FLOAT8_LEVERS), label="float8"),
-        Cell("levers-float8", slice4, (BASE, *FLOAT8_LEVERS), label="float8"),
+        Cell("levers-float8", slice4, (BASE, *FLOAT8_LEVERS, FLOAT8_WIDE), label="float8"),
         *_tuning(slice4),
         *_peers("peers-batch-4", batch4, (PEERS[0], PEERS[1], PEERS[2])),
         *_peers("peers-3b", untied(LLAMA_3B), (PEERS[0], PEERS[1], PEERS[2], PEERS[3]), untied(LLAMA_3B)),

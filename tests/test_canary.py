@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from titan_fast import wide_gradients
+from titan_fast import wide_products
 from titan_fast.canary import check, check_compiled_gradients, exact_ops
 from titan_fast.config import Compile, MeshDegrees, from_options
 from titan_fast.errors import NumericsError
@@ -38,8 +38,8 @@ def test_the_canary_compares_gradients_that_are_made_in_float32(monkeypatch: pyt
         dx, nothing, dw = right(ctx, dy)
         return dx, nothing, dw * 0.8 if dw is not None and dw.shape[0] == SHAPE.ffn_dim else dw
 
-    right = wide_gradients._Linear.backward
-    monkeypatch.setattr(wide_gradients._Linear, "backward", staticmethod(wrong))
+    right = wide_products._Linear.backward
+    monkeypatch.setattr(wide_products._Linear, "backward", staticmethod(wrong))
     torch._dynamo.reset()
     with pytest.raises(NumericsError, match=r"gradient of feed_forward.(gate|up).weight"):
         check_compiled_gradients(*arguments, wide=True)

@@ -109,6 +109,11 @@ def test_products_of_real_sizes_on_a_gpu(recipe: str, compiled: bool) -> None:
                 (dweight, dy.float().t() @ x.float(), backward),
             ):
                 assert bound / 3 < error(found, exact.double()) < bound
+            if recipe == "tensorwise":
+                port = torch.zeros(columns, inner, device="cuda", requires_grad=True)
+                with torch.enable_grad():
+                    (wide,) = torch.autograd.grad(linear(x, weight, port), port, dy)
+                assert wide.dtype == torch.float32 and error(wide, dweight.double()) < 2 * 2.0**-9
             # One token alone, as in sampling: the number of rows need not be divisible where nobody wants a gradient.
             assert error(linear(x[:1], weight), x[:1].double() @ weight.double().t()) < 1.5 * forward
 
@@ -141,6 +146,19 @@ def test_gradients_of_any_subset(recipe: str) -> None:
         ours, theirs = x.clone().requires_grad_(wanted), weight.clone().requires_grad_(not wanted)
         float8.linear_with(recipe)(ours, theirs).backward(dy)
         assert torch.equal(*((ours.grad, dx) if wanted else (theirs.grad, dweight)))  # type: ignore[arg-type]
+
+
+def test_a_weights_gradient_can_leave_in_float32() -> None:
+    sizes = enumerate(((32, 64), (48, 64), (32, 48)))
+    x, weight, dy = (values(*size, dtype=torch.bfloat16, seed=seed) for seed, size in sizes)
+    y, dx, narrow = run("tensorwise", x, weight, dy)
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    port = torch.zeros(48, 64, requires_grad=True)
+    found = float8.linear_with("tensorwise")(x, weight, port)
+    found.backward(dy)
+    assert torch.equal(found, y) and x.grad is not None and torch.equal(x.grad, dx)
+    assert weight.grad is None and port.grad is not None
+    assert torch.equal(port.grad.bfloat16(), narrow) and not torch.equal(port.grad, narrow.float())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -176,13 +194,22 @@ LAYOUTS = {
         "compile.enable": True, "compile.backend": "aot_eager",
     },
 }  # fmt: skip
+BFLOAT16 = {"training.mixed_precision_param": "bfloat16"}
+WIDE = BFLOAT16 | {"parallelism.fsdp_buffers": "direct", "parallelism.fsdp_wide_gradients": True}
+LAYOUTS_OF_BFLOAT16 = {
+    "wide": WIDE,
+    "wide, traced, full": WIDE | {
+        "activation_checkpoint.mode": "full", "compile.enable": True, "compile.backend": "aot_eager",
+    },
+}  # fmt: skip
 if not float8.cpu_has_rowwise():
     del LAYOUTS["TP, rowwise"]
 
 
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    tasks = [Task(name, gradients, (ON | options,)) for name, options in LAYOUTS.items()]
+    layouts = LAYOUTS | LAYOUTS_OF_BFLOAT16 | {"narrow": BFLOAT16}
+    tasks = [Task(name, gradients, (ON | options,)) for name, options in layouts.items()]
     return run_world(2, tasks, tmp_path_factory.mktemp("float8"))
 
 
@@ -194,6 +221,15 @@ def test_layouts_are_as_right_as_one_process(alone: World, of_two_processes: dic
     for name, gradient in exact.items():
         assert error(found[name], gradient.double()) < 1.5 * error(one[name], gradient.double()) + 1e-6, name
     assert error(found["blocks.0.attention.qkv.weight"], exact["blocks.0.attention.qkv.weight"].double()) > 1e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_OF_BFLOAT16)
+def test_ranks_make_gradients_in_float32(alone: World, of_two_processes: dict[str, Any], layout: str) -> None:
+    """As near to the exact ones as those that were rounded to bfloat16, and others."""
+    exact, narrow, wide = gradients(alone, {}), *(results(of_two_processes, name)[0] for name in ("narrow", layout))
+    for name, gradient in exact.items():
+        assert error(wide[name], gradient.double()) < 1.1 * error(narrow[name], gradient.double()) + 1e-6, name
+    assert not torch.equal(wide["blocks.0.attention.qkv.weight"], narrow["blocks.0.attention.qkv.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

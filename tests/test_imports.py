@@ -19,7 +19,7 @@ LEAVES: dict[str, set[str]] = {
     "distributed": {"errors", "config"},
     "tokenizer": {"errors", "config"},
     "float8": {"errors", "config", "flavors"},
-    "ops": {"errors", "config", "flavors", "float8"},
+    "ops": {"errors", "config", "flavors", "float8", "wide_products"},
     "shards": set(),
     "model": {"flavors", "ops", "shards"},
     "wide_products": set(),
@@ -33,7 +33,7 @@ LEAVES: dict[str, set[str]] = {
     "hf_tokenizer": {"tokenizer"},
     "activation_checkpoint": {"config", "errors", "model"},
     "direct_fsdp": {"errors"},
-    "wide_gradients": {"config", "errors", "loss", "model", "wide_products"},
+    "wide_gradients": {"config", "errors", "loss", "model"},
     "parallel": {
         "activation_checkpoint",
         "compilation",

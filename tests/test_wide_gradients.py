@@ -175,7 +175,11 @@ def test_a_built_model_can_be_switched(found: dict[str, list[Any]]) -> None:
             "computes in bfloat16 and reduces in bfloat16; turn",
         ),
         ({"parallelism.fsdp_buffers": "flat"}, 2, "they are flat; take --parallelism.fsdp_buffers direct"),
-        ({"float8.enable": True}, 2, "cannot be with float8.enable"),
+        (
+            {"float8.enable": True, "float8.recipe_name": "rowwise"},
+            2,
+            "cannot be with float8.recipe_name rowwise, whose products are bfloat16; take tensorwise",
+        ),
         ({"kernels.reemit": "triton"}, 2, "cannot be with kernels.reemit 'triton'"),
     ],
 )
@@ -206,6 +210,8 @@ def test_it_is_done_unasked_where_it_can_be() -> None:
     assert not parallel.gradients_are_wide(settings_of({}), two, CPU)  # float32, flat buffers
     assert parallel.gradients_are_wide(settings_of(WIDE), two, CPU)
     assert not parallel.gradients_are_wide(settings_of(NARROW), two, gpu)
+    float8 = settings_of({"float8.enable": True})
+    assert not parallel.gradients_are_wide(float8, two, gpu)
     full = settings_of({"activation_checkpoint.mode": "full"})
     assert not parallel.gradients_are_wide(full, two, gpu)
     assert parallel.gradients_are_wide(settings_of({"activation_checkpoint.mode": "full"} | TRACED), two, gpu)

@@ -186,10 +186,11 @@ class Parallelism:
     fsdp_wide_gradients: bool | None = None
     """Let matrix products write the gradients of their weights in float32, in which FSDP2 reduces them, and reduce them
     from there, instead of in bfloat16 to be widened: a pass over all gradients less, and a rounding. For several
-    shards, bfloat16 weights and direct buffers, without tensor parallelism and float8. Of all matrices but a tied head.
+    shards, bfloat16 weights and direct buffers, without tensor parallelism. Of all matrices but a tied head.
     A block's take 2 bytes an element more in its backward pass. So do the head's while the loss is computed, which a
-    loss.chunk_size of 2048 more than makes up for. None: wherever it can be, but in eager mode not with activation
-    checkpointing, which would run one product of each block for nothing."""
+    loss.chunk_size of 2048 more than makes up for. None: wherever it can be, but not with float8, where it was not
+    timed, and in eager mode not with activation checkpointing, which would run one product of each block for
+    nothing."""
     single_device: Literal["auto", "fsdp", "masters", "bfloat16"] = "auto"
     """What a single device that computes in bfloat16 keeps. fsdp: float32 weights, cast by FSDP2 in every step.
     masters: bfloat16 weights, and float32 ones that the optimizer updates and rounds into them; the same arithmetic,

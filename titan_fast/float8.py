@@ -34,14 +34,15 @@ _WIDE = 8192  # columns, from which on rows are reduced one by one
 _TINY = 1e-12  # in place of the largest magnitude of a tensor of zeros
 
 
-def linear_with(recipe: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """`F.linear` in float8 by `recipe`, forward and backward. The function takes x [..., in] and weight [out, in] of
-    one dtype, bfloat16 or float32, and returns [..., out] in that dtype."""
+def linear_with(recipe: str) -> Callable[..., Tensor]:
+    """`titan_fast.ops.linear` in float8 by `recipe`, forward and backward. The function takes x [..., in] and weight
+    [out, in] of one dtype, bfloat16 or float32, and returns [..., out] in that dtype. With tensorwise it may have a
+    `port` [out, in]: the weight's gradient goes there, in its dtype."""
 
-    def linear(x: Tensor, weight: Tensor) -> Tensor:
+    def linear(x: Tensor, weight: Tensor, port: Tensor | None = None) -> Tensor:
         if isinstance(x, DTensor) and isinstance(weight, DTensor):
             return _on_shards(x, weight, recipe)
-        return _Float8Linear.apply(x, weight, recipe)
+        return _Float8Linear.apply(x, weight, port, recipe)
 
     return linear
 
@@ -84,14 +85,14 @@ class _Float8Linear(torch.autograd.Function):
     """Saves its inputs, and the scales where they are one number a tensor, which serves both of its layouts."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, port: Tensor | None, recipe: str) -> Tensor:
         x8, weight8 = rounded(x.flatten(0, -2), FORWARD, recipe), rounded(weight, FORWARD, recipe)
-        ctx.recipe = recipe
+        ctx.recipe, ctx.wide = recipe, None if port is None else port.dtype
         ctx.save_for_backward(x, weight, *((x8.scale, weight8.scale) if recipe == "tensorwise" else ()))
         return product(x8, weight8, x.dtype, fast=True).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:  # type: ignore[override]
         x, weight, *scales = ctx.saved_tensors
         recipe, dtype = ctx.recipe, GRADIENT[ctx.recipe]
         x_scale, weight_scale = scales or (None, None)
@@ -100,10 +101,10 @@ class _Float8Linear(torch.autograd.Function):
         dx = dweight = None
         if ctx.needs_input_grad[0]:
             dx = product(dy8, rounded(weight.t(), FORWARD, recipe, weight_scale), x.dtype).view(x.shape)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             dy8 = rounded(dy.t(), dtype, recipe, dy8.scale if scales else None)
-            dweight = product(dy8, rounded(x.flatten(0, -2).t(), FORWARD, recipe, x_scale), x.dtype)
-        return dx, dweight, None
+            dweight = product(dy8, rounded(x.flatten(0, -2).t(), FORWARD, recipe, x_scale), ctx.wide or x.dtype)
+        return (dx, dweight, None, None) if ctx.wide is None else (dx, None, dweight, None)
 
 
 def _on_shards(x: DTensor, weight: DTensor, recipe: str) -> DTensor:
@@ -113,7 +114,7 @@ def _on_shards(x: DTensor, weight: DTensor, recipe: str) -> DTensor:
     last = Shard(x.ndim - 1)
     of_gradient, of_output = (Partial(), last) if placement == Shard(0) else (last, Partial())
     local = x.to_local(grad_placements=[of_gradient])
-    return DTensor.from_local(_Float8Linear.apply(local, weight.to_local(), recipe), mesh, [of_output])
+    return DTensor.from_local(_Float8Linear.apply(local, weight.to_local(), None, recipe), mesh, [of_output])
 
 
 def check(settings: config.Config, shape: ModelShape, tensor_degree: int, dtype: torch.dtype, on_gpu: bool) -> None:

@@ -15,7 +15,7 @@ from titan_kernels.choice import Choice, choose, current_architecture
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from titan_fast import float8
+from titan_fast import float8, wide_products
 from titan_fast.config import Kernels
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
@@ -29,6 +29,12 @@ _BACKENDS = {
     "math": SDPBackend.MATH,
 }
 _FLASH_VERSIONS = {"fa3": "FA3", "fa4": "FA4"}
+
+
+def linear(x: Tensor, weight: Tensor, port: Tensor | None = None) -> Tensor:
+    """x [..., in], weight [out, in] -> [..., out]. With a `port` [out, in] the weight's gradient goes there, in its
+    dtype; see wide_gradients.py."""
+    return F.linear(x, weight) if port is None else wide_products.linear(x, weight, port)
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,8 @@ class Ops:
     """Norm and the matrices that follow it as one unit that saves no normalised activation; None: apart."""
     swiglu_linear: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     """SwiGLU and the down projection likewise."""
-    linear: Callable[[Tensor, Tensor], Tensor] = F.linear
-    """A block's matrix product: x [..., in], weight [out, in] -> [..., out]."""
+    linear: Callable[..., Tensor] = linear
+    """A block's matrix product, as `linear` has it."""
     carry_residual: bool = False
     reasons: tuple[tuple[str, str, str], ...] = ()
     """(operator, choice, reason) for the log."""

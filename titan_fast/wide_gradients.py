@@ -24,7 +24,6 @@ from titan_fast import config
 from titan_fast.errors import ConfigError
 from titan_fast.loss import LinearCrossEntropy
 from titan_fast.model import Head, Linear, Llama
-from titan_fast.wide_products import product
 
 _USED = ((FSDPParamGroup, "post_backward"), (FSDPParam, "to_accumulated_grad_if_needed"))
 """Of FSDP2, which are not public."""
@@ -37,24 +36,7 @@ class WideLinear(Linear):
     """[out, in] in the gradient's dtype; every element is the same one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.weight, self.port)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, port: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.wide = port.dtype
-        return nn.functional.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        dw = None
-        if ctx.needs_input_grad[2]:
-            dw = product(dy.flatten(0, -2).t(), x.flatten(0, -2), ctx.wide)
-        return dx, None, dw
+        return self.ops.linear(x, self.weight, self.port)
 
 
 def check(settings: config.Config, shards: int, tensor_degree: int, param: torch.dtype, direct: bool) -> None:
@@ -67,9 +49,12 @@ def check(settings: config.Config, shards: int, tensor_degree: int, param: torch
 
 def wanted(settings: config.Config, shards: int, tensor_degree: int, param: torch.dtype, direct: bool) -> bool:
     """`parallelism.fsdp_wide_gradients` with None resolved. A `torch.autograd.Function` saves its input when it is
-    done, so that a checkpoint in eager mode stops one product later than it would: that costs more than is won."""
+    done, so that a checkpoint in eager mode stops one product later than it would: that costs more than is won. With
+    float8 it has not been timed."""
     if settings.parallelism.fsdp_wide_gradients is not None:
         return settings.parallelism.fsdp_wide_gradients
+    if settings.float8.enable:
+        return False
     if settings.activation_checkpoint.mode != "none" and not settings.compile.takes("blocks", "model"):
         return False
     return not _obstacles(settings, shards, tensor_degree, param, direct)
@@ -92,7 +77,11 @@ def _obstacles(
             "turn it off, or compute in bfloat16 and reduce in float32",
         ),
         (not direct, "needs direct buffers, and they are flat", "take --parallelism.fsdp_buffers direct"),
-        (settings.float8.enable, "cannot be with float8.enable, which has products of its own", "take one of them"),
+        (
+            settings.float8.enable and settings.float8.recipe_name == "rowwise",
+            "cannot be with float8.recipe_name rowwise, whose products are bfloat16",
+            "take tensorwise, or turn one of them off",
+        ),
         (
             settings.kernels.reemit == "triton",
             "cannot be with kernels.reemit 'triton', which has products of its own",

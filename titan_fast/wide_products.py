@@ -8,6 +8,7 @@ run, compile and are counted alike everywhere.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import mm_flop, register_flop_formula
 
@@ -37,6 +38,29 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 @add_product_.register_fake
 def _(total: Tensor, left: Tensor, right: Tensor) -> None:
     return None
+
+
+def linear(x: Tensor, weight: Tensor, port: Tensor) -> Tensor:
+    """x [..., in] and weight [out, in] -> x weight^T [..., out]. The weight's gradient goes to `port` [out, in], in the
+    dtype of that."""
+    return _Linear.apply(x, weight, port)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, port: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.wide = port.dtype
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[2]:
+            dw = product(dy.flatten(0, -2).t(), x.flatten(0, -2), ctx.wide)
+        return dx, None, dw
 
 
 @register_flop_formula(torch.ops.titan_fast.product)
