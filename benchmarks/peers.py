@@ -30,7 +30,7 @@ from benchmarks import fake_world
 from benchmarks.random_tokens import RandomTokens
 from benchmarks.train_cell import RECOMPILE_LIMIT
 from benchmarks.variants import COLLECT_EVERY, How, Row, Rows, time_variants
-from benchmarks.workloads import SMOKE_WORLD, Cell, Variant, config_of, shape_of
+from benchmarks.workloads import Cell, Variant, config_of, ranks, shape_of
 from titan_fast.config import Config
 from titan_fast.flavors import ModelShape
 from titan_fast.hf import hf_config
@@ -311,7 +311,7 @@ def run_peer(cell: Cell, device: torch.device, how: How) -> Rows:
     first = cell.variants[0]
     config, shape = config_of(cell.workload, first.options, how.smoke), shape_of(cell.workload, how.smoke)
     home = home_of_batches(cell.peer, device)
-    world = SMOKE_WORLD if how.smoke and cell.workload.world > 1 else cell.workload.world
+    world = ranks(cell.workload, how.smoke)
 
     def new_loader(variant: Variant) -> Loader:
         training = config_of(cell.workload, variant.options, how.smoke).training

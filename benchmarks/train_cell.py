@@ -13,7 +13,7 @@ from benchmarks import fake_world
 from benchmarks.parity import compare_losses
 from benchmarks.random_tokens import RandomTokens
 from benchmarks.variants import COLLECT_EVERY, How, Row, Rows, time_variants
-from benchmarks.workloads import SMOKE_WORLD, Cell, Variant, config_of, shape_of
+from benchmarks.workloads import Cell, Variant, config_of, ranks, shape_of
 from titan_fast import activation_checkpoint, compilation, parallel
 from titan_fast.config import Comm, Config, Kernels, mesh_degrees
 from titan_fast.cuda_graph import CudaRecorder, RecordedPasses
@@ -202,7 +202,7 @@ def world_of(cell: Cell, device: torch.device, smoke: bool) -> Iterator[World]:
         with start(Comm(), device) as world:
             yield world
     else:
-        with fake_world.fake_world(SMOKE_WORLD if smoke else cell.workload.world, device) as world:
+        with fake_world.fake_world(ranks(cell.workload, smoke), device) as world:
             yield world
 
 

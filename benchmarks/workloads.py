@@ -131,6 +131,11 @@ SMOKE_MODEL: Options = {
 SMOKE_SEQ_LEN, SMOKE_WORLD = 16, 4
 
 
+def ranks(workload: Workload, smoke: bool) -> int:
+    """Of which a cell is the first; a rehearsal has fewer."""
+    return SMOKE_WORLD if smoke and workload.world > 1 else workload.world
+
+
 def rehearsed(cell: Cell) -> Cell:
     """`cell` at tiny sizes; layers of a slice stay, other models get one."""
     options = cell.workload.options | SMOKE_MODEL | {"model.n_layers": cell.workload.options.get("model.n_layers", 1)}

@@ -670,6 +670,22 @@ def test_bytes_of_a_parameter_are_what_training_holds(options: tuple[str, ...], 
     assert out_of_memory.state_bytes(config, degrees, torch.device("cpu")) == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "names_it"),
+    [
+        ("", True),  # the head's gradient is float32 anyway
+        ("--parallelism.fsdp_wide_gradients False", False),  # two of its widths in tokens: a float32 sum eats it up
+        ("--loss.implementation torch", False),  # which has chunks of its own
+    ],
+)
+def test_smaller_chunks_are_advised_where_they_save_memory(options: str, names_it: bool) -> None:
+    words = "--model.flavor llama3_8b --training.seq_len 8192 --training.local_batch_size 1 --compile.enable True"
+    config = parse([*words.split(), *options.split()])
+    degrees = mesh_degrees(config.parallelism, 64)
+    lines = out_of_memory.advice(config, model_shape(config.model), degrees, torch.device("cuda"))
+    assert any(line.startswith("--loss.chunk_size 2048") for line in lines) == names_it
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 12])
 @pytest.mark.parametrize(
     "options",

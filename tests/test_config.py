@@ -460,6 +460,15 @@ def test_a_mistake_is_one_line_and_status_2() -> None:
             ],
         ),
         ("--validation.enable False", []),
+        (
+            "--loss.implementation torch --loss.chunk_size 2048",
+            ["loss.chunk_size 2048: loss.implementation is 'torch'"],
+        ),
+        (
+            "--training.dataset_split test",
+            ["training.dataset_split 'test': the data does not come from the hub"],
+        ),
+        ("--training.dataset c4 --training.dataset_split test", []),
         ("--validation.enable False --validation.freq 7", ["validation.freq 7: validation.enable is False"]),
         (
             "--activation_checkpoint.mode full --activation_checkpoint.memory_budget 0.3",

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from runs import environment
 
-from titan_fast.config import model_shape, parse
-from titan_fast.dry_run import dry_run
+from titan_fast.config import MeshDegrees, model_shape, parse
+from titan_fast.dry_run import as_on_a_gpu, dry_run
 from titan_fast.errors import ConfigError
 from titan_fast.flops import parameter_count
 
@@ -80,6 +80,12 @@ def test_the_clusters_errors() -> None:
     with pytest.raises(ConfigError, match=r"without compile\.enable"):
         options = {"parallelism__tensor_parallel_degree": 2, "parallelism__enable_async_tensor_parallel": True}
         dry_run(parse(words(job__world_size=8, **options)))
+
+
+@pytest.mark.parametrize(("options", "wide"), [({}, True), ({"kernels__reemit": "triton"}, False)])
+def test_gradients_are_as_wide_as_in_the_run(options: dict[str, str], wide: bool) -> None:
+    config = parse(words(job__world_size=2, **options))
+    assert as_on_a_gpu(config, MeshDegrees(1, 2, 1)).parallelism.fsdp_wide_gradients is wide
 
 
 def test_a_world_size_without_a_dry_run() -> None:

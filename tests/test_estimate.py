@@ -198,6 +198,25 @@ def test_wide_gradients_are_not_widened() -> None:
     assert in_block(narrow, "reduce") == in_block(wide, "reduce")
 
 
+@pytest.mark.parametrize("mode", ["none", "full", "pointwise", "selective"])
+def test_wide_gradients_change_nothing_of_what_compiled_blocks_keep(mode: str) -> None:
+    words = f"{SMALL} --compile.enable True --activation_checkpoint.mode {mode} --parallelism.fsdp_wide_gradients"
+    narrow, wide = (estimate(plan(f"{words} {on}")) for on in (False, True))
+    saved = [max(s.peak.parts["saved activations"] for s in one.segments) for one in (narrow, wide)]
+    again = [sum(o.flops for s in one.segments for o in s.operations if o.recomputed) for one in (narrow, wide)]
+    assert saved[0] == pytest.approx(saved[1], abs=2**15) and again[0] == again[1]  # but for the ports' own few bytes
+
+
+def test_kernels_are_counted_in_compiled_blocks() -> None:
+    operators = ("rms_norm", "rope", "swiglu", "cross_entropy")
+    found = estimate(
+        plan(f"{SMALL} --compile.enable True {' '.join(f'--kernels.{name} triton' for name in operators)}")
+    )
+    names = {o.name for s in found.segments for o in s.operations}
+    ours = {"add_rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu_backward", "cross_entropy_with_grad_"}
+    assert names > {f"titan_kernels.{name}" for name in ours}
+
+
 def test_wide_gradients_cost_a_product_where_eager_blocks_are_computed_again() -> None:
     """Which is why they are not, there, unless asked for."""
     full = f"{SMALL} --activation_checkpoint.mode full"

@@ -181,6 +181,11 @@ def test_a_built_model_can_be_switched(found: dict[str, list[Any]]) -> None:
             "cannot be with float8.recipe_name rowwise, whose products are bfloat16; take tensorwise",
         ),
         ({"kernels.reemit": "triton"}, 2, "cannot be with kernels.reemit 'triton'"),
+        (
+            {"activation_checkpoint.mode": "memory_budget", "compile.enable": True},
+            2,
+            "cannot be with activation_checkpoint.mode memory_budget, .*; take another mode",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_said_and_not_done_unasked(options: dict[str, Any], ranks: int, said: str) -> None:

@@ -121,8 +121,9 @@ class Training:
 class Loss:
     chunk_size: int = 8192
     """Tokens per chunk of the head and cross entropy: the logits of so many exist at once. 0: of all. More than
-    two sum the head's gradient in float32, so they are slower, and save memory only where a pass has more than about
-    twice the model's width in tokens."""
+    two sum the head's gradient in float32, so they are slower, and unless it is made in float32 anyway
+    (parallelism.fsdp_wide_gradients) save memory only where a pass has more than about twice the model's width in
+    tokens."""
     z_loss: float = 0.0
     """Weight of logsumexp^2, which keeps the logits near zero (PaLM)."""
     implementation: Literal["chunked", "torch"] = "chunked"
@@ -186,7 +187,8 @@ class Parallelism:
     fsdp_wide_gradients: bool | None = None
     """Let matrix products write the gradients of their weights in float32, in which FSDP2 reduces them, and reduce them
     from there, instead of in bfloat16 to be widened: a pass over all gradients less, and a rounding. For several
-    shards, bfloat16 weights and direct buffers, without tensor parallelism. Of all matrices but a tied head.
+    shards, bfloat16 weights and direct buffers, without tensor parallelism or a memory budget. Of all matrices but a
+    tied head.
     A block's take 2 bytes an element more in its backward pass. So do the head's while the loss is computed, which a
     loss.chunk_size of 2048 more than makes up for. None: wherever it can be, but not with float8, where it was not
     timed, and in eager mode not with activation checkpointing, which would run one product of each block for
@@ -643,19 +645,22 @@ class _Needs:
 _NEEDS = (
     *(_Needs((table,), (f"{table}.enable",)) for table in ("compile", "float8", "validation")),
     _Needs(("checkpoint.folder", "checkpoint.interval", "checkpoint.interval_minutes", "checkpoint.keep_latest_k",
-            "checkpoint.async_mode", "checkpoint.on_save_error", "checkpoint.strict"), ("checkpoint.enable",)),
+            "checkpoint.async_mode", "checkpoint.on_save_error", "checkpoint.strict", "checkpoint.data_state"),
+           ("checkpoint.enable",)),
     _Needs(("checkpoint.initial_load_changes",), ("checkpoint.initial_load_path",)),
     _Needs(("checkpoint.max_failed_saves",), ("checkpoint.on_save_error",), ("continue",)),
     _Needs(("activation_checkpoint.selective_ac_option",), ("activation_checkpoint.mode",), ("selective",)),
     _Needs(("activation_checkpoint.memory_budget",), ("activation_checkpoint.mode",), ("memory_budget",)),
     _Needs(("training.max_skipped_steps",), ("training.on_nonfinite",), ("skip",)),
-    _Needs(("training.dataset", "training.dataset_split"), ("training.dataset_path",), (None,)),
+    _Needs(("training.dataset",), ("training.dataset_path",), (None,)),
+    _Needs(("loss.chunk_size",), ("loss.implementation",), ("chunked",)),
     _Needs(("metrics.save_tb_folder",), ("metrics.enable_tensorboard",)),
     _Needs(("metrics.sample_freq", "metrics.sample_tokens"), ("metrics.sample_prompt",)),
     _Needs(("profiling.save_traces_folder",), ("profiling.enable_profiling",)),
     _Needs(("profiling.save_memory_snapshot_folder",), ("profiling.enable_memory_snapshot",)),
     _Needs(("profiling.profile_freq",), ("profiling.enable_profiling", "profiling.enable_memory_snapshot")),
 )  # fmt: skip
+_OF_THE_HUB = _Needs(("training.dataset_split",), ())
 _OF_FSDP = _Needs(
     (*(f"parallelism.{key.name}" for key in dataclasses.fields(Parallelism) if key.name.startswith("fsdp_")),
      "training.mixed_precision_reduce"), (),
@@ -667,6 +672,7 @@ def without_effect(config: Config, sharded: bool) -> list[str]:
     FSDP2 is used."""
     found, defaults = [], Config()
     against = {needs: needs.lacks(config) for needs in _NEEDS}
+    against[_OF_THE_HUB] = "" if is_hub(config.training) else "the data does not come from the hub"
     against[_OF_FSDP] = "" if sharded else "a single device without FSDP2"
     for needs, lacks in against.items():
         for name in known_keys() if lacks else ():

@@ -42,7 +42,7 @@ def dry_run(config: Config) -> None:
     parallel.check(config, shape, degrees, GPU)
     checkpointer.check(config, GPU)
     ops.check(config.kernels, degrees.tensor)
-    config = as_on_a_gpu(config)
+    config = as_on_a_gpu(config, degrees)
     reference = ops.build_ops(config.kernels, torch.device("cpu"), workload(config, shape, degrees))
     with fake_world(size):
         step = one_step(config, shape, reference, degrees, min(passes, 2))
@@ -50,7 +50,7 @@ def dry_run(config: Config) -> None:
         print(f"{name:<22} {text}", flush=True)  # noqa: T201
 
 
-def as_on_a_gpu(config: Config) -> Config:
+def as_on_a_gpu(config: Config, degrees: MeshDegrees) -> Config:
     """`config` with what depends on the device resolved as the cluster resolves it, and without what only a GPU can
     do: the operators' shapes and what they save are the same whoever computes them."""
     dtypes = parallel.precision(config.training, GPU)
@@ -60,7 +60,11 @@ def as_on_a_gpu(config: Config) -> Config:
     return dataclasses.replace(
         config,
         training=dataclasses.replace(config.training, mixed_precision_param=name),
-        parallelism=dataclasses.replace(config.parallelism, enable_async_tensor_parallel=False),
+        parallelism=dataclasses.replace(
+            config.parallelism,
+            enable_async_tensor_parallel=False,
+            fsdp_wide_gradients=parallel.gradients_are_wide(config, degrees, GPU),
+        ),
         kernels=kernels,
     )
 

@@ -73,8 +73,11 @@ def advice(config: Config, shape: ModelShape, degrees: MeshDegrees, device: torc
     training, lines = config.training, []
     batch, tokens = training.local_batch_size, training.local_batch_size * training.seq_len
     chunk = min(config.loss.chunk_size or tokens, tokens)
-    # More than two chunks cost a float32 sum of the head's gradient, which fewer tokens than that do not win back.
-    if chunk > SMALL_CHUNK and tokens > 2 * shape.dim:
+    wide = gradients_are_wide(config, degrees, device)
+    # More than two chunks cost a float32 sum of the head's gradient, which fewer tokens than that do not win back where
+    # the gradient is not float32 anyway.
+    worth_it = wide or tokens > 2 * shape.dim
+    if config.loss.implementation == "chunked" and chunk > SMALL_CHUNK and worth_it:
         logits = precision(training, device).param.itemsize * chunk * shape.vocab_size / degrees.tensor
         lines.append(f"--loss.chunk_size {SMALL_CHUNK}: the logits of {chunk:,} tokens are {logits / GIB:.2f} GiB")
     if degrees.replicate > 1:
@@ -86,7 +89,7 @@ def advice(config: Config, shape: ModelShape, degrees: MeshDegrees, device: torc
         )
     if config.parallelism.fsdp_reshard_after_forward == "never":
         lines.append("--parallelism.fsdp_reshard_after_forward default: gathered weights are freed after use")
-    if gradients_are_wide(config, degrees, device):
+    if wide:
         lines.append("--parallelism.fsdp_wide_gradients False: a block's gradients are bfloat16 until they are reduced")
     if batch > 1:
         keep = sequences_per_step(training, degrees.data)

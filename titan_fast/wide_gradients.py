@@ -83,6 +83,12 @@ def _obstacles(
             "take tensorwise, or turn one of them off",
         ),
         (
+            settings.activation_checkpoint.mode == "memory_budget",
+            "cannot be with activation_checkpoint.mode memory_budget, whose compiler would charge the budget for the "
+            "places that gradients leave through",
+            "take another mode, or turn it off",
+        ),
+        (
             settings.kernels.reemit == "triton",
             "cannot be with kernels.reemit 'triton', which has products of its own",
             "take one of them",
