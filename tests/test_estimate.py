@@ -208,10 +208,8 @@ def test_wide_gradients_change_nothing_of_what_compiled_blocks_keep(mode: str) -
 
 
 def test_kernels_are_counted_in_compiled_blocks() -> None:
-    operators = ("rms_norm", "rope", "swiglu", "cross_entropy")
-    found = estimate(
-        plan(f"{SMALL} --compile.enable True {' '.join(f'--kernels.{name} triton' for name in operators)}")
-    )
+    words = " ".join(f"--kernels.{name} triton" for name in ("rms_norm", "rope", "swiglu", "cross_entropy"))
+    found = estimate(plan(f"{SMALL} --compile.enable True {words}"))
     names = {o.name for s in found.segments for o in s.operations}
     ours = {"add_rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu_backward", "cross_entropy_with_grad_"}
     assert names > {f"titan_kernels.{name}" for name in ours}
