@@ -5,11 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from titan_kernels import validation
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -20,7 +18,7 @@ from titan_fast.config import Config, MeshDegrees
 from titan_fast.flavors import ModelShape
 from titan_fast.masters import gradient_of, master_of, narrow
 from titan_fast.model import Llama
-from titan_fast.ops import Ops
+from titan_fast.ops import Ops, kernels_on_any_device
 from titan_fast.optim import build_optimizer, clip_gradients
 from titan_fast.parallel import buffers_are_direct, build_mesh, parallelize, precision, weights_kept
 from titan_fast.shards import local
@@ -83,7 +81,7 @@ def count_step(
     model = meta_model(config, shape, ops)
     parallelize(model, build_mesh(degrees, _CPU), dtypes, config)
     note_direct_collectives(model, recorder)
-    with FakeTensorMode(allow_non_fake_inputs=True), _kernels_on_any_device():
+    with FakeTensorMode(allow_non_fake_inputs=True), kernels_on_any_device():
         model.to_empty(device=_CPU)
         model.tie()
         model.init_buffers()
@@ -100,11 +98,6 @@ def count_step(
         with recording(recorder):
             _step(recorder, model, optimizer, batches, config, degrees)
         return recorder.finish()
-
-
-def _kernels_on_any_device() -> Any:
-    """Lets kernels be traced on the CPU. To the compiler tensors are not fake, and it would meet their refusal."""
-    return mock.patch.object(validation, "is_interpreted", lambda kernel: True)
 
 
 def _compiled_by(backend: Any, config: Config) -> Config:

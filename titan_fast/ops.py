@@ -4,13 +4,15 @@ import dataclasses
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import titan_kernels
 import torch
 import torch.nn.functional as F
-from titan_kernels import reference
+from titan_kernels import reference, validation
 from titan_kernels.choice import Choice, choose, current_architecture
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -239,6 +241,12 @@ def _variants(kernels: Kernels, workload: Workload) -> tuple[str, ...]:
     if workload.tensor_degree > 1:
         return "sequence sharded", "vocabulary sharded"
     return "residual carried" if kernels.carry_residual else "residual not carried", "vocabulary whole"
+
+
+def kernels_on_any_device() -> AbstractContextManager[Any]:
+    """Inside, kernels can be traced on the CPU, where nothing runs them. To the compiler tensors are not fake, and it
+    would meet their refusal."""
+    return mock.patch.object(validation, "is_interpreted", lambda kernel: True)
 
 
 def _choose_kernel(
