@@ -5,6 +5,7 @@ Text is prepared beforehand, as for every long training: two starts, without any
 """
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -85,7 +86,8 @@ def measure(out: Path, environment: dict[str, str], machine: dict[str, Any], smo
 
 
 def one_start(words: list[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Seconds until `metrics.jsonl` has the tenth step, by when the device has done it: its loss is in there."""
+    """Seconds until `metrics.jsonl` has the tenth step, by when the device has done it: its loss is in there; and what
+    the run itself says of its start's parts."""
     run_dir = Path(words[words.index("--job.dump_folder") + 1])
     metrics = run_dir / "metrics.jsonl"
     found: dict[str, Any] = {}
@@ -98,7 +100,15 @@ def one_start(words: list[str], folder: Path, environment: dict[str, str]) -> di
     problem = watched(words, environment, folder, metrics, heard, LIMIT_SECONDS, LIMIT_SECONDS)
     if f"seconds_to_step_{STEP}" not in found:
         found["error"] = problem or f"it ended without step {STEP}"
+    if start := start_of(run_dir / "train.log"):
+        found["start"] = start
     return found
+
+
+def start_of(log: Path) -> str:
+    """The run's own line about its start: seconds in all, and of each part. "" where it did not come that far."""
+    lines = re.findall(r"^\S+ \S+ start +(.+)$", log.read_text() if log.exists() else "", re.MULTILINE)
+    return lines[-1] if lines else ""
 
 
 def steps_of(metrics: Path) -> list[int]:

@@ -394,10 +394,12 @@ with (folder / "metrics.jsonl").open("w", buffering=1) as file:
         time.sleep(0.02)
     time.sleep(0.5)
     file.write(json.dumps({"step": 10}) + "\\n")
+(folder / "train.log").write_text("2026-01-01 00:00:00 model  a Llama\\n2026-01-01 00:00:00 start  7.2 s: data 7.0\\n")
 time.sleep(0.5)
 """), "--job.dump_folder", str(run)]  # fmt: skip
     found = launch_time.one_start(words, tmp_path, dict(os.environ))
     assert 0.4 < found["seconds_to_step_1"] < found["seconds_to_step_10"] - 0.3 and "error" not in found
+    assert found["start"] == "7.2 s: data 7.0"
 
 
 def test_a_start_that_fails_says_why(tmp_path: Path) -> None:

@@ -267,10 +267,10 @@ def test_losses_that_did_not_fall_are_marked(tmp_path: Path) -> None:
 
 def test_the_time_to_a_step_is_shown(tmp_path: Path) -> None:
     rows = [{"cell": "launch", "part": "launch", "variant": STARTS[1], "seconds_to_step_1": 9.0,
-             "seconds_to_step_10": 12.34}]  # fmt: skip
+             "seconds_to_step_10": 12.34, "start": "7.2 s: imports 5.0, data 2.2"}]  # fmt: skip
     write({"environment": {"device": H100, "versions": {}}, "rows": rows}, tmp_path / "train-x-launch.json")
     (device,) = train_table.load(tmp_path, rehearsal=False)
-    assert f"| {STARTS[1]} | 9.0 | 12.3 |" in train_table.launch_table(device)
+    assert f"| {STARTS[1]} | 9.0 | 12.3 | 7.2 s: imports 5.0, data 2.2 |" in train_table.launch_table(device)
 
 
 def test_a_part_run_again_replaces_its_rows(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tensorboard.summary.writer import event_file_writer
 from titan_fast import run_history
 from titan_fast.config import Config, model_shape, parse
 from titan_fast.metrics import MetricsLogger, aligned, duration, printable
+from titan_fast.start_times import StartTimes
 from titan_fast.training_clock import TrainingClock
 
 KEYS = [
@@ -109,6 +110,33 @@ def test_a_logged_step(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixtu
     )
     assert shown[1].endswith("ETA 0:00:08")  # 20 steps of 0.4 s: the first window has compilation in it
     assert len({line.index("MFU") for line in shown}) == 1
+
+
+def test_the_start_is_told_part_by_part(clock: Clock) -> None:
+    start = StartTimes()
+    for part, seconds in (("imports", 3.0), ("checks", 0.04), ("model", 1.25), ("rest", 0.01), ("imports", 1.0)):
+        clock.now += seconds
+        start.lap(part)
+    assert start.describe() == "5.3 s: imports 4.0, model 1.2"
+    clock.now += 9  # what comes after the last part is none of it
+    assert start.describe().startswith("5.3 s")
+    assert StartTimes().describe() == "0.0 s"
+
+
+def test_the_time_of_a_run_begins_with_its_process(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = StartTimes()
+    clock.now += 20
+    metrics = logger(tmp_path, *QUIET, began=start.began)
+    clock.now += 1
+    metrics.start([])
+    clock.now += 5
+    log(metrics, 10)
+    (line,) = lines_of(tmp_path)
+    assert line["elapsed_seconds"] == 26 and line["tokens_per_second"] == 1000
+    metrics.finish()
+    assert "0:00:26, of it since step 0: start 0:00:21, steps 0:00:05, pauses" in capsys.readouterr().out
 
 
 def test_pauses_are_not_training_time(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,12 @@ def test_a_run_leaves_everything_in_its_directory(text: Path, tmp_path: Path, mo
     assert [record["step"] for record in records(run_dir) if "validation_loss" in record] == [3, 6]
     for name in ("config.toml", "train.log", "loss_curve.png", "checkpoint/step-6/state.json", "tb"):
         assert (run_dir / name).exists(), name
+
+    log = (run_dir / "train.log").read_text()
+    start = re.search(r" start +(\S+) s(: .+)?$", log, re.MULTILINE)
+    assert start is not None, log
+    parts = [float(seconds) for seconds in re.findall(r" (\d+\.\d)(?:,|$)", start[2] or "")]
+    assert sum(parts) <= float(start[1]) + 0.5 and steps[0]["elapsed_seconds"] > float(start[1])
 
     model, tokenizer, config = load_model(run_dir, torch.device("cpu"))
     assert config.model.dim == 32 and tokenizer.vocab_size == 300

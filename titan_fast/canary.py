@@ -1,6 +1,7 @@
 """Before a compiled run: do compiled gradients agree with plain PyTorch's? Compilers have had silent errors there."""
 
 import dataclasses
+import logging
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -15,6 +16,8 @@ from titan_fast.model import Block, init_values, rope_tables
 from titan_fast.ops import REFERENCE, Ops, attention_with, with_equal_heads
 from titan_fast.parallel import gradients_are_wide, precision
 
+log = logging.getLogger(__name__)
+
 FLOAT32_BOUND = 1e-4
 """Largest relative error (Frobenius) of a float32 gradient; a right one is about 1e-6."""
 SLACK = 3.0
@@ -27,6 +30,7 @@ def check(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegrees, dev
     if config.compile.canary and config.compile.takes("blocks", "model"):
         size = training.local_batch_size, training.seq_len
         wide = gradients_are_wide(config, degrees, device)
+        log.info("compiling one block and comparing its gradients with plain PyTorch's (compile.canary)")
         check_compiled_gradients(shape, ops, config.compile, dtype, device, *size, wide=wide)
 
 

@@ -1,5 +1,7 @@
 """A step on random tokens before any data is read: what does not fit shows now, not after hours of preparing data."""
 
+import logging
+
 import torch
 
 from titan_fast.checkpoint import tensors_of
@@ -7,6 +9,8 @@ from titan_fast.config import Config, MeshDegrees, grad_accum_steps
 from titan_fast.loader import Batch
 from titan_fast.model import Llama
 from titan_fast.step import forward_backward
+
+log = logging.getLogger(__name__)
 
 
 def is_wanted(config: Config, device: torch.device) -> bool:
@@ -20,6 +24,8 @@ def take(
 ) -> None:
     """Forward and backward of full batches, twice where gradients accumulate, and the optimizer's memory. The loss is
     scaled by 0 and no step is taken, so the model is as it was."""
+    compiles = ", which compiles all that is left to compile" if config.compile.enable else ""
+    log.info("a first step on random tokens, to see that it fits (training.dry_step)%s", compiles)
     training = config.training
     generator = torch.Generator(device=device).manual_seed(0)
     size = (training.local_batch_size, training.seq_len)

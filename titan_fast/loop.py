@@ -42,13 +42,16 @@ from titan_fast.profiling import Profiler, check_profiling, memory_history
 from titan_fast.run_directory import is_new, open_run_directory, write_config
 from titan_fast.run_lock import locked
 from titan_fast.signals import StopRequest, resume_command
+from titan_fast.start_times import StartTimes
 from titan_fast.startup import logged_to_console, set_determinism, startup_lines
 from titan_fast.step import build_model, forward_backward, one_over_valid_tokens, validation_loss, workload
 from titan_fast.watchdog import Limit, Watchdog
 
 
-def train(config: Config) -> None:
-    """Runs `config` to its last step. What can be refused is refused before there is a process group."""
+def train(config: Config, start: StartTimes | None = None) -> None:
+    """Runs `config` to its last step. What can be refused is refused before there is a process group. start: what came
+    before this call is a part of it."""
+    start = start or StartTimes()
     degrees = mesh_degrees(config.parallelism, distributed.world_size())
     grad_accum_steps(config.training, degrees.data)
     device = distributed.local_device()
@@ -63,6 +66,7 @@ def train(config: Config) -> None:
         dtypes = parallel.precision(config.training, device)
         checkpointer.check_start(config, run_dir, parallel.saved_bytes(config, degrees.data * degrees.tensor, dtypes))
         check_data(config)
+    start.lap("checks")
     with (
         locked(config, run_dir) if distributed.is_main_process() else nullcontext(lambda: None) as check_locks,
         logged_to_console(distributed.is_main_process()),
@@ -72,7 +76,8 @@ def train(config: Config) -> None:
         if world.is_main and is_new(config, run_dir):
             write_config(config, run_dir)
         set_determinism(config.debug)
-        Run(config, degrees, world, run_dir, ops, check_locks).train()
+        start.lap("process group")
+        Run(config, degrees, world, run_dir, ops, check_locks, start).train()
 
 
 class Run:
@@ -86,26 +91,34 @@ class Run:
         run_dir: Path,
         ops: Ops,
         check_locks: Callable[[], None],
+        start: StartTimes,
     ) -> None:
         self.config, self.degrees, self.world, self.run_dir, self.ops = config, degrees, world, run_dir, ops
+        self.start = start
         self.shape = model_shape(config.model)
         device = world.device
         compilation.keep_code(config.compile, degrees.tensor)
         canary.check(config, self.shape, ops, degrees, device)
+        start.lap("compiled gradients")
         self.compile_report = CompileReport()
         self.model = build_model(config, self.shape, ops, degrees, device)
         distributed.limit_collectives(world, config.comm)
         direct_fsdp.check(self.model, device)
         self.optimizer = build_optimizer(self.model, config.optimizer, compilation.optimizer_compiler(config.compile))
+        start.lap("model")
         if dry_step.is_wanted(config, device):
             with memory_history(config.profiling, run_dir, world.rank, lambda: "dry-step"):
                 dry_step.take(self.model, self.optimizer, config, degrees, device)
+        start.lap("dry step")
         self.tokenizer = build_tokenizer(config, run_dir, self.shape.vocab_size, world.is_main, world.barrier)
+        start.lap("tokenizer")
         self.loader = self._data(build_loader)
         self.validation_loader = self._data(build_validation_loader) if config.validation.enable else None
+        start.lap("data")
         self.checkpointer = Checkpointer(config, run_dir, world, self.tokenizer, check_locks)
         self.progress = self._resume()
         self.checkpointer.begin()
+        start.lap("checkpoint")
         if world.is_main:
             write_config(config, run_dir)
         self.first_step = self.progress.step + 1
@@ -120,6 +133,7 @@ class Run:
             start_step=self.progress.step,
             tokens_seen=self.progress.tokens_seen,
             elapsed_before=self.progress.elapsed_seconds,
+            began=start.began,
         )
         self.recorded = RecordedPasses(self.model, CudaRecorder(device)) if config.training.cuda_graph else None
         self.guard = StepGuard(config.training, device, run_dir, world.is_main)
@@ -173,8 +187,11 @@ class Run:
         config, device = self.config, self.world.device
         data = self.loader.describe()
         lines = startup_lines(config, self.shape, self.degrees, device, self.tokenizer, data, self.ops, self.progress)
-        self.metrics.start(lines)
+        self.start.lap("rest")
+        self.metrics.start([*lines, ("start", self.start.describe())])
         self._say_notes()
+        if config.compile.enable and not dry_step.is_wanted(config, device):
+            self.metrics.say("the first step compiles what is left to compile")
         if self.first_step > self.config.training.steps:
             self.metrics.say(f"step {self.progress.step} was the last one already: raise training.steps to go on")
         gc.disable()

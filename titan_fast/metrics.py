@@ -103,14 +103,18 @@ class MetricsLogger:
         start_step: int = 0,
         tokens_seen: int = 0,
         elapsed_before: float = 0.0,
+        began: float | None = None,
     ) -> None:
         """tokens_per_step: of all devices together. start_step, tokens_seen, elapsed_before: where a resumed run goes
-        on; what metrics.jsonl says of later steps is cut off."""
+        on; what metrics.jsonl says of later steps is cut off. began: when the process did, by time.perf_counter (None:
+        now)."""
         self.config, self.run_dir, self.is_main, self.device = config, run_dir, is_main, device
         self.n_devices, self.tokens_per_step = n_devices, tokens_per_step
         self.start_step = self.last_step = start_step
         self.tokens_seen, self.elapsed_before = tokens_seen, elapsed_before
-        self.began = time.perf_counter()
+        self.began = time.perf_counter() if began is None else began
+        self.started = self.began
+        """When the start was over."""
         self.clock = TrainingClock(device if is_main else torch.device("cpu"))
         self.totals = _Totals()
         self.flops_per_token = flops.flops_per_token(shape, config.training.seq_len, MFU_FORMULA)
@@ -146,7 +150,7 @@ class MetricsLogger:
 
     @property
     def elapsed_seconds(self) -> float:
-        """Wall time of the whole run, pauses and the time before a resume included."""
+        """Wall time of the whole run: of each process that had a part in it, from its beginning on, with all pauses."""
         return self.elapsed_before + time.perf_counter() - self.began
 
     def say(self, text: str) -> None:
@@ -191,6 +195,7 @@ class MetricsLogger:
         self.say(aligned([*lines, ("tokens/s", "per device"), ("MFU", self.mfu_note), ("memory", memory)]))
         self._start_progress()
         self.clock.restart()
+        self.started = self.clock.began
 
     def _start_progress(self) -> None:
         if not sys.stdout.isatty():
@@ -391,8 +396,8 @@ class MetricsLogger:
         if self.peak:
             speed += f"; MFU {flops.mfu(tokens_per_second, self.flops_per_token, self.peak):.1%} by {MFU_FORMULA}"
         elapsed = f"{duration(self.elapsed_seconds)}, of it since step {self.start_step}: "
-        elapsed += f"steps {duration(totals.seconds)}, pauses (validation, checkpoints, samples) "
-        elapsed += duration(self.clock.paused_seconds)
+        elapsed += f"start {duration(self.started - self.began)}, steps {duration(totals.seconds)}, "
+        elapsed += f"pauses (validation, checkpoints, samples) {duration(self.clock.paused_seconds)}"
         return [
             ("tokens/s", speed),
             ("data wait", f"{totals.data_wait_seconds / totals.seconds:.2%} of the time of the steps"),
