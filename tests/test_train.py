@@ -68,7 +68,7 @@ def test_a_run_leaves_everything_in_its_directory(text: Path, tmp_path: Path, mo
     start = re.search(r" start +(\S+) s(: .+)?$", log, re.MULTILINE)
     assert start is not None, log
     parts = [float(seconds) for seconds in re.findall(r" (\d+\.\d)(?:,|$)", start[2] or "")]
-    assert sum(parts) <= float(start[1]) + 0.5 and steps[0]["elapsed_seconds"] > float(start[1])
+    assert sum(parts) <= float(start[1]) + 0.5 and steps[0]["elapsed_seconds"] > float(start[1]) - 0.05  # rounded
 
     model, tokenizer, config = load_model(run_dir, torch.device("cpu"))
     assert config.model.dim == 32 and tokenizer.vocab_size == 300
