@@ -115,6 +115,7 @@ def test_unknown_names(argv: list[str], sentence: str) -> None:
     [
         (["--training.steps", "many"], ["wrong type", "training.steps", "many"]),
         (["--training.steps", "1.5"], ["wrong type", "training.steps", "1.5"]),
+        (["--training.steps", "/a" * 90], ["wrong type", f"'{'/a' * 90}'"]),  # wider than a terminal
         (["--training.steps", "1", "2"], ["training.steps takes one value, not 2: '1', '2'; quote"]),
         (
             ["--metrics.sample_prompt", "def\nmain", *"abc"],

@@ -360,7 +360,9 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert run_command(monkeypatch, "import", source, "--out", tmp_path / "y") == 2
     capsys.readouterr()
     assert run_command(monkeypatch, "import", source) == 2
-    assert capsys.readouterr().err.startswith("titan_fast: Missing from titan_fast.hf import: --out PATH")
+    assert capsys.readouterr().err == "titan_fast: Missing from titan_fast.hf import: --out PATH; see --help\n"
+    assert run_command(monkeypatch, "import") == 2
+    assert capsys.readouterr().err == "titan_fast: Missing from titan_fast.hf import: PATH, --out PATH; see --help\n"
     assert run_command(monkeypatch, "imprt", source) == 2
     assert "imprt" in (said := capsys.readouterr().err) and "import, export" in said and said.count("\n") == 1
 

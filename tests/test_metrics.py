@@ -1,5 +1,6 @@
 """What a run tells, read back from the files by other means: json, TensorBoard's own reader, a pseudo-terminal."""
 
+import errno
 import json
 import math
 import os
@@ -501,3 +502,18 @@ def test_a_run_that_stops_early_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     metrics.finish()
     assert "stopped        step  0/40, 0 tokens" in capsys.readouterr().out
     assert not (tmp_path / "loss_curve.png").exists()
+
+
+def test_a_curve_that_a_full_disk_refuses_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    def refuse(figure: Figure, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    curve = tmp_path / "loss_curve.png"
+    curve.write_bytes(b"the last one")
+    monkeypatch.setattr(Figure, "savefig", refuse)
+    with pytest.raises(OSError, match="No space"):
+        run_history.draw_loss_curve([{"step": 1, "loss": 2.0, "tokens_seen": 10}], curve, "a run")
+    assert list(tmp_path.iterdir()) == [curve] and curve.read_bytes() == b"the last one"

@@ -106,8 +106,11 @@ def draw_loss_curve(records: list[Record], path: Path, title: str) -> None:
     if train or held_out:
         axes.legend(frameon=False)
     replacement = path.with_name(path.name + ".new")
-    figure.savefig(replacement, format="png")
-    replacement.replace(path)
+    try:
+        figure.savefig(replacement, format="png")
+        replacement.replace(path)
+    finally:
+        replacement.unlink(missing_ok=True)
 
 
 def _tokens(step: int, tokens_at: dict[int, int]) -> float:
