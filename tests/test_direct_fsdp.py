@@ -123,5 +123,36 @@ def test_wrong_grouped_collectives_are_seen(found: dict[str, list[Any]]) -> None
     assert all("of 2 ranks fail: no such collective; take" in words for words in results(found, "absent"))
 
 
+@pytest.mark.parametrize("size", [2, 1249, 16_384])
+def test_numbers_that_are_right_are_right_on_any_number_of_ranks(size: int) -> None:
+    """A ring adds one rank's numbers after another's, in float32."""
+    rank = size - 1
+    sent: list[Tensor] = []
+
+    class Ring:
+        def size(self) -> int:
+            return size
+
+        def rank(self) -> int:
+            return rank
+
+        def allgather_into_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any) -> None:
+            for output, own in zip(outputs, inputs, strict=True):
+                # (a + 10 r) mod 251, as the own numbers say of the own rank
+                number = torch.arange(len(own)).repeat(size) + 10 * torch.arange(size).repeat_interleave(len(own))
+                output.copy_(number % 251)
+                assert torch.equal(output[-len(own) :], own)
+
+        def reduce_scatter_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any) -> None:
+            for output, everyones in zip(outputs, inputs, strict=True):
+                output.zero_()
+                for _ in range(size):  # whose inputs are alike
+                    output += everyones.view(size, -1)[rank]
+                sent.append(output)
+
+    assert direct_fsdp._numbers_are_right(Ring(), CPU)  # type: ignore[arg-type]
+    assert all(output.max() > 200 * size for output in sent[:1])
+
+
 def of(buffers: str) -> Config:
     return from_options({"parallelism.fsdp_buffers": [buffers]})

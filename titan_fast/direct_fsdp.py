@@ -144,8 +144,12 @@ _HINT = "take --parallelism.fsdp_buffers flat, which sends everything in one pie
 def _numbers_are_right(group: dist.ProcessGroup, device: torch.device) -> bool:
     size, rank = group.size(), group.rank()
     lengths = (1000, 1, 3)  # as in a unit: few are large
-    own = [torch.arange(n, device=device, dtype=torch.float32) + 10.0 * rank for n in lengths]
-    wanted = [torch.cat([torch.arange(n, device=device) + 10.0 * r for r in range(size)]) for n in lengths]
+
+    def known(n: int, of_rank: int) -> Tensor:  # so small that float32 adds up those of 60,000 ranks without rounding
+        return ((torch.arange(n, device=device) + 10 * of_rank) % 251).float()
+
+    own = [known(n, rank) for n in lengths]
+    wanted = [torch.cat([known(n, r) for r in range(size)]) for n in lengths]
     gathered = [torch.zeros_like(whole) for whole in wanted]
     DirectAllGather().gather_each(gathered, own, group)
     reduced = [torch.zeros_like(part) for part in own]
