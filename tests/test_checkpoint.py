@@ -1,6 +1,7 @@
 """Checkpoints that a disk, a kill or another person has damaged, and what the loader makes of them."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -267,6 +268,25 @@ def test_a_repeated_step_replaces_the_old_folder_whole(tmp_path: Path) -> None:
         manifest.publish(tmp_path / ".writing-step-1", tmp_path / "step-1", step=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     assert (tmp_path / "step-1" / "a").read_bytes() == b"second"
+    assert manifest.problem(tmp_path / "step-1") is None
+
+
+def test_what_other_ranks_wrote_must_be_there_and_may_show_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary, content = tmp_path / ".writing-step-1", b"a shard"
+    temporary.mkdir()
+    known = {"__1_0.distcp": manifest.Digest(len(content), hashlib.sha256(content).hexdigest())}
+    for there in (None, content[:-1]):
+        if there is not None:
+            (temporary / "__1_0.distcp").write_bytes(there)
+        monkeypatch.setattr(manifest, "LATE_SECONDS", 0.0)
+        with pytest.raises(CheckpointError, match=r"__1_0\.distcp, .* not in rank 0's folder .* one shared folder"):
+            manifest.publish(temporary, tmp_path / "step-1", known, step=1)
+        assert [path.name for path in tmp_path.iterdir()] == [temporary.name]
+    monkeypatch.setattr(manifest, "LATE_SECONDS", 60.0)
+    monkeypatch.setattr(manifest.time, "sleep", lambda _: (temporary / "__1_0.distcp").write_bytes(content))
+    manifest.publish(temporary, tmp_path / "step-1", known, step=1)
     assert manifest.problem(tmp_path / "step-1") is None
 
 
@@ -591,13 +611,34 @@ def sampled(world: World) -> str:
     return generate.generate_text(model, eos_of_rank_1, "x", 5, generate.Sampling(), world.device)
 
 
+def refused_to_share(world: World, run_dirs: list[Path]) -> tuple[str, list[str]]:
+    """What is said to ranks with these run directories, and what that leaves in this rank's folder of checkpoints."""
+    own = run_dirs[world.rank] / "checkpoint"
+    own.mkdir(parents=True, exist_ok=True)
+    manifest.LATE_SECONDS = 0.0
+    config = parse(runs.arguments(own, own.parent))
+    saving = checkpointer.Checkpointer(config, own.parent, world, cast(Any, None))
+    said = ""
+    try:
+        saving._check_shared()
+    except CheckpointError as error:
+        said = str(error)
+    world.barrier()
+    return said, [path.name for path in own.iterdir()]
+
+
 def test_two_ranks(tmp_path: Path) -> None:
     tasks = [
         Task("sharded", room_asked_for, (1, tmp_path)),
         Task("replicated", room_asked_for, (2, tmp_path)),
         Task("sampled", sampled),
+        Task("shared", refused_to_share, ([tmp_path / "one"] * 2,)),
+        Task("apart", refused_to_share, ([tmp_path / "a", tmp_path / "b"],)),
     ]
     found = run_world(2, tasks, tmp_path / "world")
     sharded, replicated = results(found, "sharded"), results(found, "replicated")
     assert sharded == pytest.approx(replicated, rel=0.01) and sharded[0] > 100_000, "a replica is written once"
     assert results(found, "sampled") == [b"xAAAAA"] * 2
+    assert results(found, "shared") == [("", [])] * 2
+    said = f"rank 1 does not see in {tmp_path}/b/checkpoint what rank 0 has written in {tmp_path}/a/checkpoint"
+    assert all(text.startswith(said) and not left for text, left in results(found, "apart"))

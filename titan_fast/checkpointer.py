@@ -8,6 +8,7 @@ import errno
 import json
 import math
 import os
+import secrets
 import shutil
 import time
 from collections import deque
@@ -361,7 +362,8 @@ class Checkpointer:
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
         """Puts the newest checkpoint that verifies (or `load_step`'s) into the model and optimizer; None when there is
-        no checkpoint at all."""
+        no checkpoint at all. CheckpointError where the ranks do not share the folder, in which they are to save too."""
+        self._check_shared()
         path = self._choose()
         if path is None:
             return None
@@ -374,6 +376,24 @@ class Checkpointer:
             _set_rng_state(safetensors.torch.load_file(rng), self.world.device)
         self.saved_step = state["step"]
         return Progress(state["step"], state["tokens_seen"], state["elapsed_seconds"], state["data"])
+
+    def _check_shared(self) -> None:
+        """CheckpointError where a rank does not see in its folder what rank 0 writes into its own."""
+        if self.world.size == 1:
+            return
+        probe = self.folder / self._from_main(f".shared-{secrets.token_hex(8)}")
+        try:
+            self._together(lambda: probe.touch() if self.world.is_main else None)
+            seen = self._together(lambda: (manifest.unseen(self.folder, {probe.name: 0}), str(self.folder.absolute())))
+        finally:
+            if self.world.is_main:
+                probe.unlink(missing_ok=True)
+        if (blind := next((rank for rank, (missing, _) in enumerate(seen) if missing), None)) is not None:
+            raise CheckpointError(
+                f"rank {blind} does not see in {seen[blind][1]} what rank 0 has written in {seen[0][1]}",
+                "all ranks need one shared folder: name one by its absolute path",
+                str(self.folder),
+            )
 
     def _compare(self, before: dict[str, dict[str, Any]], world_size: int, path: Path) -> None:
         """CheckpointError where the run's mathematics is no longer the checkpoint's; other changes are noted.

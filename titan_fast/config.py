@@ -274,7 +274,7 @@ class Checkpoint:
     enable: bool = True
     """Save checkpoints, and go on from the newest one at start."""
     folder: str = "checkpoint"
-    """Their folder in the run directory."""
+    """Their folder in the run directory; every rank must see what the others write there."""
     interval: int = 500
     """Steps between saves; the last step is always saved. 0: not by steps."""
     interval_minutes: float = 0.0

@@ -10,14 +10,19 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from titan_fast.errors import CheckpointError
+
 NAME = "MANIFEST.json"
 FORMAT = 1
+LATE_SECONDS = 10.0
+"""A network file system may show one host so much later what another has written."""
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 _LEFTOVER = re.compile(r"\.(writing|deleting|replaced)-(step-(?:0|[1-9][0-9]{0,17}))")
 
@@ -111,13 +116,40 @@ def digests(folder: Path, names: Iterable[str] | None = None) -> dict[str, Diges
         return dict(pool.map(digest, _files(folder) if names is None else names))
 
 
+def unseen(folder: Path, sizes: dict[str, int]) -> str | None:
+    """The first of the files (name to bytes) that other processes have written and that is not to be seen in `folder`
+    with its size, after LATE_SECONDS; None when all are."""
+    give_up = time.monotonic() + LATE_SECONDS
+    while sizes := {name: size for name, size in sizes.items() if not _has_size(folder / name, size)}:
+        if time.monotonic() >= give_up:
+            return min(sizes)
+        time.sleep(0.2)
+        with suppress(OSError):
+            list(folder.iterdir())  # for which a network file system asks its server again
+    return None
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.lstat().st_size == size
+    except OSError:
+        return False
+
+
 def publish(temporary: Path, final: Path, known: dict[str, Digest] | None = None, **about: Any) -> None:
     """Makes `temporary` durable and renames it to `final`, whose place an older folder may hold until then.
 
     `known`: digests that other processes have made already of files that they made durable; the rest is done here.
-    `about`: JSON values to keep in the manifest. OSError where the disk refuses.
+    `about`: JSON values to keep in the manifest. OSError where the disk refuses, CheckpointError where what others have
+    written is not here.
     """
     files = dict(known or {})
+    if missing := unseen(temporary, {name: digest.size for name, digest in files.items()}):
+        raise CheckpointError(
+            f"{missing}, which another rank has written, is not in rank 0's folder",
+            "all ranks need one shared folder",
+            str(temporary),
+        )
     files |= digests(temporary, [name for name in _files(temporary) if name not in files])
     entries = {name: [digest.size, digest.sha256] for name, digest in sorted(files.items())}
     (temporary / NAME).unlink(missing_ok=True)
