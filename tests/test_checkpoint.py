@@ -248,6 +248,20 @@ def test_retention_counts_only_whole_checkpoints(tmp_path: Path, data: Path, fin
     assert manifest.prune(tmp_path, 2) == [1, 2]
     assert list(manifest.checkpoints(tmp_path)) == [3, 4, 5, 6]
     assert manifest.prune(tmp_path, 0) == []
+    state = tmp_path / "step-4" / "state.json"
+    state.write_bytes(state.read_bytes().swapcase())  # of the same size
+    assert manifest.prune(tmp_path, 1) == [], "the last whole one"
+    assert manifest.prune(tmp_path, 1, contents=False, damaged={4}) == []
+    assert manifest.prune(tmp_path, 1, contents=False) == [3]
+
+
+def test_retention_does_not_count_what_the_start_passed_over(data: Path, copy: Path) -> None:
+    flip_a_bit(copy)
+    more = {"checkpoint__keep_latest_k": 2, "checkpoint__interval": 4, "training__steps": 8}
+    runs.run(data, copy, **more)
+    assert list(manifest.checkpoints(copy / "checkpoint")) == [5, 8, 10]
+    runs.run(data, copy, **more | {"training__steps": 10})
+    assert list(manifest.checkpoints(copy / "checkpoint")) == [8, 10], "written anew, it counts"
 
 
 def test_what_a_kill_left_half_done_is_cleaned(tmp_path: Path, finished: Path) -> None:
@@ -527,7 +541,9 @@ def test_the_command_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     status, out, err = command(capsys, "verify", str(copy))
     assert status == 4 and "DAMAGED: __0_0.distcp: sha256 mismatch" in out
     assert "titan_fast: a checkpoint is damaged" in err
-    assert command(capsys, "prune", str(copy), "--keep", "1")[1] == "deleted step 5\n"
+    assert command(capsys, "prune", str(copy), "--keep", "1")[1] == "", "the newest is damaged"
+    shutil.copytree(runs.checkpoint(copy, 5), runs.checkpoint(copy, 12))
+    assert command(capsys, "prune", str(copy), "--keep", "1")[1] == "deleted step 5\ndeleted step 10\n"
     assert command(capsys, "list", str(tmp_path / "nothing"))[0] == 4
     assert command(capsys, "list", str(elsewhere(copy)))[0] == 0
     help_ = subprocess.run(

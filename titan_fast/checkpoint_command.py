@@ -109,7 +109,11 @@ def main() -> None:
     for name, words in (
         ("list", "a line per checkpoint"),
         ("verify", "read every byte; exit status 4 where one is damaged"),
-        ("prune", "delete all but the newest whole ones, and what a kill left half done; no run may be using them"),
+        (
+            "prune",
+            "delete all but the newest whole ones, of which every byte is read, and what a kill left half done; no run "
+            "may be using them",
+        ),
         ("export", "the weights as one safetensors file"),
     ):
         sub = commands.add_parser(name, help=words)
@@ -135,7 +139,7 @@ def main() -> None:
 
 
 def prune(path: Path, keep: int) -> list[str]:
-    """Deletes all but the `keep` newest whole checkpoints; damaged ones among the kept stay."""
+    """Deletes all but the `keep` newest whole checkpoints, every byte read; damaged ones among the kept stay."""
     if keep < 1:
         raise ConfigError(f"--keep is {keep}", "keep at least 1")
     parent = next(iter(folders(path).values())).parent

@@ -135,6 +135,7 @@ class Checkpointer:
         self.stall_seconds = 0.0
         """How long saves have kept their caller, since the last `take_stall_seconds`."""
         self._goes_back = False  # to checkpoint.load_step
+        self._passed_over: set[int] = set()  # steps that were found damaged
         self._last_save = time.monotonic()
         self._pending: Future[Path] | None = None
         self._failures = 0  # in a row
@@ -307,7 +308,9 @@ class Checkpointer:
             return
         copy_tokenizer(self.tokenizer, temporary / "tokenizer")
         manifest.publish(temporary, final, known, step=step, world_size=self.world.size)
-        manifest.prune(self.folder, self.settings.keep_latest_k, always=step)
+        self._passed_over.discard(step)
+        keep = self.settings.keep_latest_k
+        manifest.prune(self.folder, keep, always=step, contents=False, damaged=self._passed_over)
         seconds = time.perf_counter() - started
         self._notes.append(f"saved {final} in {seconds:.1f} s")
         steps = Agreement.steps_to_stop(self.world.device)
@@ -463,6 +466,7 @@ class Checkpointer:
             if reason is None:
                 self._goes_back = wanted != -1
                 return path
+            self._passed_over.add(step)
             passed_over.append(f"step-{step} is not loaded ({reason})")
             if self.settings.strict or wanted != -1:
                 break

@@ -11,9 +11,10 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,15 +222,18 @@ def _changed(folder: Path, files: dict[str, Digest]) -> str | None:
         return next(filter(None, pool.map(changed, files)), None)
 
 
-def prune(parent: Path, keep: int, always: int | None = None) -> list[int]:
+def prune(
+    parent: Path, keep: int, always: int | None = None, contents: bool = True, damaged: Collection[int] = ()
+) -> list[int]:
     """Deletes the folders of steps before the `keep` newest whole ones, and says which; 0 keeps all. Whole is judged by
-    manifest and sizes. What is not whole counts for nothing, and what has no manifest is left alone."""
+    manifest, sizes and (with `contents`) sha256, and not of the steps `damaged`. What is not whole counts for nothing,
+    and what has no manifest is left alone."""
     found = checkpoints(parent)
-    whole = [step for step, path in found.items() if problem(path, contents=False) is None]
-    if not keep or len(whole) <= keep:
+    newest_first = (step for step in reversed(found) if step not in damaged)
+    whole = list(islice((step for step in newest_first if problem(found[step], contents) is None), keep))
+    if not keep or len(whole) < keep:
         return []
-    oldest_kept = whole[-keep]
-    gone = [step for step, path in found.items() if step < oldest_kept and step != always and (path / NAME).exists()]
+    gone = [step for step, path in found.items() if step < whole[-1] and step != always and (path / NAME).exists()]
     for step in gone:
         delete(found[step])
     return gone
