@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import random
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -278,6 +279,24 @@ def test_a_copy_is_the_same_tokenizer(name: str, folder: Path, tmp_path: Path) -
         assert (
             (copy.bos_id, copy.eos_id) == (original.bos_id, original.eos_id) == (None, tokenizer.token_to_id("<stop>"))
         )
+
+
+@pytest.mark.parametrize("name", ["sentencepiece.model", "tiktoken.model", "hf/tokenizer.json"])
+def test_a_copy_is_of_what_was_loaded(name: str, folder: Path, tmp_path: Path) -> None:
+    """The original may be moved or replaced while a run goes on."""
+    original, beside = tmp_path / "original", tmp_path / "tokenizer_config.json"
+    shutil.copyfile(folder / name, original)
+    beside.write_text("{}")
+    loaded = load_tokenizer(original)
+    for path in (original, beside):
+        path.write_bytes(b"another")
+    copy_tokenizer(loaded, tmp_path / "replaced")
+    for path in (original, beside):
+        path.unlink()
+    copy_tokenizer(loaded, tmp_path / "gone")
+    for copy in (tmp_path / "replaced", tmp_path / "gone"):
+        assert load_tokenizer(copy).fingerprint == loaded.fingerprint
+        assert (copy / beside.name).exists() == (loaded.kind == "tokenizers")
 
 
 def test_hugging_face_without_an_end_is_refused(tmp_path: Path) -> None:

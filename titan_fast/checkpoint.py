@@ -5,7 +5,7 @@ A checkpoint is the folder `step-N`:
     rng-R.safetensors       rank R's random state
     state.json              step, tokens, data position, versions
     config.toml             the resolved config
-    tokenizer/              a copy of the tokenizer's file, so that the folder alone can speak
+    tokenizer/              the tokenizer's file as the run read it, so that the folder alone can speak
     MANIFEST.json           size and sha256 of every file; what does not match it is not loaded (manifest.py)
 """
 

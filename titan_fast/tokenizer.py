@@ -13,7 +13,6 @@ import json
 import os
 import random
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +60,12 @@ class Tokenizer(Protocol):
         """sha256 of the file."""
         ...
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What `load_tokenizer` reads the same tokenizer from, by name in a folder, as it was when this one was read:
+        the files may be moved or replaced while a run goes on."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS and EOS."""
         ...
@@ -105,16 +110,11 @@ CONFIG_BESIDE = "tokenizer_config.json"
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """Copies into `folder`, made if need be, what `load_tokenizer` reads the same tokenizer from; the files' names."""
-    files = {"tokenizer.model": tokenizer.path}
-    if tokenizer.kind == HuggingFaceTokenizer.kind:
-        files = {"tokenizer.json": tokenizer.path}
-        if (config := tokenizer.path.with_name(CONFIG_BESIDE)).is_file():
-            files[CONFIG_BESIDE] = config
+    """Writes the tokenizer's files into `folder`, made if need be; their names."""
     folder.mkdir(exist_ok=True)
-    for name, path in files.items():
-        shutil.copyfile(path, folder / name)
-    return list(files)
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
+    return list(tokenizer.files)
 
 
 def _tokenizer_file(path: Path) -> Path:
@@ -167,6 +167,7 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path, content: bytes, processor: sentencepiece.SentencePieceProcessor) -> None:
         self.path = path
         self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.files = {"tokenizer.model": content}
         self._processor = processor
         self.vocab_size = processor.vocab_size()
         bos, eos = processor.bos_id(), processor.eos_id()
@@ -246,6 +247,7 @@ class TiktokenTokenizer:
     def __init__(self, path: Path, content: bytes) -> None:
         self.path = path
         self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.files = {"tokenizer.model": content}
         ranks = read_ranks(content, path)
         special = llama3_special_tokens(len(ranks))
         self._encoding = tiktoken.Encoding(
@@ -328,7 +330,8 @@ class HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True  # in text, they are text
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
-        names = _special_names(path.with_name(CONFIG_BESIDE))
+        names, beside = _special_names(path.with_name(CONFIG_BESIDE))
+        self.files = {"tokenizer.json": content} | beside
         self.bos_id: int | None = self._special_id(ids, "bos_token", names, self._BOS_NAMES)
         eos_id = self._special_id(ids, "eos_token", names, self._EOS_NAMES)
         if eos_id is None:
@@ -362,12 +365,13 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=False)
 
 
-def _special_names(path: Path) -> dict[str, str | None]:
-    """The names that tokenizer_config.json gives to the special tokens; empty without one."""
+def _special_names(path: Path) -> tuple[dict[str, str | None], dict[str, bytes]]:
+    """The names that tokenizer_config.json gives to the special tokens, and the file; both empty without one."""
     if not path.is_file():
-        return {}
+        return {}, {}
     try:
-        config: Any = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        config: Any = json.loads(content)
         if not isinstance(config, dict):
             raise TypeError("not an object")
         found = {key: config[key] for key in ("bos_token", "eos_token") if key in config}
@@ -377,7 +381,7 @@ def _special_names(path: Path) -> dict[str, str | None]:
     for key, name in names.items():
         if not isinstance(name, str | None):
             raise DataError(f"{CONFIG_BESIDE}'s {key} is {name!r}, not a text", "mend or remove it", str(path))
-    return names
+    return names, {CONFIG_BESIDE: content}
 
 
 TRAINING_CHARACTERS = 2_000_000
