@@ -1,5 +1,6 @@
 """Kills, signals, full disks, NaNs, hangs, slow ranks, two runs at once: what follows each, by breaking real runs."""
 
+import errno
 import json
 import math
 import os
@@ -532,6 +533,44 @@ def test_two_runs_on_one_folder_of_checkpoints(data: Path, tmp_path: Path) -> No
     (shared / LOCK).unlink()
     runs.run(data, tmp_path / "second", checkpoint__folder=str(shared), training__steps=1)
     assert not (shared / LOCK).exists()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_prune_is_refused_while_a_run_goes_on(
+    elsewhere: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    folder = tmp_path / "saves" if elsewhere else run / "checkpoint"
+    more = {
+        "checkpoint__folder": folder if elsewhere else folder.name, "checkpoint__interval": 1, "training__steps": 2,
+    }  # fmt: skip
+    runs.run(data, run, **more)
+    (folder / ".writing-step-3").mkdir()
+
+    def prune(path: Path) -> int:
+        monkeypatch.setattr(sys, "argv", ["titan_fast.checkpoint", "prune", str(path), "--keep", "1"])
+        with pytest.raises(SystemExit) as ended:
+            checkpoint_command.main()
+        return int(ended.value.code or 0)
+
+    with locked(parse(runs.arguments(data, run, **more)), run) as check:
+        for path in (run, folder):
+            assert prune(path) == 2
+            assert f"another run is using these checkpoints: process {os.getpid()}" in capsys.readouterr().err
+        check()
+    assert {path.name for path in folder.glob("*step*")} == {"step-1", "step-2", ".writing-step-3"}
+    monkeypatch.setattr(sys, "argv", ["titan_fast.checkpoint", "prune", str(folder), "--keep", "1"])
+    checkpoint_command.main()
+    assert {path.name for path in folder.glob("*step*")} == {"step-2"}
+    assert not (run / LOCK).exists() and not (folder / LOCK).exists()
+    (folder / ".writing-step-3").mkdir()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RunLock, "_write", full)
+    checkpoint_command.main()
+    assert {path.name for path in folder.glob("*step*")} == {"step-2"}
 
 
 def test_nothing_is_written_into_a_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from titan_fast.checkpoint import checkpoints_of, load_tensors, read_config, rea
 from titan_fast.command_line import Parser
 from titan_fast.errors import CheckpointError, ConfigError, command
 from titan_fast.hf_files import save_readable
+from titan_fast.run_lock import without_a_run
 from titan_fast.safe_unpickle import load_metadata
 
 
@@ -111,8 +112,8 @@ def main() -> None:
         ("verify", "read every byte; exit status 4 where one is damaged"),
         (
             "prune",
-            "delete all but the newest whole ones, of which every byte is read, and what a kill left half done; no run "
-            "may be using them",
+            "delete all but the newest whole ones, of which every byte is read, and what a kill left half done; "
+            "refused while a run is using them",
         ),
         ("export", "the weights as one safetensors file"),
     ):
@@ -139,14 +140,16 @@ def main() -> None:
 
 
 def prune(path: Path, keep: int) -> list[str]:
-    """Deletes all but the `keep` newest whole checkpoints, every byte read; damaged ones among the kept stay."""
+    """Deletes all but the `keep` newest whole checkpoints, every byte read; damaged ones among the kept stay.
+    ConfigError where a run is using them."""
     if keep < 1:
         raise ConfigError(f"--keep is {keep}", "keep at least 1")
     parent = next(iter(folders(path).values())).parent
     if parent == path.absolute().parent:
         raise ConfigError("prune takes the folder that holds the checkpoints, not one of them", "name that", str(path))
-    lines = manifest.clean(parent)
-    return lines + [f"deleted step {step}" for step in manifest.prune(parent, keep)]
+    with without_a_run(parent):
+        lines = manifest.clean(parent)
+        return lines + [f"deleted step {step}" for step in manifest.prune(parent, keep)]
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from titan_fast.config import Config
-from titan_fast.errors import CheckpointError, ConfigError
+from titan_fast.errors import NO_ROOM, CheckpointError, ConfigError
 
 NAME = "run.lock"
+_GUARD = f".{NAME}.guard"
 PULSE_SECONDS = 10.0
 SILENT_SECONDS = 60.0
 """A holder elsewhere whose pulse is older than this is taken for dead."""
@@ -45,9 +46,25 @@ def locked(config: Config, run_dir: Path) -> Iterator[Callable[[], None]]:
         yield check
 
 
+@contextmanager
+def without_a_run(checkpoints: Path) -> Iterator[None]:
+    """Keeps every run from a folder of checkpoints; ConfigError where one is at it. The lock is in the folder or in a
+    run directory above it, which is known by the guard that the first run has left there."""
+    places = (checkpoints.resolve(), *checkpoints.resolve().parents)
+    with ExitStack() as held:
+        for place in (place for place in places if (place / _GUARD).exists()):
+            try:
+                held.enter_context(RunLock(place, "these checkpoints"))
+            except OSError as error:
+                # Who is here to make room goes on without a lock of his own, where nobody else has one.
+                if error.errno not in NO_ROOM or (place / NAME).exists():
+                    raise
+        yield
+
+
 class RunLock:
     """Held from `with` to its end; ConfigError where another live run holds the folder. key: the setting that names
-    the folder."""
+    the folder, or words for it."""
 
     def __init__(self, folder: Path, key: str = "job.dump_folder") -> None:
         self.path, self._key = folder / NAME, key
@@ -99,7 +116,7 @@ class RunLock:
 
     def _try(self) -> dict[str, Any] | None:
         """None once the lock is ours, else who holds it; "may_be_dead" where only time can tell."""
-        with (self.path.with_name(f".{NAME}.guard")).open("a") as guard:
+        with self.path.with_name(_GUARD).open("a") as guard:
             # For two starts at one moment. On a file system without locks the later one wins, and `check` tells.
             with suppress(OSError):
                 fcntl.flock(guard, fcntl.LOCK_EX)
@@ -111,8 +128,11 @@ class RunLock:
 
     def _write(self) -> None:
         temporary = self.path.with_name(f".{NAME}.{self._me['token']}")
-        temporary.write_text(json.dumps(self._me))
-        temporary.replace(self.path)
+        try:
+            temporary.write_text(json.dumps(self._me))
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _doubt(self, holder: dict[str, Any]) -> bool | None:
         """None where the holder is dead, False where it lives, True where its pulse may yet turn out to have ended."""
