@@ -245,14 +245,14 @@ def test_retention_counts_only_whole_checkpoints(tmp_path: Path, data: Path, fin
         shutil.copytree(runs.checkpoint(finished, 10), tmp_path / f"step-{step}")
     for step in (5, 6):
         (tmp_path / f"step-{step}" / "state.json").unlink()
-    assert manifest.prune(tmp_path, 2) == [1, 2]
+    assert manifest.prune(tmp_path, 2) == ([1, 2], [])
     assert list(manifest.checkpoints(tmp_path)) == [3, 4, 5, 6]
-    assert manifest.prune(tmp_path, 0) == []
+    assert manifest.prune(tmp_path, 0) == ([], [])
     state = tmp_path / "step-4" / "state.json"
     state.write_bytes(state.read_bytes().swapcase())  # of the same size
-    assert manifest.prune(tmp_path, 1) == [], "the last whole one"
-    assert manifest.prune(tmp_path, 1, contents=False, damaged={4}) == []
-    assert manifest.prune(tmp_path, 1, contents=False) == [3]
+    assert manifest.prune(tmp_path, 1) == ([], []), "the last whole one"
+    assert manifest.prune(tmp_path, 1, contents=False, damaged={4}) == ([], [])
+    assert manifest.prune(tmp_path, 1, contents=False) == ([3], [])
 
 
 def test_retention_does_not_count_what_the_start_passed_over(data: Path, copy: Path) -> None:
@@ -262,6 +262,27 @@ def test_retention_does_not_count_what_the_start_passed_over(data: Path, copy: P
     assert list(manifest.checkpoints(copy / "checkpoint")) == [5, 8, 10]
     runs.run(data, copy, **more | {"training__steps": 10})
     assert list(manifest.checkpoints(copy / "checkpoint")) == [8, 10], "written anew, it counts"
+
+
+def test_what_cannot_be_deleted_is_said(
+    data: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a checkpoint that its owner has made read-only."""
+    folder = copy / "checkpoint"
+    doomed = folder / ".deleting-step-5"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        assert command(capsys, "prune", str(copy), "--keep", "1")[1] == f"could not delete {doomed}\n"
+        words = "could not delete .deleting-step-5, which was on its way out\n"
+        assert command(capsys, "prune", str(copy), "--keep", "1")[1] == words
+        shutil.copytree(runs.checkpoint(copy, 10), runs.checkpoint(copy, 5))
+        runs.run(data, copy, training__steps=11, checkpoint__keep_latest_k=1)
+        assert f"could not delete {doomed}" in capsys.readouterr().out, "the run goes on"
+        assert runs.checkpoint(copy, 5).exists() and runs.checkpoint(copy, 11).exists()
+    shutil.rmtree(folder / ".deleting-step-10")
+    assert manifest.leftover_bytes(folder) > 0
+    monkeypatch.setattr(os, "access", lambda path, mode: not Path(path).is_relative_to(doomed))
+    assert manifest.leftover_bytes(folder) == 0, "room that does not come free"
 
 
 def test_what_a_kill_left_half_done_is_cleaned(tmp_path: Path, finished: Path) -> None:

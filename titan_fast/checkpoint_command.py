@@ -149,7 +149,8 @@ def prune(path: Path, keep: int) -> list[str]:
         raise ConfigError("prune takes the folder that holds the checkpoints, not one of them", "name that", str(path))
     with without_a_run(parent):
         lines = manifest.clean(parent)
-        return lines + [f"deleted step {step}" for step in manifest.prune(parent, keep)]
+        deleted, left = manifest.prune(parent, keep)
+    return [*lines, *(f"deleted step {step}" for step in deleted), *(f"could not delete {path}" for path in left)]
 
 
 if __name__ == "__main__":

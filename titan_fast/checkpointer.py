@@ -310,9 +310,10 @@ class Checkpointer:
         manifest.publish(temporary, final, known, step=step, world_size=self.world.size)
         self._passed_over.discard(step)
         keep = self.settings.keep_latest_k
-        manifest.prune(self.folder, keep, always=step, contents=False, damaged=self._passed_over)
+        _, left = manifest.prune(self.folder, keep, always=step, contents=False, damaged=self._passed_over)
         seconds = time.perf_counter() - started
         self._notes.append(f"saved {final} in {seconds:.1f} s")
+        self._notes.extend(f"could not delete {path}" for path in left)
         steps = Agreement.steps_to_stop(self.world.device)
         whole = steps * self.step_seconds + seconds
         if (limit := seconds_to_stop()) is not None and whole > limit and not self._warned_of_limit:

@@ -224,45 +224,48 @@ def _changed(folder: Path, files: dict[str, Digest]) -> str | None:
 
 def prune(
     parent: Path, keep: int, always: int | None = None, contents: bool = True, damaged: Collection[int] = ()
-) -> list[int]:
-    """Deletes the folders of steps before the `keep` newest whole ones, and says which; 0 keeps all. Whole is judged by
-    manifest, sizes and (with `contents`) sha256, and not of the steps `damaged`. What is not whole counts for nothing,
-    and what has no manifest is left alone."""
+) -> tuple[list[int], list[Path]]:
+    """Deletes the folders of steps before the `keep` newest whole ones; returns those steps, and what of them could not
+    be deleted. 0 keeps all. Whole is judged by manifest, sizes and (with `contents`) sha256, and not of the steps
+    `damaged`. What is not whole counts for nothing, and what has no manifest is left alone."""
     found = checkpoints(parent)
     newest_first = (step for step in reversed(found) if step not in damaged)
     whole = list(islice((step for step in newest_first if problem(found[step], contents) is None), keep))
     if not keep or len(whole) < keep:
-        return []
-    gone = [step for step, path in found.items() if step < whole[-1] and step != always and (path / NAME).exists()]
-    for step in gone:
-        delete(found[step])
-    return gone
+        return [], []
+    old = [step for step, path in found.items() if step < whole[-1] and step != always and (path / NAME).exists()]
+    left = {step: doomed for step in old if (doomed := delete(found[step]))}
+    return [step for step in old if step not in left], list(left.values())
 
 
-def delete(folder: Path) -> None:
-    """Takes a published folder away: first its name, at once, then its files."""
+def delete(folder: Path) -> Path | None:
+    """Takes a published folder away: first its name, at once, then its files. Returns what could not be deleted, of
+    this folder or of an earlier one by its name, if anything."""
     doomed = folder.with_name(f".deleting-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    sync_folder(folder.parent)
-    shutil.rmtree(doomed, ignore_errors=True)
+    if not doomed.exists():
+        folder.rename(doomed)
+        sync_folder(folder.parent)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return doomed if doomed.exists() else None
 
 
 def leftover_bytes(parent: Path) -> int:
-    """Of what `clean` would delete. A run that is still going on may be at it too."""
+    """Of what `clean` would delete, and may. A run that is still going on may be at it too."""
     total = 0
     for folder in parent.glob(".*"):
         match = _LEFTOVER.fullmatch(folder.name)
         if match and not folder.is_symlink() and (match[1] != "replaced" or folder.with_name(match[2]).exists()):
             with suppress(FileNotFoundError):
                 for file in folder.rglob("*"):
-                    total += file.lstat().st_size
+                    if os.access(file.parent, os.W_OK | os.X_OK):
+                        total += file.lstat().st_size
     return total
 
 
 def clean(parent: Path) -> list[str]:
     """Ends what a killed process had begun: puts back a folder that was being replaced and has no successor, deletes
-    what was being written or deleted. Says what it did. Only for the one process that owns `parent`."""
+    what was being written or deleted. Says what it did or could not. Only for the one process that owns `parent`."""
     done = []
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
         match = _LEFTOVER.fullmatch(path.name)
@@ -275,7 +278,7 @@ def clean(parent: Path) -> list[str]:
             continue
         shutil.rmtree(path, ignore_errors=True)
         words = "was never finished" if match[1] == "writing" else "was on its way out"
-        done.append(f"deleted {path.name}, which {words}")
+        done.append(f"{'could not delete' if path.exists() else 'deleted'} {path.name}, which {words}")
     if done:
         sync_folder(parent)
     return done
