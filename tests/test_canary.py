@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from titan_fast import wide_products
+from titan_fast import canary, wide_products
 from titan_fast.canary import check, check_compiled_gradients, exact_ops
 from titan_fast.config import Compile, MeshDegrees, from_options
-from titan_fast.errors import NumericsError
+from titan_fast.errors import ConfigError, NumericsError
 from titan_fast.flavors import FLAVORS
 from titan_fast.ops import REFERENCE, with_equal_heads
 
@@ -68,6 +68,42 @@ def test_the_canary_finds_a_wrong_compiled_gradient(dtype: torch.dtype) -> None:
     with pytest.raises(NumericsError, match=rf"gradient of .*gate.*torch {re.escape(torch.__version__)}") as caught:
         check_compiled_gradients(SHAPE, broken, settings, dtype, cpu, 2, 16)
     assert caught.value.exit_status == 5
+
+
+def test_the_comparison_needs_eager_memory_of_a_single_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that recomputes, or whose ranks share a batch, has no room for more. Sums are those of the whole batch."""
+    seen, true_gradients = [], canary._gradients
+
+    def gradients(block: torch.nn.Module, x: torch.Tensor, *rest: Any) -> dict[str, torch.Tensor]:
+        seen.append((x.dtype, len(x)))
+        return true_gradients(block, x, *rest)
+
+    monkeypatch.setattr(canary, "_gradients", gradients)
+    settings = Compile(enable=True, backend="aot_eager")
+    torch._dynamo.reset()
+    error = check_compiled_gradients(SHAPE, REFERENCE, settings, torch.float32, torch.device("cpu"), 3, 16)
+    assert 0 < error < 1e-5 and seen == [(torch.float32, 1)] * 3 + [(torch.float32, 3)]
+
+
+@pytest.mark.parametrize(("tensor", "sequences"), [(1, 12), (8, 1)])
+def test_the_comparison_takes_a_ranks_part_of_a_batch(
+    tensor: int, sequences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[Any] = []
+    monkeypatch.setattr(canary, "check_compiled_gradients", lambda *arguments, wide: sizes.append(arguments[-2:]))
+    config = from_options({"compile.enable": ["True"], "training.local_batch_size": ["12"]})
+    check(config, SHAPE, REFERENCE, MeshDegrees(1, 1, tensor), torch.device("cpu"))
+    assert sizes == [(sequences, config.training.seq_len)]
+
+
+def test_a_comparison_that_does_not_fit_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    monkeypatch.setattr(canary, "check_compiled_gradients", full)
+    config = from_options({"compile.enable": ["True"], "training.local_batch_size": ["3"]})
+    with pytest.raises(ConfigError, match=r"comparison of a compiled block.*2\.00 GiB.*\(now 3\).*canary False"):
+        check(config, SHAPE, REFERENCE, MeshDegrees(1, 1, 1), torch.device("cpu"))
 
 
 def test_repeated_heads_are_grouped_heads() -> None:

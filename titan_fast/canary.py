@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend
 
 from titan_fast import compilation, wide_gradients
 from titan_fast.config import Compile, Config, MeshDegrees
-from titan_fast.errors import NumericsError
+from titan_fast.errors import ConfigError, NumericsError
 from titan_fast.flavors import ModelShape
 from titan_fast.model import Block, init_values, rope_tables
 from titan_fast.ops import REFERENCE, Ops, attention_with, with_equal_heads
@@ -25,13 +25,24 @@ SLACK = 3.0
 
 
 def check(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegrees, device: torch.device) -> None:
-    """`check_compiled_gradients` at the run's own sizes and dtype, where the config compiles blocks and wants it."""
+    """`check_compiled_gradients` at the run's own sizes and dtype, where the config compiles blocks and wants it. Of a
+    batch that tensor parallelism shares, a rank's part."""
     training, dtype = config.training, precision(config.training, device).param
-    if config.compile.canary and config.compile.takes("blocks", "model"):
-        size = training.local_batch_size, training.seq_len
-        wide = gradients_are_wide(config, degrees, device)
-        log.info("compiling one block and comparing its gradients with plain PyTorch's (compile.canary)")
+    if not (config.compile.canary and config.compile.takes("blocks", "model")):
+        return
+    size = max(1, training.local_batch_size // degrees.tensor), training.seq_len
+    wide = gradients_are_wide(config, degrees, device)
+    log.info("compiling one block and comparing its gradients with plain PyTorch's (compile.canary)")
+    try:
         check_compiled_gradients(shape, ops, config.compile, dtype, device, *size, wide=wide)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"out of memory in the comparison of a compiled block's gradients, before the model was built: "
+            f"{str(error).splitlines()[0]}",
+            f"lower training.local_batch_size (now {training.local_batch_size}), or leave the comparison out by "
+            "--compile.canary False",
+            where=str(device),
+        ) from error
 
 
 def check_compiled_gradients(
@@ -54,7 +65,7 @@ def check_compiled_gradients(
     x = torch.randn(batch, seq_len, shape.dim, generator=generator, device=device)
     dy = torch.randn(batch, seq_len, shape.dim, generator=generator, device=device)
     rope = rope_tables(shape, seq_len, device)
-    exact = _gradients(_block(shape, exact_ops(device), torch.float32, device), x, dy, rope)
+    exact = _one_by_one(_block(shape, exact_ops(device), torch.float32, device), x, dy, rope)
     compiled = _block(shape, ops, dtype, device)
     if wide:
         wide_gradients.widen(compiled, torch.float32, device)
@@ -63,7 +74,7 @@ def check_compiled_gradients(
     bounds = dict.fromkeys(exact, FLOAT32_BOUND)
     if dtype != torch.float32 or ops.linear is not REFERENCE.linear:
         plain = dataclasses.replace(REFERENCE, linear=ops.linear)
-        eager = _gradients(_block(shape, plain, dtype, device), x.to(dtype), dy.to(dtype), rope)
+        eager = _one_by_one(_block(shape, plain, dtype, device), x.to(dtype), dy.to(dtype), rope)
         least = torch.finfo(dtype).eps
         bounds = {name: SLACK * max(_error(eager[name], exact[name]), least) for name in exact}
     errors = {name: _error(found[name], exact[name]) for name in exact}
@@ -112,6 +123,18 @@ def _gradients(block: nn.Module, x: Tensor, dy: Tensor, rope: tuple[Tensor, Tens
     block(x, None, rope)[0].backward(dy)
     gradients = wide_gradients.gradients(block) | {"its input": x.grad}
     return {name: gradient.float() for name, gradient in gradients.items() if gradient is not None}
+
+
+def _one_by_one(block: nn.Module, x: Tensor, dy: Tensor, rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """`_gradients`, sequence after sequence, summed in float32: eager PyTorch keeps several times as much of a batch as
+    a run that recomputes does."""
+    inputs, total = [], {}
+    for one, upstream in zip(x.split(1), dy.split(1), strict=True):
+        found = _gradients(block, one, upstream, rope)
+        inputs.append(found.pop("its input"))
+        total = {name: total[name].add_(found[name]) if name in total else found[name] for name in found}
+        block.zero_grad(set_to_none=True)
+    return total | {"its input": torch.cat(inputs)}
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
