@@ -166,6 +166,9 @@ def test_memory_efficient_attention_gets_a_head_of_k_for_each_of_q(monkeypatch: 
         found = built.attention(q, k, v)
         assert seen.pop() == (8, 8, 8, False)
         torch.testing.assert_close(found, attend(q, k, v, is_causal=True, enable_gqa=True))
+    for name in ("flash", "cudnn", "fa3"):
+        with pytest.raises(ConfigError, match=rf"kernels\.attention '{name}' takes no float32 on CUDA"):
+            build_ops(config_of(kernels__attention=name).kernels, gpu, wanted, "sm_90")
 
 
 def test_no_kernel_of_ours_within_torchs_loss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -393,5 +393,15 @@ def test_a_sequence_that_does_not_divide() -> None:
 
 def test_asynchronous_tensor_parallelism_where_it_cannot_work() -> None:
     option = {"parallelism.enable_async_tensor_parallel": True}
-    assert "a tensor_parallel_degree above 1 and compile.enable and CUDA" in refusal(mesh(1, 1, 1) | option, 1)
-    assert "without CUDA" in refusal(mesh(1, 1, 2) | option | {"compile.enable": True}, 2)
+    compiled = mesh(1, 1, 2) | option | {"compile.enable": True}
+    lacks = "a tensor_parallel_degree above 1 and blocks compiled by inductor and CUDA"
+    assert lacks in refusal(mesh(1, 1, 1) | option, 1)
+    assert "without CUDA" in refusal(compiled, 2)
+    for without in ({"compile.components": "optimizer"}, {"compile.backend": "aot_eager"}):
+        assert "without blocks compiled by inductor and CUDA" in refusal(compiled | without, 2)
+
+
+def test_a_vocabulary_of_which_a_rank_gets_nothing() -> None:
+    assert "a vocabulary of 9 leaves the last of 4" in refusal(
+        mesh(1, 1, 4), 4, dataclasses.replace(LLAMA3, n_heads=8, n_kv_heads=4, vocab_size=9)
+    )

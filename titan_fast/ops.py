@@ -155,6 +155,11 @@ def _choose_attention(setting: str, device: torch.device, dtype: str) -> tuple[l
                 f"kernels.attention {setting!r} exists on CUDA only and this device is {device.type}",
                 "take auto, flash or math",
             )
+        if dtype == "float32" and device.type == "cuda" and setting not in ("efficient", "math"):
+            raise ConfigError(
+                f"kernels.attention {setting!r} takes no float32 on CUDA, in which this run computes",
+                "take auto, efficient or math, or --training.mixed_precision_param bfloat16",
+            )
         if setting in _FLASH_VERSIONS:
             _activate_flash(setting)
         return [_BACKENDS[setting]], setting, "as configured"

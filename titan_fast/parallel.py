@@ -67,6 +67,11 @@ def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: tor
                 f"{name} {value} is not divisible by tensor_parallel_degree {tensor}",
                 f"for this model the degree may be one of {divisors}",
             )
+    if (tensor - 1) * -(-shape.vocab_size // tensor) >= shape.vocab_size:
+        raise ConfigError(
+            f"a vocabulary of {shape.vocab_size} leaves the last of {tensor} tensor-parallel ranks nothing",
+            "lower tensor_parallel_degree",
+        )
     if seq_len % tensor:
         raise ConfigError(
             f"training.seq_len {seq_len} is not divisible by tensor_parallel_degree {tensor}, which cuts sequences too",
@@ -91,7 +96,10 @@ def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: tor
             what
             for what, there in (
                 ("a tensor_parallel_degree above 1", tensor > 1),
-                ("compile.enable", settings.compile.enable),
+                (
+                    "blocks compiled by inductor",
+                    settings.compile.takes("blocks", "model") and settings.compile.backend == "inductor",
+                ),
                 ("CUDA", device.type == "cuda"),
             )
             if not there
