@@ -72,12 +72,25 @@ def test_recomputation_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert kept["full"] < kept["pointwise"] < kept["none"]
 
 
+def test_what_is_offloaded_is_in_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    fullest = []
+    for offload in (False, True):
+        dry_run(parse(words(job__world_size=8, training__enable_cpu_offload=offload)))
+        output = capsys.readouterr().out
+        assert output.count(", in host memory") == (2 if offload else 0)
+        found = re.search(r"^fullest moment +([\d.]+) MiB", output, re.MULTILINE)
+        assert found is not None, output
+        fullest.append(float(found[1]) * 2**20)
+        parts = held(output.replace(", in host memory", ""))
+    assert fullest[0] - fullest[1] == pytest.approx(parts["parameters"] + parts["optimizer state"], abs=2**15)
+
+
 def test_the_clusters_errors() -> None:
     with pytest.raises(ConfigError, match="n_heads 6 is not divisible by tensor_parallel_degree 4"):
         dry_run(parse(words(job__world_size=8, parallelism__tensor_parallel_degree=4)))
     with pytest.raises(ConfigError, match=r"3 .*= 3, and there are 8 processes"):
         dry_run(parse(words(job__world_size=8, parallelism__data_parallel_shard_degree=3)))
-    with pytest.raises(ConfigError, match=r"without compile\.enable"):
+    with pytest.raises(ConfigError, match=r"without blocks compiled by inductor"):
         options = {"parallelism__tensor_parallel_degree": 2, "parallelism__enable_async_tensor_parallel": True}
         dry_run(parse(words(job__world_size=8, **options)))
 

@@ -22,6 +22,9 @@ from titan_fast.ops import Ops
 from titan_fast.profiling import check_profiling
 from titan_fast.step import workload
 
+OFFLOADED = ("parameters", "optimizer state")
+"""Parts of memory that `training.enable_cpu_offload` keeps in the host's; the same at every moment of a step."""
+
 # What the cluster has and this machine may not. Naming the device needs none.
 GPU = torch.device("cuda")
 
@@ -100,10 +103,12 @@ def description(
         f"accumulated = {tokens_per_step(training, degrees.data):,}",
     )
     yield "sharded over", f"{degrees.shard * degrees.tensor} ranks: parameters, gradients and optimizer state of a rank"
+    on_host = OFFLOADED if training.enable_cpu_offload else ()
     for part, nbytes in peak.peak.parts.items():
         if nbytes:
-            yield f"  {part}", memory(nbytes)
-    yield "fullest moment", f"{memory(peak.peak.total)}, in {peak.phase} of {peak.unit}, without what torch reserves"
+            yield f"  {part}", memory(nbytes) + ", in host memory" * (part in on_host)
+    total = peak.peak.total - sum(peak.peak.parts.get(part, 0.0) for part in on_host)
+    yield "fullest moment", f"{memory(total)}, in {peak.phase} of {peak.unit}, without what torch reserves"
     yield "counted", f"{step.how}; {seconds:.0f} s"
 
 

@@ -61,6 +61,8 @@ def state_bytes(config: Config, degrees: MeshDegrees, device: torch.device) -> i
 
 
 def state_text(config: Config, shape: ModelShape, degrees: MeshDegrees, device: torch.device) -> str:
+    if config.training.enable_cpu_offload and device.type == "cuda":
+        return "weights, gradients and moments are in host memory"
     each, devices = state_bytes(config, degrees, device), degrees.shard * degrees.tensor
     return (
         f"weights, gradients and moments take {each * parameter_count(shape) / devices / GIB:.2f} GiB of it "
