@@ -72,7 +72,7 @@ def count_step(
 
     Needs a process group of `degrees`' size. Everything is as on a GPU but for the device's name.
     """
-    recorder = _COUNTER.recorder = StepRecorder(for_gpu)
+    recorder = _COUNTER.recorder = StepRecorder(for_gpu, degrees.tensor)
     if config.compile.enable:
         config = _compiled_by(_COUNTER, config)
     if for_gpu and buffers_are_direct(config.parallelism, "cuda"):

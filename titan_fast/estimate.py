@@ -173,6 +173,11 @@ def check(plan: Plan) -> None:
         raise ConfigError(
             "training.enable_cpu_offload moves state to the host, which the planner does not count", "plan without it"
         )
+    if plan.config.training.mixed_precision_param == "float32":
+        raise ConfigError(
+            "training.mixed_precision_param is 'float32', and the planner knows rates of bfloat16 and float8 alone",
+            "plan for bfloat16; on a GPU float32 takes many times as long",
+        )
     if plan.config.float8.enable and plan.gpu.float8 is None:
         raise ConfigError(
             f"float8.enable is True, and {plan.gpu.name} has no float8 products",
@@ -207,7 +212,15 @@ def estimate(plan: Plan, check_depth: bool = True) -> Estimate:
 
     with fake_world(plan.gpus):
         step = deep_step(count, shape.n_layers, period(config.activation_checkpoint), plan.whole, check_depth)
-    time = step_time(step.segments, plan.gpu, plan.attention, plan.network, plan.passes, tensor_degree=degrees.tensor)
+    time = step_time(
+        step.segments,
+        plan.gpu,
+        plan.attention,
+        plan.network,
+        plan.passes,
+        tensor_degree=degrees.tensor,
+        recorded=config.training.cuda_graph,
+    )
     return Estimate(plan, step.segments, step.how, time)
 
 

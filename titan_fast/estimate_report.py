@@ -41,6 +41,8 @@ def table(found: Estimate) -> list[str]:
         lines.append("compiled blocks: saved activations are the partitioner's own; what Inductor fuses is estimated")
         if "model" in plan.config.compile.components:
             lines.append("compile.components model: counted as blocks, norm and loss, each compiled by itself")
+    if plan.config.parallelism.enable_async_tensor_parallel:
+        lines.append("parallelism.enable_async_tensor_parallel: timed as without it; how much it hides is not known")
     return lines
 
 

@@ -206,10 +206,11 @@ def _in_order(func: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[Any]:
 class StepRecorder(TorchDispatchMode):
     """Enter it around a step; mark where units and phases begin."""
 
-    def __init__(self, for_gpu: bool = True) -> None:
-        """for_gpu: count the workspace that the GPU's attention takes; the CPU's is another."""
+    def __init__(self, for_gpu: bool = True, tensor_degree: int = 1) -> None:
+        """for_gpu: count the workspace that the GPU's attention takes; the CPU's is another. tensor_degree: of tensor
+        parallelism, whose ranks are neighbours."""
         super().__init__()
-        self.for_gpu = for_gpu
+        self.for_gpu, self.tensor_degree = for_gpu, tensor_degree
         self.start()
 
     def start(self) -> None:
@@ -258,8 +259,9 @@ class StepRecorder(TorchDispatchMode):
         operation = operation_of(func, args, kwargs, out)
         if operation is not None:
             backward = bool(self.segments and self.segments[-1].phase == "backward")
-            if operation.kind == "blocking" and backward and operation.group.stride > 1:
-                operation = replace(operation, kind="replicas")  # tensor-parallel ranks, who sum too, are neighbours
+            of_tensor = operation.group == Group(self.tensor_degree, 1)
+            if operation.kind == "blocking" and backward and not of_tensor:
+                operation = replace(operation, kind="replicas")
             self.add(replace(operation, recomputed=backward and _saves()))
 
     def note_collective(self, kind: Kind, whole: list[Tensor], own: list[Tensor], group: dist.ProcessGroup) -> None:

@@ -8,7 +8,7 @@ where its weights are needed, as FSDP2 does it; what of it the computation did n
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from titan_fast.gpus import Gpu
 from titan_fast.step_record import Group, Operation, Segment
@@ -30,9 +30,12 @@ class Fitted:
 
 FITTED = Fitted()
 
-# Seconds of host time to issue one kernel. Estimates: an eager operator passes Python, autograd and the dispatcher, and
-# brings views along; a compiled block launches from generated code; FSDP2's hooks around a unit are Python too.
-EAGER_HOST, COMPILED_HOST, FSDP_HOST = 15e-6, 4e-6, 150e-6
+# Seconds of host time. An eager operator passes Python, autograd and the dispatcher, and brings views along. A compiled
+# kernel is launched from generated code; before the first one of a unit come its guards, autograd's node and the hooks
+# of its parameters, and the compiled update is called for each tensor. Fitted to one host, on which torch.mul takes 12
+# us and others take half (the 1B at 1 x 1024 on an H100: 81.0 ms eager, 53.7 compiled, the GPU waiting), units and
+# updates told apart by a CPU, where they are 3 to 1. FSDP2's hooks around a unit are Python too, an estimate.
+EAGER_HOST, COMPILED_HOST, UNIT_HOST, UPDATE_HOST, FSDP_HOST = 36.6e-6, 4e-6, 1.07e-3, 110e-6, 150e-6
 COMPILED_BANDWIDTH = 0.90
 """Part of a large copy's bandwidth that a compiled or handwritten kernel reaches; torchao's model (roofline_utils.py)
 takes 0.92 of the data sheet's. Not fitted."""
@@ -143,18 +146,32 @@ def collective_seconds(operation: Operation, gpu: Gpu, network: Network) -> floa
 
 
 class _Clocks:
-    """The state of the simulation: seconds since the step began."""
+    """The state of the simulation: seconds since it began."""
 
-    def __init__(self, gpu: Gpu, backend: str, network: Network, fitted: Fitted, tensor_degree: int) -> None:
+    def __init__(
+        self, gpu: Gpu, backend: str, network: Network, fitted: Fitted, tensor_degree: int, recorded: bool
+    ) -> None:
         self.gpu, self.backend, self.network, self.fitted = gpu, backend, network, fitted
+        self.recorded = recorded
         self.tensor_group = Group(tensor_degree, 1)
         self.host = self.compute = self.fsdp = self.tensor = 0.0
         self.gathers: deque[float] = deque()  # when each weight that is on its way will be there
         self.reduced = 0.0  # when the last gradient is reduced
         self.result = StepTime()
 
+    def begin(self, segment: Segment) -> None:
+        """The host comes to a unit."""
+        if segment.phase in ("forward", "backward") and any(one.compiled for one in segment.operations):
+            self.host += self._of_host(segment, UNIT_HOST)
+
+    def _of_host(self, segment: Segment, seconds: float) -> float:
+        """A CUDA graph replays both passes without the host."""
+        return 0.0 if self.recorded and segment.phase in ("forward", "backward") else seconds
+
     def run(self, segment: Segment, operation: Operation) -> None:
-        self.host += _host_seconds(operation)
+        is_update = operation.compiled and segment.phase == "optimizer"
+        seconds = UPDATE_HOST * operation.kernels if is_update else _host_seconds(operation)
+        self.host += self._of_host(segment, seconds)
         if operation.kind in ("gather", "reduce", "replicas"):
             self._beside(operation)
         elif operation.kind in ("tensor", "blocking"):
@@ -233,23 +250,31 @@ def step_time(
     passes: int = 1,
     fitted: Fitted = FITTED,
     tensor_degree: int = 1,
+    recorded: bool = False,
 ) -> StepTime:
-    """The time of a step whose recorded second pass, where it has one, stands for all of `passes` but the first."""
-    clocks = _Clocks(gpu, backend, network, fitted, tensor_degree)
+    """The time of a step of `passes`. Of two that were counted the second stands for all between, too, but for what
+    replicas exchange, which FSDP2 does in the last pass alone. recorded: forward and backward are a CUDA graph."""
+    clocks = _Clocks(gpu, backend, network, fitted, tensor_degree, recorded)
     last_batch = max(segment.batch for segment in segments)
-    repeated = [s for s in segments if s.batch == last_batch and s.phase in ("forward", "backward")]
-    in_passes = True
-    for segment in segments:
-        if in_passes and segment.phase not in ("forward", "backward"):
-            in_passes = False
-            for _ in range(passes - 1 - last_batch):
-                _run_all(clocks, repeated)
-            clocks.end_of_backward()
-        _run_all(clocks, [segment])
+    in_passes = [segment for segment in segments if segment.phase in ("forward", "backward")]
+    last_pass = [segment for segment in in_passes if segment.batch == last_batch]
+    between = [
+        replace(segment, operations=[one for one in segment.operations if one.kind != "replicas"])
+        for segment in last_pass
+    ]
+    for _ in range(2):  # the step after the first one, whose host has come to it while the GPU was at the one before
+        clocks.result = StepTime()
+        _run_all(clocks, [segment for segment in in_passes if segment.batch < last_batch])
+        for _ in range(passes - 1 - last_batch):
+            _run_all(clocks, between)
+        _run_all(clocks, last_pass)
+        clocks.end_of_backward()
+        _run_all(clocks, [segment for segment in segments if segment.phase not in ("forward", "backward")])
     return clocks.result
 
 
 def _run_all(clocks: _Clocks, segments: list[Segment]) -> None:
     for segment in segments:
+        clocks.begin(segment)
         for operation in segment.operations:
             clocks.run(segment, operation)
