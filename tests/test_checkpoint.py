@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -34,6 +35,7 @@ from titan_fast.model import Llama, init_weights
 from titan_fast.ops import REFERENCE
 from titan_fast.optim import build_optimizer
 from titan_fast.redaction import redact
+from titan_fast.run_directory import open_run_directory, write_config
 from titan_fast.step import build_model
 
 pytestmark = pytest.mark.timeout(120)
@@ -230,14 +232,85 @@ def test_names_that_are_not_ours_are_neither_loaded_nor_deleted(data: Path, fini
     foreign = ["backup-step-100", "step-99x", "step-007", "step-1.5", "Step-8", "superseded-1-step-9"]
     for name in foreign:
         shutil.copytree(runs.checkpoint(finished, 10), folder / name)
-    (folder / "step-70").symlink_to(runs.checkpoint(finished, 10))
     (folder / "step-3").mkdir()  # ours by name, but nothing that we have written
     (folder / "step-3" / "notes.txt").write_text("precious")
     runs.run(data, copy, checkpoint__keep_latest_k=1, training__steps=13, checkpoint__interval=1)
     left = {path.name for path in folder.iterdir()}
-    assert left == {*foreign, "step-70", "step-3", "step-13"}
+    assert left == {*foreign, "step-3", "step-13"}
     assert (folder / "step-3" / "notes.txt").read_text() == "precious"
-    assert manifest.problem(runs.checkpoint(finished, 10)) is None, "the link's target"
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["a link", "a link to nowhere"])
+def test_a_checkpoint_that_is_a_link_is_refused(
+    there: bool, data: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where checkpoints were moved to a larger disk and linked back: the run would begin again at step 0."""
+    folder, larger = copy / "checkpoint", tmp_path / "larger"
+    larger.mkdir()
+    for step in (5, 10):
+        moved = runs.checkpoint(copy, step).rename(larger / f"step-{step}")
+        runs.checkpoint(copy, step).symlink_to(moved if there else tmp_path / "nowhere")
+    before = (copy / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"symbolic link is not read: step-5, step-10 .*name where they are with"):
+        runs.run(data, copy, training__steps=11)
+    assert (copy / "metrics.jsonl").read_bytes() == before
+    for action in ("list", "verify", "prune"):
+        status, _, said = command(capsys, action, str(copy))
+        assert status == 4 and "symbolic link is not read: step-5, step-10" in said
+    assert sorted(path.name for path in folder.iterdir()) == ["step-10", "step-5"]
+    runs.run(data, copy, training__steps=11, checkpoint__folder=larger)
+    assert list(runs.losses(copy)) == list(range(1, 12)), "as the refusal says"
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
+    data: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, kept = (copy / "metrics.jsonl").read_bytes(), (copy / "checkpoint").rename(copy / "kept")
+    for steps in (10, 12):
+        with pytest.raises(CheckpointError, match=r"had come to step 10, and there is no checkpoint .*restore it"):
+            runs.run(data, copy, training__steps=steps)
+    assert (copy / "metrics.jsonl").read_bytes() == before
+    assert not (copy / "checkpoint").exists(), "it may be the place of a disk that is not mounted"
+    (copy / "metrics.jsonl").rename(copy / "aside")
+    runs.run(data, copy, training__steps=10)
+    shutil.rmtree(copy / "checkpoint")
+    (copy / "aside").rename(copy / "metrics.jsonl")
+    kept.rename(copy / "checkpoint")
+    runs.run(data, copy, training__steps=11)
+    assert list(runs.losses(copy)) == list(range(1, 12))
+    shutil.rmtree(copy / "checkpoint")
+    runs.run(data, copy, training__steps=2, checkpoint__enable=False)
+    assert "metrics.jsonl of an earlier start is now metrics-until-11.jsonl" in capsys.readouterr().out
+
+
+LOST: dict[str, tuple[dict[str, Any], int, bool]] = {
+    "before its first save": ({}, 4, False),
+    "in its first save": ({}, 5, False),
+    "after its first save": ({}, 6, True),
+    "before a save in the background was settled": ({"checkpoint__async_mode": "async"}, 10, False),
+    "after it was": ({"checkpoint__async_mode": "async"}, 11, True),
+    "after failed saves": ({"checkpoint__on_save_error": "continue", "checkpoint__max_failed_saves": 2}, 15, False),
+    "after more than may fail": (
+        {"checkpoint__on_save_error": "continue", "checkpoint__max_failed_saves": 2}, 16, True,
+    ),
+    "at its end": ({"checkpoint__interval": 0}, 40, True),
+    "without saves by steps": ({"checkpoint__interval": 0, "checkpoint__interval_minutes": 1}, 39, False),
+    "without checkpoints": ({"checkpoint__enable": False}, 40, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_run_that_ended_before_it_had_a_checkpoint_begins_again(name: str, data: Path, tmp_path: Path) -> None:
+    changes, last, is_refused = LOST[name]
+    config = parse(runs.arguments(data, tmp_path, training__steps=40, **changes))
+    open_run_directory(config)
+    write_config(config, tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": {last}, "loss": 2.5}}\n')
+    again = parse(runs.arguments(data, tmp_path, training__steps=40, checkpoint__interval=1))
+    with pytest.raises(CheckpointError, match=f"had come to step {last}") if is_refused else nullcontext():
+        open_run_directory(again)
+    (tmp_path / "checkpoint" / ".replaced-step-5").mkdir()  # by a kill in the middle of a save; it is put back
+    open_run_directory(again)
 
 
 def test_retention_counts_only_whole_checkpoints(tmp_path: Path, data: Path, finished: Path) -> None:

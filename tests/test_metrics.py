@@ -294,11 +294,16 @@ def test_a_torn_line_at_the_resumed_step_is_left_out(tmp_path: Path) -> None:
     assert path.read_bytes() == b'{"step": 10, "loss": 2.5}\n'
 
 
-def test_a_run_from_step_0_has_no_history(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0, "validation_loss": 8.0}\n{"step": 10, "loss": 2.5}\n')
+def test_a_run_from_step_0_sets_an_earlier_history_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, before = tmp_path / "metrics.jsonl", '{"step": 0, "validation_loss": 8.0}\n{"step": 10, "loss": 2.5}\n'
+    for name in ("metrics-until-10.jsonl", "metrics-until-10-2.jsonl", "metrics-until-10-3.jsonl"):
+        path.write_text(before)
+        logger(tmp_path, *QUIET)
+        assert not path.exists() and (tmp_path / name).read_text() == before
+        assert f"begins again at step 0; metrics.jsonl of an earlier start is now {name}" in capsys.readouterr().out
+    path.write_text('{"step": 10, "lo')  # nothing to keep
     logger(tmp_path, *QUIET)
-    assert path.read_text() == ""
+    assert not path.exists() and len(list(tmp_path.glob("metrics*"))) == 3
 
 
 def test_cutting_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

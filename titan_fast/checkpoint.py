@@ -25,14 +25,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from titan_fast.distributed import World
 from titan_fast.errors import CheckpointError
-from titan_fast.manifest import checkpoints
+from titan_fast.manifest import checkpoints, links
 from titan_fast.masters import master_of
 from titan_fast.safe_unpickle import SafeReader, load_metadata
 from titan_fast.tokenizer import CONFIG_BESIDE
 
 __all__ = [
     "Progress", "check_tensors", "checkpoints", "gather_data_state", "load_tensors", "own_data_state",
-    "read_config", "read_state", "tensors_of", "tokenizer_of",
+    "read_config", "read_state", "refuse_links", "tensors_of", "tokenizer_of",
 ]  # fmt: skip
 
 
@@ -144,15 +144,29 @@ def read_config(path: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"its config.toml cannot be read: {cause(error)}", "take another", str(path)) from error
 
 
+def refuse_links(folder: Path) -> None:
+    """CheckpointError where a checkpoint in `folder` is a symbolic link: a run would save and delete around it."""
+    if found := links(folder):
+        names = ", ".join(path.name for path in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        raise CheckpointError(
+            f"a checkpoint that is a symbolic link is not read: {names}",
+            "move the folder itself back in its place; or move all checkpoints, and name where they are with "
+            "checkpoint.folder",
+            str(folder),
+        )
+
+
 def checkpoints_of(path: Path) -> dict[int, Path]:
     """The `step-N` folders, by step in order, in `path` itself or else in what the config of the run directory `path`
-    names as its checkpoint.folder."""
+    names as its checkpoint.folder. CheckpointError where one is a symbolic link."""
+    refuse_links(path)
     if found := checkpoints(path):
         return found
     try:
         folder = str(read_config(path)["checkpoint"]["folder"])
     except (CheckpointError, LookupError, TypeError):
         folder = "checkpoint"
+    refuse_links(path / folder)
     return checkpoints(path / folder)
 
 

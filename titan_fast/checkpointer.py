@@ -475,7 +475,7 @@ class Checkpointer:
         if passed_over:
             raise CheckpointError(
                 "; ".join(passed_over),
-                "restore it from a copy, or move it away to go on from an older one or from the start",
+                "restore it from a copy, or move it away to go on from an older one",
                 str(self.folder),
             )
         return None

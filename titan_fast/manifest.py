@@ -47,13 +47,17 @@ def writing(final: Path) -> Path:
 
 def checkpoints(parent: Path) -> dict[int, Path]:
     """The folders in `parent` that are named exactly `step-N`, by step in order; links and other names are not ours."""
-    found = {}
-    if parent.is_dir():
-        for path in parent.iterdir():
-            match = _STEP.fullmatch(path.name)
-            if match and path.is_dir() and not path.is_symlink():
-                found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    return {step: path for step, path in _named(parent).items() if path.is_dir() and not path.is_symlink()}
+
+
+def links(parent: Path) -> list[Path]:
+    """What has the name of a checkpoint in `parent` and is a symbolic link, wherever that leads."""
+    return [path for path in _named(parent).values() if path.is_symlink()]
+
+
+def _named(parent: Path) -> dict[int, Path]:
+    paths = parent.iterdir() if parent.is_dir() else ()
+    return dict(sorted((int(match[1]), path) for path in paths if (match := _STEP.fullmatch(path.name))))
 
 
 def holding(path: Path) -> Path | None:

@@ -106,8 +106,8 @@ class MetricsLogger:
         began: float | None = None,
     ) -> None:
         """tokens_per_step: of all devices together. start_step, tokens_seen, elapsed_before: where a resumed run goes
-        on; what metrics.jsonl says of later steps is cut off. began: when the process did, by time.perf_counter (None:
-        now)."""
+        on; what metrics.jsonl says of later steps is cut off, and a run from step 0 sets all of it aside. began: when
+        the process did, by time.perf_counter (None: now)."""
         self.config, self.run_dir, self.is_main, self.device = config, run_dir, is_main, device
         self.n_devices, self.tokens_per_step = n_devices, tokens_per_step
         self.start_step = self.last_step = start_step
@@ -128,9 +128,11 @@ class MetricsLogger:
             self._open()
 
     def _open(self) -> None:
-        cut = run_history.keep_until(self.metrics_path, self.start_step)
         atexit.register(self.close)
-        if cut:
+        if self.start_step == 0:
+            if (aside := run_history.set_aside(self.metrics_path)) is not None:
+                self.say(f"the run begins again at step 0; metrics.jsonl of an earlier start is now {aside.name}")
+        elif cut := run_history.keep_until(self.metrics_path, self.start_step):
             self.say(f"metrics.jsonl: {cut} lines after step {self.start_step}, where this run starts, are cut off")
 
     def _peak(self) -> tuple[float | None, str]:

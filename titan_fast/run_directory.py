@@ -1,5 +1,6 @@
 """The run directory: one run's config, log, data and checkpoints, and no other run's."""
 
+import math
 import os
 import tomllib
 from contextlib import suppress
@@ -8,7 +9,8 @@ from typing import Any
 
 import tomli_w
 
-from titan_fast.checkpoint import read_config, tokenizer_of
+from titan_fast import run_history
+from titan_fast.checkpoint import read_config, refuse_links, tokenizer_of
 from titan_fast.config import Config, to_dict
 from titan_fast.errors import CheckpointError, ConfigError, DataError
 from titan_fast.manifest import checkpoints, holding
@@ -39,15 +41,14 @@ _TOKENIZER_KEYS = {
 
 def open_run_directory(config: Config) -> Path:
     """The folder `job.dump_folder`, made if need be and found writable; ConfigError where it is not, or where it holds
-    a run of another model or other data, or one that this config would begin over. Of a start that failed before it
-    trained, only the tokenizer binds. Every process may call it, before there is a process group."""
+    a run of another model or other data, or one that this config would begin over; CheckpointError where its
+    checkpoints are gone or links. Of a start that failed before it trained, only the tokenizer binds. Every process may
+    call it, before there is a process group."""
     folder = Path(config.job.dump_folder)
     if any(holding(path) for path in checkpoints(folder).values()):
         what = "job.dump_folder is a folder of checkpoints"
         raise ConfigError(what, "name the run directory that it belongs to, or a new one", where=str(folder))
     _check_writable(folder, "job.dump_folder")
-    if config.checkpoint.enable:
-        _check_writable(folder / config.checkpoint.folder, "checkpoint.folder")
     before = _saved_config(folder / CONFIG_NAME)
     kept = folder / before.get("checkpoint", {}).get("folder", config.checkpoint.folder)
     goes_on = config.checkpoint.enable and kept == folder / config.checkpoint.folder
@@ -58,6 +59,10 @@ def open_run_directory(config: Config) -> Path:
             "choose another --job.dump_folder, or go back to its [checkpoint] enable and folder",
             where=str(kept),
         )
+    if config.checkpoint.enable:
+        refuse_links(folder / config.checkpoint.folder)
+        _refuse_lost_checkpoints(folder, folder / config.checkpoint.folder, before)
+        _check_writable(folder / config.checkpoint.folder, "checkpoint.folder")
     now, resets = redacted(to_dict(config)), config.checkpoint.data_state == "reset"
     saved = checkpoints(kept)
     origin = saved.get(config.checkpoint.load_step, saved[max(saved)]) if saved else None
@@ -81,6 +86,26 @@ def open_run_directory(config: Config) -> Path:
             where=str(folder),
         )
     return folder
+
+
+def _refuse_lost_checkpoints(folder: Path, kept: Path, before: dict[str, dict[str, Any]]) -> None:
+    """CheckpointError where there is no checkpoint in `kept`, and the history of the run in `folder` goes on beyond a
+    step that its config `before` would have saved: it would begin again at step 0."""
+    settings, steps = before.get("checkpoint", {}), before.get("training", {}).get("steps", math.inf)
+    if not settings.get("enable") or checkpoints(kept) or any(kept.glob(".replaced-*")):  # which is put back
+        return
+    # A first save may have failed; in the background that shows when the next one is due.
+    saves = 1 + (settings.get("async_mode") != "disabled")
+    if settings.get("on_save_error") == "continue":
+        saves += settings.get("max_failed_saves", 0)
+    last = run_history.last_step(folder / "metrics.jsonl")
+    if 0 < saves * settings.get("interval", 0) < last or last >= steps:
+        raise CheckpointError(
+            f"the run in {folder} had come to step {last}, and there is no checkpoint",
+            "restore it, name where it is with --checkpoint.folder, or choose another --job.dump_folder; with "
+            "metrics.jsonl moved away the run begins again",
+            str(kept),
+        )
 
 
 def is_new(config: Config, folder: Path) -> bool:

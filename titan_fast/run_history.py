@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,29 @@ def read(path: Path) -> list[Record]:
     return records
 
 
+def last_step(path: Path) -> int:
+    """How far the history at `path` goes; 0 where there is none."""
+    return max((record["step"] for record in read(path)), default=0)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Renames the history of an earlier start, of which a run that begins at step 0 writes none, to
+    `metrics-until-STEP.jsonl`, and says to what; None where there is none."""
+    if not read(path):
+        path.unlink(missing_ok=True)
+        return None
+    stem = f"{path.stem}-until-{last_step(path)}"
+    names = (path.with_stem(f"{stem}{more}") for more in chain([""], (f"-{number}" for number in count(2))))
+    return path.rename(next(name for name in names if not name.exists()))
+
+
 def keep_until(path: Path, step: int) -> int:
     """Cuts what comes after `step` off the file, with torn lines, so that a run that goes on from there writes one
-    history. A run that starts at step 0 has none. Returns the number of lines cut. The file is replaced as a whole or
-    not at all."""
+    history. Returns the number of lines cut. The file is replaced as a whole or not at all."""
     if not path.exists():
         return 0
     before = path.read_bytes()
-    kept = [record for record in read(path) if step > 0 and record["step"] <= step]
+    kept = [record for record in read(path) if record["step"] <= step]
     after = "".join(encode(record) for record in kept).encode()
     if after != before:
         replacement = path.with_name(path.name + ".new")
