@@ -70,6 +70,25 @@ def test_an_empty_path_is_refused(key: str) -> None:
         parse([f"--{key}", ""])
 
 
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = [
+        "checkpoint.folder", "checkpoint.initial_load_path", "compile.cache_folder", "job.dump_folder",
+        "metrics.save_tb_folder", "model.tokenizer_path", "profiling.save_memory_snapshot_folder",
+        "profiling.save_traces_folder", "training.dataset_path", "validation.dataset_path",
+    ]  # fmt: skip
+    for key in known_keys():
+        if key in paths:
+            assert settings._value(parse([f"--{key}=~/x"]), key) == "/home/me/x"
+            assert settings._value(parse([f"--{key}=x~/~y"]), key) == "x~/~y"
+        else:
+            assert "folder" not in key and "path" not in key
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.toml").write_text('[job]\ndump_folder = "~/x"\ndescription = "~/x"\n[training]\ndataset = "~/x"')
+    config = parse(["--config=~/run.toml"])
+    assert config.job.dump_folder == f"{tmp_path}/x" and config.job.description == config.training.dataset == "~/x"
+
+
 def test_hyphens_are_underscores() -> None:
     assert parse(["--training.seq-len", "17"]).training.seq_len == 17
 

@@ -369,7 +369,8 @@ class Debug:
 class Config:
     """titan_fast: pretraining of Llama 2 and Llama 3.
 
-    Every option is also a key of the TOML file that --config FILE names (see configs/); the command line wins.
+    Every option is also a key of the TOML file that --config FILE names (see configs/); the command line wins. A path
+    may begin with ~.
     """
 
     job: Job = field(default_factory=Job)
@@ -459,17 +460,26 @@ def parse(argv: list[str]) -> Config:
 
 
 def from_options(options: dict[str, list[str]]) -> Config:
-    """A Config from {"table.key": [words]}; names and types are checked, values are not."""
+    """A Config from {"table.key": [words]}, in which a path may begin with ~; names and types are checked, values are
+    not."""
     _check_names(options)
     argv: list[str] = []
     flags = {name for name, key in known_keys().items() if key.type in (bool, bool | None)}
     for name, values in options.items():  # a single value may begin with a dash
         words = [word.capitalize() if name in flags and word in ("true", "false") else word for word in values]
+        if name.endswith(("_path", "folder")):
+            words = [_expanded(word) for word in words]
         argv += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     try:
         return command_line.read(_Flagless, argv, "titan_fast.train")
     except ConfigError as error:
         raise ConfigError(f"a value has the wrong type: {error.what}", "see --help for the type of each key") from error
+
+
+def _expanded(path: str) -> str:
+    """With the home folder for a leading ~, for which no shell puts it behind a = or in a file."""
+    is_at_home = path == "~" or path.startswith("~/")
+    return os.path.expanduser(path) if is_at_home else path  # noqa: PTH111 (Path's raises where there is no home)
 
 
 def _split_command_line(argv: list[str]) -> dict[str, list[str]]:
@@ -496,7 +506,7 @@ def _read_toml(words: list[str] | None) -> dict[str, list[str]]:
         return {}
     if len(words) != 1:
         raise ConfigError(f"--config takes one path, not {len(words)}", "give one TOML file")
-    path = Path(words[0])
+    path = Path(_expanded(words[0]))
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
