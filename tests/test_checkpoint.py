@@ -225,6 +225,15 @@ def test_extra_missing_and_recast_tensors_are_refused(copy: Path) -> None:
         check_tensors({**right, name: right[name].bfloat16()}, folder)
     with pytest.raises(CheckpointError, match=rf"{name} is \[32\] there and \[33\] here"):
         check_tensors({**right, name: torch.zeros(33)}, folder)
+    metadata = safe_unpickle.load_metadata((folder / ".metadata").read_bytes())
+    for key in [key for key in metadata.state_dict_metadata if key.startswith("optimizer.")]:
+        del metadata.state_dict_metadata[key]
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"no optimizer state.*begin with its weights by --checkpoint\.initial"):
+        check_tensors(right, folder)
+    check_tensors({key: value for key, value in right.items() if key.startswith("model.")}, folder)
+    with pytest.raises(CheckpointError, match=r"of another model: model.extra is missing \["):
+        check_tensors({**right, "model.extra": torch.zeros(1)}, folder)
 
 
 def test_names_that_are_not_ours_are_neither_loaded_nor_deleted(data: Path, finished: Path, copy: Path) -> None:

@@ -481,6 +481,10 @@ def test_a_mistake_is_one_line_and_status_2() -> None:
         ),
         ("--validation.enable False", []),
         (
+            "--checkpoint.enable False --checkpoint.save_timeout_seconds 60",
+            ["checkpoint.save_timeout_seconds 60.0: checkpoint.enable is False"],
+        ),
+        (
             "--loss.implementation torch --loss.chunk_size 2048",
             ["loss.chunk_size 2048: loss.implementation is 'torch'"],
         ),

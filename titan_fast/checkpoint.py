@@ -93,7 +93,10 @@ def check_tensors(tensors: dict[str, Tensor], path: Path) -> None:
             str(path),
         ) from error
     kinds = {name.partition(".")[0] for name in tensors}
-    differing = [f"{name} is missing" for name in tensors if name not in saved]
+    # As an imported model is saved.
+    stateless = "optimizer" in kinds and not any(name.startswith("optimizer.") for name in saved)
+    missing = [name for name in tensors if name not in saved and not (stateless and name.startswith("optimizer."))]
+    differing = [f"{name} is missing" for name in missing]
     differing += [
         f"{name} is in the checkpoint and not in the run"
         for name in saved
@@ -112,6 +115,13 @@ def check_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise CheckpointError(
             f"the checkpoint is of another model: {'; '.join(differing[:4])}{more}",
             "use the config it was saved with",
+            str(path),
+        )
+    if stateless:
+        raise CheckpointError(
+            "the checkpoint has no optimizer state, so no run can go on from it",
+            "move it out of the run's folder of checkpoints, and begin with its weights by "
+            "--checkpoint.initial_load_path",
             str(path),
         )
 

@@ -655,7 +655,8 @@ class _Needs:
 _NEEDS = (
     *(_Needs((table,), (f"{table}.enable",)) for table in ("compile", "float8", "validation")),
     _Needs(("checkpoint.folder", "checkpoint.interval", "checkpoint.interval_minutes", "checkpoint.keep_latest_k",
-            "checkpoint.async_mode", "checkpoint.on_save_error", "checkpoint.strict", "checkpoint.data_state"),
+            "checkpoint.async_mode", "checkpoint.on_save_error", "checkpoint.strict", "checkpoint.data_state",
+            "checkpoint.save_timeout_seconds"),
            ("checkpoint.enable",)),
     _Needs(("checkpoint.initial_load_changes",), ("checkpoint.initial_load_path",)),
     _Needs(("checkpoint.max_failed_saves",), ("checkpoint.on_save_error",), ("continue",)),
