@@ -288,6 +288,17 @@ def test_a_batch_that_follows_the_processes_is_warned_of(
     assert "a step was" not in capsys.readouterr().out
 
 
+def test_what_has_changed_is_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.run(data, tmp_path, training__steps=2, lr_scheduler__decay_ratio=0.2)
+    changes = {"parallelism__fsdp_buffers": "flat", "float8__recipe_name": "rowwise", "validation__freq": 7}
+    runs.run(data, tmp_path, training__steps=3, **changes)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed since")]
+    assert line == (
+        "changed since step 2: training.steps 2 -> 3, lr_scheduler.decay_ratio 0.2 -> None, "
+        "parallelism.fsdp_buffers auto -> flat, float8.recipe_name tensorwise -> rowwise, validation.freq 100 -> 7"
+    )
+
+
 def test_a_longer_schedule_is_warned_of(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     constant = {"lr_scheduler__warmup_steps": 0, "lr_scheduler__decay_ratio": 0.5, "optimizer__lr": 1e-3}
     runs.run(data, tmp_path, training__steps=4, **constant)

@@ -413,8 +413,8 @@ class Checkpointer:
         step = manifest_step(path)
         changed = [
             f"{table}.{key} {before[table].get(key)} -> {now[table].get(key)}"
-            for table in ("training", "optimizer", "lr_scheduler", "loss")
-            for key in now[table]
+            for table in ("training", "optimizer", "lr_scheduler", "loss", "parallelism", "float8", "validation")
+            for key in before.get(table, {}) | now[table]
             if table in before and before[table].get(key) != now[table].get(key)
         ]
         if changed:
