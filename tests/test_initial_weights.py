@@ -180,6 +180,11 @@ def test_a_run_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:
     train(run_config(tmp_path, **options, training__steps=2))
     log = (tmp_path / "run" / "train.log").read_text()
     assert log.count("weights from") == 1 and (tmp_path / "run" / "checkpoint" / "step-2").is_dir()
+    assert log.count("goes on from step-1; checkpoint.initial_load_path is not read again") == 1
+    assert "WARNING: checkpoint.initial_load_path" not in log
+    train(run_config(tmp_path, **options | {"checkpoint__initial_load_path": "/nowhere"}, training__steps=2))
+    said = f"WARNING: checkpoint.initial_load_path was '{source}' and is '/nowhere', which is not read"
+    assert said in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

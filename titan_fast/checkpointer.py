@@ -419,6 +419,7 @@ class Checkpointer:
         ]
         if changed:
             self._notes.append(f"changed since step {step}: {', '.join(changed)}")
+        self._compare_initial_weights(path, before, now)
         self._compare_schedules(step, before, now)
         then, today = _global_batch_size(before, world_size), _global_batch_size(now, self.world.size)
         if then != today:
@@ -431,6 +432,17 @@ class Checkpointer:
             self._notes.append(
                 f"a validation batch was {then} sequences and is {today}: its losses are of other text than before"
             )
+
+    def _compare_initial_weights(self, path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+        """Notes initial weights that are named and not loaded."""
+        was, given = (tables.get("checkpoint", {}).get("initial_load_path") for tables in (before, now))
+        if given is not None and given != was:
+            self._notes.append(
+                f"WARNING: checkpoint.initial_load_path was {was!r} and is {given!r}, which is not read, for the run "
+                f"goes on from {path.name}; to begin with these weights choose another --job.dump_folder"
+            )
+        elif given is not None:
+            self._notes.append(f"goes on from {path.name}; checkpoint.initial_load_path is not read again")
 
     def _compare_schedules(self, step: int, before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> None:
         """Notes a learning rate that jumps: a longer run by the same shape of schedule begins higher up on it."""
