@@ -30,6 +30,7 @@ from titan_fast.checkpoint import check_tensors, tensors_of
 from titan_fast.config import mesh_degrees, model_shape, parse
 from titan_fast.errors import CheckpointError, NumericsError, TitanFastError
 from titan_fast.flavors import ModelShape
+from titan_fast.flops import parameter_count
 from titan_fast.initial_weights import checkpoint_folder
 from titan_fast.model import Llama, init_weights
 from titan_fast.ops import REFERENCE
@@ -468,14 +469,14 @@ def test_a_run_that_could_not_save_does_not_begin(data: Path, tmp_path: Path, mo
     killed.mkdir()
     (killed / "__0_0.distcp").write_bytes(bytes(need - free))
     config = parse(runs.arguments(data, run, training__steps=1))
-    checkpointer.check_start(config, run, 12)
+    assert not checkpointer.check_start(config, run, 12)
     with pytest.raises(CheckpointError, match=r"bytes free and [\d,]+ more in what a killed save has left"):
         checkpointer.check_start(config, run, 13)
     killed.rename(killed.with_name(".replaced-step-7"))  # is put back
     with pytest.raises(CheckpointError, match=r"bytes free \[.*; make room or choose another --job\.dump_folder"):
         checkpointer.check_start(config, run, 12)
     shutil.copytree(runs.checkpoint(tmp_path / "saved", 1), run / "checkpoint" / "step-1")
-    checkpointer.check_start(config, run, 12)  # the run is at its end
+    assert not checkpointer.check_start(config, run, 12)  # the run is at its end
     (run / "checkpoint" / "step-1" / "state.json").write_text("")
     with pytest.raises(CheckpointError, match="bytes free"):
         checkpointer.check_start(config, run, 12)
@@ -483,6 +484,42 @@ def test_a_run_that_could_not_save_does_not_begin(data: Path, tmp_path: Path, mo
     (tmp_path / "saves").mkdir()
     with pytest.raises(CheckpointError, match=r"another --checkpoint\.folder"):
         checkpointer.check_start(elsewhere, run, 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        ({"checkpoint__load_step": 5}, 3),  # one of four is there
+        ({"checkpoint__load_step": 5, "checkpoint__keep_latest_k": 1}, 1),
+        ({}, 2),
+        ({"training__steps": 15}, 1),  # has one save to come
+        ({"training__steps": 15, "checkpoint__interval_minutes": 1}, 2),
+        ({"training__steps": 10, "checkpoint__interval_minutes": 1}, 0),
+        ({"checkpoint__keep_latest_k": 0}, 19),
+        ({"checkpoint__keep_latest_k": 0, "checkpoint__interval": 0}, 1),
+    ],
+)
+def test_room_for_all_that_is_kept_is_warned_of(
+    options: dict[str, Any], more: int, data: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse(runs.arguments(data, copy, **{"training__steps": 101} | options))
+    free = [0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    need = parameter_count(model_shape(config.model)) * 12 + checkpointer._SPARE_BYTES
+    free[0] = more * need
+    assert not checkpointer.check_start(config, copy, 12)
+    if more > 1:
+        free[0] -= 1
+        (said,) = checkpointer.check_start(config, copy, 12)
+        assert f"has {free[0]:,} bytes free, and the run will need {more * need:,} for {more} checkpoints more" in said
+
+
+def test_a_start_says_that_the_disk_may_fill_up(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 10**6))
+    runs.run(data, tmp_path, training__steps=2, checkpoint__interval=1)
+    assert "WARNING: the disk has 2,000,000 bytes free, and the run will need" in capsys.readouterr().out
 
 
 def failing_save(monkeypatch: pytest.MonkeyPatch, failures: int) -> list[int]:

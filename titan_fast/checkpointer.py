@@ -61,10 +61,10 @@ def check(config: Config, device: torch.device) -> None:
         )
 
 
-def check_start(config: Config, run_dir: Path, saved_bytes: int) -> None:
+def check_start(config: Config, run_dir: Path, saved_bytes: int) -> list[str]:
     """CheckpointError where what the run is to begin from, a step or other weights, is not there or of another model,
-    or where the disk has no room for one checkpoint of `saved_bytes` a parameter. For one process, and as long as
-    nothing is loaded."""
+    or where the disk has no room for one checkpoint of `saved_bytes` a parameter. Returns a warning where it has none
+    for all that it will hold. For one process, and as long as nothing is loaded."""
     settings, shape = config.checkpoint, model_shape(config.model)
     folder = run_dir / settings.folder
     found = manifest.checkpoints(folder) if settings.enable else {}
@@ -77,20 +77,38 @@ def check_start(config: Config, run_dir: Path, saved_bytes: int) -> None:
         names_tokenizer = bool(config.model.tokenizer_path or (data and is_prepared(Path(data))))
         path = Path(settings.initial_load_path)
         check_initial_weights(path, shape, settings.initial_load_changes, names_tokenizer)
-    if settings.load_step != -1 and not goes_on:
-        first = settings.load_step
-    else:
-        first = max((step for step, path in found.items() if manifest.problem(path, contents=False) is None), default=0)
-    if settings.enable and first < config.training.steps:
-        need = parameter_count(shape) * saved_bytes + _SPARE_BYTES
-        free, comes_free = shutil.disk_usage(folder).free, manifest.leftover_bytes(folder)
-        if free + comes_free < need:
-            and_more = f" and {comes_free:,} more in what a killed save has left" if comes_free else ""
-            raise CheckpointError(
-                f"a checkpoint of this model needs {need:,} bytes, and the disk has {free:,} bytes free{and_more}",
-                _room(settings),
-                str(folder),
-            )
+    whole = [step for step, path in found.items() if manifest.problem(path, contents=False) is None]
+    first = settings.load_step if settings.load_step != -1 and not goes_on else max(whole, default=0)
+    if not settings.enable or first >= config.training.steps:
+        return []
+    need = parameter_count(shape) * saved_bytes + _SPARE_BYTES
+    free, comes_free = shutil.disk_usage(folder).free, manifest.leftover_bytes(folder)
+    and_more = f" and {comes_free:,} more in what a killed save has left" if comes_free else ""
+    if free + comes_free < need:
+        raise CheckpointError(
+            f"a checkpoint of this model needs {need:,} bytes, and the disk has {free:,} bytes free{and_more}",
+            _room(settings),
+            str(folder),
+        )
+    more = _checkpoints_to_hold(config, first, sum(step <= first for step in whole))
+    if free + comes_free >= more * need:
+        return []
+    kept = f"{settings.keep_latest_k} stay while another is written" if settings.keep_latest_k else "all stay"
+    return [
+        f"WARNING: the disk has {free:,} bytes free{and_more}, and the run will need {more * need:,} for {more} "
+        f"checkpoints more (checkpoint.keep_latest_k: {kept}); {_room(settings)}, or keep fewer"
+    ]
+
+
+def _checkpoints_to_hold(config: Config, first: int, kept: int) -> int:
+    """How many checkpoints the disk will hold at once, besides `kept` ones, while a run goes on after step `first`."""
+    settings, steps = config.checkpoint, config.training.steps
+    interval = settings.interval or steps
+    to_come = math.ceil(steps / interval) - first // interval
+    if not settings.keep_latest_k:
+        return to_come
+    most = max(settings.keep_latest_k + 1 - kept, 1)
+    return most if settings.interval_minutes > 0 else min(to_come, most)
 
 
 def _room(settings: Checkpoint) -> str:

@@ -280,7 +280,8 @@ class Checkpoint:
     interval_minutes: float = 0.0
     """Minutes between saves by rank 0's clock, besides `interval`. 0: not by time."""
     keep_latest_k: int = 3
-    """Checkpoints older than so many whole ones are deleted. 0 keeps all."""
+    """Checkpoints older than so many whole ones are deleted, once the next is written: the disk needs room for one
+    more. 0 keeps all."""
     initial_load_path: str | None = None
     """Weights to begin with, while the run has no checkpoint of its own: a folder of Hugging Face Llama safetensors,
     one of Meta's files, a checkpoint folder, or a run directory. The optimizer begins anew at step 0."""

@@ -62,9 +62,11 @@ def train(config: Config, start: StartTimes | None = None) -> None:
     ops = build_ops(config.kernels, device, workload(config, shape, degrees))
     checkpointer.check(config, device)
     run_dir = open_run_directory(config)
+    warnings: list[str] = []
     if distributed.is_main_process():
         dtypes = parallel.precision(config.training, device)
-        checkpointer.check_start(config, run_dir, parallel.saved_bytes(config, degrees.data * degrees.tensor, dtypes))
+        saved_bytes = parallel.saved_bytes(config, degrees.data * degrees.tensor, dtypes)
+        warnings = checkpointer.check_start(config, run_dir, saved_bytes)
         check_data(config)
     start.lap("checks")
     with (
@@ -77,7 +79,10 @@ def train(config: Config, start: StartTimes | None = None) -> None:
             write_config(config, run_dir)
         set_determinism(config.debug)
         start.lap("process group")
-        Run(config, degrees, world, run_dir, ops, check_locks, start).train()
+        run = Run(config, degrees, world, run_dir, ops, check_locks, start)
+        for warning in warnings:
+            run.checkpointer.note(warning)
+        run.train()
 
 
 class Run:
