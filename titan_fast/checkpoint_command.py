@@ -150,7 +150,8 @@ def prune(path: Path, keep: int) -> list[str]:
     with without_a_run(parent):
         lines = manifest.clean(parent)
         deleted, left = manifest.prune(parent, keep)
-    return [*lines, *(f"deleted step {step}" for step in deleted), *(f"could not delete {path}" for path in left)]
+    lines += [*(f"deleted step {step}" for step in deleted), *(f"could not delete {path}" for path in left)]
+    return lines or [f"nothing to delete: no more than {keep} whole checkpoints"]
 
 
 if __name__ == "__main__":
