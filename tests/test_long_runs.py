@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,64 @@ def test_a_phase_has_all_of_its_limit(stores: dist.Store) -> None:
         runs.wait_for(lambda: left)
     status, ended = left[0]
     assert status == 6 and ended - began >= 1.0
+
+
+class Clock:
+    """As the time module, for the watchdog."""
+
+    def __init__(self) -> None:
+        self.gone = 0.0
+        self.sleep: Callable[[float], None] = time.sleep
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.gone
+
+
+def test_the_time_of_a_stopped_process_is_not_its_phases(
+    stores: dist.Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between two ticks of the thread an hour goes by, in one phase; then that phase hangs."""
+    clock, left = Clock(), []
+    monkeypatch.setattr(watchdog, "time", clock)
+    with Watchdog(World(0, 1, CPU, stores), Limit(1.0, "comm.timeout_seconds"), print, left.append) as one:
+        one.at(1, "data")
+        runs.wait_for(lambda: one._own.alive)
+        clock.gone = 3600.0
+        runs.wait_for(lambda: left)
+    age = re.search(r"rank 0 hangs: (\d+) s in one phase", capsys.readouterr().err)
+    assert left == [6] and age is not None and int(age[1]) < 3600
+
+
+def test_a_stop_in_an_earlier_phase_gives_a_later_one_no_time(
+    stores: dist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main thread goes on before the watchdog has noticed."""
+    clock, left = Clock(), []
+    monkeypatch.setattr(watchdog, "time", clock)
+    with Watchdog(World(0, 1, CPU, stores), Limit(0.5, "comm.timeout_seconds"), print, left.append) as one:
+        one.at(1, "data")
+        runs.wait_for(lambda: one._own.alive)
+        clock.gone = 3600.0
+        one.at(1, "optimizer")
+        runs.wait_for(lambda: left, 60.0)
+    assert left == [6]
+
+
+def test_one_rank_is_looked_at_twice_too(stores: dist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, left, looks = Clock(), [], []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        one.at(2, "data", Limit(60.0, "comm.timeout_seconds"))
+
+    clock.sleep = sleep
+    monkeypatch.setattr(watchdog, "time", clock)
+    with Watchdog(World(0, 1, CPU, stores), Limit(0.3, "comm.timeout_seconds"), print, left.append) as one:
+        one.at(1, "data")
+        runs.wait_for(lambda: looks)
+        seen = one._own.alive
+        runs.wait_for(lambda: one._own.alive > seen)
+    assert not left and len(looks) == 1
 
 
 class GoneStore(dist.HashStore):

@@ -2,7 +2,8 @@
 
 The loop marks each phase. A rank whose phase takes too long writes its stack to the store, reads what the others wrote,
 and the rank with the fewest marks, or without a sign of life, is the one that all wait for. Marks are in the program's
-order, the same on every rank, so they compare ranks without clocks.
+order, the same on every rank, so they compare ranks without clocks. Time in which the thread itself could not run, as
+in a process that was stopped and goes on, is not the phase's.
 """
 
 import json
@@ -51,7 +52,7 @@ class Report:
     step: int
     phase: str
     age: float
-    """Seconds in this phase."""
+    """Seconds in this phase, without those in which the process was stopped."""
     busy: float
     """Seconds so far in which the main thread was not waiting for other ranks."""
     alive: int
@@ -81,6 +82,7 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self._own = Report(world.rank, 0, 0, "set-up", 0.0, 0.0, 0, *limit)
         self._since = time.monotonic()
+        self._stopped = 0.0  # seconds of this phase in which the process was
         self._closed = threading.Event()
         self._window: dict[int, tuple[float, int]] = {}
         self._window_began = self._last_line = float("-inf")
@@ -105,14 +107,20 @@ class Watchdog:
     def _run(self) -> None:
         beat = max(0.5, min(5.0, self.limit.seconds / 20))
         next_beat = last = met = time.monotonic()  # met: when the store last answered
+        marks = self._own.marks
         while not self._closed.wait(TICK_SECONDS):
             now = time.monotonic()
             frame = sys._current_frames().get(self._main or 0)
-            if not _waits_for_others(frame):
+            if now - last > beat:
+                self._stopped += now - last
+                met += now - last
+            elif not _waits_for_others(frame):
                 self._own.busy += now - last
             last = now
+            if self._own.marks != marks:  # after the above, for the main thread may have been the first to go on
+                marks, self._stopped = self._own.marks, 0.0
             try:
-                if now - self._since > self._own.allowed:
+                if self._age() > self._own.allowed:
                     if self._judge(frame, beat):
                         return
                     last = time.monotonic()
@@ -127,16 +135,20 @@ class Watchdog:
                     return
                 if self._closed.wait(1.0):
                     return
+                last = time.monotonic()  # waiting for the store is no stop
+
+    def _age(self) -> float:
+        return time.monotonic() - self._since - self._stopped
 
     def _publish(self, kind: str, stack: str) -> None:
         self._own.alive += 1
-        self._own.age = time.monotonic() - self._since
+        self._own.age = self._age()
         if self.world.size > 1:
             self._store.set(f"watchdog/{kind}/{self.world.rank}", json.dumps(asdict(self._own) | {"stack": stack}))
 
     def _reports(self, kind: str) -> dict[int, Report]:
         found = {}
-        for rank in range(self.world.size):
+        for rank in range(self.world.size) if self.world.size > 1 else ():
             key = f"watchdog/{kind}/{rank}"
             if self._store.check([key]):
                 found[rank] = Report(**json.loads(self._store.get(key)))
@@ -150,22 +162,22 @@ class Watchdog:
         stack = _stack(frame)
         mine = self._own.marks
         self._publish("hang", stack)
-        reports, hung = {self.world.rank: replace(self._own, stack=stack)}, {}
-        if self.world.size > 1:
-            before = self._reports("beat")
-            time.sleep(max(2 * beat, min(0.15 * self._own.allowed, 2 * beat + 1.0)))
-            after, hung = self._reports("beat"), self._reports("hang")
-            if self._own.marks != mine:
+        reports = {self.world.rank: replace(self._own, stack=stack)}
+        before = self._reports("beat")
+        time.sleep(max(2 * beat, min(0.15 * self._own.allowed, 2 * beat + 1.0)))
+        after, hung = self._reports("beat"), self._reports("hang")
+        if self._own.marks != mine:
+            if self.world.size > 1:
                 self._store.delete_key(f"watchdog/hang/{self.world.rank}")
-                return False
-            for rank in range(self.world.size):
-                if rank in hung:
-                    reports[rank] = hung[rank]
-                elif rank in after and after[rank].alive == before.get(rank, after[rank]).alive:
-                    reports[rank] = after[rank]
-                    reports[rank].stack = "no sign of life: the process is gone, stopped, or blocks Python's lock"
-                elif rank in after:
-                    reports[rank] = after[rank]
+            return False
+        for rank in range(self.world.size):
+            if rank in hung:
+                reports[rank] = hung[rank]
+            elif rank in after and after[rank].alive == before.get(rank, after[rank]).alive:
+                reports[rank] = after[rank]
+                reports[rank].stack = "no sign of life: the process is gone, stopped, or blocks Python's lock"
+            elif rank in after:
+                reports[rank] = after[rank]
         if self.world.rank == min((self.world.rank, *hung)):
             sys.stdout.flush()
             sys.stderr.write(f"titan_fast: {verdict(reports)}\n{_stacks(reports)}")
