@@ -8,8 +8,10 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 import torch
 from tensorboard.summary.writer import event_file_writer
 
-from titan_fast import run_history
+from titan_fast import console, run_history
 from titan_fast.config import Config, model_shape, parse
 from titan_fast.metrics import MetricsLogger, aligned, duration, printable
 from titan_fast.start_times import StartTimes
@@ -464,6 +466,55 @@ def test_a_console_that_nobody_reads_does_not_end_the_run(tmp_path: Path) -> Non
     lines = (tmp_path / "train.log").read_text(encoding="utf-8")
     assert lines.count("WARNING: the console is gone: Broken pipe; the run goes on") == 1
     assert "step 4/4" in lines and "finished" in lines
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_lines_that_nobody_reads_are_left_out_and_counted(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_PATIENCE_SECONDS", 0.0)
+    reader, writer = os.pipe() if kind == "pipe" else pty.openpty()
+    os.set_blocking(reader, False)
+
+    def read() -> str:
+        found = b""
+        with suppress(BlockingIOError):
+            while True:
+                found += os.read(reader, 65536)
+        return found.decode().replace("\r\n", "\n")
+
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        metrics = logger(tmp_path)
+        for number in range(20):
+            metrics.say("\n".join(f"line {number:02} {part:02} {'é' * 50}" for part in range(60)))
+        shown = read()
+        metrics.say("one")
+        metrics.say("two")
+        after = read()
+    metrics.close()
+    os.close(reader)
+    missing = 20 * 60 - shown.count("\n")
+    assert 0 < missing < 20 * 60
+    said = re.fullmatch(r"\n\((\d+) lines were left out .* train\.log has what the run said\)\none\ntwo\n", after)
+    assert said is not None, after
+    assert int(said[1]) == missing
+    log = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
+    assert len(log) == 20 * 60 + 2 and "line 19 59" in log[-3]
+
+
+@pytest.mark.timeout(60)
+def test_a_terminal_that_was_stopped_does_not_stop_the_run(tmp_path: Path) -> None:
+    """Ctrl-S, with the progress bar's thread there too."""
+    controller, terminal = pty.openpty()
+    termios.tcflow(terminal, termios.TCOOFF)
+    command = [sys.executable, "-c", DRIVE, str(tmp_path)]
+    status = subprocess.run(command, stdout=terminal, env=os.environ | {"TERM": "xterm"}, timeout=50).returncode
+    os.close(terminal)
+    os.close(controller)
+    assert status == 0
+    assert "step 4/4" in (tmp_path / "train.log").read_text(encoding="utf-8")
 
 
 def test_summary_and_loss_curve(

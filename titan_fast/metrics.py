@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
 import torch
 
 from titan_fast import flops, run_history
 from titan_fast.config import Config, to_dict
+from titan_fast.console import Console
 from titan_fast.errors import NO_ROOM, leave_console
 from titan_fast.flavors import ModelShape
 from titan_fast.log_file import LogFile
@@ -123,6 +124,7 @@ class MetricsLogger:
         self._writer: SummaryWriter | None = None
         self._writes_tensorboard = config.metrics.enable_tensorboard
         self._progress: Progress | None = None
+        self._console = Console(sys.stdout)
         self._log_file, self._metrics_file = LogFile(run_dir / "train.log"), LogFile(self.metrics_path)
         if is_main:
             self._open()
@@ -164,7 +166,7 @@ class MetricsLogger:
             if self._progress is not None:
                 self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
             else:
-                print(text, flush=True)  # noqa: T201
+                self._console.write(f"{text}\n")
         except OSError as error:
             if error.errno not in NO_ROOM:
                 self._leave_console(error)
@@ -200,9 +202,9 @@ class MetricsLogger:
         self.started = self.clock.began
 
     def _start_progress(self) -> None:
-        if not sys.stdout.isatty():
+        if not self._console.isatty():
             return
-        from rich import progress
+        from rich import console, progress
 
         self._progress = progress.Progress(
             progress.TextColumn("step"),
@@ -211,6 +213,7 @@ class MetricsLogger:
             progress.TimeElapsedColumn(),
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
+            console=console.Console(file=cast(TextIO, self._console)),
             refresh_per_second=1,  # its thread takes Python's lock from the loop
             redirect_stderr=False,
             transient=True,

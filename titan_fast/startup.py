@@ -11,6 +11,7 @@ import torch
 
 from titan_fast.checkpoint import Progress
 from titan_fast.config import Config, Debug, MeshDegrees, grad_accum_steps, tokens_per_step, without_effect
+from titan_fast.console import Console
 from titan_fast.flavors import ModelShape
 from titan_fast.flops import parameter_count
 from titan_fast.ops import Ops
@@ -22,7 +23,7 @@ from titan_fast.tokenizer import Tokenizer
 @contextmanager
 def logged_to_console(is_main: bool) -> Iterator[None]:
     """Shows what the project's modules log, of other processes than the main one only errors."""
-    logger, handler = logging.getLogger("titan_fast"), logging.StreamHandler(sys.stdout)
+    logger, handler = logging.getLogger("titan_fast"), logging.StreamHandler(Console(sys.stdout))
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
