@@ -285,6 +285,24 @@ def test_a_signal_at_any_time_makes_one_checkpoint(
     assert signal.getsignal(signal.SIGTERM) is before, "the handlers are put back"
 
 
+def test_a_signal_in_the_last_step_changes_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true_step = loop.Run.step
+
+    def step(self: loop.Run, number: int) -> Any:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true_step(self, number)
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    more = {"training__steps": 2, "validation__enable": True, "validation__freq": 100, "metrics__sample_prompt": "a"}
+    runs.run(data, tmp_path / "run", **more)
+    said = capsys.readouterr().out
+    assert "step 2/2  validation loss" in said and "step 2/2  sample" in said and "finished" in said
+    assert "stopped" not in said and whole_steps(tmp_path / "run") == [2]
+
+
 def test_the_resume_command_does_not_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["python", "-m", "titan_fast.train", "--checkpoint.load_step", "5", "--a=b c", "--checkpoint.load-step=7"]
     monkeypatch.setattr(Path, "read_bytes", lambda path: "\0".join(words).encode() + b"\0")

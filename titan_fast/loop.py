@@ -238,7 +238,8 @@ class Run:
             self.metrics.say(f"stopped by {self.stop.received or 'a signal to another rank'}; {saved}")
 
     def _one_step(self, step: int) -> bool:
-        """A step, and what is due after it. True where the ranks have agreed to stop, and have saved."""
+        """A step, and what is due after it. True where the ranks have agreed to stop before the last one, and have
+        saved."""
         config, started = self.config, time.perf_counter()
         last = step == config.training.steps
 
@@ -246,16 +247,17 @@ class Run:
             return last or (every > 0 and step % every == 0)
 
         loss, norm, rate, agreed = self.step(step)
+        stops = agreed.stop and not last
         self.checkpointer.step_seconds = time.perf_counter() - started
         if step == self.first_step:
             self._after_first_step(started)
         for line in self.compile_report.again(step - self.first_step + 1):
             self.metrics.say(line)
-        must_save = last or agreed.stop
+        must_save = last or stops
         saves = config.checkpoint.enable and (
             must_save or agreed.save or self.save_is_owed or due(config.checkpoint.interval)
         )
-        logs = due(config.metrics.log_freq) or step == self.first_step or agreed.stop
+        logs = due(config.metrics.log_freq) or step == self.first_step or stops
         # Looking at the outcome waits for a GPU, so there it is done where the host waits anyway.
         if saves or logs or self.world.device.type == "cpu":
             for line in self.guard.look():
@@ -270,9 +272,9 @@ class Run:
                 data_wait_seconds=self.loader.wait_seconds,
                 extra=self._extra_metrics(),
             )
-        if self.validation_loader is not None and due(config.validation.freq) and not agreed.stop:
+        if self.validation_loader is not None and due(config.validation.freq) and not stops:
             self.validate(step)
-        if not last and due(config.metrics.sample_freq) and not agreed.stop:
+        if not last and due(config.metrics.sample_freq) and not stops:
             self.sample(step)
         if agreed.save_failed:
             self._watch_save(step)
@@ -283,7 +285,7 @@ class Run:
         self._say_notes()
         if step % config.training.gc_freq == 0:
             gc.collect(1)
-        return agreed.stop
+        return stops
 
     def step(self, step: int) -> tuple[Tensor, Tensor, float, Agreed]:
         """One optimizer step: the global batch's loss and the gradient's norm (both on the device), the learning rate,
