@@ -303,6 +303,49 @@ def test_a_signal_in_the_last_step_changes_nothing(
     assert "stopped" not in said and whole_steps(tmp_path / "run") == [2]
 
 
+def test_later_signals_do_not_disturb_a_run_that_ends(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While it draws its curve, says how to go on, and leaves the other ranks."""
+
+    def interrupted(owner: Any, name: str) -> None:
+        true_function = getattr(owner, name)
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            reached.append(name)
+            return true_function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, function)
+
+    reached, felt = [], []
+    interrupted(loop.Run, "step")
+    interrupted(loop.MetricsLogger, "finish")
+    interrupted(loop, "resume_command")
+    interrupted(torch.distributed, "destroy_process_group")
+    before = signal.signal(signal.SIGTERM, lambda number, frame: felt.append(number))
+    try:
+        runs.run(data, tmp_path / "run")
+        assert not felt and len(reached) == 4
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert felt == [signal.SIGTERM], "the handlers are put back"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "stopped by SIGTERM; to go on" in capsys.readouterr().out and not (tmp_path / "run" / LOCK).exists()
+
+
+def test_a_signal_after_a_run_does_not_change_its_exit_status() -> None:
+    program = """
+import atexit, os, signal
+from titan_fast.signals import StopRequest
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))  # as the interpreter is on its way out
+with StopRequest() as stop:
+    stop.listen()
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=180, env=runs.environment())
+    assert done.returncode == 0
+
+
 def test_the_resume_command_does_not_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["python", "-m", "titan_fast.train", "--checkpoint.load_step", "5", "--a=b c", "--checkpoint.load-step=7"]
     monkeypatch.setattr(Path, "read_bytes", lambda path: "\0".join(words).encode() + b"\0")

@@ -70,6 +70,7 @@ def train(config: Config, start: StartTimes | None = None) -> None:
         check_data(config)
     start.lap("checks")
     with (
+        StopRequest() as stop,
         locked(config, run_dir) if distributed.is_main_process() else nullcontext(lambda: None) as check_locks,
         logged_to_console(distributed.is_main_process()),
         distributed.start(config.comm, device) as world,
@@ -79,7 +80,7 @@ def train(config: Config, start: StartTimes | None = None) -> None:
             write_config(config, run_dir)
         set_determinism(config.debug)
         start.lap("process group")
-        run = Run(config, degrees, world, run_dir, ops, check_locks, start)
+        run = Run(config, degrees, world, run_dir, ops, check_locks, start, stop)
         for warning in warnings:
             run.checkpointer.note(warning)
         run.train()
@@ -97,9 +98,10 @@ class Run:
         ops: Ops,
         check_locks: Callable[[], None],
         start: StartTimes,
+        stop: StopRequest,
     ) -> None:
         self.config, self.degrees, self.world, self.run_dir, self.ops = config, degrees, world, run_dir, ops
-        self.start = start
+        self.start, self.stop = start, stop
         self.shape = model_shape(config.model)
         device = world.device
         compilation.keep_code(config.compile, degrees.tensor)
@@ -142,7 +144,7 @@ class Run:
         )
         self.recorded = RecordedPasses(self.model, CudaRecorder(device)) if config.training.cuda_graph else None
         self.guard = StepGuard(config.training, device, run_dir, world.is_main)
-        self.stop, self.agreement = StopRequest(), Agreement(device)
+        self.agreement = Agreement(device)
         self.watchdog = Watchdog(world, Limit(config.comm.timeout_seconds, "comm.timeout_seconds"), self.metrics.say)
         self.patience = Limit(config.comm.init_timeout_seconds, "comm.init_timeout_seconds")
         self.save_is_owed = False  # one was due after a step that was not applied
@@ -200,10 +202,10 @@ class Run:
         if self.first_step > self.config.training.steps:
             self.metrics.say(f"step {self.progress.step} was the last one already: raise training.steps to go on")
         gc.disable()
+        self.stop.listen()
         stopped = False
         try:
             with (
-                self.stop,
                 self.watchdog,
                 Profiler(
                     self.config.profiling,

@@ -1,5 +1,6 @@
 """Being told to stop: SIGTERM, SIGINT and SIGUSR1 ask the run to finish its step, save and exit."""
 
+import atexit
 import os
 import shlex
 import signal
@@ -14,8 +15,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers the first signal while it is entered. Later ones change nothing: torchrun sends on what the terminal
-    has sent already, so that one Ctrl-C arrives twice. SIGQUIT and SIGKILL still end the process at once."""
+    """Remembers the first signal from `listen` on, until it is left. Later ones change nothing, also while a run ends,
+    and the interpreter after it: torchrun sends on what the terminal has sent already, so that one Ctrl-C arrives
+    twice. SIGQUIT and SIGKILL still end the process at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -23,8 +25,11 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self
+
+    def listen(self) -> None:
+        """From now on there is something to save; what came before had its usual effect."""
+        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name
@@ -32,6 +37,13 @@ class StopRequest:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            atexit.register(_ignore)
+
+
+def _ignore() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def resume_command() -> str:
