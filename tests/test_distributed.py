@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,10 @@ def be_rank(rank: int, fault: str, port: int, output: Path, restarts: int | None
             time.sleep(2)
             os.kill(os.getpid(), signal.SIGKILL)
         world.barrier()
-        if fault == "killed" and rank == 1:
+        if fault in ("killed", "killed before a further group") and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "killed before a further group":
+            distributed.new_group(Comm(init_timeout_seconds=1), timedelta(hours=1))
         if fault == "failed" and rank == 1:
             raise OSError("the disk is full")
         if fault not in ("none", "busy"):
@@ -75,6 +78,7 @@ def world(
 SENTENCES = {
     "missing": f"rank 1 of {SIZE} did not start within {LIMIT_SECONDS} s",
     "killed": f"rank 1 of {SIZE} is gone without a word",
+    "killed before a further group": f"rank 1 of {SIZE} is gone without a word",
     "killed while one is busy": f"one of rank 0, 1 of {SIZE} is gone without a word",
     "failed": f"rank 1 of {SIZE} failed: OSError: the disk is full",
 }
@@ -100,7 +104,8 @@ def test_nobody_is_missed_where_nobody_is_missing(fault: str, tmp_path: Path) ->
 def limits_of_groups(world: World) -> dict[str, float]:
     mesh = build_mesh(MeshDegrees(1, 2, 2), CPU)
     distributed.limit_collectives(world, Comm(init_timeout_seconds=60, timeout_seconds=90))
-    groups = {"world": dist.group.WORLD, "patient": world.patient} | {
+    further = distributed.new_group(Comm(init_timeout_seconds=60), timedelta(seconds=1000))
+    groups = {"world": dist.group.WORLD, "patient": world.patient, "further": further} | {
         name: mesh.get_group(name) for name in ("shard", "tensor")
     }
     return {
@@ -113,7 +118,8 @@ def test_a_collective_of_any_group_outlives_the_longest_phase(tmp_path: Path) ->
     """A validation of 60 s must not end at the 90 of a step's phase, nor a step's of an hour at torch's 10 minutes."""
     found = results(run_world(4, [Task("limits", limits_of_groups)], tmp_path), "limits")
     longest = 90 + distributed.SPARE_SECONDS
-    assert found == [{"world": longest, "shard": longest, "tensor": longest, "patient": 7 * 24 * 3600}] * 4
+    others = {"patient": 7 * 24 * 3600, "further": 1000}
+    assert found == [{"world": longest, "shard": longest, "tensor": longest} | others] * 4
 
 
 @pytest.mark.parametrize(

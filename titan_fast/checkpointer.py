@@ -143,9 +143,8 @@ class Checkpointer:
         self.check_lock = check_lock
         # Its own group: a save in the background must not meet the step's collectives.
         timeout = timedelta(seconds=self.settings.save_timeout_seconds + distributed.SPARE_SECONDS)
-        group = dist.new_group(backend="gloo", timeout=timeout)
-        assert isinstance(group, dist.ProcessGroup)
-        self.group = group
+        world.barrier()  # waits for one whose set-up takes longer, and not for one that is lost
+        self.group = distributed.new_group(config.comm, timeout)
         self.saved_step = -1
         """Of the last save that was begun, or of what was loaded."""
         self.step_seconds = 0.0

@@ -30,6 +30,7 @@ _BROKEN_CONNECTION = (
     "Broken pipe",
     "timed out",
     "Timed out",
+    "wait timeout",  # of the store, where ranks meet for a new group
 )
 
 
@@ -114,8 +115,7 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
             backend, store=store, rank=rank, world_size=size, timeout=late,
             device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
-        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        assert isinstance(patient, dist.ProcessGroup)
+        patient = new_group(comm, _PATIENCE)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, TitanFastError):
             raise
@@ -245,6 +245,15 @@ def _name_the_lost(store: dist.Store, rank: int, size: int, error: BaseException
     else:
         what = f"the ranks lost each other: {str(error).splitlines()[0]}"
     raise CommunicationError(what, "look at the log of the rank that ended first", where=f"rank {rank}") from error
+
+
+def new_group(comm: Comm, timeout: timedelta) -> dist.ProcessGroup:
+    """The ranks as a further group, on CPUs, whose collectives may take `timeout`; to meet for it they have
+    `comm.init_timeout_seconds`."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=comm.init_timeout_seconds))
+    assert isinstance(group, dist.ProcessGroup)
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
+    return group
 
 
 def limit_collectives(world: World, comm: Comm) -> None:
