@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from datasets.distributed import split_dataset_by_node
 
@@ -374,6 +375,63 @@ def test_shards_that_do_not_fit_are_refused(shards: PreparedTokens, tokenizer: T
             is_main=True,
             barrier=lambda: None,
         )
+
+
+@pytest.fixture
+def stopping_at(tmp_path: Path) -> Callable[[str], Tokenizer]:
+    """The same tokenizer.json, whose tokenizer_config.json names this end."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.train_from_iterator(
+        texts(9), tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    made.add_special_tokens(["<stop>", "<turn>"])
+
+    def load(end: str) -> Tokenizer:
+        folder = tmp_path / f"ends in {end}"
+        folder.mkdir(exist_ok=True)
+        made.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        return load_tokenizer(folder)
+
+    return load
+
+
+def test_shards_of_another_end_are_refused_or_made_again(
+    stopping_at: Callable, corpus_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The ends are named beside a tokenizer.json, whose own content stays the same."""
+    first, second = stopping_at("<stop>"), stopping_at("<turn>")
+    assert first.fingerprint == second.fingerprint and first.eos_id != second.eos_id
+    prepared = tmp_path / "prepared"
+    prepare([Document(t, "rows", 1) for t in texts(40)], first, prepared, source={}, ledger=RowLedger())
+    make_loader(make_config(prepared), first, tmp_path / "run")
+    with pytest.raises(
+        DataError, match=rf"another tokenizer \(BOS and EOS None and {first.eos_id}, the run's None and "
+    ):
+        make_loader(make_config(prepared), second, tmp_path / "run")
+    config = make_config(corpus_file)
+    state = make_loader(config, first, tmp_path / "run").state_dict()
+    again = make_loader(config, second, tmp_path / "run")
+    assert "preparing the data again: the shards were made with another tokenizer" in caplog.text
+    assert order_of(again).tokens.document(1)[-1] == second.eos_id
+    with pytest.raises(CheckpointError, match="fingerprint was"):
+        again.load_state_dict(state)
+
+
+def test_a_stream_of_another_end_is_refused(stopping_at: Callable, stream_files: list[str]) -> None:
+    share = Share(0, 1, 2, 1)
+    dataset = open_files(stream_files)
+    saved, other = (
+        Loader(StreamSource(dataset, "test", "text", stopping_at(end), share, SEQ_LEN, 3), CPU)
+        for end in ("<stop>", "<turn>")
+    )
+    state = saved.state_dict()
+    with pytest.raises(CheckpointError, match="bos_and_eos was"):
+        other.load_state_dict(state)
+    older = {key: value for key, value in state.items() if key != "bos_and_eos"}
+    saved.load_state_dict(older)
 
 
 @pytest.mark.parametrize("name", ["tokens-00001.bin", "offsets.bin", "tokenizer.model"])

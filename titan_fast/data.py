@@ -274,13 +274,7 @@ def _open_tokens(
         return str(tokens.folder.absolute())
 
     tokens = PreparedTokens(Path(_decided_by_main(run_dir, name, is_main, barrier, prepare_once)))
-    if tokens.index["tokenizer"] != tokenizer.fingerprint:
-        raise DataError(
-            f"the shards were made with another tokenizer (sha256 {tokens.index['tokenizer'][:12]}..., the run's is "
-            f"{tokenizer.fingerprint[:12]}...)",
-            "set model.tokenizer_path to theirs, or prepare the data again",
-            str(tokens.folder),
-        )
+    _check_tokenizer(tokens, tokenizer)
     if tokens.index["vocab_size"] > vocab_size:
         raise DataError(
             f"the shards have {tokens.index['vocab_size']} ids and the model's vocabulary {vocab_size}",
@@ -290,13 +284,33 @@ def _open_tokens(
     return tokens
 
 
+def _check_tokenizer(tokens: PreparedTokens, tokenizer: Tokenizer) -> None:
+    """DataError where the shards hold other tokens than this tokenizer makes."""
+    index = tokens.index
+    if index["tokenizer"] != tokenizer.fingerprint:
+        what = f"sha256 {index['tokenizer'][:12]}..., the run's is {tokenizer.fingerprint[:12]}..."
+    elif (index["bos_id"], index["eos_id"]) != (tokenizer.bos_id, tokenizer.eos_id):
+        what = (
+            f"BOS and EOS {index['bos_id']} and {index['eos_id']}, the run's {tokenizer.bos_id} and {tokenizer.eos_id}"
+        )
+    else:
+        return
+    raise DataError(
+        f"the shards were made with another tokenizer ({what})",
+        "set model.tokenizer_path to theirs, or prepare the data again",
+        str(tokens.folder),
+    )
+
+
 def _prepare_in(run_dir: Path, corpus: Corpus, name: str, tokenizer: Tokenizer, verify: bool) -> PreparedTokens:
-    """The corpus's shards in the run directory, written unless they are there and whole."""
+    """The corpus's shards in the run directory, written unless they are there, whole and this tokenizer's."""
     key = hashlib.sha256(json.dumps([corpus.fingerprint(), tokenizer.fingerprint, FORMAT_VERSION]).encode())
     folder = run_dir / "data" / key.hexdigest()[:16]
     if folder.exists():
         try:
-            return PreparedTokens(folder, verify)
+            tokens = PreparedTokens(folder, verify)
+            _check_tokenizer(tokens, tokenizer)
+            return tokens
         except DataError as error:
             log.warning("preparing the data again: %s", error)
             shutil.rmtree(folder)

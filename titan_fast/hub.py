@@ -141,6 +141,7 @@ class StreamSource:
             "dataset": name,
             "text_column": text_column,
             "tokenizer": tokenizer.fingerprint,
+            "bos_and_eos": [tokenizer.bos_id, tokenizer.eos_id],
             "seq_len": seq_len,
             "seed": seed,
             "rank": share.dp_rank,

@@ -26,7 +26,7 @@ from titan_fast.meta_files import PARAMS, MetaFolder
 from titan_fast.model import Llama
 from titan_fast.safe_unpickle import SafeReader
 from titan_fast.shards import local, window
-from titan_fast.tokenizer import NAMES_IN_FOLDER, Tokenizer, load_tokenizer
+from titan_fast.tokenizer import NAMES_IN_FOLDER, Tokenizer, is_same, load_tokenizer
 
 # With another of these the same weights are another function. The rest of a shape decides the sizes, or is max_seq_len.
 _SAME_SIZES = ("rope_theta", "rope_scaling", "norm_eps")
@@ -170,7 +170,7 @@ def _other_tokenizer(weights: Weights | CheckpointWeights, tokenizer: Tokenizer 
     if tokenizer is None or folder is None:
         return ""
     try:
-        same = load_tokenizer(folder).fingerprint == tokenizer.fingerprint
+        same = is_same(load_tokenizer(folder), tokenizer)
     except TitanFastError:
         same = False
     if same:

@@ -141,7 +141,7 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state`; CheckpointError naming what differs when it is of other data."""
         wanted = self._source.identity
-        if differing := [key for key in wanted if state.get(key) != wanted[key]]:
+        if differing := [key for key in wanted if state.get(key) != wanted[key] and not _is_unsaid(key, state)]:
             values = ", ".join(f"{key} was {state.get(key)!r} and is {wanted[key]!r}" for key in differing)
             raise CheckpointError(
                 f"the saved data position belongs to other data: {values}",
@@ -166,6 +166,11 @@ class Loader:
             self._reader.close()
             self._reader = None
             self._source.load_state(self._state)
+
+
+def _is_unsaid(key: str, state: dict[str, Any]) -> bool:
+    """Whether `state` is of an older version, which did not save this."""
+    return key == "bos_and_eos" and key not in state
 
 
 class _Reader:

@@ -16,7 +16,7 @@ from titan_fast.errors import CheckpointError, ConfigError, DataError
 from titan_fast.manifest import checkpoints, holding
 from titan_fast.prepared import is_prepared
 from titan_fast.redaction import redacted
-from titan_fast.tokenizer import load_tokenizer
+from titan_fast.tokenizer import is_same, load_tokenizer
 
 CONFIG_NAME = "config.toml"
 TOKENIZER_NAME = "tokenizer.model"
@@ -188,6 +188,6 @@ def _is_only_moved(key: str, before: Any, now: Any, checkpoint: Path | None) -> 
     if key == "dataset_path":
         return is_prepared(Path(now))
     try:
-        return load_tokenizer(Path(now)).fingerprint == load_tokenizer(tokenizer_of(checkpoint)).fingerprint
+        return is_same(load_tokenizer(Path(now)), load_tokenizer(tokenizer_of(checkpoint)))
     except (DataError, CheckpointError):
         return False

@@ -117,6 +117,11 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
     return list(tokenizer.files)
 
 
+def is_same(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether both make the same tokens of a document. A tokenizer.json's ends are not in its fingerprint."""
+    return (one.fingerprint, one.bos_id, one.eos_id) == (other.fingerprint, other.bos_id, other.eos_id)
+
+
 def _tokenizer_file(path: Path) -> Path:
     if not path.is_dir():
         return path
