@@ -8,6 +8,7 @@ import random
 import shutil
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -172,6 +173,61 @@ def test_special_tokens_in_text_are_text(tokenizer: Tokenizer) -> None:
     for text in ("<|end_of_text|>", "<|begin_of_text|>", "</s>", "<s>", "x<|end_of_text|>y", "x</s> y"):
         assert not special & set(tokenizer.encode(text))
         assert not special & {id for ids in tokenizer.encode_batch([text, text]) for id in ids}
+
+
+def hugging_face_model(kind: str) -> tokenizers.Tokenizer:
+    """One whose model has the special tokens among its own pieces."""
+    special = ["<unk>", "<s>", "</s>"]
+    lines = "\n".join(TEXTS).split("\n")
+    options: dict[str, Any] = {"vocab_size": 300, "special_tokens": special, "show_progress": False}
+    if kind == "unigram":
+        made = tokenizers.Tokenizer(models.Unigram())
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer: Any = trainers.UnigramTrainer(unk_token="<unk>", **options)
+    elif kind == "wordlevel":
+        made = tokenizers.Tokenizer(models.WordLevel(unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        trainer = trainers.WordLevelTrainer(**options)
+    else:
+        made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", ignore_merges=kind == "whole words"))
+        trainer = trainers.BpeTrainer(**options)
+        if kind == "whole words":  # else there is no pre-tokenizer
+            made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.train_from_iterator(lines[:600], trainer)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["unigram", "wordlevel", "whole words", "merges"])
+def test_a_model_that_has_the_names_among_its_pieces_reads_them_as_text(kind: str, tmp_path: Path) -> None:
+    made = hugging_face_model(kind)
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    ends = {made.token_to_id("<s>"), made.token_to_id("</s>")}
+    assert {tokenizer.bos_id, tokenizer.eos_id} == ends
+    for text in ("one </s> two", "one</s>two", "<s>", "</s></s> <s></s>", "<</s>>"):
+        assert not ends & set(tokenizer.encode(text))
+        assert tokenizer.encode_batch([text, "x"])[0] == tokenizer.encode(text)
+    for text in TEXTS:
+        plain = text.replace("</s>", "").replace("<s>", "")
+        assert tokenizer.encode(plain) == made.encode(plain, add_special_tokens=False).ids
+
+
+def test_an_end_that_is_no_special_token_in_the_file_is_text_in_a_text(folder: Path, tmp_path: Path) -> None:
+    made = tokenizers.Tokenizer.from_file(str(folder / "hf" / "tokenizer.json"))
+    made.add_tokens(["<stop>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<stop>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == made.token_to_id("<stop>") == tokenizer.vocab_size - 1
+    assert tokenizer.decode(ids := tokenizer.encode("one<stop>two")) == "one<stop>two" and tokenizer.eos_id not in ids
+
+
+def test_an_end_that_a_text_cannot_be_kept_from_is_refused(tmp_path: Path) -> None:
+    """It is also what the model makes of words that it does not know."""
+    hugging_face_model("wordlevel").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<unk>"}))
+    with pytest.raises(DataError, match="a text can end or begin a document: '<s>' in it is read as one"):
+        load_tokenizer(tmp_path)
 
 
 def test_batch_equals_one_by_one(tokenizer: Tokenizer) -> None:

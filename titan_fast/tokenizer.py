@@ -346,6 +346,34 @@ class HuggingFaceTokenizer:
                 str(path),
             )
         self.eos_id: int = eos_id
+        self._read_special_names_as_text()
+
+    def _read_special_names_as_text(self) -> None:
+        """`encode_special_tokens` keeps a name whole from the search for special tokens, but the model may have it
+        among its own pieces. It never sees one whole when what it is given is cut after the name's first character.
+        DataError where the ends still come out of a text."""
+        names = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+        found = [self._tokenizer.id_to_token(id) for id in (self.bos_id, self.eos_id) if id is not None]
+        ends = [name for name in found if name is not None]
+        self._tokenizer.add_special_tokens([name for name in ends if name not in names])
+        model = self._tokenizer.model
+        pieces = self._tokenizer.get_vocab(with_added_tokens=False)
+        cuts = [
+            f"{re.escape(name[0])}(?={re.escape(name[1:])})"
+            for name in sorted(names.union(ends))
+            if name[1:] and name in pieces and any(token.id == pieces[name] for token in model.tokenize(name))
+        ]
+        if cuts:
+            split = tokenizers.pre_tokenizers.Split(tokenizers.Regex("|".join(cuts)), "isolated")
+            own = self._tokenizer.pre_tokenizer
+            self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split] if own is None else [own, split])
+        for name in ends:
+            if {self.bos_id, self.eos_id} & set(self.encode(name)):
+                raise DataError(
+                    f"a text can end or begin a document: {name!r} in it is read as one of the tokens that do",
+                    "take another tokenizer, or name other ends in a tokenizer_config.json beside it",
+                    str(self.path),
+                )
 
     def _special_id(
         self, ids: dict[str, int], key: str, names: dict[str, str | None], known: tuple[str, ...]
