@@ -28,7 +28,7 @@ from titan_fast import data, data_command, hub
 from titan_fast.config import Config
 from titan_fast.corpus import Document, RowLedger
 from titan_fast.errors import CheckpointError, ConfigError, DataError
-from titan_fast.hub import StreamSource
+from titan_fast.hub import StreamSource, in_shuffled_files
 from titan_fast.loader import Loader, Share
 from titan_fast.prepared import PreparedTokens, SampleOrder, check_empty, is_prepared, prepare
 from titan_fast.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -622,7 +622,7 @@ def open_files(files: list[str]) -> datasets.IterableDataset:
 @pytest.fixture
 def stream(stream_files: list[str], tokenizer: Tokenizer) -> Callable[..., Loader]:
     def build(rank: int = 0, degree: int = 1, dataset: Any = None, passes: int = 2, column: str = "text") -> Loader:
-        dataset = dataset or open_files(stream_files).shuffle(seed=3, buffer_size=1)
+        dataset = dataset or in_shuffled_files(open_files(stream_files), seed=3)
         source = StreamSource(dataset, "test", column, tokenizer, Share(rank, degree, 2, passes), SEQ_LEN, seed=3)
         return Loader(source, CPU)
 
@@ -631,7 +631,7 @@ def stream(stream_files: list[str], tokenizer: Tokenizer) -> Callable[..., Loade
 
 def stream_documents(files: list[str], rank: int, degree: int, epochs: int) -> list[str]:
     """What a rank reads, by `datasets` alone."""
-    part = split_dataset_by_node(open_files(files).shuffle(seed=3, buffer_size=1), rank, degree)
+    part = split_dataset_by_node(in_shuffled_files(open_files(files), seed=3), rank, degree)
     read = []
     for epoch in range(epochs):
         part.set_epoch(epoch)
@@ -657,6 +657,16 @@ def test_stream_ranks_share_the_documents_out(stream_files: list[str]) -> None:
     for degree in (1, 2, 3, 4):
         read = [text for rank in range(degree) for text in stream_documents(stream_files, rank, degree, epochs=1)]
         assert Counter(read) == Counter(texts(150))
+
+
+def test_a_stream_is_read_one_file_after_another(stream_files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {json.loads(line)["text"]: name for name in stream_files for line in Path(name).read_text().splitlines()}
+    read = [names[text] for text in stream_documents(stream_files, 0, 1, epochs=1)]
+    order = [name for name, _ in itertools.groupby(read)]
+    assert sorted(order) == stream_files != order
+    monkeypatch.setattr(datasets, "__version__", "4.8.0")
+    with pytest.raises(DataError, match=r"datasets 4\.8\.0 loses rows .*; install datasets>=5\.1"):
+        in_shuffled_files(open_files(stream_files), seed=3)
 
 
 def test_a_stream_resumed_twice_equals_the_uninterrupted_one(stream: Callable) -> None:
@@ -699,6 +709,9 @@ def test_a_stream_state_of_another_rank_or_degree_is_refused(stream: Callable) -
         stream(1, 2).load_state_dict(state)
     with pytest.raises(CheckpointError, match="dp_degree was 2 and is 1"):
         stream(0, 1).load_state_dict(state)
+    del state["files_at_once"]  # as when several files were read in turn
+    with pytest.raises(CheckpointError, match="files_at_once was None and is 1"):
+        stream(0, 2).load_state_dict(state)
 
 
 class Flaky:

@@ -1,7 +1,8 @@
 """Streams from the hub: each data-parallel rank reads its own part, and its state is exact after every step.
 
 The state is the data set's own, as of the last document that was read, and the tokens of documents that were read but
-not yet trained on. The order of the files is shuffled, not their rows: what a shuffle buffer holds cannot be saved.
+not yet trained on. The order of the files is shuffled, not their rows: what a shuffle buffer holds cannot be saved. A
+rank reads one file after another.
 """
 
 import copy
@@ -32,6 +33,7 @@ KNOWN_NAMES = {"c4": ("allenai/c4", "en")}
 """Short names: the hub's name and the configuration that is the default here."""
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 60, 60, 120, 120)
 """Waits before a broken stream is tried again, as far as patience goes; a document read starts them anew."""
+_OLDEST_DATASETS = (5, 1)  # before it a shuffle held back a row even with a buffer of one, and did not save it
 _ROWS_TOGETHER = 32  # tokenized in one call
 _TOKEN = np.dtype("<i4")
 
@@ -53,7 +55,7 @@ def hub_source(
 ) -> "StreamSource":
     """The configured hub data set as a source; DataError when it cannot be reached or has no such column. patience:
     seconds for which a connection that broke is tried again, while the other ranks wait."""
-    dataset = open_stream(training).shuffle(seed=seed, buffer_size=1)
+    dataset = in_shuffled_files(open_stream(training), seed)
     name = stream_name(training)
     return StreamSource(dataset, name, training.text_column, tokenizer, share, training.seq_len, seed, patience)
 
@@ -90,8 +92,19 @@ def open_stream(training: Training) -> datasets.IterableDataset:
         raise
 
 
+def in_shuffled_files(dataset: datasets.IterableDataset, seed: int) -> datasets.IterableDataset:
+    """The data set with its files in an order drawn from `seed` and the epoch, read one by one. DataError with a
+    `datasets` that cannot go on from a saved state exactly."""
+    if tuple(map(int, datasets.__version__.split(".")[:2])) < _OLDEST_DATASETS:
+        raise DataError(
+            f"datasets {datasets.__version__} loses rows of a stream that goes on from a saved state",
+            "install datasets>={}.{}, or prepare the data ahead".format(*_OLDEST_DATASETS),
+        )
+    return dataset.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
+
+
 def first_documents(training: Training, seed: int) -> Iterator[Document]:
-    """The stream from its beginning, in the shuffled order of files."""
+    """The stream from its beginning, from several of the shuffled files in turn where `datasets` can."""
     return _documents(open_stream(training).shuffle(seed=seed, buffer_size=1), training, RowLedger())
 
 
@@ -144,6 +157,7 @@ class StreamSource:
             "bos_and_eos": [tokenizer.bos_id, tokenizer.eos_id],
             "seq_len": seq_len,
             "seed": seed,
+            "files_at_once": 1,
             "rank": share.dp_rank,
             "dp_degree": share.dp_degree,
         }
