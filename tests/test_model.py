@@ -1,6 +1,7 @@
 """The model against Hugging Face's LlamaForCausalLM, its published sizes, its cache, its initial weights."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -109,6 +110,21 @@ def test_greedy_text_equals_hugging_face() -> None:
     twin = hugging_face_twin(model)
     expected = cast(Any, twin).generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(torch.cat((prompt, new), dim=1), expected)
+
+
+@pytest.mark.parametrize(("bos_id", "prompt"), [(3, [7, 8]), (3, []), (None, [7, 8]), (None, [])])
+def test_text_is_the_prompt_and_what_follows_without_what_begins_the_document(
+    bos_id: int | None, prompt: list[int]
+) -> None:
+    decoded: list[list[int]] = []
+    tokenizer = SimpleNamespace(
+        bos_id=bos_id, eos_id=4, vocab_size=LLAMA3.vocab_size, encode=lambda text: prompt, decode=decoded.append
+    )
+    model, greedy = build(LLAMA3), Sampling(temperature=0)
+    generate_text(model, cast(Any, tokenizer), "", 5, greedy, torch.device("cpu"))
+    read = torch.tensor([([] if bos_id is None else [bos_id]) + prompt or [4]])
+    new = [int(token) for token in generate(model, read, 5, greedy)]
+    assert decoded == [prompt + new[: new.index(4) if 4 in new else None]]
 
 
 def test_text_has_no_token_that_the_tokenizer_lacks() -> None:

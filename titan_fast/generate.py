@@ -83,12 +83,11 @@ def generate_text(
     model: Llama, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling, device: torch.device
 ) -> str:
     """`prompt` and what follows it, up to the end-of-document token."""
-    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
-    if not ids:
-        ids = [tokenizer.eos_id]
+    ids = tokenizer.encode(prompt)  # what begins the document is read, but no part of the text
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    given = torch.tensor([begin + ids or [tokenizer.eos_id]], device=device)
     new = []
-    prompt_ids = torch.tensor([ids], device=device)
-    for token in generate(model, prompt_ids, max_new_tokens, sampling, tokenizer.vocab_size):
+    for token in generate(model, given, max_new_tokens, sampling, tokenizer.vocab_size):
         if (value := int(token)) == tokenizer.eos_id:
             break
         new.append(value)
