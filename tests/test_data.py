@@ -31,6 +31,7 @@ from titan_fast.errors import CheckpointError, ConfigError, DataError
 from titan_fast.hub import StreamSource, in_shuffled_files
 from titan_fast.loader import Loader, Share
 from titan_fast.prepared import PreparedTokens, SampleOrder, check_empty, is_prepared, prepare
+from titan_fast.run_lock import _identity
 from titan_fast.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 CPU = torch.device("cpu")
@@ -474,6 +475,36 @@ def test_nothing_half_written_is_left(tokenizer: Tokenizer, tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"cannot be written: .*mine/file is a file"):
         check_empty(tmp_path / "mine" / "file" / "prepared")
     assert (tmp_path / "mine" / "file").read_text() == "keep"
+
+
+def test_one_process_at_a_time_writes_a_folder_and_what_a_killed_one_left_is_removed(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    folder, refusals = tmp_path / "prepared", []
+
+    def write(documents: Iterator[Document]) -> None:
+        prepare(documents, tokenizer, folder, source={"name": "x"}, ledger=RowLedger())
+
+    def while_another_begins() -> Iterator[Document]:
+        yield Document("first", "rows", 1)
+        with pytest.raises(ConfigError) as caught:
+            write(iter([Document("other", "rows", 1)]))
+        refusals.append(str(caught.value))
+        yield Document("second", "rows", 2)
+
+    left = tmp_path / ".prepared.tmp"
+    (left / "shards").mkdir(parents=True)
+    (left / "shards" / "tokens-00007.bin").write_text("of one that was killed")
+    dead = _identity() | {"pid": 2**22 + 1, "token": "dead"}
+    (left / "run.lock").write_text(json.dumps(dead))
+    write(while_another_begins())
+    (refusal,) = refusals
+    assert f"another run is using the folder for the token shards: process {os.getpid()} on" in refusal
+    assert PreparedTokens(folder, verify=True).documents == 2
+    assert sorted(path.name for path in folder.iterdir()) == sorted([
+        "index.json", "offsets.bin", "origins.bin", "tokenizer.model", "tokens-00000.bin",
+    ])  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
 
 
 def test_too_little_data_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 A folder holds `tokens-NNNNN.bin` (little-endian uint16 or uint32, documents one after another, each BOS, text, EOS),
 `offsets.bin` (int64, where each document begins), `origins.bin` (the file and line of each), a copy of the tokenizer,
-and `index.json`. It is written beside its place and renamed, so a folder of the right name is whole.
+and `index.json`. It is written beside its place, by one process at a time, and renamed, so a folder of the right name
+is whole.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ import numpy as np
 from titan_fast.corpus import Document, RowLedger
 from titan_fast.errors import DataError
 from titan_fast.manifest import obstacle, sha256
+from titan_fast.run_lock import RunLock
 from titan_fast.tokenizer import Tokenizer, available_processors, copy_tokenizer
 
 log = logging.getLogger(__name__)
@@ -52,15 +54,22 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes `folder` and returns its index. `source` says what the documents are, for the index.
 
-    DataError when there is no document, when the disk is full, or when the folder holds something already.
+    DataError when there is no document, when the disk is full, or when the folder holds something already; ConfigError
+    while another process writes it.
     """
     check_empty(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    beside = folder.with_name(f".{folder.name}.tmp")
+    temporary = beside / "shards"
     try:
-        temporary.mkdir(parents=True)
-        index = _write(documents, tokenizer, temporary, source, ledger)
-        temporary.rename(folder)
+        beside.mkdir(parents=True, exist_ok=True)
+        with RunLock(beside, "the folder for the token shards"):
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                index = _write(documents, tokenizer, temporary, source, ledger)
+                temporary.rename(folder)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
         free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
         raise DataError(
@@ -68,8 +77,6 @@ def prepare(
             "make room or name another folder",
             str(folder),
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return index
 
 
