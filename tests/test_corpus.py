@@ -288,6 +288,15 @@ def test_a_run_directory_in_the_data_is_not_read(tmp_path: Path) -> None:
     assert open_corpus(tmp_path, "text").fingerprint() == before
 
 
+def test_token_shards_in_the_data_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "real.txt").write_text("real")
+    (tmp_path / "shards").mkdir()
+    for name in ("index.json", "offsets.bin", "origins.bin", "tokens-00000.bin"):
+        (tmp_path / "shards" / name).touch()
+    corpus = open_corpus(tmp_path, "text")
+    assert [path.name for path in corpus.files] == ["real.txt"] and corpus.other_files == 1
+
+
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "real.txt").write_text("real")
     (tmp_path / "closed").mkdir()
@@ -326,6 +335,25 @@ def test_data_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_a_column_that_no_row_has_names_those_there_are(kind: str, tmp_path: Path) -> None:
     write_rows(tmp_path / f"rows{kind}", TEXTS)
     assert "no row has the text column 'body'; the columns are id, text" in refused(tmp_path / f"rows{kind}", "body")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet"])
+def test_a_table_without_the_column_among_texts_is_passed_over(kind: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / f"b{kind}", ["one", "two"])
+    for name in ("a.txt", "c.txt"):
+        (tmp_path / name).write_text("some text, much more than in the table" * 200)
+    texts, ledger = read(tmp_path, "body")
+    assert len(texts) >= 2
+    assert list(ledger.first_place.values()) == [f"b{kind}" + (":1" if "json" in kind else "")]
+    assert "without 'body' (first b" in ledger.summary()
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
+def test_a_table_without_the_column_that_is_most_of_the_data_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / f"data{kind}", TEXTS * 100)
+    (tmp_path / "README.md").write_text("a data set")
+    with pytest.raises(DataError, match=rf"no row has the text column 'body'; .* \[data\{kind}.*or give data that"):
+        read(tmp_path, "body")
 
 
 def test_a_missing_column_is_said_before_everything_is_read(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 A row is a document; in .txt, .md and .py the file is, or where files are few a part of it. What is wrong with one row
 never stops a run and never passes silently: it goes into a `RowLedger`. What is wrong with a whole file (missing,
-truncated, without a text column) is a DataError.
+truncated, the only one and without a text column) is a DataError.
 """
 
 import codecs
@@ -63,6 +63,8 @@ class RowLedger:
     """The fields of rows that have no text field."""
     has_column: bool = False
     """Whether any row had the text field."""
+    files_without: list[str] = field(default_factory=list)
+    """Whole files without the text field."""
 
     def count(self, rows: int = 1) -> None:
         """Rows that were read; DataError when after many of them it is plain that the data is of no use."""
@@ -73,6 +75,13 @@ class RowLedger:
     def pass_over(self, reason: str, place: str, count: int = 1) -> None:
         self.passed_over[reason] = self.passed_over.get(reason, 0) + count
         self.first_place.setdefault(reason, place)
+
+    def pass_over_file(self, columns: Iterable[str], name: str) -> None:
+        """A table of these columns, of which the text column is none."""
+        self.columns.update(columns)
+        self.files_without.append(name)
+        self.count()
+        self.pass_over(f"whole file without {self.column!r}", name)
 
     def mend(self, reason: str, place: str) -> None:
         self.mended[reason] = self.mended.get(reason, 0) + 1
@@ -88,20 +97,25 @@ class RowLedger:
         return "; ".join(parts)
 
     def check(self) -> None:
-        """DataError when no row has the text column, most rows are bad, or all are bad or empty."""
-        if self.columns and not self.has_column:
-            raise missing_column(self.column, self.columns, self.name)
+        """DataError when most rows are bad, or all are bad or empty."""
         unused = sum(self.passed_over.values())
         bad = unused - self.passed_over.get(_EMPTY, 0)
         if bad > MOST_BAD_ROWS * self.rows or 0 < self.rows <= unused:
+            if self.columns and not self.has_column:
+                raise self.missing_column()
             raise DataError(f"most rows cannot be used: {self.summary()}", "mend the data", self.name)
+
+    def missing_column(self) -> DataError:
+        """It names the first file, or row, that lacks the text column."""
+        place = next(place for reason, place in self.first_place.items() if f"without {self.column!r}" in reason)
+        return missing_column(self.column, self.columns, place)
 
 
 def missing_column(column: str, columns: Iterable[str], name: str) -> DataError:
     names = ", ".join(name if name.isprintable() else ascii(name) for name in sorted(columns))
     return DataError(
         f"no row has the text column {column!r}; the columns are {names or 'none'}",
-        "set training.text_column",
+        "set training.text_column, or give data that has it",
         name,
     )
 
@@ -146,8 +160,8 @@ class Corpus:
     files: tuple[Path, ...]
     text_column: str = "text"
     other_files: int = 0
-    """Files of other kinds in the folder, links to folders or to nothing, run directories, and the like, which are not
-    read."""
+    """Files of other kinds in the folder, links to folders or to nothing, run directories, token shards, and the like,
+    which are not read."""
 
     def fingerprint(self) -> str:
         """sha256 of the files' names, sizes and times, and of what decides how they are read."""
@@ -164,12 +178,16 @@ class Corpus:
         return str(self.files[0] if len(self.files) == 1 else self.root)
 
     def documents(self, ledger: RowLedger, files: Iterable[Path] | None = None) -> Iterator[Document]:
-        """Every usable document; DataError when a file cannot be read, or too little of it can be used."""
+        """Every usable document; DataError when a file cannot be read, or too little of it can be used. Tables without
+        the text column are passed over where they are the smaller part."""
         ledger.name, ledger.column = self.name, self.text_column
         longest = self._longest_text()
         for path in self.files if files is None else files:
             yield from _documents_of(path, path.relative_to(self.root).as_posix(), longest, ledger)
         ledger.check()
+        without = sum((self.root / name).stat().st_size for name in ledger.files_without)
+        if without > MOST_BAD_ROWS * self._bytes():
+            raise ledger.missing_column()
 
     @property
     def _few(self) -> bool:
@@ -180,7 +198,10 @@ class Corpus:
         can be shared out and some of them, not a third, held back."""
         if not self._few:
             return LONGEST_DOCUMENT
-        return min(LONGEST_DOCUMENT, max(2048, sum(path.stat().st_size for path in self.files) // 100))
+        return min(LONGEST_DOCUMENT, max(2048, self._bytes() // 100))
+
+    def _bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
 
 
 def open_corpus(path: Path, text_column: str) -> Corpus:
@@ -202,8 +223,8 @@ def open_corpus(path: Path, text_column: str) -> Corpus:
 
 
 def _walk(root: Path, left_out: Container[str] = ()) -> Iterator[Path]:
-    """What is under `root` and not a folder, except hidden things; linked folders, which may lead back, and run
-    directories are not entered, but yielded. DataError for a folder that cannot be read."""
+    """What is under `root` and not a folder, except hidden things; linked folders, which may lead back, run
+    directories and token shards are not entered, but yielded. DataError for a folder that cannot be read."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"a folder cannot be read: {error.strerror}", "mend it, or take it out", str(error.filename))
@@ -211,15 +232,17 @@ def _walk(root: Path, left_out: Container[str] = ()) -> Iterator[Path]:
     for folder, folders, names in os.walk(root, onerror=refuse):
         here = Path(folder)
         folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
-        not_entered = [name for name in folders if (here / name).is_symlink() or _is_run(here / name)]
+        not_entered = [name for name in folders if (here / name).is_symlink() or _is_ours(here / name)]
         folders[:] = [name for name in folders if name not in not_entered]
         yield from (here / name for name in (*names, *not_entered) if not name.startswith("."))
 
 
-def _is_run(folder: Path) -> bool:
-    """Whether it is a run directory: its logs and checkpoints are no documents, and change while it is trained on."""
+def _is_ours(folder: Path) -> bool:
+    """Whether it is a run directory, whose logs and checkpoints are no documents and change while it is trained on, or
+    a folder of token shards."""
     begun = any((folder / name).exists() for name in ("run.lock", "metrics.jsonl"))
-    return begun and (folder / "config.toml").is_file()
+    has_shards = all((folder / name).is_file() for name in ("index.json", "offsets.bin", "origins.bin"))
+    return has_shards or (begun and (folder / "config.toml").is_file())
 
 
 def stdlib_corpus() -> Corpus:
@@ -390,7 +413,8 @@ def _csv(stream: BinaryIO, name: str, ledger: RowLedger) -> Iterator[tuple[int, 
     if header is None:
         return
     if ledger.column not in header:
-        raise missing_column(ledger.column, header, name)
+        ledger.pass_over_file(header, name)
+        return
     ledger.has_column = True
     position = header.index(ledger.column)
     while True:
@@ -427,7 +451,8 @@ def _parquet(path: Path, stream: BinaryIO, name: str, ledger: RowLedger) -> Iter
     try:
         file = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
         if column not in file.schema_arrow.names:
-            raise missing_column(column, file.schema_arrow.names, name)
+            ledger.pass_over_file(file.schema_arrow.names, name)
+            return
         ledger.has_column = True
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=[column]):

@@ -315,7 +315,7 @@ def _prepare_in(run_dir: Path, corpus: Corpus, name: str, tokenizer: Tokenizer, 
             log.warning("preparing the data again: %s", error)
             shutil.rmtree(folder)
     if corpus.other_files:
-        words = "%d files of other kinds, linked folders or run directories in %s are not read"
+        words = "%d files of other kinds, linked folders, run directories or token shards in %s are not read"
         log.info(words, corpus.other_files, corpus.root)
     ledger = RowLedger()
     source = {"name": name, "fingerprint": corpus.fingerprint(), "text_column": corpus.text_column}
