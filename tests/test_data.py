@@ -329,6 +329,29 @@ def test_the_default_run_reads_the_standard_library(tmp_path: Path) -> None:
     assert all(word in text for word in ("def ", "self.", "return ", "import "))
 
 
+def test_the_tokenizer_is_trained_again_on_more_data_until_there_is_a_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus, run = tmp_path / "corpus", tmp_path / "run"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text(Path(data.__file__).read_text())
+    config = make_config(corpus)
+
+    def fingerprint(run_dir: Path = run) -> str:
+        return data.build_tokenizer(config, run_dir, 400, is_main=True, barrier=lambda: None).fingerprint
+
+    with caplog.at_level("INFO"):
+        first = fingerprint()
+        assert fingerprint() == first and "made anew" not in caplog.text
+        (corpus / "b.txt").write_text(Path(__file__).read_text())
+        second = fingerprint()
+        assert second != first and second == fingerprint(tmp_path / "fresh")
+        assert "the data is not what" in caplog.text
+    (run / "checkpoint" / "step-5").mkdir(parents=True)
+    (corpus / "c.txt").write_text(Path(configuration.__file__).read_text())
+    assert fingerprint() == second
+
+
 def test_changed_and_damaged_data_is_prepared_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(50)))

@@ -23,7 +23,7 @@ from titan_fast.corpus import Corpus, RowLedger, open_corpus, stdlib_corpus
 from titan_fast.errors import DataError
 from titan_fast.loader import Loader, Share, Step
 from titan_fast.prepared import FORMAT_VERSION, PreparedTokens, SampleOrder, is_prepared, prepare
-from titan_fast.run_directory import TOKENIZER_NAME
+from titan_fast.run_directory import TOKENIZER_NAME, is_new
 from titan_fast.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_sentencepiece
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,8 @@ def check(config: Config) -> None:
 def build_tokenizer(
     config: Config, run_dir: Path, vocab_size: int, is_main: bool, barrier: Callable[[], None]
 ) -> Tokenizer:
-    """The tokenizer of the config, of the prepared data, or one trained on the corpus and kept in the run directory.
+    """The tokenizer of the config, of the prepared data, or one trained on the corpus and kept in the run directory;
+    until there is a checkpoint it is trained again when the corpus changes.
 
     DataError when there is none, or the model's vocabulary is too small for it. Every rank calls it.
     """
@@ -111,12 +112,19 @@ def build_tokenizer(
     if path is None and training.dataset_path and is_prepared(Path(training.dataset_path)):
         path = Path(training.dataset_path)
     if path is None:
-        trained = run_dir / TOKENIZER_NAME
+        trained, learned_from = run_dir / TOKENIZER_NAME, run_dir / "data" / "tokenizer_corpus.txt"
 
         def train() -> str:
-            if not trained.exists():
+            if trained.exists() and not is_new(config, run_dir):
+                return str(trained)
+            corpus = "" if is_hub(training) else _corpus(training, training.dataset_path).fingerprint()
+            is_stale = learned_from.exists() and learned_from.read_text() != corpus
+            if trained.exists() and is_stale:
+                log.info("the data is not what %s was trained on, and there is no checkpoint: it is made anew", trained)
+            if is_stale or not trained.exists():
                 texts = sample_texts(training, config.debug.seed)
                 train_sentencepiece(texts, vocab_size, trained, config.debug.seed)
+                learned_from.write_text(corpus)
                 log.info("trained a sentencepiece tokenizer of %d pieces on the corpus: %s", vocab_size, trained)
             return str(trained)
 
