@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -933,6 +934,10 @@ def test_show_prints_the_documents_of_a_step(
     lines = list(data_command.step_documents(tmp_path, 3, None, 10_000))
     assert lines[:2] == ["step 3:", "samples 8 to 11, epoch 0"]
     assert lines[1:] == list(data_command.sample_documents(tmp_path, 8, 11, 10_000))
+    moved = tmp_path.with_name(f"{tmp_path.name}-moved")
+    shutil.move(tmp_path, moved)
+    assert list(data_command.step_documents(moved, 3, None, 10_000)) == lines
+    shutil.move(moved, tmp_path)
     printed = [line for line in lines[2:] if line.startswith("  ")]
     words = [ast.literal_eval(line.split(": ", 1)[1]) for line in printed]
     tokens = [token for batch in step for row in batch.tokens.tolist() for token in row]

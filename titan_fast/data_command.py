@@ -173,7 +173,9 @@ def _config_of(run_dir: Path) -> Config:
 def _shards_of(run_dir: Path) -> Path:
     path = run_dir / "data" / "training.json"
     try:
-        return Path(json.loads(path.read_bytes())["value"])
+        written = Path(json.loads(path.read_bytes())["value"])
+        own = run_dir / "data" / written.name
+        return own if not written.exists() and own.exists() else written  # the run may have been moved
     except (OSError, ValueError, KeyError) as error:
         raise DataError("the run has no prepared data", "check --job.dump_folder", str(path)) from error
 
