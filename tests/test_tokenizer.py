@@ -310,6 +310,9 @@ def test_hugging_face_ends_are_read_from_the_config_beside_it(folder: Path, tmp_
     assert (named.bos_id, named.eos_id) == (ids["<start>"], ids["<stop>"])
     config.write_text(json.dumps({"bos_token": None, "eos_token": "<stop>"}))
     assert load_tokenizer(tmp_path).bos_id is None
+    config.write_text(json.dumps({"eos_token": None}))
+    with pytest.raises(DataError, match=r"no end-of-text token: tokenizer_config\.json's eos_token is null"):
+        load_tokenizer(tmp_path)
     config.write_text(json.dumps({"eos_token": "<nowhere>"}))
     with pytest.raises(DataError, match="eos_token '<nowhere>' is not in the vocabulary"):
         load_tokenizer(tmp_path)

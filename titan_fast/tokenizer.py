@@ -339,6 +339,8 @@ class HuggingFaceTokenizer:
         self.files = {"tokenizer.json": content} | beside
         self.bos_id: int | None = self._special_id(ids, "bos_token", names, self._BOS_NAMES)
         eos_id = self._special_id(ids, "eos_token", names, self._EOS_NAMES)
+        if eos_id is None and "eos_token" in names:
+            raise DataError(f"no end-of-text token: {CONFIG_BESIDE}'s eos_token is null", "name one there", str(path))
         if eos_id is None:
             raise DataError(
                 f"no end-of-text token: none of {', '.join(self._EOS_NAMES)} is in its vocabulary",
