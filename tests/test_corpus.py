@@ -90,7 +90,8 @@ def test_json_may_be_one_row_over_many_lines_or_json_lines(tmp_path: Path) -> No
     (tmp_path / "a.json").write_text(json.dumps({"text": "alone"}, indent=2))
     (tmp_path / "b.json").write_text('{"text": "x"}\n{"text": "y"}\n')
     (tmp_path / "c.json").write_bytes(b'\xef\xbb\xbf[{"text": "with a byte order mark"}]')
-    assert read(tmp_path)[0] == ["alone", "x", "y", "with a byte order mark"]
+    (tmp_path / "d.json").write_bytes(b'\xef\xbb\xbf{\n "text": "over lines, with a mark"\n}\n')
+    assert read(tmp_path)[0] == ["alone", "x", "y", "with a byte order mark", "over lines, with a mark"]
 
 
 BAD_LINES = [
@@ -229,6 +230,13 @@ def test_text_without_line_ends_is_cut_between_characters(tmp_path: Path) -> Non
     assert not ledger.summary()
 
 
+def test_only_the_first_character_of_a_file_is_a_byte_order_mark(tmp_path: Path) -> None:
+    text = ("\ufeff" + "a" * 2045) * 30  # one line, of which each piece of 2048 bytes begins with it
+    (tmp_path / "line.txt").write_text(text, encoding="utf-8")
+    texts, _ = read(tmp_path / "line.txt")
+    assert "".join(texts) == text[1:] and len(texts) == 30
+
+
 def test_invalid_utf8_in_a_text_file_costs_one_piece(tmp_path: Path) -> None:
     lines = [b"line %d of some text\n" % n for n in range(5000)]
     lines[2500] = b"bad \xff byte\n"
@@ -270,6 +278,22 @@ def test_what_is_no_file_is_counted_and_not_read(tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to(tmp_path.parent)
     corpus = open_corpus(tmp_path, "text")
     assert [path.name for path in corpus.files] == ["real.txt"] and corpus.other_files == 3
+
+
+def test_a_file_that_is_linked_to_is_read_once(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere.txt"
+    folder.mkdir()
+    elsewhere.write_text("elsewhere")
+    (folder / "real.txt").write_text("real")
+    for name, target in {
+        "a": folder / "real.txt",
+        "b": elsewhere,
+        "c": folder / "b.txt",
+        "z": Path("real.txt"),
+    }.items():
+        (folder / f"{name}.txt").symlink_to(target)
+    corpus = open_corpus(folder, "text")
+    assert [path.name for path in corpus.files] == ["b.txt", "real.txt"] and corpus.other_files == 3
 
 
 def test_a_run_directory_in_the_data_is_not_read(tmp_path: Path) -> None:

@@ -160,8 +160,8 @@ class Corpus:
     files: tuple[Path, ...]
     text_column: str = "text"
     other_files: int = 0
-    """Files of other kinds in the folder, links to folders or to nothing, run directories, token shards, and the like,
-    which are not read."""
+    """What is in the folder and is not read: files of other kinds, links to folders, to nothing or to what is read
+    anyway, run directories, token shards, and the like."""
 
     def fingerprint(self) -> str:
         """sha256 of the files' names, sizes and times, and of what decides how they are read."""
@@ -214,12 +214,27 @@ def open_corpus(path: Path, text_column: str) -> Corpus:
     if not path.is_dir():
         raise DataError("there is no such file or folder", "check the dataset_path", str(path))
     found = sorted(_walk(path), key=lambda file: file.relative_to(path).parts)
-    files = tuple(file for file in found if _kind(file) and file.is_file())  # no link to nothing, no pipe
+    files = _each_once(file for file in found if _kind(file) and file.is_file())  # no link to nothing, no pipe
     if not files:
         suffixes = sorted({file.suffix or "no suffix" for file in found})[:10]
         what = f"none of its {len(found)} files is of a known kind ({', '.join(suffixes)})" if found else "it is empty"
         raise DataError(f"the folder holds no data: {what}", known, str(path))
     return Corpus(path, files, text_column, other_files=len(found) - len(files))
+
+
+def _each_once(files: Iterable[Path]) -> tuple[Path, ...]:
+    """Without links to a file that is read anyway: text that is held out must not be trained on under another name."""
+    files = tuple(files)
+    links = [file for file in files if file.is_symlink()]
+    if not links:
+        return files
+    read = {file.resolve() for file in set(files).difference(links)}
+    repeated = set()
+    for link in links:
+        if (target := link.resolve()) in read:
+            repeated.add(link)
+        read.add(target)
+    return tuple(file for file in files if file not in repeated)
 
 
 def _walk(root: Path, left_out: Container[str] = ()) -> Iterator[Path]:
@@ -312,10 +327,10 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _text_file(stream: BinaryIO, longest: int, name: str, ledger: RowLedger) -> Iterator[tuple[int, str]]:
-    for line, content in _pieces(stream, longest):
+    for number, (line, content) in enumerate(_pieces(stream, longest)):
         ledger.count()
         try:
-            text = content.decode("utf-8-sig" if line == 1 else "utf-8")
+            text = content.decode("utf-8-sig" if number == 0 else "utf-8")
         except UnicodeDecodeError as error:
             ledger.pass_over("invalid UTF-8", f"{name}:{line + content.count(10, 0, error.start)}")
             continue
@@ -373,8 +388,9 @@ def _lines(stream: BinaryIO, name: str, ledger: RowLedger) -> Iterator[tuple[int
 def _json(stream: BinaryIO, name: str, ledger: RowLedger, may_be_whole: bool) -> Iterator[tuple[int, str]]:
     """JSON lines; a .json file may also be one array of rows, or one row over many lines."""
     if may_be_whole:
-        head = stream.peek(1 << 16)  # type: ignore[attr-defined]  # every stream of _open is buffered
-        if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[" or _is_open_object(head):
+        head: bytes = stream.peek(1 << 16)  # type: ignore[attr-defined]  # every stream of _open is buffered
+        head = head.removeprefix(codecs.BOM_UTF8)
+        if head.lstrip()[:1] == b"[" or _is_open_object(head):
             yield from _whole_json(stream, name, ledger)
             return
     for number, line in _lines(stream, name, ledger):
