@@ -382,6 +382,18 @@ def test_prepared_shards_are_used_as_they_are(shards: PreparedTokens, tokenizer:
     assert not list((tmp_path / "data").glob("*/tokens-*"))
 
 
+def test_another_text_column_than_the_shards_were_made_of_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder, source = tmp_path / "prepared", {"name": "x", "text_column": "body"}
+    prepare([Document("text", "rows", 1)], tokenizer, folder, source=source, ledger=RowLedger())
+    more = ("--job.dump_folder", str(tmp_path / "run"), "--training.text_column")
+    data.check(make_config(folder, *more, "text"))  # as by default
+    data.check(make_config(folder, *more, "body"))
+    with pytest.raises(DataError, match=r"training\.text_column is 'words', and the shards were made of 'body'"):
+        data.check(make_config(folder, *more, "words"))
+    (tmp_path / "rows.txt").write_text("validation text")
+    data.check(make_config(folder, *more, "words", "--validation.dataset_path", str(tmp_path / "rows.txt")))
+
+
 def test_shards_that_do_not_fit_are_refused(shards: PreparedTokens, tokenizer: Tokenizer, tmp_path: Path) -> None:
     other = tmp_path / "other.model"
     train_sentencepiece([Path(data.__file__).read_text()], 390, other, seed=0)

@@ -88,15 +88,30 @@ class TokenSource:
 
 
 def check(config: Config) -> None:
-    """DataError for local data that is not there or of no known kind, and for a tokenizer that is not there or too
-    large; nothing is read but names and the tokenizer. For the process that prepares the data."""
+    """DataError for local data that is not there or of no known kind, for token shards of another text column, and for
+    a tokenizer that is not there or too large; nothing is read but names, the shards' index and the tokenizer. For the
+    process that prepares the data."""
     training, validation = config.training, config.validation
     other = [validation.dataset_path] if validation.enable and validation.dataset_path is not None else []
-    for path in ([] if is_hub(training) else [training.dataset_path]) + other:
-        if path is None or not is_prepared(Path(path)):
-            _corpus(training, path)
+    paths = ([] if is_hub(training) else [training.dataset_path]) + other
+    text = [path for path in paths if path is None or not is_prepared(Path(path))]
+    for path in text:
+        _corpus(training, path)
+    if not text and not is_hub(training) and is_new(config, Path(config.job.dump_folder)):
+        _check_column(training, Path(str(training.dataset_path)))
     if config.model.tokenizer_path:
         check_vocabulary(load_tokenizer(Path(config.model.tokenizer_path)), model_shape(config.model).vocab_size)
+
+
+def _check_column(training: Training, folder: Path) -> None:
+    """DataError where another text column is asked for than the shards were made of, which they cannot follow."""
+    made_of = PreparedTokens(folder).index["source"].get("text_column", training.text_column)
+    if training.text_column not in (made_of, Training.text_column):
+        raise DataError(
+            f"training.text_column is {training.text_column!r}, and the shards were made of {made_of!r}",
+            "leave it out, or prepare the data again with it",
+            str(folder),
+        )
 
 
 def build_tokenizer(
