@@ -84,7 +84,7 @@ class Training:
     dataset_split: str = "train"
     """The hub data set's split."""
     text_column: str = "text"
-    """The field of a row that holds the document."""
+    """The field of a row that holds the document. Of token shards it was chosen when they were prepared."""
     seq_len: int = 256
     """Tokens per sequence."""
     local_batch_size: int = 4
@@ -814,8 +814,9 @@ class MeshDegrees:
         return self.replicate * self.shard
 
 
-def mesh_degrees(parallelism: Parallelism, world_size: int) -> MeshDegrees:
-    """The mesh of `world_size` processes, with -1 resolved; ConfigError when they cannot fill it."""
+def mesh_degrees(parallelism: Parallelism, world_size: int, set_by: str = "the number of processes") -> MeshDegrees:
+    """The mesh of `world_size` processes, with -1 resolved; ConfigError when they cannot fill it. set_by: where the
+    user says how many."""
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     tensor = parallelism.tensor_parallel_degree
     if shard == -1:
@@ -824,7 +825,7 @@ def mesh_degrees(parallelism: Parallelism, world_size: int) -> MeshDegrees:
         raise ConfigError(
             f"data_parallel_replicate_degree {replicate} x data_parallel_shard_degree {shard} x "
             f"tensor_parallel_degree {tensor} = {replicate * shard * tensor}, and there are {world_size} processes",
-            "change the degrees in [parallelism] or the number of processes",
+            f"change the degrees in [parallelism] or {set_by}",
         )
     return MeshDegrees(replicate, shard, tensor)
 

@@ -38,7 +38,7 @@ def dry_run(config: Config) -> None:
         )
     began = time.perf_counter()
     size = config.job.world_size or 1
-    degrees = mesh_degrees(config.parallelism, size)
+    degrees = mesh_degrees(config.parallelism, size, "--job.world_size")
     shape = model_shape(config.model)
     passes = grad_accum_steps(config.training, degrees.data)
     check_profiling(config.profiling, GPU)

@@ -85,7 +85,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read the tokenizer: {error.strerror}", "check the path", str(path)) from error
+        hint = "; README.md, Tokenizers, says how to get Meta's" if isinstance(error, FileNotFoundError) else ""
+        raise DataError(f"cannot read the tokenizer: {error.strerror}", f"check the path{hint}", str(path)) from error
     if content.lstrip()[:1] == b"{" and _is_hugging_face(content):
         return HuggingFaceTokenizer(path, content)
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", content):
