@@ -1,5 +1,5 @@
-"""One run at a time in a run directory, and in a folder of checkpoints elsewhere: a lock that a dead run cannot leave
-behind.
+"""One run at a time in a run directory, in a folder of checkpoints elsewhere, and where token shards are written: a
+lock that a dead run cannot leave behind.
 
 `run.lock` names the process that holds it. On the same machine a dead holder is seen at once, by its process id and
 start time. From another machine (or container) it is judged by its pulse: the file's time, which the holder renews and
