@@ -295,10 +295,18 @@ def test_a_signal_in_the_last_step_changes_nothing(
             os.kill(os.getpid(), signal.SIGTERM)
         return true_step(self, number)
 
+    true_validate, saved = loop.Run.validate, []
+
+    def validate(self: loop.Run, number: int) -> None:
+        saved.append(whole_steps(tmp_path / "run"))
+        true_validate(self, number)
+
     monkeypatch.setattr(loop.Run, "step", step)
+    monkeypatch.setattr(loop.Run, "validate", validate)
     more = {"training__steps": 2, "validation__enable": True, "validation__freq": 100, "metrics__sample_prompt": "a"}
     runs.run(data, tmp_path / "run", **more)
     said = capsys.readouterr().out
+    assert saved == [[2]], "the save comes first: who sent the signal may not wait"
     assert "step 2/2  validation loss" in said and "step 2/2  sample" in said and "finished" in said
     assert "stopped" not in said and whole_steps(tmp_path / "run") == [2]
 

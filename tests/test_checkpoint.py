@@ -13,7 +13,6 @@ import sys
 import threading
 from collections import namedtuple
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -36,7 +35,7 @@ from titan_fast.model import Llama, init_weights
 from titan_fast.ops import REFERENCE
 from titan_fast.optim import build_optimizer
 from titan_fast.redaction import redact
-from titan_fast.run_directory import open_run_directory, write_config
+from titan_fast.run_lock import RunLock
 from titan_fast.step import build_model
 
 pytestmark = pytest.mark.timeout(120)
@@ -277,10 +276,11 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
 ) -> None:
     before, kept = (copy / "metrics.jsonl").read_bytes(), (copy / "checkpoint").rename(copy / "kept")
     for steps in (10, 12):
-        with pytest.raises(CheckpointError, match=r"had come to step 10, and there is no checkpoint .*restore it"):
+        with pytest.raises(CheckpointError, match=r"has saved .*step-10, and there is no checkpoint .*restore it"):
             runs.run(data, copy, training__steps=steps)
     assert (copy / "metrics.jsonl").read_bytes() == before
     assert not (copy / "checkpoint").exists(), "it may be the place of a disk that is not mounted"
+    (copy / "last_saved.txt").unlink()
     (copy / "metrics.jsonl").rename(copy / "aside")
     runs.run(data, copy, training__steps=10)
     shutil.rmtree(copy / "checkpoint")
@@ -293,34 +293,47 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
     assert "metrics.jsonl of an earlier start is now metrics-until-11.jsonl" in capsys.readouterr().out
 
 
-LOST: dict[str, tuple[dict[str, Any], int, bool]] = {
-    "before its first save": ({}, 4, False),
-    "in its first save": ({}, 5, False),
-    "after its first save": ({}, 6, True),
-    "before a save in the background was settled": ({"checkpoint__async_mode": "async"}, 10, False),
-    "after it was": ({"checkpoint__async_mode": "async"}, 11, True),
-    "after failed saves": ({"checkpoint__on_save_error": "continue", "checkpoint__max_failed_saves": 2}, 15, False),
-    "after more than may fail": (
-        {"checkpoint__on_save_error": "continue", "checkpoint__max_failed_saves": 2}, 16, True,
-    ),
-    "at its end": ({"checkpoint__interval": 0}, 40, True),
-    "without saves by steps": ({"checkpoint__interval": 0, "checkpoint__interval_minutes": 1}, 39, False),
-    "without checkpoints": ({"checkpoint__enable": False}, 40, False),
-}  # fmt: skip
+@pytest.mark.parametrize("ends", ["before its save", "in its save", "with steps left out"])
+def test_a_run_that_ended_before_it_had_a_checkpoint_begins_again(
+    ends: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever step it had come to, and whatever its config says then and now."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        if ends == "with steps left out":
+            patch.setattr(loop, "clip_gradients", lambda *_: torch.tensor(math.nan))
+        else:
+            patch.setattr(
+                loop.Run if ends == "before its save" else manifest,
+                "save" if ends == "before its save" else "publish",
+                fail,
+            )
+        with pytest.raises((OSError, TitanFastError)):
+            runs.run(data, tmp_path, training__steps=4, checkpoint__interval=2, training__on_nonfinite="skip",
+                     training__max_skipped_steps=3)  # fmt: skip
+    assert (tmp_path / "metrics.jsonl").read_text() and not (tmp_path / "last_saved.txt").exists()
+    runs.run(data, tmp_path, training__steps=2, checkpoint__interval=1)
+    assert list(runs.losses(tmp_path)) == [1, 2] and len(list(tmp_path.glob("metrics-until-*.jsonl"))) == 1
 
 
-@pytest.mark.parametrize("name", LOST)
-def test_a_run_that_ended_before_it_had_a_checkpoint_begins_again(name: str, data: Path, tmp_path: Path) -> None:
-    changes, last, is_refused = LOST[name]
-    config = parse(runs.arguments(data, tmp_path, training__steps=40, **changes))
-    open_run_directory(config)
-    write_config(config, tmp_path)
-    (tmp_path / "metrics.jsonl").write_text(f'{{"step": {last}, "loss": 2.5}}\n')
-    again = parse(runs.arguments(data, tmp_path, training__steps=40, checkpoint__interval=1))
-    with pytest.raises(CheckpointError, match=f"had come to step {last}") if is_refused else nullcontext():
-        open_run_directory(again)
-    (tmp_path / "checkpoint" / ".replaced-step-5").mkdir()  # by a kill in the middle of a save; it is put back
-    open_run_directory(again)
+def test_prune_is_not_kept_off_by_a_run_in_a_folder_above(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLock(tmp_path):
+        assert command(capsys, "prune", str(copy), "--keep", "1")[:2] == (0, "deleted step 5\n")
+    with RunLock(copy):
+        status, _, said = command(capsys, "prune", str(copy), "--keep", "1")
+    assert status == 2 and "another run is using these checkpoints" in said
+
+
+def test_an_older_checkpoint_may_be_a_link(data: Path, copy: Path, tmp_path: Path) -> None:
+    moved = runs.checkpoint(copy, 5).rename(tmp_path / "cold")
+    runs.checkpoint(copy, 5).symlink_to(moved)
+    runs.run(data, copy, training__steps=11)
+    assert list(runs.losses(copy)) == list(range(1, 12)) and runs.checkpoint(copy, 5).is_symlink()
 
 
 def test_retention_counts_only_whole_checkpoints(tmp_path: Path, data: Path, finished: Path) -> None:

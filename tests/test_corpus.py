@@ -380,6 +380,15 @@ def test_a_table_without_the_column_that_is_most_of_the_data_is_refused_by_name(
         read(tmp_path, "body")
 
 
+def test_data_of_which_the_larger_part_lacks_the_column_is_refused_as_that(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\n" + "some words\n" * 5)
+    (tmp_path / "b.csv").write_text("name\n" + "some other words\n" * 50)
+    with pytest.raises(
+        DataError, match=r"most of the data lacks the text column 'text'; the columns are name \[b.csv\]"
+    ):
+        read(tmp_path)
+
+
 def test_a_missing_column_is_said_before_everything_is_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": "x" * 20}) + "\n" for _ in range(30_000)))

@@ -22,6 +22,7 @@ from tensorboard.summary.writer import event_file_writer
 
 from titan_fast import console, run_history
 from titan_fast.config import Config, model_shape, parse
+from titan_fast.console import Console
 from titan_fast.metrics import MetricsLogger, aligned, duration, printable
 from titan_fast.start_times import StartTimes
 from titan_fast.training_clock import TrainingClock
@@ -497,7 +498,7 @@ def test_lines_that_nobody_reads_are_left_out_and_counted(
     os.close(reader)
     missing = 20 * 60 - shown.count("\n")
     assert 0 < missing < 20 * 60
-    said = re.fullmatch(r"\n\((\d+) lines were left out .* train\.log has what the run said\)\none\ntwo\n", after)
+    said = re.fullmatch(r"\n\((\d+) lines were left out .* train\.log has the steps\)\none\ntwo\n", after)
     assert said is not None, after
     assert int(said[1]) == missing
     log = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
@@ -573,3 +574,20 @@ def test_a_curve_that_a_full_disk_refuses_leaves_no_half(tmp_path: Path, monkeyp
     with pytest.raises(OSError, match="No space"):
         run_history.draw_loss_curve([{"step": 1, "loss": 2.0, "tokens_seen": 10}], curve, "a run")
     assert list(tmp_path.iterdir()) == [curve] and curve.read_bytes() == b"the last one"
+
+
+def test_a_console_that_is_no_file_takes_everything() -> None:
+    class Tee:
+        encoding, said = "utf-8", ""
+
+        def write(self, text: str) -> None:
+            self.said += text
+
+        def flush(self) -> None: ...
+
+        def isatty(self) -> bool:
+            return False
+
+    tee: Any = Tee()
+    Console(tee).write("one\n" * 5000)
+    assert tee.said == "one\n" * 5000

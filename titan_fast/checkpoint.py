@@ -155,9 +155,11 @@ def read_config(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def refuse_links(folder: Path) -> None:
-    """CheckpointError where a checkpoint in `folder` is a symbolic link: a run would save and delete around it."""
-    if found := links(folder):
-        names = ", ".join(path.name for path in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    """CheckpointError where the newest checkpoint in `folder` is a symbolic link, around which a run would save and
+    delete. An older one is passed over, as other names are."""
+    found, own = links(folder), checkpoints(folder)
+    if found and max(found) > max(own, default=-1):
+        names = ", ".join(path.name for path in list(found.values())[-3:])
         raise CheckpointError(
             f"a checkpoint that is a symbolic link is not read: {names}",
             "move the folder itself back in its place; or move all checkpoints, and name where they are with "
@@ -168,7 +170,7 @@ def refuse_links(folder: Path) -> None:
 
 def checkpoints_of(path: Path) -> dict[int, Path]:
     """The `step-N` folders, by step in order, in `path` itself or else in what the config of the run directory `path`
-    names as its checkpoint.folder. CheckpointError where one is a symbolic link."""
+    names as its checkpoint.folder. CheckpointError where the newest is a symbolic link."""
     refuse_links(path)
     if found := checkpoints(path):
         return found

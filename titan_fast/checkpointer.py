@@ -41,7 +41,7 @@ from titan_fast.masters import round_masters
 from titan_fast.optim import rate_at
 from titan_fast.prepared import is_prepared
 from titan_fast.redaction import redacted
-from titan_fast.run_directory import differences
+from titan_fast.run_directory import differences, note_saved
 from titan_fast.shards import copies, local
 from titan_fast.signals import may_wait_longer, seconds_to_stop
 from titan_fast.tokenizer import Tokenizer, copy_tokenizer
@@ -140,6 +140,7 @@ class Checkpointer:
         """check_lock: raises, on the main rank and before anything is written, where the folder is another run's."""
         self.config, self.settings, self.world = config, config.checkpoint, world
         self.folder, self.tokenizer = run_dir / config.checkpoint.folder, tokenizer
+        self.run_dir = run_dir
         self.check_lock = check_lock
         # Its own group: a save in the background must not meet the step's collectives.
         timeout = timedelta(seconds=self.settings.save_timeout_seconds + distributed.SPARE_SECONDS)
@@ -325,6 +326,7 @@ class Checkpointer:
             return
         copy_tokenizer(self.tokenizer, temporary / "tokenizer")
         manifest.publish(temporary, final, known, step=step, world_size=self.world.size)
+        note_saved(self.run_dir, final)
         self._passed_over.discard(step)
         keep = self.settings.keep_latest_k
         _, left = manifest.prune(self.folder, keep, always=step, contents=False, damaged=self._passed_over)

@@ -697,7 +697,7 @@ def without_effect(config: Config, sharded: bool) -> list[str]:
 RUN_FILES = frozenset(
     {
         "config.toml", "train.log", "metrics.jsonl", "bad_steps.jsonl", "loss_curve.png", "tokenizer.model", "data",
-        "run.lock", ".run.lock.guard", ".config.toml.tmp",
+        "run.lock", ".run.lock.guard", ".config.toml.tmp", "last_saved.txt", ".last_saved.txt.tmp",
     }
 )  # fmt: skip
 """What a run directory has under these names, whatever its config."""

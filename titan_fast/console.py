@@ -36,7 +36,7 @@ class Console:
     def write(self, text: str) -> int:
         """Raises the OSError of a stream that has gone."""
         with self._lock:
-            note = f"\n({self._left_out} lines were left out while nobody read; train.log has what the run said)\n"
+            note = f"\n({self._left_out} lines were left out while nobody read; train.log has the steps)\n"
             if not self._left_out or self._show(note) == len(note):
                 self._left_out = text.count("\n", self._show(text))
             else:
@@ -56,7 +56,9 @@ class Console:
         return len(text)
 
     def _has_room(self, seconds: float) -> bool:
+        poll = select.poll()
         try:
-            return bool(select.select([], [self._stream.fileno()], [], seconds)[1])
-        except OSError:  # it is no file
+            poll.register(self._stream.fileno(), select.POLLOUT)
+        except (OSError, ValueError, AttributeError):  # it is no file
             return True
+        return bool(poll.poll(1000 * seconds))

@@ -108,13 +108,15 @@ class RowLedger:
     def missing_column(self) -> DataError:
         """It names the first file, or row, that lacks the text column."""
         place = next(place for reason, place in self.first_place.items() if f"without {self.column!r}" in reason)
-        return missing_column(self.column, self.columns, place)
+        return missing_column(
+            self.column, self.columns, place, "most of the data lacks" if self.has_column else "no row has"
+        )
 
 
-def missing_column(column: str, columns: Iterable[str], name: str) -> DataError:
+def missing_column(column: str, columns: Iterable[str], name: str, lacks: str = "no row has") -> DataError:
     names = ", ".join(name if name.isprintable() else ascii(name) for name in sorted(columns))
     return DataError(
-        f"no row has the text column {column!r}; the columns are {names or 'none'}",
+        f"{lacks} the text column {column!r}; the columns are {names or 'none'}",
         "set training.text_column, or give data that has it",
         name,
     )

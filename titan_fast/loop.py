@@ -274,7 +274,9 @@ class Run:
                 data_wait_seconds=self.loader.wait_seconds,
                 extra=self._extra_metrics(),
             )
-        if self.validation_loader is not None and due(config.validation.freq) and not stops:
+        validates = self.validation_loader is not None and due(config.validation.freq) and not stops
+        hurries = last and agreed.stop  # a save comes first, for who sent the signal may not wait
+        if validates and not hurries:
             self.validate(step)
         if not last and due(config.metrics.sample_freq) and not stops:
             self.sample(step)
@@ -284,6 +286,8 @@ class Run:
         self.save_is_owed = saves and self.guard.last_was_bad and not must_save
         if saves and not self.save_is_owed:
             self.save(must_save)
+        if validates and hurries:
+            self.validate(step)
         self._say_notes()
         if step % config.training.gc_freq == 0:
             gc.collect(1)

@@ -50,9 +50,9 @@ def checkpoints(parent: Path) -> dict[int, Path]:
     return {step: path for step, path in _named(parent).items() if path.is_dir() and not path.is_symlink()}
 
 
-def links(parent: Path) -> list[Path]:
-    """What has the name of a checkpoint in `parent` and is a symbolic link, wherever that leads."""
-    return [path for path in _named(parent).values() if path.is_symlink()]
+def links(parent: Path) -> dict[int, Path]:
+    """What has the name of a checkpoint in `parent` and is a symbolic link, wherever that leads, by step in order."""
+    return {step: path for step, path in _named(parent).items() if path.is_symlink()}
 
 
 def _named(parent: Path) -> dict[int, Path]:

@@ -1,6 +1,5 @@
 """The run directory: one run's config, log, data and checkpoints, and no other run's."""
 
-import math
 import os
 import tomllib
 from contextlib import suppress
@@ -9,7 +8,6 @@ from typing import Any
 
 import tomli_w
 
-from titan_fast import run_history
 from titan_fast.checkpoint import read_config, refuse_links, tokenizer_of
 from titan_fast.config import Config, to_dict
 from titan_fast.errors import CheckpointError, ConfigError, DataError
@@ -19,6 +17,8 @@ from titan_fast.redaction import redacted
 from titan_fast.tokenizer import is_same, load_tokenizer
 
 CONFIG_NAME = "config.toml"
+LAST_SAVED = "last_saved.txt"
+"""Holds the path of the newest checkpoint; without one the run has not saved yet."""
 TOKENIZER_NAME = "tokenizer.model"
 """Of a tokenizer that was trained on the run's own text."""
 
@@ -61,7 +61,7 @@ def open_run_directory(config: Config) -> Path:
         )
     if config.checkpoint.enable:
         refuse_links(folder / config.checkpoint.folder)
-        _refuse_lost_checkpoints(folder, folder / config.checkpoint.folder, before)
+        _refuse_lost_checkpoints(folder, folder / config.checkpoint.folder)
         _check_writable(folder / config.checkpoint.folder, "checkpoint.folder")
     now, resets = redacted(to_dict(config)), config.checkpoint.data_state == "reset"
     saved = checkpoints(kept)
@@ -88,24 +88,26 @@ def open_run_directory(config: Config) -> Path:
     return folder
 
 
-def _refuse_lost_checkpoints(folder: Path, kept: Path, before: dict[str, dict[str, Any]]) -> None:
-    """CheckpointError where there is no checkpoint in `kept`, and the history of the run in `folder` goes on beyond a
-    step that its config `before` would have saved: it would begin again at step 0."""
-    settings, steps = before.get("checkpoint", {}), before.get("training", {}).get("steps", math.inf)
-    if not settings.get("enable") or checkpoints(kept) or any(kept.glob(".replaced-*")):  # which is put back
+def note_saved(folder: Path, checkpoint: Path) -> None:
+    """Writes down in the run directory that there is a checkpoint. What cannot be written is left."""
+    with suppress(OSError):
+        temporary = folder / f".{LAST_SAVED}.tmp"
+        temporary.write_text(f"{checkpoint.absolute()}\n", encoding="utf-8")
+        temporary.replace(folder / LAST_SAVED)
+
+
+def _refuse_lost_checkpoints(folder: Path, kept: Path) -> None:
+    """CheckpointError where the run in `folder` has saved a checkpoint and there is none in `kept`: it would begin
+    again at step 0."""
+    noted = folder / LAST_SAVED
+    if not noted.exists() or checkpoints(kept) or any(kept.glob(".replaced-*")):  # which is put back
         return
-    # A first save may have failed; in the background that shows when the next one is due.
-    saves = 1 + (settings.get("async_mode") != "disabled")
-    if settings.get("on_save_error") == "continue":
-        saves += settings.get("max_failed_saves", 0)
-    last = run_history.last_step(folder / "metrics.jsonl")
-    if 0 < saves * settings.get("interval", 0) < last or last >= steps:
-        raise CheckpointError(
-            f"the run in {folder} had come to step {last}, and there is no checkpoint",
-            "restore it, name where it is with --checkpoint.folder, or choose another --job.dump_folder; with "
-            "metrics.jsonl moved away the run begins again",
-            str(kept),
-        )
+    raise CheckpointError(
+        f"the run in {folder} has saved {noted.read_text(encoding='utf-8').strip()}, and there is no checkpoint",
+        "restore it, name where it is with --checkpoint.folder, or choose another --job.dump_folder; with "
+        f"{LAST_SAVED} deleted the run begins again",
+        str(kept),
+    )
 
 
 def is_new(config: Config, folder: Path) -> bool:

@@ -40,18 +40,13 @@ def read(path: Path) -> list[Record]:
     return records
 
 
-def last_step(path: Path) -> int:
-    """How far the history at `path` goes; 0 where there is none."""
-    return max((record["step"] for record in read(path)), default=0)
-
-
 def set_aside(path: Path) -> Path | None:
     """Renames the history of an earlier start, of which a run that begins at step 0 writes none, to
     `metrics-until-STEP.jsonl`, and says to what; None where there is none."""
-    if not read(path):
+    if not (records := read(path)):
         path.unlink(missing_ok=True)
         return None
-    stem = f"{path.stem}-until-{last_step(path)}"
+    stem = f"{path.stem}-until-{max(record['step'] for record in records)}"
     names = (path.with_stem(f"{stem}{more}") for more in chain([""], (f"-{number}" for number in count(2))))
     return path.rename(next(name for name in names if not name.exists()))
 

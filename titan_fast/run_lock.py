@@ -48,11 +48,13 @@ def locked(config: Config, run_dir: Path) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def without_a_run(checkpoints: Path) -> Iterator[None]:
-    """Keeps every run from a folder of checkpoints; ConfigError where one is at it. The lock is in the folder or in a
-    run directory above it, which is known by the guard that the first run has left there."""
-    places = (checkpoints.resolve(), *checkpoints.resolve().parents)
+    """Keeps every run from a folder of checkpoints; ConfigError where one is at it. The lock is in the folder or in the
+    run directory above it, either known by the guard that the first run has left there."""
+    folder = checkpoints.resolve()
+    guarded = [place for place in (folder, *folder.parents) if (place / _GUARD).exists()]
+    above = [place for place in guarded if place != folder][:1]
     with ExitStack() as held:
-        for place in (place for place in places if (place / _GUARD).exists()):
+        for place in [folder] * (folder in guarded) + above:
             try:
                 held.enter_context(RunLock(place, "these checkpoints"))
             except OSError as error:

@@ -128,7 +128,7 @@ class Watchdog:
                     next_beat = now + beat
                     self._publish("beat", _stack(frame))
                     self._compare(now)
-                    met = time.monotonic()
+                    last = met = time.monotonic()
             except (RuntimeError, ValueError):  # the store is gone: so is the run
                 if time.monotonic() - max(met, self._since) > self.limit.seconds:
                     self._leave_alone(frame)
