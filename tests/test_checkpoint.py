@@ -295,7 +295,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
 
 @pytest.mark.parametrize("ends", ["before its save", "in its save", "with steps left out"])
 def test_a_run_that_ended_before_it_had_a_checkpoint_begins_again(
-    ends: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ends: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever step it had come to, and whatever its config says then and now."""
 
@@ -315,7 +315,9 @@ def test_a_run_that_ended_before_it_had_a_checkpoint_begins_again(
             runs.run(data, tmp_path, training__steps=4, checkpoint__interval=2, training__on_nonfinite="skip",
                      training__max_skipped_steps=3)  # fmt: skip
     assert (tmp_path / "metrics.jsonl").read_text() and not (tmp_path / "last_saved.txt").exists()
+    assert "\nfailed  " in (said := capsys.readouterr().out) and "\nfinished  " not in said
     runs.run(data, tmp_path, training__steps=2, checkpoint__interval=1)
+    assert "\nfinished  " in capsys.readouterr().out
     assert list(runs.losses(tmp_path)) == [1, 2] and len(list(tmp_path.glob("metrics-until-*.jsonl"))) == 1
 
 

@@ -203,7 +203,7 @@ class Run:
             self.metrics.say(f"step {self.progress.step} was the last one already: raise training.steps to go on")
         gc.disable()
         self.stop.listen()
-        stopped = False
+        stopped, failed = False, True
         try:
             with (
                 self.watchdog,
@@ -222,6 +222,7 @@ class Run:
                         break
                 else:
                     self.sample(self.progress.step)
+            failed = False
         except BaseException as error:
             self.metrics.write_down(f"ended by {type(error).__name__}: {error}")
             raise
@@ -232,7 +233,7 @@ class Run:
             self._say_notes()
             self.compile_report.close()
             self.guard.close()
-            self.metrics.finish()
+            self.metrics.finish(failed)
         if stopped:
             saved = f"to go on: {resume_command()}"
             if not config.checkpoint.enable:

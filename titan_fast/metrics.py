@@ -345,8 +345,8 @@ class MetricsLogger:
         self.say(aligned([(f"{self._step(step)}  sample", text)]))
         self._to_tensorboard(lambda writer: writer.add_text("sample", _code(text), step))
 
-    def finish(self) -> None:
-        """Draws loss_curve.png, says the summary and closes everything."""
+    def finish(self, failed: bool = False) -> None:
+        """Draws loss_curve.png, says the summary and closes everything. failed: an error has ended the run."""
         if not self.is_main:
             return
         self._stop_progress()
@@ -357,13 +357,13 @@ class MetricsLogger:
                 run_history.draw_loss_curve(records, self.run_dir / LOSS_CURVE, title)
             except OSError as error:
                 self.say(f"WARNING: {LOSS_CURVE} cannot be written: {error.strerror}")
-        self.say(aligned(self._summary(records)))
+        self.say(aligned(self._summary(records, failed)))
         self.close()
 
-    def _summary(self, records: list[Record]) -> list[tuple[str, str]]:
+    def _summary(self, records: list[Record], failed: bool) -> list[tuple[str, str]]:
         train, held_out = run_history.losses(records), run_history.validations(records)
         complete = self.last_step == self.config.training.steps
-        label = "finished" if complete else "stopped"
+        label = "failed" if failed else "finished" if complete else "stopped"
         lines = [(label, f"{self._step(self.last_step)}, {self.tokens_seen:,} tokens")]
         if train:
             best = min(train, key=lambda record: record["loss"])
