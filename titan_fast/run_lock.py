@@ -52,9 +52,8 @@ def without_a_run(checkpoints: Path) -> Iterator[None]:
     run directory above it, either known by the guard that the first run has left there."""
     folder = checkpoints.resolve()
     guarded = [place for place in (folder, *folder.parents) if (place / _GUARD).exists()]
-    above = [place for place in guarded if place != folder][:1]
     with ExitStack() as held:
-        for place in [folder] * (folder in guarded) + above:
+        for place in guarded[: 1 + (folder in guarded)]:
             try:
                 held.enter_context(RunLock(place, "these checkpoints"))
             except OSError as error:
