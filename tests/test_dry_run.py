@@ -88,7 +88,7 @@ def test_what_is_offloaded_is_in_host_memory(capsys: pytest.CaptureFixture[str])
 def test_the_clusters_errors() -> None:
     with pytest.raises(ConfigError, match="n_heads 6 is not divisible by tensor_parallel_degree 4"):
         dry_run(parse(words(job__world_size=8, parallelism__tensor_parallel_degree=4)))
-    with pytest.raises(ConfigError, match=r"3 .*= 3, and there are 8 processes; change .* or --job.world_size$"):
+    with pytest.raises(ConfigError, match=r"3 .*= 3, and the world size is 8; change .* or --job.world_size$"):
         dry_run(parse(words(job__world_size=8, parallelism__data_parallel_shard_degree=3)))
     with pytest.raises(ConfigError, match=r"without blocks compiled by inductor"):
         options = {"parallelism__tensor_parallel_degree": 2, "parallelism__enable_async_tensor_parallel": True}

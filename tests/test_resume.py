@@ -282,7 +282,7 @@ def test_a_batch_that_follows_the_processes_is_warned_of(
     status, output = torchrun(2, data, tmp_path / "run", [], training__steps=3, validation__enable=True)
     assert status == 0, output
     assert "a validation batch was 2 sequences and is 4: its losses are of other text than before" in output
-    assert "a step was 2 sequences on 1 processes and is 4 on 2; --training.global_batch_size 2 keeps it" in output
+    assert "a step was 2 sequences at world size 1 and is 4 at 2; --training.global_batch_size 2 keeps it" in output
     options: dict[str, Any] = {"training__global_batch_size": 4, "validation__enable": True}
     runs.run(data, tmp_path / "run", training__steps=4, **options)
     assert "a step was" not in capsys.readouterr().out

@@ -42,7 +42,7 @@ def list_lines(path: Path) -> list[str]:
         try:
             state = read_state(folder)
             said = (
-                f"{int(state['tokens_seen']):>15,} tokens  {state['world_size']} processes  torch {state.get('torch')}"
+                f"{int(state['tokens_seen']):>15,} tokens  world size {state['world_size']}  torch {state.get('torch')}"
             )
         except (CheckpointError, TypeError, ValueError, OverflowError):
             said = "and its state.json cannot be read"

@@ -443,7 +443,7 @@ class Checkpointer:
         then, today = _global_batch_size(before, world_size), _global_batch_size(now, self.world.size)
         if then != today:
             self._notes.append(
-                f"WARNING: a step was {then} sequences on {world_size} processes and is {today} on {self.world.size}; "
+                f"WARNING: a step was {then} sequences at world size {world_size} and is {today} at {self.world.size}; "
                 f"--training.global_batch_size {then} keeps it"
             )
         then, today = (_measured_at_once(*of) for of in ((before, world_size), (now, self.world.size)))

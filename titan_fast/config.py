@@ -824,7 +824,7 @@ def mesh_degrees(parallelism: Parallelism, world_size: int, set_by: str = "the n
     if replicate * shard * tensor != world_size:
         raise ConfigError(
             f"data_parallel_replicate_degree {replicate} x data_parallel_shard_degree {shard} x "
-            f"tensor_parallel_degree {tensor} = {replicate * shard * tensor}, and there are {world_size} processes",
+            f"tensor_parallel_degree {tensor} = {replicate * shard * tensor}, and the world size is {world_size}",
             f"change the degrees in [parallelism] or {set_by}",
         )
     return MeshDegrees(replicate, shard, tensor)

@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def degrees(self) -> MeshDegrees:
-        return mesh_degrees(self.config.parallelism, self.gpus)
+        return mesh_degrees(self.config.parallelism, self.gpus, "--gpus")
 
     @property
     def passes(self) -> int:
