@@ -309,7 +309,10 @@ def test_what_is_written_in_place_is_written_once_and_takes_no_memory() -> None:
             ["unknown GPU 'h100'", "did you mean h100-sxm", "b200", "titan_fast/gpus.py"],
         ),
         (f"{SMALL.replace('16', '12')}", ["12 GPUs are not whole nodes of 8"]),
-        (f"{SMALL} --parallelism.tensor_parallel_degree 3", ["the world size is 16; change the degrees in [parallelism] or --gpus"]),
+        (
+            f"{SMALL} --parallelism.tensor_parallel_degree 3",
+            ["the world size is 16; change the degrees in [parallelism] or --gpus"],
+        ),
         (f"{SMALL} --training.seq_len 255 --parallelism.tensor_parallel_degree 2", ["seq_len 255 is not divisible by"]),
         (f"{SMALL} --training.global_batch_size 7", ["training.global_batch_size 7 is not divisible"]),
         (f"{SMALL} --activation_checkpoint.mode memory_budget", ["memory_budget", "compile.enable"]),

@@ -144,6 +144,28 @@ def test_one_rank_is_looked_at_twice_too(stores: dist.Store, monkeypatch: pytest
     assert not left and len(looks) == 1
 
 
+class SlowStore(dist.HashStore):
+    """Takes a hundred seconds of a watchdog's clock for an answer."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def set(self, *words: Any) -> None:  # type: ignore[override]
+        super().set(*words)
+        self.clock.gone += 100.0
+
+
+def test_waiting_for_a_slow_store_is_time_of_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, left = Clock(), []
+    monkeypatch.setattr(watchdog, "time", clock)
+    monkeypatch.setattr(watchdog, "_connection", lambda store: store)
+    with watch(SlowStore(clock), 1, left, 10_000.0) as one:
+        one.at(1, "data")
+        runs.wait_for(lambda: one._own.alive > 3)
+        assert one._age() > 200.0 and not left
+
+
 class GoneStore(dist.HashStore):
     """Of a rank 0 that has ended, or a torchrun."""
 
