@@ -342,6 +342,21 @@ def test_later_signals_do_not_disturb_a_run_that_ends(
     assert "stopped by SIGTERM; to go on" in capsys.readouterr().out and not (tmp_path / "run" / LOCK).exists()
 
 
+def test_no_rank_leaves_before_rank_0_has_said_all(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one host's end is every host's, as with srun's --kill-on-bad-exit, the last words would be lost."""
+    log, words = tmp_path / "run" / "train.log", []
+    monkeypatch.setattr(loop.World, "barrier", lambda _: words.append(log.read_text() if log.exists() else ""))
+    true_step = loop.Run.step
+
+    def step(self: loop.Run, number: int) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return true_step(self, number)
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    runs.run(data, tmp_path / "run")
+    assert "to go on: " in words[-1] and (tmp_path / "run" / "loss_curve.png").exists()
+
+
 def test_a_signal_after_a_run_does_not_change_its_exit_status() -> None:
     program = """
 import atexit, os, signal

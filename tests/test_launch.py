@@ -1,6 +1,7 @@
 """The launch files: what they start is a torchrun command that torchrun understands, and a config that exists."""
 
 import os
+import re
 import signal
 import subprocess
 from contextlib import suppress
@@ -16,6 +17,8 @@ from titan_fast.config import parse
 
 ROOT = Path(__file__).parents[1]
 SLURM, JOBSET = ROOT / "configs" / "launch" / "slurm.sh", ROOT / "configs" / "launch" / "jobset.yaml"
+SIGNAL = re.compile(r"^#SBATCH --signal=(\w+)@(\d+)", re.MULTILINE)
+"""Its name and how many seconds before the time limit."""
 
 
 def understood(words: list[str]) -> Any:
@@ -28,12 +31,14 @@ def understood(words: list[str]) -> Any:
 
 def batch_system(folder: Path, torchrun: str) -> dict[str, str]:
     """The environment of a job on two hosts, with stand-ins for SLURM's commands and torchrun."""
-    programs = {"srun": 'shift; exec "$@"', "scontrol": "printf 'host-3\\nhost-4\\n'", "torchrun": torchrun}
+    srun = """while [[ $1 == --* ]]; do shift; done; exec "$@" """
+    programs = {"srun": srun, "scontrol": "printf 'host-3\\nhost-4\\n'", "torchrun": torchrun}
     for name, text in programs.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "host-[3-4]", "SLURM_JOB_NUM_NODES": "2"}
-    return os.environ | job | {"SLURM_GPUS_ON_NODE": "4", "PATH": f"{folder}:{os.environ['PATH']}"}
+    job |= {"SLURM_CPUS_PER_TASK": "64", "SLURM_GPUS_ON_NODE": "4"}
+    return os.environ | job | {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
 def test_slurm(tmp_path: Path) -> None:
@@ -46,16 +51,22 @@ def test_slurm(tmp_path: Path) -> None:
     assert parse(options.training_script_args).job.description == "two words"
 
 
-def test_slurm_passes_the_signal_on_and_waits(tmp_path: Path) -> None:
-    saved = tmp_path / "saved"
-    environment = batch_system(
-        tmp_path, f"trap 'sleep 0.5; touch {saved}; exit 0' TERM; touch {tmp_path}/up; sleep 30 & wait"
-    )
+def test_slurm_signals_the_processes_of_the_step_while_the_script_waits(tmp_path: Path) -> None:
+    """As the script's --signal says; without B: they get it, not the shell. The job ends with torchrun's status."""
+    name, seconds = SIGNAL.findall(SLURM.read_text())[0]
+    stand_in = f"""printf '%s\\n' "$@" > "$FOLDER/words"
+        trap 'sleep 0.5; touch "$FOLDER/saved"; exit 1' {name}
+        echo $$ > "$FOLDER/new"; mv "$FOLDER/new" "$FOLDER/pid"
+        sleep 30 & wait"""
+    environment = batch_system(tmp_path, stand_in) | {"FOLDER": str(tmp_path)}
     job = subprocess.Popen([SLURM], env=environment, start_new_session=True)
     try:
-        runs.wait_for((tmp_path / "up").exists)
-        job.send_signal(signal.SIGTERM)
-        assert job.wait(20) == 0 and saved.exists()
+        runs.wait_for((tmp_path / "pid").exists)
+        options = understood((tmp_path / "words").read_text().splitlines())
+        assert f"SIG{name}" in options.signals_to_handle.split(",")
+        assert float(getattr(options, "shutdown_timeout", 240)) < int(seconds)
+        os.kill(int((tmp_path / "pid").read_text()), signal.Signals[f"SIG{name}"])
+        assert job.wait(20) == 1 and (tmp_path / "saved").exists()
     finally:
         with suppress(ProcessLookupError):  # nobody is left where the signal came before the stand-in's `sleep`
             os.killpg(job.pid, signal.SIGKILL)

@@ -239,6 +239,7 @@ class Run:
             if not config.checkpoint.enable:
                 saved = "nothing was saved, for checkpoint.enable is False"
             self.metrics.say(f"stopped by {self.stop.received or 'a signal to another rank'}; {saved}")
+        self.world.barrier()  # a launcher may end all hosts as soon as the first is done, and rank 0 has much to say
 
     def _one_step(self, step: int) -> bool:
         """A step, and what is due after it. True where the ranks have agreed to stop before the last one, and have

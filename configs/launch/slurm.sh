@@ -13,12 +13,13 @@
 #SBATCH --output=slurm-%j.out
 #SBATCH --requeue                     # when SLURM loses a host, it starts the job again and the run goes on by itself
 #SBATCH --open-mode=append            # and its log is continued
-#SBATCH --signal=B:TERM@300           # 5 minutes before the time limit: time to save; see the trap below
+#SBATCH --signal=USR1@300             # 5 minutes before the time limit: time to save; see below
 
 set -euo pipefail
 
-# Any free port that is the same on all hosts; by the job's number, so that two jobs on a host do not meet.
-PORT=$((20000 + SLURM_JOB_ID % 20000))
+# A port that is the same on all hosts, below those that Linux gives out by itself (from 32768 on); by the job's
+# number, so that two jobs on a host do not meet.
+PORT=$((20000 + SLURM_JOB_ID % 12000))
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 GPUS=${SLURM_GPUS_ON_NODE:-8}
 
@@ -27,10 +28,11 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # With more than one network, the one that the hosts reach each other by (NCCL finds InfiniBand by itself):
 # export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0
 
-# SLURM sends SIGTERM to this shell only (B: above). The run saves a checkpoint on it, all ranks together.
-STOPPED=
-trap 'STOPPED=1; kill -TERM "$STEP"' TERM
+# Before the time limit SLURM sends SIGUSR1 (--signal above) to all processes of the srun below, on every host. The run
+# saves a checkpoint on it, all ranks together, and the job ends with status 1, torchrun's after any signal. Not
+# SIGTERM, which SLURM takes for a cancelled step, and which srun, when a shell sends it on, turns into SIGKILL.
 
+# --cpus-per-task: srun does not take sbatch's, since SLURM 22.05.
 # --rdzv-backend c10d: hosts meet at the first one and agree on ranks; --rdzv-id keeps jobs apart.
 # --max-restarts: a process that dies, or a host that is out of reach for a while, makes all processes start again from
 #   the newest checkpoint, without SLURM. A host that is gone for good is SLURM's business: --requeue.
@@ -38,7 +40,7 @@ trap 'STOPPED=1; kill -TERM "$STEP"' TERM
 #   where it must be left out and the wait is always 30 s.
 # --signals-to-handle: torchrun dies of SIGUSR1, and leaves its processes behind, unless it is named.
 # --kill-on-bad-exit: when one host's torchrun has given up, the others are ended too instead of waiting for it.
-srun --kill-on-bad-exit=1 torchrun \
+srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" \
     --nproc-per-node="$GPUS" \
     --rdzv-backend=c10d \
@@ -47,10 +49,4 @@ srun --kill-on-bad-exit=1 torchrun \
     --max-restarts=3 \
     --shutdown-timeout=240 \
     --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 \
-    -m titan_fast.train "$@" &
-STEP=$!
-STATUS=0
-wait "$STEP" || STATUS=$?
-# The signal ended that wait, not the run, which is saving.
-[ -z "$STOPPED" ] || { STATUS=0; wait "$STEP" || STATUS=$?; }
-exit "$STATUS"
+    -m titan_fast.train "$@"
