@@ -4,12 +4,12 @@
 
 Merges the results of parts of the suite, all of one device and the same versions (a later file replaces equal cells),
 draws achieved bandwidth against the device's measured copy bandwidth, prints what each provider reached and what whole
-blocks gain from each kernel, and writes the table of this architecture into kernels/titan_kernels/measured. What may
-decide nothing is listed with the reason.
+blocks gain from each kernel, and at last writes the table of this architecture into kernels/titan_kernels/measured.
+What may decide nothing is listed with the reason. The table is that of the files given, so it is not written where the
+one that is there knows more: give all files.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -20,9 +20,14 @@ from typing import Any
 from matplotlib.figure import Figure
 from titan_kernels.choice import Cell, Table
 
+from benchmarks.result_files import place, read
+from titan_fast.errors import ConfigError, DataError, reported
+
 MEASURED = Path(__file__).parents[1] / "kernels" / "titan_kernels" / "measured"
 PROVIDER_ORDER = ("eager", "compiled", "ours", "ours_compiled", "torch", "liger", "quack")
 HOST_BOUND = "*"  # beside times in which the GPU waited for the host
+COPY_MAY_DIFFER = 0.05
+"""Part of the limits' copy bandwidth by which a file's own may differ without a warning."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ def load(paths: Sequence[Path]) -> Results:
     """Merges result files.
 
     Raises:
-        ValueError: no file, a file without measurements, or files of different devices or versions.
+        DataError: a file that is not there, is none of the suite's or has no measurements, or files of different
+            devices or versions.
 
     What is compared with each other was timed by one process. So files may be of several commits, which are all named.
     """
@@ -57,23 +63,27 @@ def load(paths: Sequence[Path]) -> Results:
     commits: dict[str, None] = {}
     cells: dict[tuple[str, str, str], dict[str, Any]] = {}
     for path in paths:
-        content = json.loads(path.read_text())
-        if not content.get("benchmarks"):
-            raise ValueError(f"{path} holds no benchmarks")
-        found = content["machine_info"]
-        for key in ("device", "architecture", "smoke", "versions"):
-            if machine and found[key] != machine[key]:
-                raise ValueError(
-                    f"{path} is of {key} {_said(found[key], machine[key])}, the files before it of "
-                    f"{_said(machine[key], found[key])}; measure the parts again that belong together"
-                )
-        machine = found
-        commits[str(found["commit"])] = None
-        for benchmark in content["benchmarks"]:
-            info = benchmark["extra_info"]
-            cells[case_name(info), info["direction"], info["provider"]] = info
-    if not cells:
-        raise ValueError("no result files were given")
+        content = read(path)
+        if content is None or not content.get("benchmarks"):
+            what = "no such file" if content is None else "no benchmarks in it"
+            raise DataError(what, "give files that the kernel suite wrote", str(path))
+        try:
+            found = content["machine_info"]
+            for key in ("device", "architecture", "smoke", "versions"):
+                if machine and found[key] != machine[key]:
+                    raise DataError(
+                        f"it is of {key} {_said(found[key], machine[key])}, the files before it of "
+                        f"{_said(machine[key], found[key])}",
+                        "measure the parts again that belong together",
+                        str(path),
+                    )
+            machine = found
+            commits[str(found["commit"])] = None
+            for benchmark in content["benchmarks"]:
+                info = benchmark["extra_info"]
+                cells[case_name(info), info["direction"], info["provider"]] = info
+        except KeyError as error:
+            raise DataError(f"no {error} in it", "give files that the kernel suite wrote", str(path)) from error
     return Results(machine | {"commit": ", ".join(commits)}, cells)
 
 
@@ -159,6 +169,30 @@ def _problem(contest: dict[str, Any], by_rival: dict[str, _Verdict], smoke: bool
     return ""
 
 
+def lost(before: Table, after: Table, undecided: Sequence[str]) -> list[str]:
+    """The cells of `before` of which the measurements behind `after` say nothing."""
+    said = {_label(asdict(cell)) for cell in after.cells} | {sentence.partition(": ")[0] for sentence in undecided}
+    return [label for cell in before.cells if (label := _label(asdict(cell))) not in said]
+
+
+def other_copies(paths: Sequence[Path]) -> list[str]:
+    """A line for each file whose copy line is not that of the limits beside it."""
+    lines = []
+    for path in paths:
+        content = read(path) or {}
+        limits = read(place(path.parent, "limits", content["machine_info"]["device"]))
+        infos = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
+        copies = [info["copy_gb_per_s"] for info in infos if "copy_gb_per_s" in info]
+        if limits is None or not copies:
+            continue
+        usual = limits["rates"]["bandwidth"] / 1e9
+        furthest = max(copies, key=lambda copy: abs(copy - usual))
+        if abs(furthest - usual) > COPY_MAY_DIFFER * usual:
+            words = f"its copy line is {furthest:,.0f} GB/s, the limits' {usual:,.0f}; measure it again"
+            lines.append(f"warning: {path.name}: {words}")
+    return lines
+
+
 def _label(contest: dict[str, Any]) -> str:
     sizes = " ".join(f"{name}={size}" for name, size in contest["shape"].items())
     where = "compiled" if contest["compiled"] else "eager"
@@ -226,12 +260,13 @@ def decisions(table: Table, undecided: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: Results, path: Path) -> None:
-    """Achieved bandwidth of every provider, one panel for each operator and direction, with the copy line."""
+def draw(results: Results, path: Path) -> str:
+    """Achieved bandwidth of every provider, one panel for each operator and direction, with the copy line. Returns what
+    it did, in words."""
     alone = {key: info for key, info in results.cells.items() if "gb_per_s" in info}
     panels = list(dict.fromkeys((info["op"], info["direction"]) for info in alone.values()))
     if not panels:
-        raise ValueError("none of the results has a bandwidth: nothing to draw")
+        return "nothing to draw: none of the results has a bandwidth"
     figure = Figure(figsize=(14, 3.2 * len(panels)), layout="constrained")
     handles: dict[str, Any] = {}
     for axes, (op, direction) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
@@ -255,6 +290,7 @@ def draw(results: Results, path: Path) -> None:
     figure.legend([handles[name] for name in order], order, loc="outside lower center", ncols=len(order))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+    return f"wrote {path}"
 
 
 def _shape_label(info: dict[str, Any]) -> str:
@@ -267,17 +303,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, default=Path(__file__).parent / "results" / "bandwidth.png")
     parser.add_argument("--measured", type=Path, default=MEASURED, help="the folder of the tables that auto follows")
     options = parser.parse_args(arguments)
-    results = load(options.results)
-    if results.machine["smoke"] and options.measured.resolve() == MEASURED.resolve():
-        raise ValueError(
-            "these results are a rehearsal on the CPU and must not decide anything; give another --measured"
-        )
-    table, undecided = decision_table(results)
-    options.measured.mkdir(parents=True, exist_ok=True)
-    written = options.measured / f"{table.architecture}.json"
-    written.write_text(table.to_json())
-    draw(results, options.picture)
-    sys.stdout.write(f"{markdown(results)}\n\n{decisions(table, undecided)}\n\nwrote {written} and {options.picture}\n")
+    with reported():
+        results = load(options.results)
+        if results.machine["smoke"] and options.measured.resolve() == MEASURED.resolve():
+            what = "these results are a rehearsal on the CPU and must not decide anything"
+            raise ConfigError(what, "give another folder", "--measured")
+        table, undecided = decision_table(results)
+        drawn = draw(results, options.picture)
+        warnings = "".join(f"{line}\n" for line in other_copies(options.results))
+        sys.stdout.write(f"{markdown(results)}\n\n{decisions(table, undecided)}\n\n{warnings}{drawn}\n")
+        options.measured.mkdir(parents=True, exist_ok=True)
+        written = options.measured / f"{table.architecture}.json"
+        if written.exists() and (missing := lost(Table.from_json(written.read_text()), table, undecided)):
+            what = f"not written: these files do not measure {len(missing)} of its cells, {missing[0]!r} first"
+            raise DataError(what, "give all result files, or take the table away to start anew", str(written))
+        written.write_text(table.to_json())
+        sys.stdout.write(f"wrote {written}\n")
     return 0
 
 

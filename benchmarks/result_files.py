@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from titan_fast.errors import DataError
+
 
 def slug(name: str) -> str:
     """The name of a device or a cell as part of a file name."""
@@ -25,5 +27,21 @@ def write(content: dict[str, Any], path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """None where there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """None where there is no such file.
+
+    Raises:
+        DataError: it is no JSON object, a half-written one say.
+    """
+    try:
+        content = json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:  # json's, or bytes that are no text
+        raise DataError(f"no JSON: {error}", "measure it again, or take the file away", str(path)) from error
+    if not isinstance(content, dict | None):
+        raise DataError(f"a {type(content).__name__} for a JSON object", "take the file away", str(path))
+    return content
+
+
+def short(commit: object) -> str:
+    """A commit's first 7 digits, and "+" where files differed from it."""
+    words = str(commit)
+    return words[:7] + ("+" if words.endswith("+") else "")

@@ -143,6 +143,64 @@ def test_what_does_not_belong_together_does_not_merge(machine: dict[str, Any], m
         plot.load(files)
 
 
+def plotted(tmp_path: Path, *files: Path) -> int:
+    return plot.main([*map(str, files), "--picture", str(tmp_path / "x.png"), "--measured", str(tmp_path / "measured")])
+
+
+def test_the_table_is_written_last_and_never_loses_a_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Results without a bandwidth have a table and no picture; those of a part leave the whole's table as it is, and so
+    does a picture that cannot be drawn. What cannot be decided any more is no loss."""
+    files = [write(tmp_path / f"{i}.json", norms(30.0, -55.0, switch=op)) for i, op in enumerate(("rms_norm", "rope"))]
+    assert plotted(tmp_path, *files) == 0
+    assert "nothing to draw: none of the results has a bandwidth" in capsys.readouterr().out
+    table = tmp_path / "measured" / "sm_99.json"
+    before = table.read_text()
+    with pytest.raises(SystemExit):
+        plotted(tmp_path, files[0])
+    assert "not written: these files do not measure 1 of its cells, 'rope compiled" in capsys.readouterr().err
+    alone = [one | {"gb_per_s": 1.0} for one in norms(-9e9, -9e9)]  # without a copy line
+    with pytest.raises(KeyError):
+        plotted(tmp_path, *files, write(tmp_path / "alone.json", alone))
+    assert table.read_text() == before
+    assert plotted(tmp_path, files[0], write(tmp_path / "b.json", norms(1.0, 1.0, switch="rope", queued=False))) == 0
+    assert table.read_text() != before
+
+
+def test_the_committed_results_make_the_committed_table(tmp_path: Path) -> None:
+    results = Path(plot.__file__).parent / "results"
+    assert plotted(tmp_path, *sorted(results.glob("kernels-*.json"))) == 0
+    assert (tmp_path / "measured" / "sm_90.json").read_text() == (plot.MEASURED / "sm_90.json").read_text()
+
+
+def test_a_copy_line_that_is_not_the_limits_is_told(tmp_path: Path) -> None:
+    (tmp_path / "limits-example-gpu.json").write_text(json.dumps({"rates": {"bandwidth": 3e12}}))
+    infos = [[info("ours", "step", 1.0, {}, copy_gb_per_s=copy)] for copy in (2900.0, 2585.0)]
+    files = [write(tmp_path / f"{i}.json", one) for i, one in enumerate(infos)]
+    (line,) = plot.other_copies(files)
+    assert line == "warning: 1.json: its copy line is 2,585 GB/s, the limits' 3,000; measure it again"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such file"),
+        ("{", "no JSON"),
+        ("{}", "no benchmarks in it"),
+        (json.dumps({"machine_info": MACHINE, "benchmarks": [{"extra_info": {}}]}), "no 'context' in it"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_in_a_sentence(
+    content: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit):
+        plotted(tmp_path, path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"titan_fast: {words}") and str(path) in line
+
+
 def test_writing_results_does_not_change_the_commit_that_they_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
