@@ -301,16 +301,15 @@ def run(chosen: Sequence[Contest], smoke: bool, out: Path) -> None:
     about = environment(smoke)
     path = result_files.place(out, "kernel-settings", about["device"])
     before = result_files.read(path) or {"environment": {}, "contests": {}}
-    found: dict[str, Names] = {
-        name: {"commit": before["environment"].get("commit")} | contest for name, contest in before["contests"].items()
-    }
+    was, now = ({key: one.get(key) for key in ("commit", "versions")} for one in (before["environment"], about))
+    found: dict[str, Names] = {name: was | contest for name, contest in before["contests"].items()}
     for contest in chosen:
         traffic = contest.case.traffic
         assert traffic is not None
         moved = traffic.backward if contest.direction == "backward" else traffic.forward
         rows = measured(contest, device, *((1, 1) if smoke else EFFORT))
         copy_us = moved / copy_bandwidth(device, moved) * 1e6
-        found[contest.name] = {"commit": about.get("commit"), "bytes": moved, "copy_us": copy_us, "settings": rows}
+        found[contest.name] = now | {"bytes": moved, "copy_us": copy_us, "settings": rows}
         print(*report(contest.name, moved, copy_us, rows), sep="\n", flush=True)  # noqa: T201
         result_files.write({"environment": about, "contests": found}, path)
 

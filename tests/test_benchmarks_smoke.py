@@ -451,8 +451,14 @@ def test_other_launch_settings_are_launched_checked_and_forgotten(
     kernel_settings.run([contest], True, tmp_path)
     (written,) = tmp_path.glob("kernel-settings-*.json")
     assert list(json.loads(written.read_text())["contests"]) == [contest.name]
+    content = json.loads(written.read_text())
+    content["environment"]["versions"] = {"torch": "another"}
+    content["contests"][contest.name].pop("versions")  # as files had it
+    written.write_text(json.dumps(content))
     kernel_settings.run([replace(loss, settings=())], True, tmp_path)
-    assert list(json.loads(written.read_text())["contests"]) == [contest.name, loss.name], "one leaves the others"
+    contests = json.loads(written.read_text())["contests"]
+    assert list(contests) == [contest.name, loss.name], "one leaves the others"
+    assert [one["versions"]["torch"] for one in contests.values()] == ["another", torch.__version__]
     lines = kernel_settings.report("x", 10, 5.0, {
         "as it is": {"median_us": 10.0, "queued": True},
         "better": {"median_us": 8.0, "queued": True, "slower_by_us": -2.0, "error_us": 0.5},
