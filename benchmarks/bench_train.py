@@ -22,8 +22,10 @@ def main() -> int:
     if "--smoke" in sys.argv:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are first imported
     from benchmarks import train_suite
+    from titan_fast.errors import reported
 
-    return train_suite.main(__doc__ or "")
+    with reported():
+        return train_suite.main(__doc__ or "")
 
 
 if __name__ == "__main__":

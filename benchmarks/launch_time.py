@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.result_files import slug, write
 from benchmarks.train_process import watched
+from benchmarks.train_record import join
 from benchmarks.workloads import LLAMA_1B
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,13 +64,13 @@ def _words(value: Any) -> list[str]:
 
 
 def measure(out: Path, environment: dict[str, str], machine: dict[str, Any], smoke: bool) -> dict[str, Any]:
-    """Rows of all starts, which are written to the part's file one by one. environment: of the processes; machine: what
+    """Rows of all starts, which join those in the part's file one by one. environment: of the processes; machine: what
     is known of it."""
     folder = Path(environment["TORCHINDUCTOR_CACHE_DIR"]).parent / "launch"
     shutil.rmtree(folder, ignore_errors=True)
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
     folder.mkdir(parents=True)
-    answer: dict[str, Any] = {"environment": machine, "part": PART, "rows": []}
+    answer: dict[str, Any] = {"environment": machine, "rows": []}
     text: Path | None = None
     for number, start in enumerate(STARTS):
         row = {"cell": PART, "part": PART, "variant": start, "commit": machine.get("commit")}
@@ -81,7 +81,7 @@ def measure(out: Path, environment: dict[str, str], machine: dict[str, Any], smo
         except (OSError, RuntimeError) as error:
             row["error"] = f"{type(error).__name__}: {error}"
         answer["rows"].append(row)
-        write(answer, out / f"train-{slug(machine['device'])}-{PART}.json")
+        join([row], machine, PART, out)
     return answer
 
 

@@ -3,7 +3,7 @@
 from benchmarks.least_step import ASSUMED_H100, Limits, least_step
 from benchmarks.step_profile import PROFILED_STEPS
 from benchmarks.step_timing import FULL, LATER_WARM_UP, SEARCH, SLOW, SLOW_STEP_SECONDS
-from benchmarks.train_cells import cells
+from benchmarks.train_cells import chosen_cells
 from benchmarks.workloads import Cell, Variant, config_of, shape_of
 
 # How near to the least step a kind of run comes (an H100's lowest, of ours), and what a process, a variant and a trace
@@ -45,14 +45,14 @@ def _steps(cell: Cell, step: float, is_first: bool) -> int:
     return warm_up + blocks * (length.block + (1 if length is FULL else 0))
 
 
-def plan(parts: tuple[str, ...], known: Limits | None) -> list[str]:
-    """What would run, in lines."""
+def plan(parts: tuple[str, ...], known: Limits | None, only: str = "", per_part: int | None = None) -> list[str]:
+    """What would run, in lines. only, per_part: see `chosen_cells`."""
     used = known or ASSUMED_H100
     lines = [f"estimates from {'measured limits' if known else 'rates assumed for an H100 SXM'}, caches cold"]
     whole = 0.0
     without_cells = {"limits": LIMITS_SECONDS, "launch": LAUNCH_SECONDS}
     for part in parts:
-        own = cells((part,))
+        own = chosen_cells((part,), only, per_part)
         estimates = [estimated_seconds(cell, used) for cell in own]
         seconds = without_cells.get(part, sum(estimates))
         whole += seconds

@@ -1,7 +1,6 @@
 """A cell in processes of its own: watched, ended when it hangs, and started again for what an error left undone."""
 
 import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 
 from benchmarks.result_files import read
 from benchmarks.workloads import Cell
+from titan_fast.errors import DataError
 
 LIMIT_SECONDS = 460.0
 """Of one process."""
@@ -192,7 +192,7 @@ def leftovers(folder: Path) -> list[tuple[Path, Answer]]:
             continue
         try:
             answer = read(path)
-        except json.JSONDecodeError:
+        except DataError:
             answer = None
         if answer is not None:
             found.append((path, answer))

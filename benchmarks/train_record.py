@@ -15,18 +15,44 @@ Answer = dict[str, Any]
 """What a process found: its environment, and the rows of its cell."""
 OUTCOMES = ("step_seconds", "parity", "error")
 """Keys one of which a row has as soon as it says anything."""
+FULL_OUTCOMES = ("complete", "parity", "seconds_to_step_10")
+"""Keys one of which a row has that needs no other attempt."""
+ATTEMPT = "later attempt"
+"""Key of what came of running a whole row again where that came to less: its commit and its words."""
 
 
-def record(cell: Cell, answer: Answer, out: Path, known: Limits | None) -> Path:
-    """Adds the rows that say something to the part's file, in place of earlier ones of the same cell and variant."""
-    path = out / f"train-{slug(answer['environment']['device'])}-{cell.part}.json"
-    before = read(path) or {"rows": []}
+def record(cell: Cell, answer: Answer, out: Path, known: Limits | None) -> None:
+    """Adds the rows that say something to the part's file."""
     rows = [described(cell, row, answer["environment"], known) for row in answer["rows"] if has_outcome(row)]
-    new = {(row["cell"], row["variant"]) for row in rows}
-    kept = [row for row in before["rows"] if (row["cell"], row["variant"]) not in new]
+    join(rows, answer["environment"], cell.part, out)
+
+
+def join(rows: list[dict[str, Any]], environment: dict[str, Any], part: str, out: Path) -> None:
+    """Adds rows, each with its commit and versions, to the part's file, in place of earlier ones of the same cell and
+    variant. An earlier one that is whole gives way to a whole one alone, and notes any other as a later attempt."""
+    path = out / f"train-{slug(environment['device'])}-{part}.json"
+    before = read(path) or {"environment": environment, "rows": []}
+    found = {(row["cell"], row["variant"]): with_versions(row, before["environment"]) for row in before["rows"]}
+    for row in rows:
+        key = row["cell"], row["variant"]
+        if key in found and is_whole(found[key]) and not is_whole(row):
+            words = row.get("error") or row.get("stopped") or f"{row['step_seconds']['timed']} steps"
+            found[key] |= {ATTEMPT: {"commit": row["commit"], "came to": words}}
+        else:
+            found.pop(key, None)
+            found[key] = with_versions(row, environment)
     if rows:
-        write({"environment": answer["environment"], "part": cell.part, "rows": kept + rows}, path)
-    return path
+        write({"environment": environment, "part": part, "rows": list(found.values())}, path)
+
+
+def with_versions(row: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+    """The row with the versions that it was measured with: its own, a peer's say, and those of its file's environment
+    for the rest."""
+    return row | {"versions": environment.get("versions", {}) | row.get("versions", {})}
+
+
+def is_whole(row: dict[str, Any]) -> bool:
+    return "error" not in row and any(row.get(key) for key in FULL_OUTCOMES)
 
 
 def has_outcome(row: dict[str, Any]) -> bool:
@@ -63,10 +89,16 @@ def described(cell: Cell, row: dict[str, Any], environment: dict[str, Any], know
     return full
 
 
+def options_of(cell: Cell, variant: str) -> dict[str, Any] | None:
+    """Of the variant of this name; None where the cell has none such, as rows of older code may."""
+    return next((one.options for one in cell.variants if one.name == variant), None)
+
+
 def settings_of(cell: Cell, variant: str, smoke: bool) -> Config:
     """What the variant of this name runs with. torchtitan as it is shipped keeps float32 weights, which for the least
     step is what masters are."""
-    options = next(one.options for one in cell.variants if one.name == variant)
+    options = options_of(cell, variant)
+    assert options is not None, variant
     return config_of(cell.workload, options | (MASTERS if cell.peer == AS_SHIPPED else {}), smoke)
 
 

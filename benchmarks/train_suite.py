@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from benchmarks import launch_time, limits
-from benchmarks.conftest import environment
+from benchmarks.conftest import commit, environment
 from benchmarks.device_state import device_name
+from benchmarks.result_files import slug
 from benchmarks.step_timing import Length
 from benchmarks.train_cell import run_cell
-from benchmarks.train_cells import PARTS, TABLE_PARTS, cells
+from benchmarks.train_cells import PARTS, TABLE_PARTS, cells, chosen_cells
 from benchmarks.train_plan import plan
 from benchmarks.train_process import (
     LIMIT_SECONDS,
@@ -47,6 +48,13 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
     parts = PARTS if options.parts == "all" else tuple(options.parts.split(","))
     if unknown := [part for part in parts if part not in PARTS]:
         sys.exit(f"bench_train: unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
+    if options.cells is not None and options.cells < 1:
+        sys.exit(f"bench_train: --cells is {options.cells}; give 1 or more, or leave it out")
+    if options.only and not chosen_cells(parts, options.only):
+        names = "; ".join(dict.fromkeys(cell.name for cell in cells(parts)))
+        sys.exit(
+            f"bench_train: no cell of {', '.join(parts)} has {options.only!r} in its name; there are: {names or '-'}"
+        )
     if options.commit:
         os.environ["BENCHMARK_COMMIT"] = options.commit
     options.out, options.cache = options.out.resolve(), options.cache.resolve()
@@ -55,7 +63,7 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
     if options.child is not None:
         return _child(options)
     if options.plan:
-        sys.stdout.write("\n".join(plan(parts, known_limits(options.out))) + "\n")
+        sys.stdout.write("\n".join(plan(parts, known_limits(options.out), options.only, options.cells)) + "\n")
         return 0
     if not options.smoke and not torch.cuda.is_available():
         sys.exit("bench_train: measures a GPU, and torch sees none here; --smoke rehearses on the CPU")
@@ -78,18 +86,15 @@ def _arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=CACHE, help="where compiled code is kept")
     parser.add_argument("--commit", help="what the results are of, where the code lies without its .git")
-    for name in ("--child", "--variants", "--answer"):  # what a process is told by the one that starts it
+    # What a process is told by the one that starts it: its cell's part and name, variants, and where to answer.
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    for name in ("--variants", "--answer"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     return parser
 
 
-def chosen_cells(parts: tuple[str, ...], only: str = "", per_part: int | None = None) -> list[Cell]:
-    """What these options select, in the order of `parts`."""
-    found = []
-    for part in parts:
-        own = [cell for cell in cells((part,)) if only in cell.name]
-        found += own[:per_part]
-    return found
+def cell_named(part: str, name: str) -> Cell | None:
+    return next((cell for cell in cells((part,)) if cell.name == name), None)
 
 
 class Suite:
@@ -101,7 +106,12 @@ class Suite:
 
     def run(self, parts: tuple[str, ...]) -> None:
         for path, answer in leftovers(self.options.out):
-            self.record(cells(PARTS)[answer["cell"]], answer)
+            cell = cell_of(answer)
+            if cell is None:
+                aside = path.replace(path.with_name(f"{path.name}.aside"))
+                sys.stdout.write(f"{aside}: left by a process of other code, and set aside\n")
+                continue
+            self.record(cell, answer)
             path.unlink()
         if "limits" in parts:
             self._limits()
@@ -134,12 +144,11 @@ class Suite:
         return {"environment": environment(True), "rows": rows}, ""
 
     def _in_a_child(self, cell: Cell, names: list[str], told: Callable[[Answer], None]) -> tuple[Answer, str]:
-        number = cells(PARTS).index(cell)
-        path = self.options.out / f".answer-{os.getpid()}-{number}.json"
+        path = self.options.out / f".answer-{os.getpid()}-{slug(f'{cell.part} {cell.name}')}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "benchmarks.bench_train", "--child", str(number), "--answer", str(path)]
-        command += ["--variants", "|".join(names)]
+        command = [sys.executable, "-m", "benchmarks.bench_train", "--answer", str(path)]
+        command += ["--child", cell.part, cell.name, "--variants", "|".join(names)]
         command += [flag for flag in ("--no-profile", "--smoke") if getattr(self.options, flag[2:].replace("-", "_"))]
         found: Answer = {"environment": {}, "rows": []}
 
@@ -180,6 +189,15 @@ def only(cell: Cell, names: list[str]) -> Cell:
     return replace(cell, variants=tuple(variant for variant in cell.variants if variant.name in names))
 
 
+def cell_of(answer: Answer) -> Cell | None:
+    """Whose answer it is; None where this code has no such cell or variants, or is not the code that ran them."""
+    cell = cell_named(answer.get("part", ""), answer.get("cell", ""))
+    if cell is None or answer["environment"].get("commit") != commit():
+        return None
+    names = {variant.name for variant in cell.variants}
+    return cell if all(row["variant"] in names for row in answer["rows"]) else None
+
+
 def environment_of_children(cache: Path) -> dict[str, str]:
     """This process's own, this checkout on the path, and where compiled code is kept."""
     inherited = [Path(entry).absolute() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
@@ -199,8 +217,11 @@ def environment_from_outside() -> dict[str, Any]:
 def _child(options: argparse.Namespace) -> int:
     """One process of a cell. What it knows is in its answer from the beginning: the machine, then each row."""
     end_with_parent()
-    cell = only(cells(PARTS)[int(options.child)], options.variants.split("|"))
-    answer: Answer = {"environment": environment(options.smoke), "cell": int(options.child), "rows": []}
+    part, name = options.child
+    found = cell_named(part, name)
+    assert found is not None, (part, name)
+    cell = only(found, options.variants.split("|"))
+    answer: Answer = {"environment": environment(options.smoke), "part": part, "cell": name, "rows": []}
 
     def save(**more: Any) -> None:
         answer.update(more)

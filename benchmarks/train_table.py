@@ -3,10 +3,12 @@
     python -m benchmarks.train_table [--markdown] [--results FOLDER] [--picture benchmarks/results/train.png]
 
 Everything is read from the JSON that bench_train wrote on real devices; rehearsals are left out unless --rehearsal asks
-for them. Where no device has been, the tables say "not measured".
+for them. Where no device has been, the tables say "not measured". Each row has its commit; a ratio of rows of different
+commits or versions is marked, and of a row that was not timed to its end there is none.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,21 +21,22 @@ from matplotlib.figure import Figure
 from benchmarks.launch_time import PART as LAUNCH
 from benchmarks.launch_time import STARTS, STEP
 from benchmarks.least_step import Limits
-from benchmarks.result_files import read, slug
+from benchmarks.result_files import read, short, slug
 from benchmarks.train_cells import AS_SHIPPED, BASE, PARTS, cells
-from benchmarks.train_record import fraction_of_limit, known_limits, settings_of
+from benchmarks.train_record import ATTEMPT, fraction_of_limit, known_limits, options_of, settings_of, with_versions
 from benchmarks.workloads import RANK0, SLICE_LAYERS, Cell, shape_of
+from titan_fast.errors import DataError, reported
 
 NOT_MEASURED = "not measured"
+MIXED = "*"  # beside ratios of rows that other code or other versions timed
 Row = dict[str, Any]
 
 
 @dataclass
 class Device:
-    """All rows of one device, by (cell, variant)."""
+    """All rows of one device, by (cell, variant), each with its versions."""
 
     name: str
-    environment: dict[str, Any]
     rows: dict[tuple[str, str], Row] = field(default_factory=dict)
 
     def found(self, **wanted: object) -> list[Row]:
@@ -42,15 +45,23 @@ class Device:
 
 
 def load(folder: Path, rehearsal: bool) -> list[Device]:
-    """Every device's rows, the parts merged; of rehearsals or of real devices."""
+    """Every device's rows, the parts merged; of rehearsals or of real devices.
+
+    Raises:
+        DataError: a file that is no JSON, or does not say what it is of.
+    """
     devices: dict[str, Device] = {}
     for path in sorted(folder.glob("train-*.json")):
         content = read(path) or {}
         environment = content.get("environment", {})
-        if bool(environment.get("smoke")) != rehearsal or "rows" not in content:
+        if "device" not in environment or "rows" not in content:
+            what = "no rows, or no environment that names their device"
+            raise DataError(what, "measure the part again, or take the file away", str(path))
+        if bool(environment.get("smoke")) != rehearsal:
             continue
-        device = devices.setdefault(environment["device"], Device(environment["device"], environment))
-        device.rows |= {(row["cell"], row["variant"]): row for row in content["rows"]}
+        device = devices.setdefault(environment["device"], Device(environment["device"]))
+        rows = [with_versions(row, environment) for row in content["rows"]]
+        device.rows |= {(row["cell"], row["variant"]): row for row in rows}
     for device in devices.values():
         known = known_limits(folder, device.name)
         if known is not None and not rehearsal:
@@ -64,6 +75,8 @@ def _add_fractions(device: Device, limits: Limits) -> None:
     for row in device.rows.values():
         cell = by_name.get((row["cell"], row["part"]))
         if cell is None or "step_seconds" not in row or "fraction_of_limit" in row:
+            continue
+        if options_of(cell, row["variant"]) is None:
             continue
         config, shape = settings_of(cell, row["variant"], False), shape_of(cell.workload, False)
         row |= fraction_of_limit(limits, config, shape, row["world"], row["step_seconds"]["median"])
@@ -82,24 +95,47 @@ def _number(value: float | None, words: str) -> str:
 
 
 def _figures(row: Row | None) -> list[str]:
-    """tokens/s, its spread, MFU, fraction of the limit, memory."""
+    """tokens/s, its spread, MFU, fraction of the limit, memory, commit."""
     if row is None:
-        return [NOT_MEASURED] * 5
+        return [NOT_MEASURED] * 6
+    commit = short(row.get("commit"))
     if "step_seconds" not in row:
-        return [row["error"].replace("|", "/"), "", "", "", ""] if "error" in row else [NOT_MEASURED] * 5
+        return [_cell(row["error"]), "", "", "", "", commit] if "error" in row else [NOT_MEASURED] * 6
     seconds = row["step_seconds"]
     tokens = row["tokens_per_step"]
-    stopped = f" ({seconds['timed']} steps, then {row['stopped'].replace('|', '/')})" if "stopped" in row else ""
     return [
-        f"{row['tokens_per_second']:,.0f}{stopped}",
+        f"{row['tokens_per_second']:,.0f}{_reservations(row)}",
         f"{tokens / seconds['p90']:,.0f} to {tokens / seconds['p10']:,.0f}",
         _number(row.get("mfu", {}).get("titan"), ".1%"),
         _number(row.get("fraction_of_limit"), ".1%"),
         f"{row['peak_bytes'] / 2**30:.1f}",
+        commit,
     ]
 
 
-_HEAD = ("tokens/s", "p90 to p10 step", "MFU (titan)", "of the limit", "peak GiB")
+def _cell(words: str) -> str:
+    """Of a table."""
+    return " ".join(words.replace("|", "/").split())
+
+
+def _reservations(row: Row) -> str:
+    """What a reader of the row's figures has to know: that they are of fewer steps, or older than an attempt."""
+    seconds, words = row["step_seconds"], ""
+    if "stopped" in row:
+        words = f" ({seconds['timed']} steps, then {_cell(row['stopped'])})"
+    elif not row.get("complete", True):
+        planned = f"of {seconds['planned']} steps" if "planned" in seconds else "steps, not all"
+        words = f" ({seconds['timed']} {planned})"
+    return words + _attempt(row)
+
+
+def _attempt(row: Row) -> str:
+    if ATTEMPT not in row:
+        return ""
+    return f" (at {short(row[ATTEMPT]['commit'])} it came to: {_cell(row[ATTEMPT]['came to'])})"
+
+
+_HEAD = ("tokens/s", "p90 to p10 step", "MFU (titan)", "of the limit", "peak GiB", "commit")
 
 
 def _row(device: Device | None, cell: Cell, variant: str | None = None) -> Row | None:
@@ -108,7 +144,22 @@ def _row(device: Device | None, cell: Cell, variant: str | None = None) -> Row |
 
 
 def _speed(row: Row | None) -> float | None:
-    return row.get("tokens_per_second") if row else None
+    """None for a row that was not timed to its end too."""
+    return row.get("tokens_per_second") if row and row.get("complete", True) else None
+
+
+def _ratio(value: float | None, words: str, *rows: Row | None) -> str:
+    """A number that compares these rows."""
+    found = [row for row in rows if row]
+    mixed = value is not None and any(_differ(*pair) for pair in itertools.combinations(found, 2))
+    return _number(value, words) + MIXED * mixed
+
+
+def _differ(one: Row, other: Row) -> bool:
+    """In their commits, or in the version of what both name: a peer has packages of its own."""
+    mine, theirs = one["versions"], other["versions"]
+    versions = any(mine[name] != theirs[name] for name in mine.keys() & theirs.keys())
+    return versions or short(one.get("commit")) != short(other.get("commit"))
 
 
 def models_table(device: Device | None) -> str:
@@ -135,23 +186,25 @@ def _order(cell: Cell) -> tuple[int, int]:
 
 def peers_table(device: Device | None) -> str:
     """Each comparison with ours, as a ratio of tokens/s; drift is what ours moved between its first and last run.
-    torchtitan as it is shipped keeps float32 weights: where ours with masters ran, it is compared with that."""
+    torchtitan as it is shipped keeps float32 weights: on one device it is compared with ours with masters alone, where
+    FSDP2 shards both keep such weights anyway."""
     lines = []
     for part in [part for part in PARTS if part.startswith("peers")]:
         own = cells((part,))
-        before, after = _speed(_row(device, own[0])), _speed(_row(device, own[-1]))
-        speeds = [speed for speed in (before, after) if speed]
-        pure = statistics.mean(speeds) if speeds else None
-        masters = next((cell for cell in own if cell.label == "masters"), None)
+        ends = [_row(device, own[0]), _row(device, own[-1])]
+        masters = [_row(device, cell) for cell in own if cell.label == "masters"]
         for cell in own[:-1]:
             row = _row(device, cell)
-            fair = _speed(_row(device, masters)) if masters and cell.peer == AS_SHIPPED else pure
-            theirs = _speed(row)
-            ratio = _number(fair / theirs if fair and theirs else None, ".2f") if cell.peer else ""
+            fair = masters if cell.peer == AS_SHIPPED and cell.workload.kind == "single" else ends
+            ours = [one for one in fair if _speed(one)]
+            speeds, theirs = [speed for one in ours if (speed := _speed(one))], _speed(row)
+            value = statistics.mean(speeds) / theirs if speeds and theirs else None
+            ratio = _ratio(value, ".2f", row, *ours) if cell.peer else ""
             who = ", ".join(word for word in (cell.peer or "titan_fast", cell.label) if word)
             lines.append([cell.workload.name, who, *_figures(row), ratio])
-        drift = after / before - 1 if before and after else None
-        lines.append([own[0].workload.name, "drift of ours", _number(drift, "+.1%"), "", "", "", "", ""])
+        before, after = map(_speed, ends)
+        drift = _ratio(after / before - 1 if before and after else None, "+.1%", *ends)
+        lines.append([own[0].workload.name, "drift of ours", drift, *[""] * len(_HEAD)])
     return _table(("model", "who", *_HEAD, "ours / theirs"), lines)
 
 
@@ -159,17 +212,20 @@ def best_table(device: Device | None) -> str:
     """The largest batch that fits and the fastest of those that do, for each peer and kind of recomputation; and our
     fastest of all against the fastest of each peer."""
     lines = []
-    best: dict[str, float] = {}
+    best: dict[str, Row] = {}
     for cell in [cell for cell in cells(PARTS) if cell.searches]:
         rows = [row for variant in cell.variants if (row := _row(device, cell, variant.name))]
-        fit = [row for row in rows if "step_seconds" in row]
+        fit = [row for row in rows if _speed(row)]
         fastest = max(fit, key=lambda row: row["tokens_per_second"], default=None)
         if fastest is not None:
-            best[cell.peer] = max(best.get(cell.peer, 0.0), fastest["tokens_per_second"])
+            known = best.setdefault(cell.peer, fastest)
+            best[cell.peer] = max(known, fastest, key=lambda row: row["tokens_per_second"])
         then = next((row for row in rows if "error" in row), None)
         limit = NOT_MEASURED
         if then is not None:
-            limit = f"{then['batch']} does not" if then.get("out_of_memory") else f"{then['batch']}: {then['error']}"
+            limit = (
+                f"{then['batch']} does not" if then.get("out_of_memory") else f"{then['batch']}: {_cell(then['error'])}"
+            )
         largest = str(max(row["batch"] for row in fit)) if fit else "none" if then else NOT_MEASURED
         words = cell.label.removeprefix("largest batch, ")
         fastest_batch = str(fastest["batch"]) if fastest else NOT_MEASURED
@@ -177,8 +233,10 @@ def best_table(device: Device | None) -> str:
         lines.append([cell.workload.name, who, words, largest, limit, fastest_batch, *_figures(fastest)])
     ours = best.get("")
     for peer in dict.fromkeys(cell.peer for cell in cells(PARTS) if cell.searches and cell.peer):
-        ratio = ours / best[peer] if ours and peer in best else None
-        lines.append(["", f"ours / {peer}, each at its best", "", "", "", "", _number(ratio, ".2f"), "", "", "", ""])
+        theirs = best.get(peer)
+        value = ours["tokens_per_second"] / theirs["tokens_per_second"] if ours and theirs else None
+        ratio = _ratio(value, ".2f", ours, theirs)
+        lines.append(["", f"ours / {peer}, each at its best", "", "", "", "", ratio, *[""] * (len(_HEAD) - 1)])
     head = ("model", "who", "recomputation", "largest batch that fits", "the next one", "fastest batch", *_HEAD)
     return _table(head, lines)
 
@@ -193,7 +251,7 @@ def levers_table(device: Device | None) -> str:
         for variant in cell.variants:
             row = _row(device, cell, variant.name)
             was, now = _speed(base), _speed(row)
-            delta = _number(now / was - 1 if was and now else None, "+.1%")
+            delta = _ratio(now / was - 1 if was and now else None, "+.1%", base, row)
             lines.append([cell.workload.name, f"{cell.label}: {variant.name}", delta, *_figures(row)])
     return _table(("model", "change", "tokens/s", *_HEAD), lines)
 
@@ -219,9 +277,10 @@ def parity_table(device: Device | None) -> str:
                     "" if parity["learnt"] else ", no training"
                 )
             figures = [_number(parity.get(key), ".1e") for key in ("largest", "last tenth")]
-            said = [row["error"].replace("|", "/"), ""] if "error" in row else figures
-            lines.append([f"{cell.label}: {variant.name}", course, *said])
-    head = ("variant", "loss", "largest difference of a step's loss, nats", "of the mean of the last tenth")
+            said = [_cell(row["error"]), ""] if "error" in row else figures
+            commit = short(row.get("commit")) if row else ""
+            lines.append([f"{cell.label}: {variant.name}", course + _attempt(row), *said, commit])
+    head = ("variant", "loss", "largest difference of a step's loss, nats", "of the mean of the last tenth", "commit")
     return _table(head, lines)
 
 
@@ -231,10 +290,11 @@ def launch_table(device: Device | None) -> str:
     for start in STARTS:
         row = (device.rows.get((LAUNCH, start)) if device else None) or {}
         figures = [_number(row.get(f"seconds_to_step_{step}"), ".1f") for step in (1, STEP)]
-        said = [row["error"].replace("|", "/"), ""] if "error" in row else figures
-        lines.append([start, *said, row.get("start", "")])
+        said = [_cell(row["error"]), ""] if "error" in row else figures
+        commit = short(row.get("commit")) if row else ""
+        lines.append([start + _attempt(row), *said, row.get("start", ""), commit])
     program = "python -m titan_fast.train, Llama 3.2 1B"
-    return _table((program, "seconds to step 1", f"to step {STEP}", "its start, by part"), lines)
+    return _table((program, "seconds to step 1", f"to step {STEP}", "its start, by part", "commit"), lines)
 
 
 @dataclass(frozen=True)
@@ -263,12 +323,14 @@ def slices_table(device: Device | None) -> str:
         full = RANK0[name]
         variant = "compiled, auto"
         points: dict[int, float] = {}
+        rows: list[Row] = []
         for row in device.found(flavor=full.flavor, kind="slice", variant=variant) if device else ():
-            if row["layers"] in SLICE_LAYERS and "step_seconds" in row:
-                points.setdefault(row["layers"], row["step_seconds"]["median"])
+            if row["layers"] in SLICE_LAYERS and row["layers"] not in points and _speed(row):
+                points[row["layers"]] = row["step_seconds"]["median"]
+                rows.append(row)
         line, depth = slope(points), shape_of(full, False).n_layers
         whole = device.rows.get((full.name, variant)) if device else None
-        measured = whole["step_seconds"]["median"] if whole and "step_seconds" in whole else None
+        measured = whole["step_seconds"]["median"] if whole and _speed(whole) else None
         predicted = line.at(depth) if line else None
         lines.append([
             full.name,
@@ -276,7 +338,7 @@ def slices_table(device: Device | None) -> str:
             _number(line.per_layer * 1e3 if line else None, ".2f"),
             _number(predicted * 1e3 if predicted else None, ".1f"),
             _number(measured * 1e3 if measured else None, ".1f"),
-            _number(predicted / measured - 1 if predicted and measured else None, "+.1%"),
+            _ratio(predicted / measured - 1 if predicted and measured else None, "+.1%", whole, *rows),
         ])  # fmt: skip
     head = ("model", "slices (layers)", "ms per layer", "predicted step (ms)", "measured step (ms)", "difference")
     return _table(head, lines)
@@ -290,8 +352,9 @@ def breakdown_table(device: Device | None) -> str:
         if seconds:
             said = ", ".join(f"{k} {v * 1e3:.1f}" for k, v in sorted(seconds.items(), key=lambda item: -item[1]))
             least = ", ".join(f"{k} {v * 1e3:.1f}" for k, v in row.get("least_step", {}).items())
-            lines.append([f"{row['cell']}, {row['variant']}", said, least or NOT_MEASURED])
-    return _table(("step", "measured, ms", "least, ms"), lines or [[NOT_MEASURED, "", ""]])
+            name = f"{row['cell']}, {row['variant']}"
+            lines.append([name, said, least or NOT_MEASURED, short(row.get("commit"))])
+    return _table(("step", "measured, ms", "least, ms", "commit"), lines or [[NOT_MEASURED, "", "", ""]])
 
 
 def markdown(device: Device | None) -> str:
@@ -307,13 +370,19 @@ def markdown(device: Device | None) -> str:
         "Losses over 200 steps": parity_table(device),
         "Where a step's time goes": breakdown_table(device),
     }
-    return "\n\n".join([head, *(f"#### {title}\n\n{table}" for title, table in sections.items())])
+    text = "\n\n".join([head, *(f"#### {title}\n\n{table}" for title, table in sections.items())])
+    return f"{text}\n\n{MIXED} of rows of different commits or versions" if f"{MIXED} |" in text else text
 
 
 def _provenance(device: Device) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in device.environment.get("versions", {}).items())
+    found: dict[str, dict[str, None]] = {}
+    for row in device.rows.values():
+        for name, version in row["versions"].items():
+            if version != "none":
+                found.setdefault(name, {})[version] = None
+    versions = ", ".join(f"{name} {' and '.join(several)}" for name, several in found.items())
     states = [row["gpu"] for row in device.rows.values() if row.get("gpu")]
-    commits = ", ".join(sorted({str(row.get("commit")) for row in device.rows.values()}))
+    commits = ", ".join(sorted({short(row.get("commit")) for row in device.rows.values()}))
     slowed = sorted({word for state in states for word in state.get("slowed_by", ())})
     return (
         f"{device.name}; {versions}; commit {commits}; power limit {_range(states, 'watts_limit', 'W')}; while steps "
@@ -360,10 +429,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, help="draw each device into PICTURE, its name added before the suffix")
     parser.add_argument("--rehearsal", action="store_true", help="of results of --smoke, whose figures mean nothing")
     options = parser.parse_args(argv)
-    devices = load(options.results, options.rehearsal)
-    sys.stdout.write("\n\n".join(markdown(device) for device in devices or [None]) + "\n")
-    for device in devices if options.picture else ():
-        draw(device, options.picture.with_stem(f"{options.picture.stem}-{slug(device.name)}"))
+    with reported():
+        devices = load(options.results, options.rehearsal)
+        sys.stdout.write("\n\n".join(markdown(device) for device in devices or [None]) + "\n")
+        for device in devices if options.picture else ():
+            draw(device, options.picture.with_stem(f"{options.picture.stem}-{slug(device.name)}"))
     return 0
 
 

@@ -198,7 +198,8 @@ class _Turns:
             started = time.perf_counter()
             step_timing.run_block(self.contender.step, self.contender.device, count, one.timed)
             one.spans.append((started, time.perf_counter()))
-            one.row |= {"step_seconds": one.timed.as_json(), "peak_bytes": one.timed.peak_bytes}
+            seconds = one.timed.as_json() | {"planned": one.length.timed}
+            one.row |= {"step_seconds": seconds, "peak_bytes": one.timed.peak_bytes}
             one.row["last_loss"] = self.contender.last_loss()
             one.row["complete"] = not one.left().timed
         if found := self.watch.during(one.spans):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 
 from benchmarks import conftest, launch_time, train_process, train_suite, variants
 from benchmarks.device_state import DeviceWatch, parsed_smi, summary
+from benchmarks.launch_time import STARTS
 from benchmarks.step_timing import Length
-from benchmarks.train_cells import PARTS, cells
+from benchmarks.train_cells import cells
 from benchmarks.train_process import Answer, Run, watched
 from benchmarks.variants import How, Row, time_variants
 from benchmarks.workloads import LLAMA_1B, Cell, Variant
@@ -261,21 +263,33 @@ watched([sys.executable, {str(child)!r}], dict(os.environ), pathlib.Path({str(tm
     assert ended(int(pid.read_text()))
 
 
-def test_what_a_killed_benchmark_left_is_recorded_by_the_next_one(tmp_path: Path) -> None:
-    number = next(i for i, cell in enumerate(cells(PARTS)) if cell.part == "rank0")
+def test_what_a_killed_benchmark_left_is_recorded_by_the_next_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But for what other code left: its cells may be others by now."""
+    name = cells(("rank0",))[0].name
     seconds = {"median": 1.0, "p10": 1.0, "p90": 1.0, "timed": 10}
     row = {"variant": "compiled, auto", "step_seconds": seconds, "peak_bytes": 1}
-    environment = {"device": "some GPU", "smoke": False}
+    environment = {"device": "some GPU", "smoke": False, "commit": conftest.commit()}
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
+
+    def leave(pid: int, at: str, **changes: Any) -> None:
+        answer = {"part": "rank0", "cell": name, "environment": environment, "rows": [row], "at": ""} | changes
+        (tmp_path / f".answer-{pid}-{at}.json").write_text(json.dumps(answer))
+
     for pid in (dead.pid, os.getpid()):
-        text = json.dumps({"cell": number, "environment": environment, "rows": [row], "at": ""})
-        (tmp_path / f".answer-{pid}-{number}.json").write_text(text)
+        leave(pid, "8b")
+    leave(dead.pid, "number", cell=2)
+    leave(dead.pid, "commit", environment=environment | {"commit": "older"})
+    leave(dead.pid, "variant", rows=[row | {"variant": "no longer there"}])
     options = train_suite._arguments("").parse_args(["--out", str(tmp_path)])
     train_suite.Suite(options).run(())
     (found,) = json.loads((tmp_path / "train-some-gpu-rank0.json").read_text())["rows"]
     assert found["tokens_per_second"] == 8192.0
-    assert [path.name for path in tmp_path.glob(".answer-*")] == [f".answer-{os.getpid()}-{number}.json"]
+    aside = {f".answer-{dead.pid}-{at}.json.aside" for at in ("number", "commit", "variant")}
+    assert {path.name for path in tmp_path.glob(".answer-*")} == {f".answer-{os.getpid()}-8b.json"} | aside
+    assert capsys.readouterr().out.count("left by a process of other code, and set aside") == 3
 
 
 def test_a_row_that_says_nothing_yet_replaces_nothing(tmp_path: Path) -> None:
@@ -406,6 +420,46 @@ def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
     words = [*script(tmp_path, "raise SystemExit('titan_fast: no such flavor')"), "--job.dump_folder", str(tmp_path)]
     found = launch_time.one_start(words, tmp_path, dict(os.environ))
     assert found == {"error": "the process ended with status 1: titan_fast: no such flavor"}
+
+
+def test_a_start_that_was_timed_stays_until_it_is_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run again that ends after the first start, or fails, takes no row away."""
+    surroundings = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache" / "inductor")}
+    monkeypatch.setattr(launch_time, "prepare_text", lambda *_: tmp_path)
+    done = {"seconds_to_step_1": 9.0, "seconds_to_step_10": 12.0}
+
+    def rows_after(commit: str, *starts: dict[str, Any]) -> list[Row]:
+        left = list(starts)
+        monkeypatch.setattr(launch_time, "one_start", lambda *_: left.pop(0))
+        machine = {"device": "some GPU", "versions": {"torch": commit}, "commit": commit}
+        with suppress(IndexError):  # of a process that ends before its last start
+            launch_time.measure(tmp_path, surroundings, machine, smoke=False)
+        return json.loads((tmp_path / "train-some-gpu-launch.json").read_text())["rows"]
+
+    assert [row["commit"] for row in rows_after("1", done, done)] == ["1", "1"]
+    assert {row["variant"]: row["commit"] for row in rows_after("2", done)} == {STARTS[0]: "2", STARTS[1]: "1"}
+    kept, failed = rows_after("3", {"error": "no text"})
+    assert kept["versions"] == {"torch": "1"} and kept["commit"] == "1"
+    assert failed["later attempt"] == {"commit": "3", "came to": "no text"} and failed["seconds_to_step_10"] == 12.0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--only hugging --parts peers", "no cell of peers has 'hugging' in its name; there are: Llama 3.2 1B untied"),
+        ("--cells 0", "--cells is 0; give 1 or more"),
+    ],
+)
+def test_what_selects_nothing_is_refused(options: str, words: str) -> None:
+    with pytest.raises(SystemExit, match=words):
+        train_suite.main("", options.split())
+
+
+def test_the_plan_is_of_what_is_selected(capsys: pytest.CaptureFixture[str]) -> None:
+    train_suite.main("", ["--plan", "--parts", "single,peers", "--only", "untied", "--cells", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if "processes" in line] == ["0", "2"]
+    assert len([line for line in lines if line.startswith("    ")]) == 2
 
 
 def test_a_launch_is_a_config_that_parses(tmp_path: Path) -> None:

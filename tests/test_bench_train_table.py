@@ -12,7 +12,7 @@ from benchmarks.launch_time import STARTS
 from benchmarks.least_step import Limits, Matrix, least_step
 from benchmarks.result_files import write
 from benchmarks.step_timing import FULL, SLOW, Timed
-from benchmarks.train_cells import PARTS, TABLE_PARTS, cells
+from benchmarks.train_cells import AS_SHIPPED, PARTS, TABLE_PARTS, cells
 from benchmarks.train_plan import estimated_seconds, plan
 from benchmarks.train_record import described, record
 from benchmarks.workloads import (
@@ -159,8 +159,8 @@ def timed(variant: str, seconds: float, **more: Any) -> dict[str, Any]:
     return {"variant": variant, "step_seconds": figures, "peak_bytes": 2**30} | more
 
 
-def save(tmp_path: Path, cell: Cell, *rows: dict[str, Any]) -> None:
-    environment = {"device": H100, "versions": {}, "smoke": False}
+def save(tmp_path: Path, cell: Cell, *rows: dict[str, Any], commit: str = "1", torch: str = "2.11") -> None:
+    environment = {"device": H100, "versions": {"torch": torch}, "smoke": False, "commit": commit}
     record(cell, {"environment": environment, "rows": list(rows)}, tmp_path, None)
 
 
@@ -207,6 +207,26 @@ def test_torchtitan_as_shipped_is_compared_with_masters(tmp_path: Path) -> None:
     assert line.endswith(f"| {0.60 / 0.36:.2f} |")
 
 
+def test_torchtitan_as_shipped_is_compared_with_nothing_where_ours_has_no_masters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = [cell for cell in cells(("peers",)) if cell.label != "masters"]
+    monkeypatch.setattr(train_table, "PARTS", ("peers",))
+    monkeypatch.setattr(train_table, "cells", lambda parts: own)
+    for cell in own:
+        written(tmp_path, cell, cell.variants[0].name, 0.30)
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (line,) = [line for line in train_table.peers_table(device).splitlines() if "as shipped" in line]
+    assert line.endswith(f"| {train_table.NOT_MEASURED} |")
+
+
+def test_every_peer_has_one_of_ours_with_the_same_weights() -> None:
+    for part in PARTS:
+        own = [cell for cell in cells((part,)) if cell.workload.kind == "single"]
+        if any(cell.peer == AS_SHIPPED for cell in own):
+            assert any(cell.label == "masters" for cell in own), part
+
+
 def test_each_is_compared_at_its_best_that_fits(tmp_path: Path) -> None:
     ours, theirs = (next(c for c in cells(("best",)) if c.peer == who) for who in ("", "torchtitan pure bfloat16"))
     no_room = {"error": "OutOfMemoryError: no room", "out_of_memory": True}
@@ -236,7 +256,7 @@ def test_rows_beyond_the_one_command_are_shown_too(tmp_path: Path) -> None:
     (device,) = train_table.load(tmp_path, rehearsal=False)
     lines = train_table.models_table(device).splitlines()
     assert any("Llama 2 70B |" in line and "| 2 x 4096 | full | compiled, auto | 2 |" in line for line in lines)
-    assert any("Llama 3 8B |" in line and "eager, reference | 2 |" in line for line in lines)
+    assert any("Llama 3 8B |" in line and "eager, kernels | 2 |" in line for line in lines)
 
 
 def test_a_variant_that_was_stopped_shows_what_it_did(tmp_path: Path) -> None:
@@ -244,6 +264,74 @@ def test_a_variant_that_was_stopped_shows_what_it_did(tmp_path: Path) -> None:
     save(tmp_path, cell, timed("compiled, auto", 0.8192, stopped="OutOfMemoryError: no room"))
     (device,) = train_table.load(tmp_path, rehearsal=False)
     assert "| 10,000 (50 steps, then OutOfMemoryError: no room) |" in train_table.models_table(device)
+
+
+def test_a_row_that_was_cut_off_says_so_and_is_compared_with_nothing(tmp_path: Path) -> None:
+    ours, theirs, *_ = cells(("peers",))
+    cut = timed("compiled", 0.40, complete=False)
+    cut["step_seconds"] |= {"timed": 10, "planned": 50}
+    written(tmp_path, ours, "compiled, auto", 0.30)
+    save(tmp_path, theirs, cut)
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    line, *_ = [line for line in train_table.peers_table(device).splitlines() if "torchtitan pure" in line]
+    assert f"| {16384 / 0.40:,.0f} (10 of 50 steps) |" in line and line.endswith(f"| {train_table.NOT_MEASURED} |")
+
+
+def test_a_whole_row_gives_way_to_a_whole_one_alone(tmp_path: Path) -> None:
+    cell = cells(("rank0",))[0]
+    whole, error = timed("compiled, auto", 0.8192, complete=True), "ModuleNotFoundError: No module named 'x'"
+    save(tmp_path, cell, whole)
+    save(tmp_path, cell, timed("compiled, auto", 0.7, complete=False), commit="2", torch="2.13")
+    save(tmp_path, cell, {"variant": "compiled, auto", "error": error}, commit="3", torch="2.13")
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (row,) = device.rows.values()
+    assert (row["commit"], row["versions"]) == ("1", {"torch": "2.11"})
+    text = train_table.markdown(device)
+    assert f"| 10,000 (at 3 it came to: {error}) |" in text and "torch 2.11; commit 1;" in text
+    save(tmp_path, cell, timed("compiled, auto", 0.4096, complete=True), commit="4")
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    assert "| 20,000 |" in train_table.models_table(device)
+
+
+@pytest.mark.parametrize("other", [{"commit": "2"}, {"torch": "2.13"}])
+def test_a_ratio_of_different_code_or_versions_is_marked(tmp_path: Path, other: dict[str, str]) -> None:
+    """In one file and between files; the title has the versions of all."""
+    own, (best_ours, best_theirs) = cells(("peers",)), (cells(("best",))[-1], cells(("best",))[0])
+    written(tmp_path, own[0], "compiled, auto", 0.30)
+    written(tmp_path, best_ours, "batch 2", 0.25)
+    for cell, variant in ((own[1], "compiled"), (best_theirs, "batch 2")):
+        save(tmp_path, cell, timed(variant, 0.45), **other)
+    written(tmp_path, own[3], "compiled", 0.60)
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    text = train_table.markdown(device)
+    assert f" {0.45 / 0.30:.2f}* |" in text and f" {0.60 / 0.30:.2f} |" in text and f" {0.45 / 0.25:.2f}* |" in text
+    assert text.endswith("* of rows of different commits or versions")
+    assert ("torch 2.11 and 2.13;" if "torch" in other else "; commit 1, 2;") in text
+
+
+def test_a_row_of_a_variant_that_is_no_more_is_no_error(tmp_path: Path) -> None:
+    cell = cells(("levers-fsdp",))[0]
+    environment, seconds = {"device": H100, "versions": {}}, {"median": 0.7, "p10": 0.7, "p90": 0.7, "timed": 50}
+    row = {"cell": cell.name, "part": cell.part, "variant": "chunk 1", "world": 64, "step_seconds": seconds}
+    write({"environment": environment, "rows": [row]}, tmp_path / "train-x-levers-fsdp.json")
+    content = {"rates": {"bandwidth": 1.0}, "gemm_by_shape": {}, "attention_by_call": {}}
+    write({"device": H100, "environment": environment} | content, tmp_path / "limits-nvidia-h100-80gb-hbm3.json")
+    (device,) = train_table.load(tmp_path, rehearsal=False)
+    assert "fraction_of_limit" not in device.rows[cell.name, "chunk 1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [('{"environment": {"dev', "no JSON: "), ('{"rows": []}', "no environment that names their device")],
+)
+def test_a_file_that_cannot_be_read_is_named_in_a_sentence(
+    tmp_path: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train-x-peers.json").write_text(text)
+    with pytest.raises(SystemExit):
+        train_table.main(["--results", str(tmp_path)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("titan_fast: ") and words in line and "train-x-peers.json]; measure" in line
 
 
 def test_clocks_of_the_timed_steps_stand_above_the_tables(tmp_path: Path) -> None:
