@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.conftest import commit
 from titan_fast import activation_checkpoint
 from titan_fast.config import ActivationCheckpoint, Compile
 from titan_fast.flavors import FLAVORS, ModelShape
@@ -211,7 +212,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    record: dict[str, Any] = {"tokens": arguments.tokens, "torch": torch.__version__, "blocks": {}}
+    record: dict[str, Any] = {"tokens": arguments.tokens, "torch": torch.__version__, "commit": commit(), "blocks": {}}
     for flavor in ("llama3_8b", "llama3_70b"):
         costs = {}
         for name, mode in MODES.items():

@@ -20,6 +20,7 @@ from titan_kernels.choice import SHAPE_KEYS
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from benchmarks.conftest import commit
 from titan_fast.config import Config, parse
 from titan_fast.counted_step import count_step, fake_world
 from titan_fast.deep_step import DeepStep, deep_step, period
@@ -335,6 +336,7 @@ def main() -> None:
     found = {
         "what": "predicted tokens/s per GPU against published runs; counted peak memory against measured CPU "
         "allocations of small models. No GPU run of this project is in it yet.",
+        "commit": commit(),
         "fitted": fitted_table(arguments.fit),
         "memory": memory_table(),
         "held_out": held_out_table(),

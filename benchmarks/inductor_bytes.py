@@ -37,6 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from benchmarks import pretend_gpu
+from benchmarks.conftest import commit
 from titan_fast import float8
 from titan_fast.flavors import FLAVORS, ModelShape
 from titan_fast.model import Block
@@ -285,7 +286,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = f"Inductor's code for sm_90, torch {torch.__version__}, {TOKENS} tokens; MB; generated, not measured"
     sys.stdout.write(f"{text}\n{summary(blocks)}\n")
     if options.output:
-        content = {"what": text, "torch": torch.__version__, "blocks": [asdict(block) for block in blocks]}
+        content = {
+            "what": text,
+            "torch": torch.__version__,
+            "commit": commit(),
+            "blocks": [asdict(block) for block in blocks],
+        }
         options.output.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 

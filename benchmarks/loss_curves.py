@@ -25,6 +25,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+from benchmarks.conftest import commit
+
 LAYOUTS = {"1D: FSDP2 x 4": (4, 1), "2D: FSDP2 x 2, TP x 2": (2, 2)}
 PROCESSES, GLOBAL_BATCH = 4, 8
 MODEL = {
@@ -107,6 +109,7 @@ def main() -> None:
         "seconds": seconds,
         "dataset": arguments.dataset_path or "stdlib",
         "options": MODEL,
+        "commit": commit(),
         "environment": {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()},
         "curves": curves,
     }
