@@ -11,7 +11,7 @@ import pytest
 import torch
 from tape import TapeRecorder
 
-from benchmarks import fake_world, limits, train_cell, train_suite, train_table
+from benchmarks import fake_world, limits, train_cell, train_rows, train_suite, train_table
 from benchmarks.least_step import limits_from
 from benchmarks.parity import difference
 from benchmarks.step_timing import Length
@@ -115,7 +115,7 @@ def test_every_cell_of_every_part_runs(tmp_path: Path, monkeypatch: pytest.Monke
     for name, row in rows.items():
         assert "error" not in row or any(words in row["error"] for words in excuses), (name, row["error"])
     assert sum("error" not in row for row in rows.values()) > 0.6 * len(rows)
-    (device,) = train_table.load(tmp_path, rehearsal=True)
+    (device,) = train_rows.load(tmp_path, rehearsal=True)
     assert "seconds to step 1" in train_table.markdown(device)
 
 

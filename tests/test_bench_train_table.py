@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import limits, step_timing, train_table
+from benchmarks import limits, step_timing, train_rows, train_table
 from benchmarks.launch_time import STARTS
 from benchmarks.least_step import Limits, Matrix, least_step
 from benchmarks.result_files import write
@@ -181,7 +181,7 @@ def test_slices_predict_the_full_depth(tmp_path: Path) -> None:
             layers = int(cell.workload.options["model.n_layers"])
             written(tmp_path, cell, "compiled, auto", 0.050 + 0.020 * layers)
     written(tmp_path, cells(("rank0",))[0], "compiled, auto", 0.700)
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     line = train_table.slices_table(device).splitlines()[2]
     assert "| 20.00 | 690.0 | 700.0 | -1.4% |" in line
     assert train_table.NOT_MEASURED in train_table.slices_table(device).splitlines()[3]
@@ -191,7 +191,7 @@ def test_peers_are_compared_with_the_mean_of_ours_before_and_after(tmp_path: Pat
     own = cells(("peers",))
     for cell, seconds in zip(own, (0.30, 0.45, 0.60, 0.50, 0.31, 0.33), strict=True):
         written(tmp_path, cell, cell.variants[0].name, seconds)
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     text = train_table.peers_table(device)
     mean = (1 / 0.30 + 1 / 0.33) / 2
     assert f"torchtitan pure bfloat16 | {16384 / 0.45:,.0f}" in text and f" {mean * 0.45:.2f} |" in text
@@ -202,7 +202,7 @@ def test_torchtitan_as_shipped_is_compared_with_masters(tmp_path: Path) -> None:
     own = cells(("peers",))
     for cell, seconds in zip(own, (0.30, 0.45, 0.60, 0.50, 0.36, 0.30), strict=True):
         written(tmp_path, cell, cell.variants[0].name, seconds)
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     line, *_ = [line for line in train_table.peers_table(device).splitlines() if "as shipped" in line and "1B" in line]
     assert line.endswith(f"| {0.60 / 0.36:.2f} |")
 
@@ -215,7 +215,7 @@ def test_torchtitan_as_shipped_is_compared_with_nothing_where_ours_has_no_master
     monkeypatch.setattr(train_table, "cells", lambda parts: own)
     for cell in own:
         written(tmp_path, cell, cell.variants[0].name, 0.30)
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     (line,) = [line for line in train_table.peers_table(device).splitlines() if "as shipped" in line]
     assert line.endswith(f"| {train_table.NOT_MEASURED} |")
 
@@ -232,7 +232,7 @@ def test_each_is_compared_at_its_best_that_fits(tmp_path: Path) -> None:
     no_room = {"error": "OutOfMemoryError: no room", "out_of_memory": True}
     save(tmp_path, ours, timed("batch 2", 0.25), timed("batch 4", 0.40), {"variant": "batch 8"} | no_room)
     save(tmp_path, theirs, timed("batch 2", 0.40), {"variant": "batch 4"} | no_room)
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     text = train_table.best_table(device)
     assert f"| titan_fast, pure bfloat16 | none | 4 | 8 does not | 4 | {4 * 8192 / 0.40:,.0f} |" in text
     assert f"| torchtitan pure bfloat16 | none | 2 | 4 does not | 2 | {2 * 8192 / 0.40:,.0f} |" in text
@@ -243,7 +243,7 @@ def test_a_lever_is_compared_with_the_base_of_its_process_or_of_its_model(tmp_pa
     attention, _, fa3, _ = cells(("levers",))
     save(tmp_path, attention, timed("base", 0.10), timed("attention flash", 0.11))
     save(tmp_path, fa3, timed("attention fa3", 0.08))
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     lines = train_table.levers_table(device).splitlines()
     assert any("attention flash | -9.1% |" in line for line in lines)
     assert any("attention fa3 | +25.0% |" in line for line in lines)
@@ -253,7 +253,7 @@ def test_rows_beyond_the_one_command_are_shown_too(tmp_path: Path) -> None:
     for part in ("rest-70b", "rest-8b"):
         for cell in cells((part,)):
             save(tmp_path, cell, *(timed(variant.name, 4096.0) for variant in cell.variants))
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     lines = train_table.models_table(device).splitlines()
     assert any("Llama 2 70B |" in line and "| 2 x 4096 | full | compiled, auto | 2 |" in line for line in lines)
     assert any("Llama 3 8B |" in line and "eager, kernels | 2 |" in line for line in lines)
@@ -262,7 +262,7 @@ def test_rows_beyond_the_one_command_are_shown_too(tmp_path: Path) -> None:
 def test_a_variant_that_was_stopped_shows_what_it_did(tmp_path: Path) -> None:
     cell = cells(("rank0",))[0]
     save(tmp_path, cell, timed("compiled, auto", 0.8192, stopped="OutOfMemoryError: no room"))
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     assert "| 10,000 (50 steps, then OutOfMemoryError: no room) |" in train_table.models_table(device)
 
 
@@ -272,7 +272,7 @@ def test_a_row_that_was_cut_off_says_so_and_is_compared_with_nothing(tmp_path: P
     cut["step_seconds"] |= {"timed": 10, "planned": 50}
     written(tmp_path, ours, "compiled, auto", 0.30)
     save(tmp_path, theirs, cut)
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     line, *_ = [line for line in train_table.peers_table(device).splitlines() if "torchtitan pure" in line]
     assert f"| {16384 / 0.40:,.0f} (10 of 50 steps) |" in line and line.endswith(f"| {train_table.NOT_MEASURED} |")
 
@@ -283,13 +283,13 @@ def test_a_whole_row_gives_way_to_a_whole_one_alone(tmp_path: Path) -> None:
     save(tmp_path, cell, whole)
     save(tmp_path, cell, timed("compiled, auto", 0.7, complete=False), commit="2", torch="2.13")
     save(tmp_path, cell, {"variant": "compiled, auto", "error": error}, commit="3", torch="2.13")
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     (row,) = device.rows.values()
     assert (row["commit"], row["versions"]) == ("1", {"torch": "2.11"})
     text = train_table.markdown(device)
     assert f"| 10,000 (at 3 it came to: {error}) |" in text and "torch 2.11; commit 1;" in text
     save(tmp_path, cell, timed("compiled, auto", 0.4096, complete=True), commit="4")
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     assert "| 20,000 |" in train_table.models_table(device)
 
 
@@ -302,7 +302,7 @@ def test_a_ratio_of_different_code_or_versions_is_marked(tmp_path: Path, other: 
     for cell, variant in ((own[1], "compiled"), (best_theirs, "batch 2")):
         save(tmp_path, cell, timed(variant, 0.45), **other)
     written(tmp_path, own[3], "compiled", 0.60)
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     text = train_table.markdown(device)
     assert f" {0.45 / 0.30:.2f}* |" in text and f" {0.60 / 0.30:.2f} |" in text and f" {0.45 / 0.25:.2f}* |" in text
     assert text.endswith("* of rows of different commits or versions")
@@ -316,7 +316,7 @@ def test_a_row_of_a_variant_that_is_no_more_is_no_error(tmp_path: Path) -> None:
     write({"environment": environment, "rows": [row]}, tmp_path / "train-x-levers-fsdp.json")
     content = {"rates": {"bandwidth": 1.0}, "gemm_by_shape": {}, "attention_by_call": {}}
     write({"device": H100, "environment": environment} | content, tmp_path / "limits-nvidia-h100-80gb-hbm3.json")
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     assert "fraction_of_limit" not in device.rows[cell.name, "chunk 1"]
 
 
@@ -339,7 +339,7 @@ def test_clocks_of_the_timed_steps_stand_above_the_tables(tmp_path: Path) -> Non
     for variant, clock in (("compiled, auto", 980.0), ("compiled, kernels", 1755.0)):
         gpu = {"sm_mhz": [345.0, clock, 1980.0], "watts_limit": [700.0] * 3, "slowed_by": ["power limit"]}
         save(tmp_path, cell, timed(variant, 0.8, gpu=gpu))
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     text = train_table.markdown(device)
     assert "SM clock 980 to 1755 MHz" in text and "power limit 700 W" in text
     assert "slowed by power limit" in text
@@ -349,7 +349,7 @@ def test_losses_that_did_not_fall_are_marked(tmp_path: Path) -> None:
     (cell,) = cells(("parity-compile",))
     parity = {"steps": 200, "first": 11.7, "last": 11.6, "learnt": False, "largest": 1e-3, "last tenth": 1e-4}
     save(tmp_path, cell, {"variant": "plain", "parity": parity})
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     assert "| 11.70 to 11.60, no training | 1.0e-03 | 1.0e-04 |" in train_table.parity_table(device)
 
 
@@ -357,7 +357,7 @@ def test_the_time_to_a_step_is_shown(tmp_path: Path) -> None:
     rows = [{"cell": "launch", "part": "launch", "variant": STARTS[1], "seconds_to_step_1": 9.0,
              "seconds_to_step_10": 12.34, "start": "7.2 s: imports 5.0, data 2.2"}]  # fmt: skip
     write({"environment": {"device": H100, "versions": {}}, "rows": rows}, tmp_path / "train-x-launch.json")
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     assert f"| {STARTS[1]} | 9.0 | 12.3 | 7.2 s: imports 5.0, data 2.2 |" in train_table.launch_table(device)
 
 
@@ -365,7 +365,7 @@ def test_a_part_run_again_replaces_its_rows(tmp_path: Path) -> None:
     cell = cells(("rank0",))[0]
     for variant, seconds in (("compiled, auto", 0.9), ("compiled, kernels", 0.8), ("compiled, auto", 0.7)):
         written(tmp_path, cell, variant, seconds)
-    (device,) = train_table.load(tmp_path, rehearsal=False)
+    (device,) = train_rows.load(tmp_path, rehearsal=False)
     found = {row["variant"]: row["step_seconds"]["median"] for row in device.rows.values()}
     assert found == {"compiled, auto": 0.7, "compiled, kernels": 0.8}
 
