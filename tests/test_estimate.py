@@ -310,6 +310,18 @@ def test_what_is_written_in_place_is_written_once_and_takes_no_memory() -> None:
         ),
         (f"{SMALL.replace('16', '12')}", ["12 GPUs are not whole nodes of 8"]),
         (
+            f"{SMALL} --gpus 24 --parallelism.data_parallel_replicate_degree 2",
+            ["each copy of the weights lies on 12 GPUs, which are neither whole nodes of 8 nor equal parts of one"],
+        ),
+        (
+            f"{SMALL} --gpus 24 --parallelism.data_parallel_replicate_degree 4",
+            ["each copy of the weights lies on 6 GPUs", "change parallelism.data_parallel_replicate_degree"],
+        ),
+        (
+            f"{SMALL} --gpus 12 --gpus-per-node 3 --parallelism.tensor_parallel_degree 2",
+            ["each tensor-parallel group lies on 2 GPUs", "whole nodes of 3", "change parallelism.tensor_parallel"],
+        ),
+        (
             f"{SMALL} --parallelism.tensor_parallel_degree 3",
             ["the world size is 16; change the degrees in [parallelism] or --gpus"],
         ),
@@ -339,6 +351,12 @@ def test_refusals_say_what_and_what_to_do(options: str, words: list[str]) -> Non
         estimate(plan(options))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_groups_of_whole_nodes_equal_parts_and_within_one_node_can_be_timed() -> None:
+    for gpus, copies in ((24, 1), (24, 3), (24, 6), (24, 24), (6, 2), (6, 1)):
+        words = f"{SMALL} --gpus {gpus} --parallelism.data_parallel_replicate_degree {copies}"
+        planner.check(plan(words))
 
 
 def test_pictures_need_a_folder_before_anything_is_counted(tmp_path: Path) -> None:

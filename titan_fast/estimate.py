@@ -169,6 +169,7 @@ def check(plan: Plan) -> None:
             "change --gpus or --gpus-per-node",
             where="--gpus",
         )
+    _check_groups(plan)
     if plan.config.training.enable_cpu_offload:
         raise ConfigError(
             "training.enable_cpu_offload moves state to the host, which the planner does not count", "plan without it"
@@ -190,6 +191,21 @@ def check(plan: Plan) -> None:
             f"known: {', '.join(plan.gpu.attention)}; add it to titan_fast/gpus.py",
             where="kernels.attention",
         )
+
+
+def _check_groups(plan: Plan) -> None:
+    """ConfigError where a ring would cross nodes with unequal parts of them, which step_time has no time for."""
+    degrees, node = plan.degrees, plan.network.gpus_per_node
+    groups = {
+        "each tensor-parallel group": ("tensor_parallel_degree", degrees.tensor),
+        "each copy of the weights": ("data_parallel_replicate_degree", degrees.shard * degrees.tensor),
+    }
+    for who, (key, size) in groups.items():
+        if plan.gpus > node and node % size and size % node:
+            raise ConfigError(
+                f"{who} lies on {size} GPUs, which are neither whole nodes of {node} nor equal parts of one",
+                f"change parallelism.{key} or --gpus-per-node",
+            )
 
 
 def estimate(plan: Plan, check_depth: bool = True) -> Estimate:

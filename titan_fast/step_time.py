@@ -131,10 +131,11 @@ def compute_seconds(operation: Operation, gpu: Gpu, backend: str, fitted: Fitted
 
 
 def collective_seconds(operation: Operation, gpu: Gpu, network: Network) -> float:
-    """A ring over the group: within nodes over NVLink, between them over every member's part of the network."""
+    """A ring over the group: within nodes over NVLink, between them over every member's part of the network. Of every
+    node that it crosses it has as many members; estimate.check refuses other layouts."""
     group = operation.group
     per_node = max(1, min(group.size, network.gpus_per_node // max(1, group.stride)))
-    nodes = max(1, group.size // per_node)
+    nodes = group.size // per_node
     ring = operation.nbytes * (group.size - 1) / group.size / gpu.nvlink.value if per_node > 1 else 0.0
     between = operation.nbytes * (nodes - 1) / nodes / (NETWORK_EFFICIENCY * network.nic * per_node)
     hops = (group.size - nodes) * RING_NVLINK_HOP + (nodes if nodes > 1 else 0) * RING_NETWORK_HOP
