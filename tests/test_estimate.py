@@ -411,18 +411,59 @@ def test_every_rate_has_a_source() -> None:
 
 
 def test_search_lists_what_fits_best_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("titan_fast.advice._WORTH_DOUBLING", float("inf"))
+    monkeypatch.setattr("titan_fast.advice._WORTH_MORE", float("inf"))
     monkeypatch.setattr("titan_fast.advice._RECOMPUTE", ({"mode": "full"},))
     wide = plan(SMALL)
     wide = dataclasses.replace(wide, network=dataclasses.replace(wide.network, gpus_per_node=2))
-    found = search(wide)
+    found, refusals = search(wide)
+    assert not refusals
     speeds = [option.tokens_per_second for option in found]
     assert speeds == sorted(speeds, reverse=True)
     assert {o.changes["parallelism.tensor_parallel_degree"] for o in found} == {1, 2}
-    assert {o.changes["training.local_batch_size"] for o in found} == {1, 2}
+    assert {o.changes["training.local_batch_size"] for o in found} == {1, 2, 8}  # the config's own
     assert {o.changes["activation_checkpoint.mode"] for o in found} == {"full"}
     tight = dataclasses.replace(wide, gpu=dataclasses.replace(H100, memory=dataclasses.replace(H100.memory, value=1e9)))
-    assert search(tight) == []
+    assert search(tight) == ([], [])
+    assert "nothing fits" in estimate_report.options_table([], [])[0]
+
+
+@pytest.fixture
+def one_series(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That ends with the second batch, but for the config's own."""
+    monkeypatch.setattr("titan_fast.advice._WORTH_MORE", float("inf"))
+    monkeypatch.setattr("titan_fast.advice._RECOMPUTE", ({"mode": "none"},))
+    monkeypatch.setattr("titan_fast.advice._tensor_degrees", lambda plan: [1])
+
+
+def batches(words: str) -> list[int]:
+    options, _ = search(plan(f"{SMALL} {words} --parallelism.fsdp_reshard_after_forward never"))
+    return sorted({option.changes["training.local_batch_size"] for option in options})
+
+
+@pytest.mark.usefixtures("one_series")
+def test_search_tries_what_divides_the_global_batch_and_the_configs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert batches("--training.local_batch_size 6") == [1, 2, 6]
+    monkeypatch.setattr("titan_fast.advice._WORTH_MORE", 0.0)
+    assert batches("--gpus 2 --training.local_batch_size 1 --training.global_batch_size 12") == [1, 2, 3, 6]
+    assert batches("--gpus 2 --training.local_batch_size 1 --training.global_batch_size 18") == [1, 3, 9]
+
+
+def test_search_frees_a_shard_degree_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titan_fast.advice._WORTH_MORE", float("inf"))
+    monkeypatch.setattr("titan_fast.advice._RECOMPUTE", ({"mode": "none"},))
+    monkeypatch.setattr("titan_fast.advice._tensor_degrees", lambda plan: [2])
+    options, refusals = search(plan(f"{SMALL} --parallelism.data_parallel_shard_degree 16"))
+    assert options and not refusals
+    assert "data_parallel_shard_degree=-1" in estimate_report.options_table(options, refusals)[-1]
+
+
+@pytest.mark.usefixtures("one_series")
+def test_search_says_what_was_refused_where_nothing_was_not() -> None:
+    wrong = plan(SMALL)
+    wrong = dataclasses.replace(wrong, gpus=12)
+    options, refusals = search(wrong)
+    assert options == [] and len(refusals) == 1
+    assert "12 GPUs are not whole nodes of 8" in estimate_report.options_table(options, refusals)[0]
 
 
 def test_scaling_exposes_communication_sooner_without_copies() -> None:

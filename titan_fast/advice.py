@@ -3,6 +3,7 @@ config does on more GPUs."""
 
 import dataclasses
 import itertools
+import math
 import multiprocessing
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,8 +22,8 @@ _RECOMPUTE: tuple[dict[str, str], ...] = (
     {"mode": "selective", "selective_ac_option": "attention"},
     {"mode": "full"},
 )
-_WORTH_DOUBLING = 1.01
-"""How much faster a doubled batch must be for the next one to be looked at."""
+_WORTH_MORE = 1.01
+"""How much faster a larger batch must be for the next one to be looked at."""
 COSTS_NOTHING = 0.05
 """Part of the step above which communication counts as no longer hidden."""
 
@@ -51,11 +52,14 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
     return dataclasses.replace(config, **fresh)
 
 
-def search(plan: Plan, processes: int = 1, tell: Callable[[str], None] = lambda text: None) -> list[Option]:
-    """What fits of local batch x recomputation x tensor-parallel degree x resharding, best tokens/s first.
+def search(
+    plan: Plan, processes: int = 1, tell: Callable[[str], None] = lambda text: None
+) -> tuple[list[Option], list[str]]:
+    """What fits of local batch x recomputation x tensor-parallel degree x resharding, best tokens/s first; and why
+    combinations that the trainer would refuse are left out, each reason once.
 
-    Batches are doubled until they do not fit or bring less than 1%. Combinations that the trainer would refuse are
-    left out, and keeping gathered weights where nothing is gathered. `tell` is given a line of progress.
+    Larger batches are counted until one does not fit or brings less than 1%, and the config's own. Keeping gathered
+    weights is left out where nothing is gathered. `tell` is given a line of progress.
     """
     series = [
         (degree, recompute, reshard)
@@ -72,35 +76,53 @@ def search(plan: Plan, processes: int = 1, tell: Callable[[str], None] = lambda 
         return _best_first(future.result() for future in futures)
 
 
-def _best_first(found: Iterable[list[Option]]) -> list[Option]:
-    return sorted(itertools.chain.from_iterable(found), key=lambda option: -option.tokens_per_second)
+def _best_first(series: Iterable[tuple[list[Option], str]]) -> tuple[list[Option], list[str]]:
+    found, refusals = zip(*series, strict=True)
+    options = sorted(itertools.chain.from_iterable(found), key=lambda option: -option.tokens_per_second)
+    return options, list(dict.fromkeys(filter(None, refusals)))
 
 
 def _tensor_degrees(plan: Plan) -> list[int]:
     return [degree for degree in (1, 2, 4, 8) if degree <= min(plan.network.gpus_per_node, plan.gpus)]
 
 
-def _batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -> list[Option]:
+def _batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -> tuple[list[Option], str]:
+    """A series of batches, and why it ended, or never began, where that was a refusal."""
+    parallelism, own = plan.config.parallelism, plan.config.training.local_batch_size
+    changes: dict[str, Any] = {
+        "parallelism.tensor_parallel_degree": degree,
+        "parallelism.fsdp_reshard_after_forward": reshard,
+        **{f"activation_checkpoint.{key}": value for key, value in recompute.items()},
+    }
+    if parallelism.data_parallel_shard_degree != -1:
+        changes["parallelism.data_parallel_shard_degree"] = -1  # as many as the tensor-parallel degree leaves
+    if degree > 1 and parallelism.fsdp_wide_gradients:
+        changes["parallelism.fsdp_wide_gradients"] = None  # the two cannot be together
+    plan = dataclasses.replace(plan, config=changed(plan.config, changes))
     found: list[Option] = []
-    batch = 1
-    while len(found) < 2 or found[-1].tokens_per_second > _WORTH_DOUBLING * found[-2].tokens_per_second:
-        changes: dict[str, Any] = {
-            "training.local_batch_size": batch,
-            "parallelism.tensor_parallel_degree": degree,
-            "parallelism.fsdp_reshard_after_forward": reshard,
-            **{f"activation_checkpoint.{key}": value for key, value in recompute.items()},
-        }
-        if degree > 1 and plan.config.parallelism.fsdp_wide_gradients:
-            changes["parallelism.fsdp_wide_gradients"] = None  # the two cannot be together
-        try:
-            answer = estimate(dataclasses.replace(plan, config=changed(plan.config, changes)), check_depth=False)
-        except ConfigError:
-            break
-        if not answer.fits:
-            break
-        found.append(_option(changes, answer))
-        batch *= 2
-    return found
+    try:
+        for batch in _local_batches(plan):
+            worth_more = len(found) < 2 or found[-1].tokens_per_second > _WORTH_MORE * found[-2].tokens_per_second
+            if not worth_more and batch != own:
+                continue
+            with_batch = {"training.local_batch_size": batch, **changes}
+            answer = estimate(dataclasses.replace(plan, config=changed(plan.config, with_batch)), check_depth=False)
+            if not answer.fits:
+                break
+            found.append(_option(with_batch, answer))
+    except ConfigError as refusal:
+        return found, str(refusal)
+    return found, ""
+
+
+def _local_batches(plan: Plan) -> list[int]:
+    """From 1 on: what divides the global batch where it is set, else the config's own and powers of two."""
+    training = plan.config.training
+    if training.global_batch_size == -1:
+        return sorted({2**doublings for doublings in range(21)} | {training.local_batch_size})
+    each = training.global_batch_size // plan.degrees.data
+    small = [batch for batch in range(1, math.isqrt(each) + 1) if each % batch == 0]
+    return sorted({1, *small, *(each // batch for batch in small)})  # 1 is refused where the degree divides nothing
 
 
 def _option(changes: dict[str, Any], answer: Estimate) -> Option:

@@ -301,9 +301,10 @@ def main() -> None:
     if own.search:
         from titan_fast.advice import search
 
-        options = search(plan, os.cpu_count() or 1, lambda text: print(text, file=sys.stderr))  # noqa: T201
+        options, refusals = search(plan, os.cpu_count() or 1, lambda text: print(text, file=sys.stderr))  # noqa: T201
         answer["search"] = [option.to_dict() for option in options]
-        lines += ["", *report.options_table(options)]
+        answer["search_refusals"] = refusals
+        lines += ["", *report.options_table(options, refusals)]
     if own.scaling:
         from titan_fast.advice import scaling
 

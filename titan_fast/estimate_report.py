@@ -90,12 +90,14 @@ def _memory_hint(found: Estimate, largest: str) -> str:
     return "recompute more (selective, full), a smaller local batch, or tensor parallelism; --search lists what fits"
 
 
-def options_table(options: Sequence[Option]) -> list[str]:
+def options_table(options: Sequence[Option], refusals: Sequence[str]) -> list[str]:
     """The result of a search."""
+    if not options and refusals:
+        return [f"no combination fits that is not refused; the first refusal: {refusals[0]}"]
     if not options:
         return ["nothing fits: no local batch, recomputation, tensor parallelism up to a node or resharding is enough"]
     lines = [
-        f"{len(options)} combinations fit, best first (batches doubled as long as that brings 1%):",
+        f"{len(options)} combinations fit, best first (larger batches while that brings 1%, and the config's own):",
         f"{'tokens/s':>9} {'MFU':>6} {'GiB':>6}  settings",
     ]
     for option in options:
