@@ -477,6 +477,20 @@ def test_scaling_exposes_communication_sooner_without_copies() -> None:
     assert scaling(plan(f"{SMALL} --nic-gbps 10 --gpus 1"), sizes=(64,)) == points[:2], "whatever --gpus is"
 
 
+def test_scaling_has_no_copies_smaller_than_a_tensor_parallel_group() -> None:
+    wide = plan(f"{SMALL} --gpus-per-node 1 --parallelism.tensor_parallel_degree 2")
+    (point,) = [p for p in scaling(wide, sizes=(16,)) if p.kind == "HSDP"]
+    assert (point.replicate, point.shard) == (8, 1)
+
+
+def test_what_scaling_cannot_run_is_refused_before_anything_is_counted() -> None:
+    one = f"{SMALL} --gpus 1 --parallelism.single_device masters"
+    plan(one)
+    with pytest.raises(ConfigError, match=r"--scaling plans for 256 GPUs.*masters is for one device.*leave --scaling"):
+        plan(f"{one} --scaling")
+    plan(f"{SMALL} --gpus-per-node 1 --parallelism.tensor_parallel_degree 2 --scaling")
+
+
 def test_what_is_on_already_is_not_advised() -> None:
     host = [planner.estimate(plan(f"{SMALL} --compile.enable {on}")) for on in ("False", "True")]
     eager, compiled = (" ".join(limits(found)) for found in host)

@@ -12,7 +12,7 @@ from typing import Any
 
 from titan_fast.config import Config
 from titan_fast.errors import ConfigError
-from titan_fast.estimate import SIZES, Estimate, Plan, estimate
+from titan_fast.estimate import SIZES, Estimate, Plan, check, estimate
 
 _RECOMPUTE: tuple[dict[str, str], ...] = (
     {"mode": "none"},
@@ -150,7 +150,6 @@ class ScalingPoint:
 def scaling(plan: Plan, sizes: tuple[int, ...] = SIZES) -> list[ScalingPoint]:
     """Per-GPU speed of `plan`'s config, batch per GPU unchanged, with one copy over all GPUs and with copies over the
     fewest nodes, a power of two, that have room for one. Of `plan.gpus` it takes no notice."""
-    plan = dataclasses.replace(plan, config=changed(plan.config, {"training.global_batch_size": -1}))
     points = []
     for size in sizes:
         points.append(_point(plan, "FSDP", size, 1))
@@ -158,8 +157,32 @@ def scaling(plan: Plan, sizes: tuple[int, ...] = SIZES) -> list[ScalingPoint]:
     return points
 
 
+def check_scaling(plan: Plan, sizes: tuple[int, ...] = SIZES) -> None:
+    """ConfigError where `plan`'s config cannot run on one of `sizes`."""
+    for size in sizes:
+        try:
+            for copies in (1, _most_copies(plan, size)):
+                check(_on(plan, size, copies))
+        except ConfigError as error:
+            what = f"--scaling plans for {size} GPUs, where this is refused: {error.what}"
+            raise ConfigError(what, "change that, or leave --scaling out", error.where) from error
+
+
+def _on(plan: Plan, size: int, copies: int) -> Plan:
+    changes = {
+        "parallelism.data_parallel_replicate_degree": copies,
+        "parallelism.data_parallel_shard_degree": -1,
+        "training.global_batch_size": -1,
+    }
+    return dataclasses.replace(plan, config=changed(plan.config, changes), gpus=size)
+
+
+def _most_copies(plan: Plan, size: int) -> int:
+    return max(1, size // max(plan.network.gpus_per_node, plan.config.parallelism.tensor_parallel_degree))
+
+
 def _smallest_copy(plan: Plan, size: int) -> ScalingPoint:
-    copies = max(1, size // plan.network.gpus_per_node)
+    copies = _most_copies(plan, size)
     point = _point(plan, "HSDP", size, copies)
     while not point.fits and copies > 1:
         copies //= 2
@@ -168,8 +191,7 @@ def _smallest_copy(plan: Plan, size: int) -> ScalingPoint:
 
 
 def _point(plan: Plan, kind: str, size: int, copies: int) -> ScalingPoint:
-    changes = {"parallelism.data_parallel_replicate_degree": copies, "parallelism.data_parallel_shard_degree": -1}
-    answer = estimate(dataclasses.replace(plan, config=changed(plan.config, changes), gpus=size))
+    answer = estimate(_on(plan, size, copies))
     degrees = answer.plan.degrees
     return ScalingPoint(
         kind, size, degrees.replicate, degrees.shard, answer.tokens_per_second, answer.mfu()["titan"],

@@ -266,7 +266,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def plan_of(argv: list[str]) -> tuple[Plan, argparse.Namespace]:
-    """The plan that a command line asks for."""
+    """The plan that a command line asks for, checked, and the folder for its pictures made."""
     own, rest = _arguments(argv)
     gpu = known_gpu(own.gpu)
     if own.calibrate is not None:
@@ -284,6 +284,11 @@ def plan_of(argv: list[str]) -> tuple[Plan, argparse.Namespace]:
     nic = gpu.nic.value if own.nic_gbps is None else own.nic_gbps * 1e9 / 8
     network = Network(own.gpus_per_node, nic)
     plan = Plan(config, gpu, own.gpus, network, own.all_blocks)
+    check(plan)
+    if own.scaling:
+        from titan_fast.advice import check_scaling
+
+        check_scaling(plan)
     if own.plot is not None and (why := obstacle(own.plot)):
         raise ConfigError(f"no folder for --plot: {why}", "give another name", str(own.plot))
     return plan, own
