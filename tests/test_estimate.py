@@ -15,7 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from benchmarks.estimate_errors import FITTED_ROWS, HELD_OUT, MEMORY_ROWS, OUTPUT, counted, plan_of, timed
 from titan_fast import compiled_graph, estimate_report, masters
 from titan_fast import estimate as planner
-from titan_fast.advice import scaling, search
+from titan_fast.advice import Option, ScalingPoint, scaling, search
+from titan_fast.config import Config, Float8
 from titan_fast.errors import ConfigError
 from titan_fast.estimate import Estimate, Plan, estimate
 from titan_fast.estimate_report import limits
@@ -167,7 +168,7 @@ def test_parts_add_up_and_json_has_its_keys(small: Estimate) -> None:
         "step_seconds",
         "step_parts_seconds",
         "tokens_per_second",
-        "mfu",
+        "mfu_titan",
     } <= set(found)
     assert sum(found["step_parts_seconds"].values()) == pytest.approx(found["step_seconds"])
     assert sum(found["memory_parts_gib"].values()) == pytest.approx(found["device_memory_gib"])
@@ -361,9 +362,36 @@ def test_groups_of_whole_nodes_equal_parts_and_within_one_node_can_be_timed() ->
 
 def test_pictures_need_a_folder_before_anything_is_counted(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for place in (tmp_path / "file", tmp_path / "file" / "pictures"):
+    for place in (tmp_path / "file", tmp_path / "file" / "pictures", "/proc/pictures", tmp_path / ("x" * 300)):
         with pytest.raises(ConfigError, match="no folder for --plot"):
             plan(f"{SMALL} --plot {place}")
+    with pytest.raises(ConfigError, match="no rate of attention"):
+        plan(f"{SMALL} --kernels.attention fa4 --plot {tmp_path / 'pictures'}")
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_a_picture_for_which_there_is_no_room_is_refused_after_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "memory.png").symlink_to("/dev/full")
+    monkeypatch.setattr(sys, "argv", ["estimate", *SMALL.split(), "--plot", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        planner.main()
+    out, error = capsys.readouterr()
+    assert "tokens/s per GPU" in out
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "no picture can be written: No space" in error
+
+
+def test_tables_name_the_formula_of_mfu_and_the_peak() -> None:
+    option = Option({"training.local_batch_size": 1}, 100.0, 0.5, 10.0)
+    point = ScalingPoint("FSDP", 256, 1, 256, 100.0, 0.5, 10.0, True, 1.0, 0.0)
+    for config, says in ((Config(), False), (Config(float8=Float8(enable=True)), True)):
+        for lines in (
+            estimate_report.options_table([option], [], config),
+            estimate_report.scaling_table([point], config),
+        ):
+            assert any("MFU titan" in line for line in lines)
+            assert any("bfloat16's peak" in line for line in lines) is says
 
 
 def test_calibration_replaces_rates_and_is_of_the_same_device(tmp_path: Path) -> None:
@@ -424,7 +452,7 @@ def test_search_lists_what_fits_best_first(monkeypatch: pytest.MonkeyPatch) -> N
     assert {o.changes["activation_checkpoint.mode"] for o in found} == {"full"}
     tight = dataclasses.replace(wide, gpu=dataclasses.replace(H100, memory=dataclasses.replace(H100.memory, value=1e9)))
     assert search(tight) == ([], [])
-    assert "nothing fits" in estimate_report.options_table([], [])[0]
+    assert "nothing fits" in estimate_report.options_table([], [], Config())[0]
 
 
 @pytest.fixture
@@ -454,7 +482,7 @@ def test_search_frees_a_shard_degree_and_says_so(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("titan_fast.advice._tensor_degrees", lambda plan: [2])
     options, refusals = search(plan(f"{SMALL} --parallelism.data_parallel_shard_degree 16"))
     assert options and not refusals
-    assert "data_parallel_shard_degree=-1" in estimate_report.options_table(options, refusals)[-1]
+    assert "data_parallel_shard_degree=-1" in estimate_report.options_table(options, refusals, Config())[-1]
 
 
 @pytest.mark.usefixtures("one_series")
@@ -463,7 +491,7 @@ def test_search_says_what_was_refused_where_nothing_was_not() -> None:
     wrong = dataclasses.replace(wrong, gpus=12)
     options, refusals = search(wrong)
     assert options == [] and len(refusals) == 1
-    assert "12 GPUs are not whole nodes of 8" in estimate_report.options_table(options, refusals)[0]
+    assert "12 GPUs are not whole nodes of 8" in estimate_report.options_table(options, refusals, Config())[0]
 
 
 def test_scaling_exposes_communication_sooner_without_copies() -> None:

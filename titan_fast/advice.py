@@ -35,7 +35,7 @@ class Option:
     changes: dict[str, Any]
     """By the trainer's keys."""
     tokens_per_second: float
-    mfu: float
+    mfu_titan: float
     device_memory_gib: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class ScalingPoint:
     replicate: int
     shard: int
     tokens_per_second: float
-    mfu: float
+    mfu_titan: float
     device_memory_gib: float
     fits: bool
     hidden: float

@@ -148,7 +148,7 @@ class Estimate:
             "step_parts_seconds": self.time.parts,
             "communication_hidden": self.time.hidden,
             "tokens_per_second": self.tokens_per_second,
-            "mfu": self.mfu()["titan"],
+            "mfu_titan": self.mfu()["titan"],
             "mfu_by_formula": self.mfu(),
             "counted": self.how,
         }
@@ -289,9 +289,20 @@ def plan_of(argv: list[str]) -> tuple[Plan, argparse.Namespace]:
         from titan_fast.advice import check_scaling
 
         check_scaling(plan)
-    if own.plot is not None and (why := obstacle(own.plot)):
-        raise ConfigError(f"no folder for --plot: {why}", "give another name", str(own.plot))
+    if own.plot is not None:
+        _make_folder(own.plot)
     return plan, own
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        why = obstacle(folder)
+        if not why:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror
+    if why:
+        raise ConfigError(f"no folder for --plot: {why}", "give another name", str(folder))
 
 
 @command
@@ -299,26 +310,33 @@ def main() -> None:
     plan, own = plan_of(sys.argv[1:])
     from titan_fast import estimate_report as report
 
+    def show(lines: list[str]) -> None:
+        """At once: what follows may take long, or fail."""
+        if not own.json:
+            print("\n".join(lines), flush=True)  # noqa: T201
+
     found = estimate(plan)
-    answer, lines = found.to_dict(), report.table(found)
+    answer = found.to_dict()
+    show(report.table(found))
     if own.plot is not None:
-        lines += [f"written         {path}" for path in report.plots(found, own.plot)]
+        show([f"written         {path}" for path in report.plots(found, own.plot)])
     if own.search:
         from titan_fast.advice import search
 
         options, refusals = search(plan, os.cpu_count() or 1, lambda text: print(text, file=sys.stderr))  # noqa: T201
         answer["search"] = [option.to_dict() for option in options]
         answer["search_refusals"] = refusals
-        lines += ["", *report.options_table(options, refusals)]
+        show(["", *report.options_table(options, refusals, plan.config)])
     if own.scaling:
         from titan_fast.advice import scaling
 
         curve = scaling(plan)
         answer["scaling"] = [dataclasses.asdict(point) for point in curve]
-        lines += ["", *report.scaling_table(curve)]
+        show(["", *report.scaling_table(curve, plan.config)])
         if own.plot is not None:
-            lines.append(f"written         {report.scaling_plot(curve, own.plot)}")
-    print(json.dumps(answer, indent=1) if own.json else "\n".join(lines))  # noqa: T201
+            show([f"written         {report.scaling_plot(curve, own.plot)}"])
+    if own.json:
+        print(json.dumps(answer, indent=1))  # noqa: T201
 
 
 if __name__ == "__main__":

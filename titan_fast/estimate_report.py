@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from titan_fast.advice import COSTS_NOTHING, Option, ScalingPoint
 from titan_fast.config import Config
+from titan_fast.errors import ConfigError
 from titan_fast.estimate import Estimate
 from titan_fast.memory_count import PARTS
 
@@ -90,7 +92,7 @@ def _memory_hint(found: Estimate, largest: str) -> str:
     return "recompute more (selective, full), a smaller local batch, or tensor parallelism; --search lists what fits"
 
 
-def options_table(options: Sequence[Option], refusals: Sequence[str]) -> list[str]:
+def options_table(options: Sequence[Option], refusals: Sequence[str], config: Config) -> list[str]:
     """The result of a search."""
     if not options and refusals:
         return [f"no combination fits that is not refused; the first refusal: {refusals[0]}"]
@@ -98,37 +100,42 @@ def options_table(options: Sequence[Option], refusals: Sequence[str]) -> list[st
         return ["nothing fits: no local batch, recomputation, tensor parallelism up to a node or resharding is enough"]
     lines = [
         f"{len(options)} combinations fit, best first (larger batches while that brings 1%, and the config's own):",
-        f"{'tokens/s':>9} {'MFU':>6} {'GiB':>6}  settings",
+        f"{'tokens/s':>9} {'MFU titan':>9} {'GiB':>6}  settings",
     ]
     for option in options:
         settings = " ".join(f"{name.rpartition('.')[2]}={value}" for name, value in option.changes.items())
         lines.append(
-            f"{option.tokens_per_second:>9,.0f} {option.mfu:>6.1%} {option.device_memory_gib:>6.1f}  {settings}"
+            f"{option.tokens_per_second:>9,.0f} {option.mfu_titan:>9.1%} {option.device_memory_gib:>6.1f}  {settings}"
         )
-    return lines
+    return lines + _of_which_peak(config)
 
 
-def scaling_table(points: Sequence[ScalingPoint]) -> list[str]:
+def _of_which_peak(config: Config) -> list[str]:
+    return ["MFU is of bfloat16's peak"] if config.float8.enable else []
+
+
+def scaling_table(points: Sequence[ScalingPoint], config: Config) -> list[str]:
     """The result of scaling."""
-    lines = [f"{'GPUs':>7} {'kind':>5} {'mesh':>12} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'hidden':>7} {'costs':>6}"]
+    lines = [
+        f"{'GPUs':>7} {'kind':>5} {'mesh':>12} {'tokens/s':>9} {'MFU titan':>9} {'GiB':>6} {'hidden':>7} {'costs':>6}"
+    ]
     for p in points:
         fits = "" if p.fits else "  does not fit"
         lines.append(
-            f"{p.gpus:>7,} {p.kind:>5} {f'{p.replicate} x {p.shard}':>12} {p.tokens_per_second:>9,.0f} {p.mfu:>6.1%} "
-            f"{p.device_memory_gib:>6.1f} {p.hidden:>7.0%} {p.communication:>6.1%}{fits}"
+            f"{p.gpus:>7,} {p.kind:>5} {f'{p.replicate} x {p.shard}':>12} {p.tokens_per_second:>9,.0f} "
+            f"{p.mfu_titan:>9.1%} {p.device_memory_gib:>6.1f} {p.hidden:>7.0%} {p.communication:>6.1%}{fits}"
         )
     for kind in ("FSDP", "HSDP"):
         dear = [p.gpus for p in points if p.kind == kind and p.communication > COSTS_NOTHING]
         where = f"from {min(dear):,} GPUs on" if dear else "nowhere here"
         lines.append(f"{kind}: communication costs more than {COSTS_NOTHING:.0%} of the step {where}")
-    return lines
+    return lines + _of_which_peak(config)
 
 
 def plots(found: Estimate, folder: Path) -> list[Path]:
     """Writes memory.png (timeline by part) and step.png (time by part); their paths."""
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
     segments = [s for s in found.segments if s.phase != "end"]
     places = range(len(segments))
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -142,8 +149,16 @@ def plots(found: Estimate, folder: Path) -> list[Path]:
     axes.set_title(_title(found))
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False)
-    figure.savefig(folder / "memory.png", dpi=120)
-    return [folder / "memory.png", _step_plot(found, folder)]
+    return [_save(figure, folder / "memory.png"), _step_plot(found, folder)]
+
+
+def _save(figure: Any, path: Path) -> Path:
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        fix = "make room, or give --plot another folder"
+        raise ConfigError(f"no picture can be written: {error.strerror}", fix, str(path)) from error
+    return path
 
 
 def _title(found: Estimate) -> str:
@@ -173,15 +188,13 @@ def _step_plot(found: Estimate, folder: Path) -> Path:
     axes.margins(x=0.12)
     axes.set_xlabel("ms per step")
     axes.set_title(f"{_title(found)}\n{found.tokens_per_second:,.0f} tokens/s per GPU, {found.time.seconds:.3f} s")
-    figure.savefig(folder / "step.png", dpi=120)
-    return folder / "step.png"
+    return _save(figure, folder / "step.png")
 
 
 def scaling_plot(points: Sequence[ScalingPoint], folder: Path) -> Path:
     """Writes scaling.png; its path."""
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for kind in ("FSDP", "HSDP"):
@@ -196,5 +209,4 @@ def scaling_plot(points: Sequence[ScalingPoint], folder: Path) -> Path:
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
-    figure.savefig(folder / "scaling.png", dpi=120)
-    return folder / "scaling.png"
+    return _save(figure, folder / "scaling.png")
