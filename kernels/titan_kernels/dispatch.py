@@ -14,12 +14,26 @@ from torch.nn import Parameter
 
 # Private, so they may go away: then every call takes the dispatcher's way, which is only slower.
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_transforms: Callable[[], Any] = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: 1)
+_transforms: Callable[[], Any] = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", tuple)
 
 
 def is_plain_eager(*tensors: Tensor) -> bool:
-    """Whether a call on these tensors is seen by no compiler, dispatch mode, torch.func transform or subclass."""
-    if torch.compiler.is_compiling() or _dispatch_modes() or _transforms() is not None:
+    """Whether a call on these tensors is seen by no compiler, dispatch mode, torch.func transform or subclass.
+
+    NotImplementedError within torch.func.jvp, to which an operator would be a constant without a word; compiled it
+    still is.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    transforms = _transforms()
+    if transforms is not None:
+        if any(transform.key().name == "Jvp" for transform in transforms):
+            raise NotImplementedError(
+                "titan_kernels: the operators have derivatives in reverse mode alone, and this is within "
+                "torch.func.jvp (or jacfwd, hessian, linearize); use backward() or torch.autograd.grad"
+            )
+        return False
+    if _dispatch_modes():
         return False
     return all(type(tensor) in (Tensor, Parameter) and not tensor.is_meta for tensor in tensors)
 

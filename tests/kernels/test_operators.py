@@ -107,6 +107,28 @@ def test_no_second_derivative(operator: Operator, device: torch.device) -> None:
 
 
 @each_operator
+def test_forward_mode_is_refused(operator: Operator, device: torch.device) -> None:
+    """By name, or, where a product is part of it, by torch."""
+    inputs = tuple(x.detach() for x in leaves(operator, 2, device))
+    tangents = tuple(torch.ones_like(x) for x in inputs)
+    for ours in (operator.ours, lambda *x: torch.func.vmap(operator.ours)(*(one[None] for one in x))):
+        with pytest.raises(RuntimeError, match=r"reverse mode alone|setup_context"):
+            torch.func.jvp(ours, inputs, tangents)
+
+
+def test_forward_mode_of_what_takes_no_part_in_autograd_is_refused(device: torch.device) -> None:
+    logits, labels = torch.randn(4, 48, device=device), torch.tensor([0, 3, -100, 47], device=device)
+    one = torch.tensor(0.5, device=device)
+    for ours in (
+        lambda x: titan_kernels.cross_entropy_stats(x, labels)[0],
+        lambda x: titan_kernels.cross_entropy_with_grad_(x, labels, one),
+        lambda x: titan_kernels.cross_entropy_grad_(x, labels, 0, x[:, 0], one),
+    ):
+        with pytest.raises(NotImplementedError, match="reverse mode alone"):
+            torch.func.jvp(ours, (logits,), (logits,))
+
+
+@each_operator
 def test_compiled_without_graph_breaks(operator: Operator, device: torch.device) -> None:
     inputs = leaves(operator, 3, device)
     compiled = torch.compile(operator.ours, fullgraph=True, backend="aot_eager")
