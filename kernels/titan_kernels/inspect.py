@@ -22,7 +22,7 @@ import torch
 
 from titan_kernels.ahead_of_time import CACHE, SHARED_MEMORY, WIDE_SHARE, Cost, compile_launch
 from titan_kernels.cross_entropy import launches as cross_entropy_launches
-from titan_kernels.launch import Launch
+from titan_kernels.launch import Launch, is_interpreted
 from titan_kernels.llama_shapes import LLAMA
 from titan_kernels.rms_norm import launches as rms_norm_launches
 from titan_kernels.rope import launches as rope_launches
@@ -185,6 +185,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
+    if options.processes < 1:
+        parser.error(f"--processes is {options.processes}, not positive; change it")
+    if is_interpreted(swiglu_launches(BF16)[0].kernel):
+        parser.error("TRITON_INTERPRET is set, and what is interpreted is not compiled; unset it")
     return report(inspect_llama(options.shapes, options.arch, options.processes), options.json)
 
 

@@ -52,6 +52,17 @@ def test_launches_of_llama3_8b_on_hopper_are_sound() -> None:
         assert not finding["violations"]
 
 
+def test_refuses_before_it_compiles(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from titan_kernels import inspect
+
+    for words, sentence in ((["--processes", "0"], "--processes is 0, not positive"), ([], "TRITON_INTERPRET is set")):
+        monkeypatch.setattr(inspect, "is_interpreted", lambda kernel: True)
+        with pytest.raises(SystemExit) as stopped:
+            inspect.main(words)
+        assert stopped.value.code == 2
+        assert sentence in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # two minutes on two idle cores
 def test_every_launch_of_every_shape_is_sound() -> None:
