@@ -420,6 +420,21 @@ def test_calibration_replaces_rates_and_is_of_the_same_device(tmp_path: Path) ->
             calibrated(H100, path)
 
 
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {"gemm": 700.0}, {"gemm": 1e15}, {"attention_forward": 500.0}, {"attention_backward": 1e15},
+        {"bandwidth": 3000.0}, {"bandwidth": 7e12}, {"nvlink": 350.0}, {"nic": 400.0}, {"gemm": float("nan")},
+        {"gemm": 10**400},
+    ],
+)  # fmt: skip
+def test_calibration_in_other_units_is_refused(tmp_path: Path, rates: dict[str, float]) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"device": "NVIDIA H100 80GB HBM3", "rates": rates}))
+    with pytest.raises(ConfigError, match=r"and on h100-sxm it is between .*; mind the units"):
+        calibrated(H100, path)
+
+
 def test_calibration_of_an_unknown_backend_is_refused(tmp_path: Path) -> None:
     content = {"device": "NVIDIA H100 80GB HBM3", "rates": {"attention_forward": 5e14}}
     for backend in ("blub", ["flash"]):

@@ -201,6 +201,10 @@ def test_command_with_a_device_prints_every_formula() -> None:
         ("--model debug --device potato --tokens-per-second 1", "unknown device 'potato'; give --peak-tflops"),
         ("--model debug --tokens-per-second 1", "MFU needs the device's peak; give --peak-tflops or --device"),
         ("--model debug --tokens-per-second nan --peak-tflops 1", "--tokens-per-second is nan, not a positive number"),
+        (
+            "--model llama3_8b --tokens-per-second 1e9 --peak-tflops 312",
+            "--tokens-per-second 1e+09 is 1.65e+05 times what a device of 312 TFLOP/s can do by titan_causal",
+        ),
         ("--model debug --seq-len 0", "--seq-len is 0, not a positive number"),
         ("--model debug --seq-len 4096", "--seq-len 4096 is beyond the 2048 tokens that debug is made for"),
         ("--model debug --seq-len many", "argument --seq-len: invalid int value: 'many'"),

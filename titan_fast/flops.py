@@ -211,6 +211,13 @@ def report(arguments: argparse.Namespace) -> list[str]:
         per_token = flops_per_token(shape, seq_len, formula)
         lines.append(f"FLOPs per token {per_token:,} by {formula}: {EXPLANATION[formula]}")
     if arguments.tokens_per_second is not None and peak is not None:
+        least = mfu(arguments.tokens_per_second, flops_per_token(shape, seq_len, "titan_causal"), peak[0])
+        if least > 1:
+            raise ConfigError(
+                f"--tokens-per-second {arguments.tokens_per_second:g} is {least:.4g} times what a device of "
+                f"{peak[0] / 1e12:g} TFLOP/s can do by titan_causal, the least of the formulas",
+                "give the tokens/s of one device, and its peak in TFLOP/s",
+            )
         for formula in [arguments.formula] if arguments.formula else FORMULAS:
             share = mfu(arguments.tokens_per_second, flops_per_token(shape, seq_len, formula), peak[0])
             lines.append(

@@ -189,6 +189,7 @@ def known_gpu(name: str) -> Gpu:
 
 # What a calibration file may hold: {"device": name as torch gives it, "rates": {key: number}}.
 _CALIBRATED = ("gemm", "bandwidth", "nvlink", "nic")
+_ATTENTION = ("attention_forward", "attention_backward")
 _SHAPE = (
     'it needs {"device": "NVIDIA ...", "rates": {"gemm": FLOP/s, "bandwidth": bytes/s, '
     '"attention_forward": FLOP/s, "attention_backward": FLOP/s, "nvlink": bytes/s, "nic": bytes/s}}, any of the rates'
@@ -198,7 +199,7 @@ _SHAPE = (
 def calibrated(gpu: Gpu, path: Path) -> Gpu:
     """`gpu` with the rates that were measured on a device, from a file as the end-to-end benchmark writes it.
 
-    ConfigError where the file cannot be read, is of another device, or holds what is no rate.
+    ConfigError where the file cannot be read, is of another device, or holds what is no rate of it.
     """
     where = str(path)
     try:
@@ -209,18 +210,30 @@ def calibrated(gpu: Gpu, path: Path) -> Gpu:
     pattern = next(peak.pattern for peak in PEAKS if peak.name == gpu.peak_name)
     if not re.match(pattern, str(device).strip()):
         raise ConfigError(f"the calibration is of {device!r}, and --gpu is {gpu.name}", "take the GPU's own", where)
+    times_attention, backend = not rates.keys().isdisjoint(_ATTENTION), found.get("attention", gpu.default_attention)
+    if times_attention and (not isinstance(backend, str) or backend not in gpu.attention):
+        raise ConfigError(f"attention is {backend!r}", f"it is one of {', '.join(gpu.attention)}", where)
     for name, value in rates.items():
-        known = (*_CALIBRATED, "attention_forward", "attention_backward")
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if name not in known or not is_number or not 0 < value < 1e30:
+        if name not in (*_CALIBRATED, *_ATTENTION) or not is_number:
             raise ConfigError(f"rate {name!r} is {value!r}", _SHAPE, where)
+        least, most = _believed(gpu, name, backend)
+        if not least <= value <= most:
+            what = f"rate {name!r} is {value!r}, and on {gpu.name} it is between {least:.3g} and {most:.3g}"
+            raise ConfigError(what, f"mind the units: {_SHAPE}", where)
     source = f"measured on {device} ({path.name})"
     changes: dict[str, Any] = {name: Rate(rates[name], source) for name in _CALIBRATED if name in rates}
-    if "attention_forward" in rates or "attention_backward" in rates:
-        backend = found.get("attention", gpu.default_attention)
-        if not isinstance(backend, str) or backend not in gpu.attention:
-            raise ConfigError(f"attention is {backend!r}", f"it is one of {', '.join(gpu.attention)}", where)
+    if times_attention:
         old = gpu.attention[backend]
         forward, backward = rates.get("attention_forward", old.forward), rates.get("attention_backward", old.backward)
         changes["attention"] = gpu.attention | {backend: AttentionRate(forward, backward, source)}
     return dataclasses.replace(gpu, **changes)
+
+
+def _believed(gpu: Gpu, name: str, backend: str) -> tuple[float, float]:
+    """The least and the most that a rate can have been measured to be. The least tells units apart: 1% of the table's,
+    and 0.1% where a whole node shares an old network. The most is the peak, or else twice the table's."""
+    if name in _ATTENTION:
+        return 0.01 * getattr(gpu.attention[backend], name.removeprefix("attention_")), gpu.peak
+    table = getattr(gpu, name).value
+    return (0.001 if name == "nic" else 0.01) * table, gpu.peak if name == "gemm" else 2 * table
