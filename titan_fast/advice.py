@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -69,11 +70,16 @@ def search(
     if processes == 1:
         return _best_first(_batches(plan, *one) for one in series)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(series)), context) as pool:
+    with ProcessPoolExecutor(min(processes, len(series)), context, _end_when_interrupted) as pool:
         futures = [pool.submit(_batches, plan, *one) for one in series]
         for number, _ in enumerate(as_completed(futures), 1):
             tell(f"search: {number} of {len(series)} series of batches counted")
         return _best_first(future.result() for future in futures)
+
+
+def _end_when_interrupted() -> None:
+    """A worker without a word, as what it says would be a traceback of each."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _best_first(series: Iterable[tuple[list[Option], str]]) -> tuple[list[Option], list[str]]:

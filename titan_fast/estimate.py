@@ -257,7 +257,12 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--nic-gbps", type=float, help="network of one GPU, Gbit/s in one direction; the table's if not given"
     )
     parser.add_argument("--calibrate", type=Path, help="rates measured on a device, in place of the table's")
-    parser.add_argument("--search", action="store_true", help="list what fits, best first (minutes on all CPUs)")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="list what fits, best first, when up to 48 series of batches are counted on all CPUs, which takes about "
+        "half a minute of one for each series of the 8B",
+    )
     parser.add_argument("--scaling", action="store_true", help="tokens/s on 256 to 16,384 GPUs, FSDP and HSDP")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", type=Path, help="write pictures into this folder")
