@@ -1,5 +1,6 @@
 """Tiny training runs by the real entry, in this process or under torchrun, and what they leave on the disk."""
 
+import dataclasses
 import json
 import os
 import random
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from titan_fast import run_history
 from titan_fast.checkpoint import load_tensors
 from titan_fast.config import parse
+from titan_fast.data import build_validation_loader
 from titan_fast.data_command import prepare_folder
+from titan_fast.generate import load_model
 from titan_fast.safe_unpickle import load_metadata
 
 ROOT = Path(__file__).parents[1]
@@ -125,9 +129,14 @@ def finish(process: Any, limit_seconds: float = 240) -> str:
     return output
 
 
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl has of steps."""
+    return run_history.losses(run_history.read(folder / "metrics.jsonl"))
+
+
 def losses(folder: Path) -> dict[int, float]:
     """Step -> loss, as logged."""
-    return {record["step"]: record["loss"] for record in run_history.losses(run_history.read(folder / "metrics.jsonl"))}
+    return {record["step"]: record["loss"] for record in logged(folder)}
 
 
 def checkpoint(folder: Path, step: int) -> Path:
@@ -153,6 +162,23 @@ def assert_same_tensors(a: Path, b: Path, tolerance: float = 0.0) -> None:
         torch.testing.assert_close(
             tensor, second[name], rtol=tolerance, atol=tolerance, msg=f"{name} differs by more than {tolerance}"
         )
+
+
+def held_out_loss(folder: Path, sequences: int) -> float:
+    """What the validation of the newest checkpoint must give, by torch's own cross entropy in this process; `sequences`
+    are those of its batch, over all ranks."""
+    model, tokenizer, config = load_model(folder, torch.device("cpu"))
+    training = dataclasses.replace(config.training, local_batch_size=sequences)
+    loader = build_validation_loader(
+        dataclasses.replace(config, training=training), tokenizer, vocab_size=model.shape.vocab_size, dp_rank=0,
+        dp_degree=1, device=torch.device("cpu"), run_dir=folder, is_main=True, barrier=lambda: None,
+    )  # fmt: skip
+    assert loader is not None
+    batches = [batch for _ in range(config.validation.steps) for batch in next(loader)]
+    loader.close()
+    with torch.no_grad():
+        losses = [F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.labels.flatten()) for batch in batches]
+    return torch.stack(losses).mean().item()
 
 
 def saved_config(folder: Path) -> dict[str, Any]:

@@ -49,6 +49,8 @@ def test_a_cpu_answers_at_once() -> None:
 def test_a_gpu_answers_a_step_later(late: Agreement) -> None:
     answers = steps(late, [(False, False, False), (True, False, False), (True, False, False)], {})
     assert answers == [NOTHING, NOTHING, Agreed(True, False, False)]
+    # The signal came in the first of these steps, when it had asked already.
+    assert Agreement.steps_to_stop(torch.device("cuda")) == len(answers)
 
 
 def test_a_wish_is_granted_once(late: Agreement) -> None:

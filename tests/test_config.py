@@ -393,7 +393,7 @@ def test_mesh_that_does_not_fit(replicate: int, shard: int, tensor: int, world: 
     with pytest.raises(ConfigError) as caught:
         mesh_degrees(Parallelism(replicate, shard, tensor), world)
     assert numbers in str(caught.value)
-    assert f"{world} processes" in str(caught.value)
+    assert f"the world size is {world}; " in str(caught.value)
 
 
 def test_accumulation() -> None:

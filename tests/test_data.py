@@ -150,6 +150,19 @@ def test_shards_hold_every_document_once(shards: PreparedTokens, tokenizer: Toke
         assert shards.document(number).tolist() == expected
         assert shards.origin(number) == f"rows:{number}"
     assert shards.tokens == sum(len(shards.document(number)) for number in range(120))
+    assert max(shard["tokens"] for shard in shards.index["shards"]) <= 700
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
+def test_ids_are_kept_in_two_bytes_where_they_fit(
+    vocab_size: int, dtype: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "vocab_size", vocab_size)
+    monkeypatch.setattr(tokenizer, "encode_batch", lambda texts: [[vocab_size - 1] for _ in texts])
+    prepare([Document("text", "rows", 1)], tokenizer, tmp_path / "prepared", source={"name": "x"}, ledger=RowLedger())
+    written = PreparedTokens(tmp_path / "prepared")
+    assert written.index["dtype"] == dtype
+    assert written.document(0).tolist() == [tokenizer.bos_id, vocab_size - 1, tokenizer.eos_id]
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 16, 333])
@@ -219,8 +232,11 @@ def test_every_split_reads_the_same_global_samples(dp_degree: int, local: int, p
 def test_resumed_anywhere_equals_uninterrupted(make: Callable) -> None:
     whole = make()
     per_epoch = order_of(whole).samples_per_epoch
-    steps = [rows_of(next(whole)) for _ in range(per_epoch + 4)]  # two samples each: past two epochs' ends
-    assert whole.epoch == 2
+    steps, epochs = [], []
+    for _ in range(per_epoch + 4):  # two samples each: past two epochs' ends
+        steps.append(rows_of(next(whole)))
+        epochs.append(whole.epoch)
+    assert epochs == [2 * step // per_epoch for step in range(len(steps))] and whole.epoch == 2  # of the first sample
     at_the_end = per_epoch // 2 if per_epoch % 2 == 0 else per_epoch
     for first_stop, second_stop in ((0, 0), (1, 2), (3, 11), (at_the_end, at_the_end + 1), (at_the_end - 1, per_epoch)):
         got: list = []
@@ -289,6 +305,18 @@ def test_validation_is_every_hundredth_document_and_never_trained_on(
     assert ours(chosen, 0, 2) == first[0]
     assert plain_samples(tokens, sorted(held), SEQ_LEN, 0, 0)[:2] == first[0]
     validation.close()
+
+
+def test_ranks_share_the_validation_batches_out(corpus_file: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def build(local: int, dp_rank: int, dp_degree: int) -> Loader:
+        config = make_config(corpus_file, "--training.local_batch_size", str(local))
+        return make_loader(config, tokenizer, tmp_path, dp_rank, dp_degree, data.build_validation_loader)
+
+    whole, *ranks = loaders = [build(4, 0, 1), build(2, 0, 2), build(2, 1, 2)]
+    for _ in range(5):
+        assert rows_of(next(whole)) == [row for rank in ranks for row in rows_of(next(rank))]
+    for loader in loaders:
+        loader.close()
 
 
 def test_validation_on_its_own_path_or_none(corpus_file: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -652,9 +680,9 @@ def test_an_error_in_the_thread_surfaces_at_next_again_and_again(make: Callable)
     order = order_of(loader)
     next(loader)
     loader.close()
-    order.tokens._shards[0] = np.full_like(order.tokens._shards[0], 4000)
+    order.tokens._shards[0] = np.full_like(order.tokens._shards[0], 400)
     for _ in range(2):
-        with pytest.raises(DataError, match="token id 4000 is beyond the model's vocabulary of 400"):
+        with pytest.raises(DataError, match="token id 400 is beyond the model's vocabulary of 400"):
             for _ in range(5):
                 next(loader)
 
@@ -901,11 +929,14 @@ def test_a_hub_that_cannot_be_reached_is_a_sentence(tmp_path: Path, monkeypatch:
 
 def test_hub_names_and_no_validation_for_streams(tokenizer: Tokenizer, stream_files: list[str], tmp_path: Path) -> None:
     asked = []
-    config = configuration.parse(["--training.dataset", "c4", "--training.seq_len", "16"])
+    config = configuration.parse(
+        ["--training.dataset", "c4", "--training.seq_len", "16", "--comm.timeout_seconds", "50"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         stream = open_files(stream_files)
         patch.setattr(datasets, "load_dataset", lambda *a, **o: (asked.append((a, o)), stream)[1])
         loader = make_loader(config, tokenizer, tmp_path)
+        assert isinstance(loader._source, StreamSource) and loader._source._patience == 40
         assert make_loader(config, tokenizer, tmp_path, build=data.build_validation_loader) is None
         folder = tmp_path / "prepared"
         given = dataclasses.replace(config, model=dataclasses.replace(config.model, tokenizer_path=str(tokenizer.path)))

@@ -1,12 +1,14 @@
 """FSDP2 without its copies. That it trains as one process does is in test_parallel."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from shapes import LLAMA3
 from small_runs import build, config_of
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from worlds import Task, World, results, run_world
 
@@ -121,6 +123,18 @@ def test_wrong_grouped_collectives_are_seen(found: dict[str, list[Any]]) -> None
     for broken in ("gather", "reduce"):
         assert all("of 2 ranks give wrong numbers; take" in words for words in results(found, broken))
     assert all("of 2 ranks fail: no such collective; take" in words for words in results(found, "absent"))
+
+
+def test_a_run_checks_them_before_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(model: nn.Module, device: torch.device) -> None:
+        assert isinstance(model, FSDPModule)
+        raise CommunicationError("grouped collectives give wrong numbers", "take flat")
+
+    monkeypatch.setattr(direct_fsdp, "check", check)
+    more = {"training__mixed_precision_param": "bfloat16", "parallelism__single_device": "fsdp"}
+    with pytest.raises(CommunicationError, match="wrong numbers"):
+        runs.run(runs.write_documents(tmp_path / "text.jsonl"), tmp_path / "run", **more)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("size", [2, 1249, 16_384])

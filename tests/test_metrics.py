@@ -531,6 +531,8 @@ def test_summary_and_loss_curve(
     for step, loss, seconds in ((10, 8.0, 50), (20, 4.0, 5), (30, 3.0, 4), (40, 3.5, 6)):
         clock.now += seconds
         log(metrics, step, loss=loss, data_wait_seconds=0.13 * step)
+        if step == 10:
+            assert "ETA 0:02:30" in capsys.readouterr().out  # 30 steps of 5 s
     metrics.validation(25, 3.75)
     metrics.validation(40, 4.25)
     capsys.readouterr()

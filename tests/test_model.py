@@ -11,6 +11,7 @@ from gradients import gradient
 from shapes import ALL, LLAMA2, LLAMA3, LLAMA31
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from titan_fast.config import from_options
 from titan_fast.flavors import FLAVORS, ModelShape
 from titan_fast.flops import parameter_count
 from titan_fast.generate import Sampling, generate, generate_text, next_token
@@ -19,6 +20,7 @@ from titan_fast.hf import hf_config, pack_qkv, to_hf, unpack_qkv
 from titan_fast.loss import LinearCrossEntropy
 from titan_fast.model import KVCache, Llama, init_values, init_weights, rope_tables
 from titan_fast.ops import REFERENCE
+from titan_fast.step import meta_model
 
 
 def build(shape: ModelShape, **ops_changes: object) -> Llama:
@@ -26,6 +28,13 @@ def build(shape: ModelShape, **ops_changes: object) -> Llama:
     model = Llama(shape, ops, LinearCrossEntropy(ops, chunk_size=7))
     init_weights(model, seed=1)
     return model
+
+
+@pytest.mark.parametrize(("seq_len", "longest"), [(32, 44), (64, 64)])
+def test_positions_reach_the_end_of_a_sample(seq_len: int, longest: int) -> None:
+    """Of a prompt of one token a byte, with BOS before it, and 40 tokens."""
+    options = {"training.seq_len": [str(seq_len)], "metrics.sample_prompt": ["é<"], "metrics.sample_tokens": ["40"]}
+    assert meta_model(from_options(options), LLAMA3, REFERENCE).cos.shape == (longest, LLAMA3.head_dim // 2)
 
 
 def hugging_face_twin(model: Llama) -> LlamaForCausalLM:

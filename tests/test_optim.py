@@ -1,6 +1,7 @@
 """Learning rates, parameter groups, clipping, and the step that a non-finite gradient may not take."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from gradients import gradient
 from shapes import LLAMA3
 
 from titan_fast.config import LrScheduler, Optimizer
+from titan_fast.masters import OnePassAdamW
 from titan_fast.model import Llama, init_weights
 from titan_fast.optim import build_optimizer, clip_grad_norm_, describe_schedule, learning_rate, step_unless
 
@@ -55,6 +57,15 @@ def test_norms_and_embedding_can_be_spared_from_decay() -> None:
     assert groups[1]["weight_decay"] == 0.0 and groups[0]["weight_decay"] == 0.1
     named = {name for name, p in model.named_parameters() if id(p) in spared}
     assert named == {name for name, _ in model.named_parameters() if "norm" in name or name == "embedding.weight"}
+
+
+@pytest.mark.parametrize("compiled", [None, lambda function: function], ids=["torch", "one pass"])
+def test_adamw_takes_its_numbers_from_the_config(compiled: Callable[[Any], Any] | None) -> None:
+    settings = Optimizer(lr=0.1, beta1=0.6, beta2=0.7, eps=1e-3, weight_decay=0.2, decay_norms_and_embeddings=False)
+    optimizer = build_optimizer(small_model(), settings, compiled)
+    assert isinstance(optimizer, OnePassAdamW) == (compiled is not None)
+    numbers = [tuple(group[key] for key in ("lr", "betas", "eps", "weight_decay")) for group in optimizer.param_groups]
+    assert numbers == [(0.1, (0.6, 0.7), 1e-3, 0.2), (0.1, (0.6, 0.7), 1e-3, 0.0)]
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e9])

@@ -30,6 +30,8 @@ from titan_fast.optim import clip_grad_norm_
 ODD = dataclasses.replace(LLAMA3, vocab_size=131)
 TIED = dataclasses.replace(ODD, tied=True)
 SHAPES = {"llama3": LLAMA3, "odd vocabulary": ODD, "tied": TIED}
+# One of them is trained with z-loss, by every layout and by the one process that it is compared with.
+OPTIONS = {"odd vocabulary": {"loss.z_loss": 1e-2}}
 
 
 def mesh(replicate: int, shard: int, tensor: int) -> dict[str, Any]:
@@ -59,7 +61,8 @@ class Layout:
 
     @property
     def task(self) -> Task:
-        return Task(self.name, train, (SHAPES[self.shape], self.options, self.passes, self.steps))
+        options = self.options | OPTIONS.get(self.shape, {})
+        return Task(self.name, train, (SHAPES[self.shape], options, self.passes, self.steps))
 
 
 TRITON = {f"kernels.{operator}": "triton" for operator in ("rms_norm", "rope", "swiglu", "cross_entropy")}
@@ -170,9 +173,9 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def gathers_and_blocks(world: World, buffers: str) -> list[Any]:
+def gathers_and_blocks(world: World, buffers: str, reshard: str) -> list[Any]:
     """One step's all-gathers and the starts of blocks, forward and backward, in the order they happen."""
-    options = mesh(1, 2, 1) | {RESHARD: "always", "parallelism.fsdp_buffers": buffers}
+    options = mesh(1, 2, 1) | {RESHARD: reshard, "parallelism.fsdp_buffers": buffers}
     model = build(config_of(options, world.size), dataclasses.replace(LLAMA3, n_layers=4), world)
     one_gradient(world, model, options)  # FSDP sets itself up in the first step
     with Collectives() as seen:
@@ -265,8 +268,10 @@ PROBES: dict[int, list[Task]] = {
         Task("whole", broken_norm, (mesh(1, 2, 1), "nothing")),
         Task("wrong divide factor", broken_norm, (mesh(1, 2, 1), "divide factor")),
         Task("missing all-reduce", broken_norm, (mesh(1, 1, 2), "norm gradients")),
-        Task("order, flat", gathers_and_blocks, ("flat",)),
-        Task("order, direct", gathers_and_blocks, ("direct",)),
+        Task("order, flat", gathers_and_blocks, ("flat", "always")),
+        Task("order, direct", gathers_and_blocks, ("direct", "always")),
+        Task("order, default", gathers_and_blocks, ("flat", "default")),
+        Task("order, never", gathers_and_blocks, ("flat", "never")),
         Task("float32 reduction", reduced_dtypes, ("float32",)),
         Task("bfloat16 reduction", reduced_dtypes, ("bfloat16",)),
         Task("norms in bfloat16", bfloat16_norm_gradients),
@@ -329,6 +334,14 @@ def test_units_are_gathered_one_ahead(runs: dict[str, list[Any]], buffers: str) 
     # left to ask for with the first, for the embedding's gradient needs no weight.
     assert [gathers[f"backward {i}"] for i in (3, 2, 1, 0)] == [9, 10, 11, 11], log
     assert log.count("gather") == 11
+
+
+def test_what_the_backward_pass_needs_first_is_kept(runs: dict[str, list[Any]]) -> None:
+    """Of four blocks: the last one, and the head's unit. The other three are gathered again, by default."""
+    for reshard, again in (("default", 3), ("never", 0)):
+        log = results(runs, f"order, {reshard}")[0]
+        backward = log[log.index("forward 3") :]
+        assert backward.count("gather") == again and log.count("gather") == 6 + again, log
 
 
 @pytest.mark.parametrize("reduce", ["float32", "bfloat16"])

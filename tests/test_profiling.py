@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerAction
 
 from titan_fast.config import Profiling
 from titan_fast.errors import ConfigError
@@ -49,6 +50,13 @@ def test_every_nth_step_is_traced(tmp_path: Path, first: int, last: int, freq: i
         assert [name for name in names if name.startswith("training step")] == [f"training step {step}."]
         assert "aten::mm" in names
         assert "aten::mm" in (folder / f"step-{step}" / "key_averages.txt").read_text()
+
+
+def test_the_three_steps_before_a_traced_one_warm_the_profiler_up(tmp_path: Path) -> None:
+    profiler = Profiler(Profiling(enable_profiling=True, profile_freq=6), tmp_path, 0, start_step=1)
+    actions = [profiler._schedule(index) for index in range(7)]  # of steps 2 to 8
+    none, warms, records = ProfilerAction.NONE, ProfilerAction.WARMUP, ProfilerAction.RECORD_AND_SAVE
+    assert actions == [none, warms, warms, warms, records, none, none]
 
 
 def test_every_step(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torchrun import start
 
-from titan_fast import loop, manifest
+from titan_fast import loop, manifest, run_history
 from titan_fast.config import parse
 from titan_fast.data_command import prepare_folder, step_documents
 from titan_fast.errors import CheckpointError, ConfigError, TitanFastError
@@ -85,6 +85,9 @@ def test_one_process_goes_on_bit_for_bit(
             runs.run(data, tmp_path / "parts", **more)
     runs.run(data, tmp_path / "parts", **more)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", STEPS)
+    times = [record["elapsed_seconds"] for record in runs.logged(tmp_path / "parts")]
+    state = json.loads((runs.checkpoint(tmp_path / "parts", STEPS) / "state.json").read_text())
+    assert times == sorted(times) and state["elapsed_seconds"] >= times[-1], "time goes on too"
 
 
 def test_the_random_state_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +149,8 @@ def test_two_processes_restarted_twice_lose_and_repeat_nothing(data: Path, tmp_p
     status, output = torchrun(2, data, tmp_path / "parts", faults, ("--max-restarts=2",), **more)
     assert status == 0, output
     assert "after step 3," in output and "after step 9," in output
+    tokens_seen = [record["tokens_seen"] for record in runs.logged(tmp_path / "parts")]
+    assert tokens_seen == [step * 2 * 2 * 32 for step in range(1, STEPS + 1)], "of both ranks"
     assert_same_run(tmp_path / "whole", tmp_path / "parts", STEPS, processes=2)
     tokenizer = load_tokenizer(data)
     whole, parts = (ledger(tmp_path / f"{name}-ledger", 2, tokenizer) for name in ("whole", "parts"))
@@ -283,6 +288,9 @@ def test_a_batch_that_follows_the_processes_is_warned_of(
     assert status == 0, output
     assert "a validation batch was 2 sequences and is 4: its losses are of other text than before" in output
     assert "a step was 2 sequences at world size 1 and is 4 at 2; --training.global_batch_size 2 keeps it" in output
+    last = run_history.validations(run_history.read(tmp_path / "run" / "metrics.jsonl"))[-1]
+    held_out = runs.held_out_loss(tmp_path / "run", 4)
+    assert last == {"step": 3, "validation_loss": pytest.approx(held_out, rel=1e-5)}, "of what both ranks read"
     options: dict[str, Any] = {"training__global_batch_size": 4, "validation__enable": True}
     runs.run(data, tmp_path / "run", training__steps=4, **options)
     assert "a step was" not in capsys.readouterr().out

@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import runs
 import torch
 
 from titan_fast import loop, run_history
@@ -58,9 +60,12 @@ def test_a_run_leaves_everything_in_its_directory(text: Path, tmp_path: Path, mo
         "step", "loss", "grad_norm", "lr", "tokens_per_second", "mfu", "memory_gib", "data_wait_fraction",
         "tokens_seen", "elapsed_seconds",
     }  # fmt: skip
-    assert steps[-1]["tokens_seen"] == 6 * 2 * 32
+    assert [record["tokens_seen"] for record in steps] == [step * 2 * 32 for step in range(1, 7)]
+    assert [record["lr"] for record in steps] == pytest.approx([step * 1e-3 for step in range(1, 7)])
     assert abs(steps[0]["loss"] - math.log(300)) < 1
-    assert [record["step"] for record in records(run_dir) if "validation_loss" in record] == [3, 6]
+    validations = [record for record in records(run_dir) if "validation_loss" in record]
+    assert [record["step"] for record in validations] == [3, 6]
+    assert validations[-1]["validation_loss"] == pytest.approx(runs.held_out_loss(run_dir, 2), rel=1e-5)
     for name in ("config.toml", "train.log", "loss_curve.png", "checkpoint/step-6/state.json", "tb"):
         assert (run_dir / name).exists(), name
 
@@ -74,6 +79,34 @@ def test_a_run_leaves_everything_in_its_directory(text: Path, tmp_path: Path, mo
     assert config.model.dim == 32 and tokenizer.vocab_size == 300
     tokens = torch.tensor([tokenizer.encode("alpha beta")])
     assert torch.isfinite(model(tokens)).all()
+
+
+def test_a_step_is_that_of_the_config(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW's first step by its formula, from the moments that it leaves: m = (1 - beta1) g, v = (1 - beta2) g^2."""
+    lr, beta1, beta2, eps, decay, max_norm = 2e-3, 0.6, 0.7, 1e-4, 0.2, 0.01
+    options = [
+        f"--optimizer.lr={2 * lr}", "--lr_scheduler.warmup_steps=2", "--lr_scheduler.total_steps=9",
+        f"--optimizer.beta1={beta1}", f"--optimizer.beta2={beta2}", f"--optimizer.eps={eps}",
+        f"--optimizer.weight_decay={decay}", f"--training.max_norm={max_norm}", "--training.steps=1",
+    ]  # fmt: skip
+    true_step, squares = loop.Run.step, []
+
+    def step(self: loop.Run, number: int) -> Any:
+        before = [p.detach().clone() for p in self.model.parameters()]
+        outcome = true_step(self, number)
+        for old, new in zip(before, self.model.parameters(), strict=True):
+            state = self.optimizer.state[new]
+            g = state["exp_avg"] / (1 - beta1)
+            torch.testing.assert_close(state["exp_avg_sq"], (1 - beta2) * g.square())
+            torch.testing.assert_close(new.detach(), old - lr * decay * old - lr * g / (g.abs() + eps))
+            squares.append(g.square().sum().item())
+        return outcome
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    run(arguments(text, tmp_path, *options), monkeypatch)
+    assert math.sqrt(sum(squares)) == pytest.approx(max_norm, rel=1e-4)
+    (record,) = [record for record in records(tmp_path) if "loss" in record]
+    assert record["lr"] == pytest.approx(lr) and record["grad_norm"] > 2 * max_norm
 
 
 def test_accumulated_passes_give_the_loss_of_one(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
