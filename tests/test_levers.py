@@ -283,6 +283,7 @@ def test_a_step_never_waits_for_the_device(world: World, options: dict[str, Any]
     assert len(waits.seen) == 2
 
 
+TORCH_LOSS, MISSING = {"loss.implementation": "torch"}, "has no torch.nn.functional"
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "masters of two devices": (MASTERS, 2, "masters is for one device, and there are 2"),
     "masters in float32": ({"parallelism.single_device": "masters"}, 1, "computes in float32"),
@@ -297,8 +298,12 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "a backend without its package": (COMPILED | {"compile.backend": "tvm"}, 1,
                                       "compile.backend 'tvm' needs the package tvm; install it, or take inductor"),
     "tuning without Inductor": (COMPILED | {"compile.max_autotune": True}, 1, "compile.backend is 'aot_eager'"),
-    "torch's loss with z": ({"loss.implementation": "torch", "loss.z_loss": 1e-4}, 1,
-                            "no z_loss" if has_torch_loss() else "has no torch.nn.functional"),
+    "torch's loss with z": (TORCH_LOSS | {"loss.z_loss": 1e-4}, 1, "no z_loss" if has_torch_loss() else MISSING),
+    "torch's loss of a slice": (TORCH_LOSS | {"parallelism.tensor_parallel_degree": 2}, 2,
+                                "tensor_parallel_degree is 2" if has_torch_loss() else MISSING),
+    "torch's loss by our kernel": (TORCH_LOSS | {"kernels.cross_entropy": "triton"}, 1,
+                                   "kernels.cross_entropy is 'triton'" if has_torch_loss() else MISSING),
+    "a budget without a compiler": ({"activation_checkpoint.mode": "memory_budget"}, 1, "compile.enable is False"),
 }  # fmt: skip
 
 
