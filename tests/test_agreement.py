@@ -44,6 +44,7 @@ def test_a_cpu_answers_at_once() -> None:
     asks = Agreement(torch.device("cpu"))
     answers = steps(asks, [(False, True, False), (False, False, False), (True, False, False)], {1: [0.0, 0.0, 1.0]})
     assert answers == [Agreed(False, True, False), Agreed(False, False, True), Agreed(True, False, False)]
+    assert Agreement.steps_to_stop(torch.device("cpu")) == 2  # where the signal comes after a step has asked
 
 
 def test_a_gpu_answers_a_step_later(late: Agreement) -> None:

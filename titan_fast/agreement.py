@@ -26,9 +26,9 @@ class Agreement:
 
     @staticmethod
     def steps_to_stop(device: torch.device) -> int:
-        """How many steps may end between a signal and the stop: on CUDA the one that is running, the one in whose
-        reduction the wish is, and the one that is told."""
-        return 3 if device.type == "cuda" else 1
+        """How many steps may end between a signal and the stop: the one that is running, the one in whose reduction the
+        wish is, and on CUDA the one that is told."""
+        return 3 if device.type == "cuda" else 2
 
     def __init__(self, device: torch.device) -> None:
         self._constants = torch.tensor([0.0, 1.0], device=device)  # on the device already: asking copies nothing
