@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.conftest import commit
+from benchmarks.provenance import commit
 from titan_fast import activation_checkpoint
 from titan_fast.config import ActivationCheckpoint, Compile
 from titan_fast.flavors import FLAVORS, ModelShape

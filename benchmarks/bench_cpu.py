@@ -21,8 +21,8 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.conftest import commit
 from benchmarks.cpu_rates import processor, spread, write
+from benchmarks.provenance import commit
 from titan_fast.compilation import compile_model
 from titan_fast.config import Compile, CompileComponent, Optimizer
 from titan_fast.flavors import FLAVORS

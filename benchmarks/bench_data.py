@@ -25,7 +25,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from benchmarks.conftest import commit
+from benchmarks.provenance import commit
 from benchmarks.cpu_rates import processor, spread, write
 from titan_fast import config as configuration
 from titan_fast.corpus import Document, RowLedger, stdlib_corpus

@@ -20,7 +20,7 @@ from titan_kernels.choice import SHAPE_KEYS
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from benchmarks.conftest import commit
+from benchmarks.provenance import commit
 from titan_fast.config import Config, parse
 from titan_fast.counted_step import count_step, fake_world
 from titan_fast.deep_step import DeepStep, deep_step, period

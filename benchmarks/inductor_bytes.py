@@ -37,7 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from benchmarks import pretend_gpu
-from benchmarks.conftest import commit
+from benchmarks.provenance import commit
 from titan_fast import float8
 from titan_fast.flavors import FLAVORS, ModelShape
 from titan_fast.model import Block

@@ -294,7 +294,7 @@ def main() -> int:
 def run(chosen: Sequence[Contest], smoke: bool, out: Path) -> None:
     """Prints each contest as soon as it is over, and writes all so far."""
     from benchmarks import result_files
-    from benchmarks.conftest import environment
+    from benchmarks.provenance import environment
     from benchmarks.timing import copy_bandwidth
 
     device = torch.device("cpu" if smoke else "cuda:0")

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.conftest import environment
 from benchmarks.device_state import reader_of
 from benchmarks.least_step import AttentionCall, Matrix, attention_call, matrices
+from benchmarks.provenance import environment
 from benchmarks.result_files import place, read, write
 from benchmarks.timing import Run, copy_bandwidth, measure
 from benchmarks.workloads import LLAMA_1B, LLAMA_3B, RANK0, SHORT_1B, SMOKE_MODEL, SMOKE_SEQ_LEN, Workload, shape_of

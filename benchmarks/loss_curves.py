@@ -25,7 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.conftest import commit
+from benchmarks.provenance import commit
 
 LAYOUTS = {"1D: FSDP2 x 4": (4, 1), "2D: FSDP2 x 2, TP x 2": (2, 2)}
 PROCESSES, GLOBAL_BATCH = 4, 8

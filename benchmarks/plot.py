@@ -20,7 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from titan_kernels.choice import Cell, Table
 
-from benchmarks.result_files import place, read
+from benchmarks.result_files import place, read, write_text
 from titan_fast.errors import ConfigError, DataError, reported
 
 MEASURED = Path(__file__).parents[1] / "kernels" / "titan_kernels" / "measured"
@@ -169,8 +169,17 @@ def _problem(contest: dict[str, Any], by_rival: dict[str, _Verdict], smoke: bool
     return ""
 
 
-def lost(before: Table, after: Table, undecided: Sequence[str]) -> list[str]:
+def _table_at(path: Path) -> Table | None:
+    try:
+        return Table.from_json(path.read_text()) if path.exists() else None
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"no table: {error}", "take it away to start anew", str(path)) from error
+
+
+def lost(before: Table | None, after: Table, undecided: Sequence[str]) -> list[str]:
     """The cells of `before` of which the measurements behind `after` say nothing."""
+    if before is None:
+        return []
     said = {_label(asdict(cell)) for cell in after.cells} | {sentence.partition(": ")[0] for sentence in undecided}
     return [label for cell in before.cells if (label := _label(asdict(cell))) not in said]
 
@@ -309,16 +318,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             what = "these results are a rehearsal on the CPU and must not decide anything"
             raise ConfigError(what, "give another folder", "--measured")
         table, undecided = decision_table(results)
-        drawn = draw(results, options.picture)
         warnings = "".join(f"{line}\n" for line in other_copies(options.results))
-        sys.stdout.write(f"{markdown(results)}\n\n{decisions(table, undecided)}\n\n{warnings}{drawn}\n")
-        options.measured.mkdir(parents=True, exist_ok=True)
-        written = options.measured / f"{table.architecture}.json"
-        if written.exists() and (missing := lost(Table.from_json(written.read_text()), table, undecided)):
-            what = f"not written: these files do not measure {len(missing)} of its cells, {missing[0]!r} first"
-            raise DataError(what, "give all result files, or take the table away to start anew", str(written))
-        written.write_text(table.to_json())
-        sys.stdout.write(f"wrote {written}\n")
+        sys.stdout.write(f"{markdown(results)}\n\n{decisions(table, undecided)}\n\n{warnings}")
+        place_of_table = options.measured / f"{table.architecture}.json"
+        if missing := lost(_table_at(place_of_table), table, undecided):
+            what = f"nothing written: these files do not measure {len(missing)} of its cells, {missing[0]!r} first"
+            raise DataError(what, "give all result files, or take the table away to start anew", str(place_of_table))
+        sys.stdout.write(f"{draw(results, options.picture)}\n")
+        write_text(table.to_json(), place_of_table)
+        sys.stdout.write(f"wrote {place_of_table}\n")
     return 0
 
 

@@ -20,9 +20,14 @@ def place(out: Path, kind: str, device: str) -> Path:
 
 def write(content: dict[str, Any], path: Path) -> None:
     """In place of what `path` holds, at once."""
+    write_text(json.dumps(content, indent=1) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """In place of what `path` holds, at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.write_text(text)
     new.replace(path)
 
 
@@ -30,11 +35,11 @@ def read(path: Path) -> dict[str, Any] | None:
     """None where there is no such file.
 
     Raises:
-        DataError: it is no JSON object, a half-written one say.
+        DataError: it is no JSON object, but a half-written one, say, or a folder.
     """
     try:
         content = json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:  # json's, or bytes that are no text
+    except (ValueError, OSError) as error:  # json's, bytes that are no text, or a folder
         raise DataError(f"no JSON: {error}", "measure it again, or take the file away", str(path)) from error
     if not isinstance(content, dict | None):
         raise DataError(f"a {type(content).__name__} for a JSON object", "take the file away", str(path))

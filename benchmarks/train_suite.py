@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks import launch_time, limits
-from benchmarks.conftest import commit, environment
 from benchmarks.device_state import device_name
+from benchmarks.provenance import commit, environment
 from benchmarks.result_files import slug
 from benchmarks.step_timing import Length
 from benchmarks.train_cell import run_cell

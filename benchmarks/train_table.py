@@ -160,8 +160,8 @@ def best_table(device: Device | None) -> str:
     best: dict[str, Row] = {}
     for cell in [cell for cell in cells(PARTS) if cell.searches]:
         rows = [row for variant in cell.variants if (row := _row(device, cell, variant.name))]
-        fit = [row for row in rows if _speed(row)]
-        fastest = max(fit, key=lambda row: row["tokens_per_second"], default=None)
+        fit = [row for row in rows if "step_seconds" in row]
+        fastest = max(filter(_speed, fit), key=lambda row: row["tokens_per_second"], default=None)
         if fastest is not None:
             known = best.setdefault(cell.peer, fastest)
             best[cell.peer] = max(known, fastest, key=lambda row: row["tokens_per_second"])

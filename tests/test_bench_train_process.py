@@ -16,7 +16,7 @@ import pytest
 import runs
 import torch
 
-from benchmarks import conftest, launch_time, train_process, train_suite, variants
+from benchmarks import launch_time, provenance, train_process, train_suite, variants
 from benchmarks.device_state import DeviceWatch, parsed_smi, summary
 from benchmarks.launch_time import STARTS
 from benchmarks.step_timing import Length
@@ -270,7 +270,7 @@ def test_what_a_killed_benchmark_left_is_recorded_by_the_next_one(
     name = cells(("rank0",))[0].name
     seconds = {"median": 1.0, "p10": 1.0, "p90": 1.0, "timed": 10}
     row = {"variant": "compiled, auto", "step_seconds": seconds, "peak_bytes": 1}
-    environment = {"device": "some GPU", "smoke": False, "commit": conftest.commit()}
+    environment = {"device": "some GPU", "smoke": False, "commit": provenance.commit()}
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
 
@@ -348,9 +348,9 @@ def test_an_error_after_the_last_step_takes_nothing_away(monkeypatch: pytest.Mon
 def test_the_commit_is_told_where_there_is_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("BENCHMARK_COMMIT", raising=False)
-    assert conftest.commit() == "unknown"
+    assert provenance.commit() == "unknown"
     monkeypatch.setenv("BENCHMARK_COMMIT", "0123abc")
-    assert conftest.commit() == "0123abc"
+    assert provenance.commit() == "0123abc"
 
 
 # Clocks

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import conftest, plot
+from benchmarks import plot, provenance
 
 MACHINE = {"device": "Example GPU", "architecture": "sm_99", "versions": {"torch": "2"}, "commit": "0", "smoke": False}
 SHAPE = {"rows": 8192, "width": 4096}
@@ -150,20 +150,29 @@ def plotted(tmp_path: Path, *files: Path) -> int:
 def test_the_table_is_written_last_and_never_loses_a_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Results without a bandwidth have a table and no picture; those of a part leave the whole's table as it is, and so
     does a picture that cannot be drawn. What cannot be decided any more is no loss."""
-    files = [write(tmp_path / f"{i}.json", norms(30.0, -55.0, switch=op)) for i, op in enumerate(("rms_norm", "rope"))]
+    ops = ("rms_norm", "rope")
+    files = [write(tmp_path / f"{op}.json", norms(30.0, -55.0, switch=op, op=f"block {op}")) for op in ops]
     assert plotted(tmp_path, *files) == 0
     assert "nothing to draw: none of the results has a bandwidth" in capsys.readouterr().out
-    table = tmp_path / "measured" / "sm_99.json"
+    table, picture = tmp_path / "measured" / "sm_99.json", tmp_path / "x.png"
     before = table.read_text()
+    timed = [one | {"gb_per_s": 1.0, "copy_gb_per_s": 2.0} for one in norms(1.0, 1.0, switch="", op="alone")]
+    alone = write(tmp_path / "alone.json", timed)
     with pytest.raises(SystemExit):
-        plotted(tmp_path, files[0])
-    assert "not written: these files do not measure 1 of its cells, 'rope compiled" in capsys.readouterr().err
-    alone = [one | {"gb_per_s": 1.0} for one in norms(-9e9, -9e9)]  # without a copy line
+        plotted(tmp_path, files[0], alone)
+    assert "nothing written: these files do not measure 1 of its cells, 'rope compiled" in capsys.readouterr().err
+    assert not picture.exists()
+    without_a_copy_line = [{key: one[key] for key in one if key != "copy_gb_per_s"} for one in timed]
+    undecided = write(tmp_path / "b.json", norms(1.0, 1.0, switch="rope", op="block rope", queued=False))
     with pytest.raises(KeyError):
-        plotted(tmp_path, *files, write(tmp_path / "alone.json", alone))
+        plotted(tmp_path, files[0], undecided, write(tmp_path / "c.json", without_a_copy_line))
     assert table.read_text() == before
-    assert plotted(tmp_path, files[0], write(tmp_path / "b.json", norms(1.0, 1.0, switch="rope", queued=False))) == 0
-    assert table.read_text() != before
+    assert plotted(tmp_path, files[0], undecided, alone) == 0
+    assert table.read_text() != before and picture.exists()
+    table.write_text(before[: len(before) // 2])
+    with pytest.raises(SystemExit):
+        plotted(tmp_path, *files)
+    assert "no table: " in capsys.readouterr().err
 
 
 def test_the_committed_results_make_the_committed_table(tmp_path: Path) -> None:
@@ -186,6 +195,7 @@ def test_a_copy_line_that_is_not_the_limits_is_told(tmp_path: Path) -> None:
         (None, "no such file"),
         ("{", "no JSON"),
         ("{}", "no benchmarks in it"),
+        ("/", "no JSON: [Errno 21] Is a directory"),
         (json.dumps({"machine_info": MACHINE, "benchmarks": [{"extra_info": {}}]}), "no 'context' in it"),
     ],
 )
@@ -193,7 +203,9 @@ def test_a_file_of_something_else_is_refused_in_a_sentence(
     content: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.json"
-    if content is not None:
+    if content == "/":
+        path.mkdir()
+    elif content is not None:
         path.write_text(content)
     with pytest.raises(SystemExit):
         plotted(tmp_path, path)
@@ -208,16 +220,16 @@ def test_writing_results_does_not_change_the_commit_that_they_name(
         identity = ("-c", "user.name=a", "-c", "user.email=a@example.com")
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
-    result, code = tmp_path / "benchmarks" / "results" / "a.json", tmp_path / "benchmarks" / "conftest.py"
+    result, code = tmp_path / "benchmarks" / "results" / "a.json", tmp_path / "benchmarks" / "provenance.py"
     result.parent.mkdir(parents=True)
     result.write_text("old")
     code.write_text("old")
     git("init")
     git("add", ".")
     git("commit", "-m", "a")
-    monkeypatch.setattr(conftest, "__file__", str(code))
-    clean = conftest.commit()
+    monkeypatch.setattr(provenance, "__file__", str(code))
+    clean = provenance.commit()
     result.write_text("new")
-    assert conftest.commit() == clean
+    assert provenance.commit() == clean
     code.write_text("new")
-    assert conftest.commit() == f"{clean}+"
+    assert provenance.commit() == f"{clean}+"

@@ -379,6 +379,19 @@ def test_a_queue_that_ran_dry_is_tried_again_behind_a_longer_delay(
     assert len(delays) == len(ran_dry)
 
 
+def test_what_needs_no_pytest_runs_without_it() -> None:
+    """All that the README names as `python -m benchmarks.X` or `python benchmarks/X.py`, by the first command's
+    installation."""
+    named = sorted(set(re.findall(r"python (?:-m benchmarks\.|benchmarks/)(\w+)", (ROOT / "README.md").read_text())))
+    assert len(named) > 5
+    program = f"""import importlib, sys
+sys.modules["pytest"] = None
+for name in {named}:
+    importlib.import_module("benchmarks." + name)"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_cell_is_in_one_part_and_every_part_is_short() -> None:
     for case in cases(smoke=False):
         for test, provider in kernel_plan.cells(case):

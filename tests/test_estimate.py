@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from benchmarks.estimate_errors import FITTED_ROWS, HELD_OUT, MEMORY_ROWS, OUTPUT, counted, plan_of, timed
 from titan_fast import compiled_graph, estimate_report, masters
 from titan_fast import estimate as planner
-from titan_fast.advice import Option, ScalingPoint, scaling, search
+from titan_fast.advice import Option, ScalingPoint, _batches, scaling, search
 from titan_fast.config import Config, Float8
 from titan_fast.errors import ConfigError
 from titan_fast.estimate import Estimate, Plan, estimate
@@ -454,7 +454,7 @@ def test_every_rate_has_a_source() -> None:
 
 
 def test_search_lists_what_fits_best_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("titan_fast.advice._WORTH_MORE", float("inf"))
+    monkeypatch.setattr("titan_fast.advice._WORTH_DOUBLING", float("inf"))
     monkeypatch.setattr("titan_fast.advice._RECOMPUTE", ({"mode": "full"},))
     wide = plan(SMALL)
     wide = dataclasses.replace(wide, network=dataclasses.replace(wide.network, gpus_per_node=2))
@@ -473,7 +473,7 @@ def test_search_lists_what_fits_best_first(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture
 def one_series(monkeypatch: pytest.MonkeyPatch) -> None:
     """That ends with the second batch, but for the config's own."""
-    monkeypatch.setattr("titan_fast.advice._WORTH_MORE", float("inf"))
+    monkeypatch.setattr("titan_fast.advice._WORTH_DOUBLING", float("inf"))
     monkeypatch.setattr("titan_fast.advice._RECOMPUTE", ({"mode": "none"},))
     monkeypatch.setattr("titan_fast.advice._tensor_degrees", lambda plan: [1])
 
@@ -486,13 +486,42 @@ def batches(words: str) -> list[int]:
 @pytest.mark.usefixtures("one_series")
 def test_search_tries_what_divides_the_global_batch_and_the_configs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert batches("--training.local_batch_size 6") == [1, 2, 6]
-    monkeypatch.setattr("titan_fast.advice._WORTH_MORE", 0.0)
+    monkeypatch.setattr("titan_fast.advice._WORTH_DOUBLING", 0.0)
     assert batches("--gpus 2 --training.local_batch_size 1 --training.global_batch_size 12") == [1, 2, 3, 6]
     assert batches("--gpus 2 --training.local_batch_size 1 --training.global_batch_size 18") == [1, 3, 9]
 
 
+@pytest.mark.parametrize(
+    ("words", "counted"),
+    [
+        ("--training.local_batch_size 7", [1, 2, 4, 7, 8, 16, 32, 64]),
+        ("--training.local_batch_size 100", [1, 2, 4, 8, 16, 32, 64, 100]),
+        ("--training.local_batch_size 1 --training.global_batch_size 61440", [1, 2, 4, 8, 16, 32, 64]),
+        ("--training.local_batch_size 7 --training.global_batch_size 5376", [1, 2, 4, 7, 8, 16, 28, 56]),
+    ],
+)
+def test_a_series_ends_where_a_doubling_brings_less_than_one_percent(
+    words: str, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from 32 to 64 and from 28 to 56 here; a smaller step, as from 7 to 8, tells nothing."""
+
+    class Answer:
+        fits, device_memory = True, 0
+
+        def __init__(self, plan: Plan, check_depth: bool) -> None:
+            batch = plan.config.training.local_batch_size
+            self.tokens_per_second = 60_000 * batch / (batch + 0.5)
+
+        def mfu(self) -> dict[str, float]:
+            return {"titan": 0.5}
+
+    monkeypatch.setattr("titan_fast.advice.estimate", Answer)
+    options, _ = _batches(plan(f"{SMALL} {words}"), 1, {"mode": "full"}, "default")
+    assert [option.changes["training.local_batch_size"] for option in options] == counted
+
+
 def test_search_frees_a_shard_degree_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("titan_fast.advice._WORTH_MORE", float("inf"))
+    monkeypatch.setattr("titan_fast.advice._WORTH_DOUBLING", float("inf"))
     monkeypatch.setattr("titan_fast.advice._RECOMPUTE", ({"mode": "none"},))
     monkeypatch.setattr("titan_fast.advice._tensor_degrees", lambda plan: [2])
     options, refusals = search(plan(f"{SMALL} --parallelism.data_parallel_shard_degree 16"))

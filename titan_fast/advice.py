@@ -23,8 +23,8 @@ _RECOMPUTE: tuple[dict[str, str], ...] = (
     {"mode": "selective", "selective_ac_option": "attention"},
     {"mode": "full"},
 )
-_WORTH_MORE = 1.01
-"""How much faster a larger batch must be for the next one to be looked at."""
+_WORTH_DOUBLING = 1.01
+"""How much faster than those of half its size a batch must be for the next one to be looked at."""
 COSTS_NOTHING = 0.05
 """Part of the step above which communication counts as no longer hidden."""
 
@@ -59,7 +59,7 @@ def search(
     """What fits of local batch x recomputation x tensor-parallel degree x resharding, best tokens/s first; and why
     combinations that the trainer would refuse are left out, each reason once.
 
-    Larger batches are counted until one does not fit or brings less than 1%, and the config's own. Keeping gathered
+    Batches are doubled until one does not fit or brings less than 1%, and the config's own is counted. Keeping gathered
     weights is left out where nothing is gathered. `tell` is given a line of progress.
     """
     series = [
@@ -71,15 +71,20 @@ def search(
         return _best_first(_batches(plan, *one) for one in series)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(series)), context, _end_when_interrupted) as pool:
-        futures = [pool.submit(_batches, plan, *one) for one in series]
-        for number, _ in enumerate(as_completed(futures), 1):
-            tell(f"search: {number} of {len(series)} series of batches counted")
-        return _best_first(future.result() for future in futures)
+        try:
+            futures = [pool.submit(_batches, plan, *one) for one in series]
+            for number, _ in enumerate(as_completed(futures), 1):
+                tell(f"search: {number} of {len(series)} series of batches counted")
+            return _best_first(future.result() for future in futures)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # not those that have not begun, too
+            raise
 
 
 def _end_when_interrupted() -> None:
-    """A worker without a word, as what it says would be a traceback of each."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """A worker without a word, as what it says would be a traceback of each; not where the planner does not end."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _best_first(series: Iterable[tuple[list[Option], str]]) -> tuple[list[Option], list[str]]:
@@ -105,30 +110,35 @@ def _batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -
     if degree > 1 and parallelism.fsdp_wide_gradients:
         changes["parallelism.fsdp_wide_gradients"] = None  # the two cannot be together
     plan = dataclasses.replace(plan, config=changed(plan.config, changes))
-    found: list[Option] = []
+    found: dict[int, Option] = {}
+    ended = False
     try:
         for batch in _local_batches(plan):
-            worth_more = len(found) < 2 or found[-1].tokens_per_second > _WORTH_MORE * found[-2].tokens_per_second
-            if not worth_more and batch != own:
+            if ended and batch != own:
                 continue
             with_batch = {"training.local_batch_size": batch, **changes}
             answer = estimate(dataclasses.replace(plan, config=changed(plan.config, with_batch)), check_depth=False)
             if not answer.fits:
                 break
-            found.append(_option(with_batch, answer))
+            found[batch] = _option(with_batch, answer)
+            half = [option.tokens_per_second for smaller, option in found.items() if 2 * smaller <= batch]
+            ended |= bool(half) and answer.tokens_per_second <= _WORTH_DOUBLING * max(half)
     except ConfigError as refusal:
-        return found, str(refusal)
-    return found, ""
+        return list(found.values()), str(refusal)
+    return list(found.values()), ""
 
 
 def _local_batches(plan: Plan) -> list[int]:
-    """From 1 on: what divides the global batch where it is set, else the config's own and powers of two."""
-    training = plan.config.training
+    """Powers of two, or where the global batch is set the next lower numbers that divide it; and the config's own."""
+    training, doubled = plan.config.training, [2**doublings for doublings in range(21)]
     if training.global_batch_size == -1:
-        return sorted({2**doublings for doublings in range(21)} | {training.local_batch_size})
+        return sorted({*doubled, training.local_batch_size})
     each = training.global_batch_size // plan.degrees.data
     small = [batch for batch in range(1, math.isqrt(each) + 1) if each % batch == 0]
-    return sorted({1, *small, *(each // batch for batch in small)})  # 1 is refused where the degree divides nothing
+    divisors = {1, *small, *(each // batch for batch in small)}  # 1 is refused where the degree divides nothing
+    return sorted(
+        {max(d for d in divisors if d <= limit) for limit in doubled} | divisors & {training.local_batch_size}
+    )
 
 
 def _option(changes: dict[str, Any], answer: Estimate) -> Option:

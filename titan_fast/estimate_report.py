@@ -99,7 +99,7 @@ def options_table(options: Sequence[Option], refusals: Sequence[str], config: Co
     if not options:
         return ["nothing fits: no local batch, recomputation, tensor parallelism up to a node or resharding is enough"]
     lines = [
-        f"{len(options)} combinations fit, best first (larger batches while that brings 1%, and the config's own):",
+        f"{len(options)} combinations fit, best first (batches doubled while that brings 1%, and the config's own):",
         f"{'tokens/s':>9} {'MFU titan':>9} {'GiB':>6}  settings",
     ]
     for option in options:

@@ -5,11 +5,12 @@ code. Compilation, DTensor and the dispatch modes (selective checkpointing, FLOP
 operator; plain eager training does not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 # Private, so they may go away: then every call takes the dispatcher's way, which is only slower.
@@ -17,25 +18,34 @@ _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stac
 _transforms: Callable[[], Any] = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", tuple)
 
 
+def _forward_level() -> int:
+    """Of torch.autograd.forward_ad; below 0 where none is entered."""
+    return getattr(forward_ad, "_current_level", 0)
+
+
 def is_plain_eager(*tensors: Tensor) -> bool:
     """Whether a call on these tensors is seen by no compiler, dispatch mode, torch.func transform or subclass.
 
-    NotImplementedError within torch.func.jvp, to which an operator would be a constant without a word; compiled it
-    still is.
+    NotImplementedError where forward-mode derivatives are taken, to which an operator would be a constant without a
+    word; compiled it still is.
     """
     if torch.compiler.is_compiling():
         return False
     transforms = _transforms()
-    if transforms is not None:
-        if any(transform.key().name == "Jvp" for transform in transforms):
-            raise NotImplementedError(
-                "titan_kernels: the operators have derivatives in reverse mode alone, and this is within "
-                "torch.func.jvp (or jacfwd, hessian, linearize); use backward() or torch.autograd.grad"
-            )
-        return False
-    if _dispatch_modes():
+    if _forward_level() >= 0:
+        _refuse_forward_mode(transforms, tensors)
+    if transforms is not None or _dispatch_modes():
         return False
     return all(type(tensor) in (Tensor, Parameter) and not tensor.is_meta for tensor in tensors)
+
+
+def _refuse_forward_mode(transforms: Any, tensors: Sequence[Tensor]) -> None:
+    within = any(transform.key().name == "Jvp" for transform in transforms or ())
+    if within or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "titan_kernels: the operators have derivatives in reverse mode alone, and this is forward mode "
+            "(torch.func.jvp, jacfwd, hessian, linearize, or forward_ad); use backward() or torch.autograd.grad"
+        )
 
 
 def unrecorded_dispatch(implementation: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:

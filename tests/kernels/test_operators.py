@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -126,6 +127,12 @@ def test_forward_mode_of_what_takes_no_part_in_autograd_is_refused(device: torch
     ):
         with pytest.raises(NotImplementedError, match="reverse mode alone"):
             torch.func.jvp(ours, (logits,), (logits,))
+        with pytest.raises(NotImplementedError, match="reverse mode alone"):
+            torch.func.linearize(ours, logits)
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="reverse mode alone"):
+            ours(forward_ad.make_dual(logits, logits))
+    with forward_ad.dual_level():
+        titan_kernels.cross_entropy_stats(logits, labels)  # which has no tangent
 
 
 @each_operator

@@ -1,0 +1,58 @@
+"""What a result means nothing without: device, versions and commit."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment(smoke: bool) -> dict[str, Any]:
+    """Of this process; smoke: of a rehearsal on the CPU."""
+    import triton
+
+    cuda = torch.cuda.is_available() and not smoke
+    capability = torch.cuda.get_device_capability() if cuda else None
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "architecture": f"sm_{capability[0]}{capability[1]}" if capability else "cpu",
+        "smoke": smoke,
+        "commit": commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda or "none",
+            "driver": _driver() if cuda else "none",
+        },
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with "+" where tracked files differ from it. Results are no part of what they name: the
+    parts of one suite belong together although each writes its own. BENCHMARK_COMMIT in the environment says it where
+    the code was copied without its history."""
+    if told := os.environ.get("BENCHMARK_COMMIT"):
+        return told
+    results = (":(exclude,top)benchmarks/results", ":(exclude,top)kernels/titan_kernels/measured")
+    try:
+        name = _git("describe", "--always", "--abbrev=12", "--exclude=*")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *results)
+    except OSError:  # no git here
+        return "unknown"
+    return f"{name}{'+' if changed else ''}" if name else "unknown"
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
