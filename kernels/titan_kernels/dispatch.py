@@ -18,11 +18,6 @@ _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stac
 _transforms: Callable[[], Any] = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", tuple)
 
 
-def _forward_level() -> int:
-    """Of torch.autograd.forward_ad; below 0 where none is entered."""
-    return getattr(forward_ad, "_current_level", 0)
-
-
 def is_plain_eager(*tensors: Tensor) -> bool:
     """Whether a call on these tensors is seen by no compiler, dispatch mode, torch.func transform or subclass.
 
@@ -32,7 +27,7 @@ def is_plain_eager(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     transforms = _transforms()
-    if _forward_level() >= 0:
+    if getattr(forward_ad, "_current_level", 0) >= 0:
         _refuse_forward_mode(transforms, tensors)
     if transforms is not None or _dispatch_modes():
         return False
