@@ -77,7 +77,8 @@ def search(
                 tell(f"search: {number} of {len(series)} series of batches counted")
             return _best_first(future.result() for future in futures)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # not those that have not begun, too
+            for worker in multiprocessing.active_children():  # else the pool waits for all that it has begun
+                worker.terminate()
             raise
 
 
