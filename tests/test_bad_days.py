@@ -32,6 +32,7 @@ from titan_fast import (
     loop,
     manifest,
     out_of_memory,
+    run_lock,
     signals,
     watchdog,
 )
@@ -500,6 +501,15 @@ def test_losses_that_stay_higher_are_spikes_no_longer(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in lines] == [f"step {step}" for step in range(201, 201 + guard.LEAST)]
 
 
+@pytest.mark.parametrize(("before", "loss", "is_spike"), [(32, 3.65, True), (32, 3.55, False), (31, 300.0, False)])
+def test_a_spike_is_six_deviations_above_32_losses(before: int, loss: float, is_spike: bool, tmp_path: Path) -> None:
+    watch = guard.StepGuard(parse([]).training, torch.device("cpu"), tmp_path, True)
+    for step in range(before):  # their deviation is 0.1
+        watch.judge(step + 1, {}, torch.tensor(2.9 if step % 2 else 3.1), torch.tensor(1.0))
+    watch.judge(before + 1, {}, torch.tensor(loss), torch.tensor(1.0))
+    assert len(watch.look()) == is_spike
+
+
 # Disks
 
 
@@ -700,9 +710,16 @@ def test_a_dead_runs_lock_is_no_obstacle(tmp_path: Path) -> None:
 def test_a_lock_of_another_machine_is_judged_by_its_pulse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = {"host": "far", "pid": 1, "started": "1", "machine": "x", "namespace": "y", "token": "t", "since": "s"}
     (tmp_path / LOCK).write_text(json.dumps(elsewhere))
-    monkeypatch.setattr(time, "sleep", lambda seconds: os.utime(tmp_path / LOCK))  # it lives: its pulse goes on
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:  # it lives: its pulse goes on
+        slept.append(seconds)
+        os.utime(tmp_path / LOCK, (time.time() + 1, time.time() + 1))
+
+    monkeypatch.setattr(time, "sleep", sleep)
     with pytest.raises(ConfigError, match="process 1 on far"), RunLock(tmp_path):
         pass
+    assert slept == [1.0], "a pulse that is seen is enough"
     past = time.time() - SILENT_SECONDS - 5
     os.utime(tmp_path / LOCK, (past, past))
     with RunLock(tmp_path) as lock:
@@ -710,6 +727,13 @@ def test_a_lock_of_another_machine_is_judged_by_its_pulse(tmp_path: Path, monkey
         (tmp_path / LOCK).write_text(json.dumps(elsewhere))
         with pytest.raises(CheckpointError, match="now held by process 1 on far"):
             lock.check()
+    assert json.loads((tmp_path / LOCK).read_text()) == elsewhere, "which is not ours to take away"
+
+
+def test_a_process_with_a_dead_holders_id_is_not_the_holder(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(json.dumps(run_lock._identity() | {"started": "0"}))
+    with RunLock(tmp_path) as lock:
+        lock.check()
 
 
 def test_a_holder_that_ends_while_it_is_judged_is_gone(tmp_path: Path) -> None:
@@ -747,8 +771,15 @@ def test_the_verdict_names_who_is_behind() -> None:
     silent = report(2, 12, "gradient norm", "no sign of life: x")
     assert "rank 2 hangs" in watchdog.verdict({0: ahead, 1: report(1, 12, "gradient norm"), 2: silent})
     assert "all 2 ranks hang" in watchdog.verdict({0: ahead, 1: report(1, 12, "gradient norm")})
-    assert watchdog.straggler({0: 1.0, 1: 1.1, 2: 3.3}, 10) is not None
-    assert watchdog.straggler({0: 1.0, 1: 1.1, 2: 1.3}, 10) is None
+
+
+def test_who_works_twice_as_long_as_the_median_of_the_others_is_told() -> None:
+    said = watchdog.straggler({0: 1.0, 1: 9.0, 2: 1.1, 3: 1.2}, 10)
+    assert said is not None and "rank 1 works 0.900 s a step, the others 0.110 s" in said and "8.2 times" in said
+    assert watchdog.straggler({0: 1.0, 1: 2.1}, 10) is not None
+    assert watchdog.straggler({0: 1.0, 1: 1.9}, 10) is None
+    assert watchdog.straggler({0: 0.1, 1: 0.3}, 9) is not None
+    assert watchdog.straggler({0: 0.1, 1: 0.3}, 11) is None, "less than 0.02 s a step"
 
 
 # Memory and compilers

@@ -25,7 +25,7 @@ from torchrun import start
 from worlds import Task, World, results, run_world
 
 from titan_fast import checkpoint_command, checkpointer, generate, loop, manifest, safe_unpickle
-from titan_fast.checkpoint import check_tensors, tensors_of
+from titan_fast.checkpoint import Progress, check_tensors, tensors_of
 from titan_fast.config import mesh_degrees, model_shape, parse
 from titan_fast.errors import CheckpointError, NumericsError, TitanFastError
 from titan_fast.flavors import ModelShape
@@ -799,8 +799,27 @@ def refused_to_share(world: World, run_dirs: list[Path]) -> tuple[str, list[str]
     return said, [path.name for path in own.iterdir()]
 
 
+def drawn(world: World, folder: Path) -> tuple[float, float]:
+    """What this rank draws after a save, and again after that is loaded."""
+    folder.mkdir(exist_ok=True)
+    config = parse(runs.arguments(folder, folder, parallelism__data_parallel_shard_degree=world.size))
+    model = build_model(
+        config, model_shape(config.model), REFERENCE, mesh_degrees(config.parallelism, world.size), world.device
+    )
+    init_weights(model, 0)
+    optimizer = build_optimizer(model, config.optimizer)
+    tokenizer = SimpleNamespace(files={"tokenizer.model": b""}, path=folder, kind="sentencepiece", fingerprint="")
+    saving = checkpointer.Checkpointer(config, folder, world, cast(Any, tokenizer))
+    torch.manual_seed(world.rank)
+    saving.save(model, optimizer, Progress(1, 0, 0.0, {}), must_succeed=True)
+    first = torch.rand(()).item()
+    saving.load(model, optimizer)
+    return first, torch.rand(()).item()
+
+
 def test_two_ranks(tmp_path: Path) -> None:
     tasks = [
+        Task("drawn", drawn, (tmp_path / "drawn",)),
         Task("sharded", room_asked_for, (1, tmp_path)),
         Task("replicated", room_asked_for, (2, tmp_path)),
         Task("sampled", sampled),
@@ -810,6 +829,8 @@ def test_two_ranks(tmp_path: Path) -> None:
     found = run_world(2, tasks, tmp_path / "world")
     sharded, replicated = results(found, "sharded"), results(found, "replicated")
     assert sharded == pytest.approx(replicated, rel=0.01) and sharded[0] > 100_000, "a replica is written once"
+    (one, one_again), (other, other_again) = results(found, "drawn")
+    assert (one, other) == (one_again, other_again) and one != other, "each rank's random state is its own"
     assert results(found, "sampled") == [b"xAAAAA"] * 2
     assert results(found, "shared") == [("", [])] * 2
     said = f"rank 1 does not see in {tmp_path}/b/checkpoint what rank 0 has written in {tmp_path}/a/checkpoint"

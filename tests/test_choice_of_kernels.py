@@ -1,6 +1,7 @@
 """What a config tells the choice of kernels, and what a run takes from a made-up table."""
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import pytest
@@ -50,6 +51,19 @@ def test_each_operator_is_chosen_as_it_is_compiled(enable: str, components: str,
 def test_the_dtype_is_that_of_activations_on_a_gpu() -> None:
     assert of().dtype == "bfloat16"
     assert of(training__mixed_precision_param="float32").dtype == "float32"
+
+
+def test_sizes_are_those_of_a_ranks_own_calls() -> None:
+    found = Workload(LLAMA3, 4096, tensor_degree=2, loss_chunk=1000, compiled=True)
+    assert found.sizes() == {
+        "rms_norm": {"rows": 2048, "width": 64},
+        "rope": {"rows": 4096, "n_heads": 4, "n_kv_heads": 1, "head_dim": 8},
+        "swiglu": {"rows": 4096, "width": 48},
+        "cross_entropy": {"rows": 1000, "vocab": 64},
+        "reemit": {"rows": 2048, "width": 64, "ffn_width": 48},
+    }
+    for all_at_once in (0, 5000):
+        assert dataclasses.replace(found, loss_chunk=all_at_once).sizes()["cross_entropy"]["rows"] == 4096
 
 
 def table(workload: Workload, **changes: Any) -> Table:

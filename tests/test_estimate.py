@@ -176,6 +176,18 @@ def test_parts_add_up_and_json_has_its_keys(small: Estimate) -> None:
     assert found["fits"] is True
 
 
+def test_a_tensor_parallel_group_shares_its_tokens(small: Estimate) -> None:
+    halves = dataclasses.replace(small, plan=plan(f"{SMALL} --parallelism.tensor_parallel_degree 2"))
+    assert halves.tokens_per_second == pytest.approx(small.tokens_per_second / 2)  # of steps that take as long
+
+
+def test_what_the_device_holds_beside_torchs_memory(small: Estimate) -> None:
+    """Two communicators, of the shards and of the world; what is made once and kept leaves no gaps."""
+    kept = small.memory_parts["parameters"] + small.memory_parts["optimizer state"]
+    assert small.beside_torch["NCCL"] == 2 * 0.3 * 2**30
+    assert small.beside_torch["allocator slack"] == pytest.approx(0.04 * (small.peak_memory - kept))
+
+
 def test_recomputation_costs_time_and_saves_memory() -> None:
     bare, full = (estimate(plan(f"{SMALL} --activation_checkpoint.mode {mode}")) for mode in ("none", "full"))
     blocks = [s for s in bare.segments if s.phase == "forward" and s.unit.startswith("block")]

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from titan_fast import compilation, parallel
+from titan_fast import compilation, masters, parallel
 from titan_fast.checkpoint import tensors_of
 from titan_fast.compilation import compiled_cross_entropy, optimizer_compiler
 from titan_fast.config import Comm, Compile, Config, from_options, mesh_degrees
@@ -349,3 +349,9 @@ def test_gradients_of_passes_are_summed_in_float32(world: World) -> None:
     assert {gradient_of(p).dtype for p in trained.model.parameters()} == {torch.float32}  # type: ignore[union-attr]
     trained.optimizer.zero_grad()
     assert all(gradient_of(p) is None for p in trained.model.parameters())
+
+
+def test_gradients_are_widened_a_bucket_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masters, "BUCKET_NUMEL", 10)
+    buckets = masters._buckets([torch.empty(numel) for numel in (4, 6, 1, 20, 3)])
+    assert [[tensor.numel() for tensor in bucket] for bucket in buckets] == [[4, 6], [1], [20], [3]]

@@ -222,10 +222,15 @@ def test_mfu_of_a_published_run(tmp_path: Path, clock: Clock, a100: Callable[[st
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "sentence"),
+    ("name", "option", "sentence"),
     [
-        ("NVIDIA Imaginary 1", "auto", "no MFU: the peak of 'NVIDIA Imaginary 1' is not known"),
-        ("NVIDIA H200", "float32", "no MFU: the peaks listed are of bfloat16, and this run computes in float32"),
+        ("NVIDIA Imaginary 1", "", "no MFU: the peak of 'NVIDIA Imaginary 1' is not known"),
+        (
+            "NVIDIA H200",
+            "--training.mixed_precision_param float32",
+            "of bfloat16, and this run computes in float32",
+        ),
+        ("NVIDIA H200", "--float8.enable True", "no MFU: the peaks listed are of bfloat16, and most of this run's"),
     ],
 )
 def test_no_mfu_has_a_reason(
@@ -233,11 +238,11 @@ def test_no_mfu_has_a_reason(
     capsys: pytest.CaptureFixture[str],
     a100: Callable[[str], None],
     name: str,
-    dtype: str,
+    option: str,
     sentence: str,
 ) -> None:
     a100(name)
-    metrics = logger(tmp_path, *QUIET, "--training.mixed_precision_param", dtype, device=torch.device("cuda"))
+    metrics = logger(tmp_path, *QUIET, *option.split(), device=torch.device("cuda"))
     metrics.start([])
     log(metrics, 1)
     assert sentence in capsys.readouterr().out
@@ -526,6 +531,8 @@ def test_summary_and_loss_curve(
     drawn: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    memory = iter((2.0, 3.5, 1.0, 1.0))  # GiB since the line before
+    monkeypatch.setattr("titan_fast.metrics.peak_memory", lambda device: next(memory))
     metrics = logger(tmp_path, *QUIET, "--job.description", r"data in $HOME\data, lr $LR")  # is no mathematics
     metrics.start([])
     for step, loss, seconds in ((10, 8.0, 50), (20, 4.0, 5), (30, 3.0, 4), (40, 3.5, 6)):
@@ -544,6 +551,7 @@ def test_summary_and_loss_curve(
         "last 4.2500 (step 40), best 3.7500 (step 25)",
         "1,000 per device, mean without the first 10 steps",  # 30 steps of 1000 tokens in 15 s on 2 devices
         "8.00% of the time of the steps",  # 5.2 of 65 s
+        "peak memory      3.50 GiB",
         str(tmp_path),
         "metrics.jsonl, loss_curve.png",
     ):

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradients import gradient
-from shapes import ALL, LLAMA2, LLAMA3, LLAMA31
+from shapes import ALL, LLAMA2, LLAMA3, LLAMA31, TIED
+from titan_kernels import reference
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from titan_fast.config import from_options
@@ -53,11 +54,14 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-@pytest.mark.parametrize("carry_residual", [False, True])
+UNITS = {"norm_linear": reference.norm_linear, "swiglu_linear": reference.swiglu_linear}
+
+
+@pytest.mark.parametrize("changes", [{}, {"carry_residual": True}, UNITS], ids=["", "carried residual", "in units"])
 @pytest.mark.parametrize("name", ALL)
-def test_logits_and_gradients_equal_hugging_face(name: str, carry_residual: bool) -> None:
+def test_logits_and_gradients_equal_hugging_face(name: str, changes: dict[str, Any]) -> None:
     shape = ALL[name]
-    model = build(shape, carry_residual=carry_residual)
+    model = build(shape, **changes)
     twin = hugging_face_twin(model)
     length = 200 if shape is LLAMA31 else 48  # beyond the original context, where scaling shows
     tokens = random_tokens(shape, length)
@@ -168,7 +172,16 @@ def test_sampling_obeys_top_k_and_top_p() -> None:
     assert seen(top_p=0.79) == {0, 1}
     assert seen(top_p=0.81) == {0, 1, 2}
     assert seen(top_p=0.1) == {0}
-    assert seen(temperature=0) == {0}
+    assert seen(temperature=0) == seen(temperature=0.01) == {0}
+
+
+def test_a_seed_draws_the_same_text_again() -> None:
+    model, prompt = build(LLAMA3), random_tokens(LLAMA3, 9)[:1]
+
+    def drawn(seed: int) -> list[int]:
+        return torch.cat(list(generate(model, prompt, 20, Sampling(seed=seed))), dim=1).flatten().tolist()
+
+    assert drawn(1) == drawn(1) != drawn(2)
 
 
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:
@@ -179,7 +192,24 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
         assert name.endswith("norm.weight") or not torch.equal(a, c), name
     gate, up = (one.get_parameter(f"blocks.0.feed_forward.{name}.weight") for name in ("gate", "up"))
     assert not torch.equal(gate, up)
-    assert init_values("blocks.1.attention.out.weight", torch.Size((512, 512)), LLAMA3, 0, "cpu").std() < 0.012
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "deviation"),
+    [
+        ("embedding.weight", LLAMA3, 1.0),
+        ("embedding.weight", TIED, 64**-0.5),
+        ("head.weight", LLAMA3, 64**-0.5),
+        ("blocks.1.attention.qkv.weight", LLAMA3, 0.02),
+        ("blocks.1.feed_forward.up.weight", LLAMA3, 0.02),
+        ("blocks.1.attention.out.weight", LLAMA3, 0.01),  # both: 0.02 / sqrt(2 x 2 layers)
+        ("blocks.1.feed_forward.down.weight", LLAMA3, 0.01),
+    ],
+)
+def test_initial_weights_are_normal_and_cut_at_three_deviations(name: str, shape: ModelShape, deviation: float) -> None:
+    values = init_values(name, torch.Size((512, 512)), shape, 0, "cpu")
+    assert values.std().item() == pytest.approx(0.98658 * deviation, rel=0.01)  # of a normal that is cut there
+    assert 2.9 * deviation < values.abs().max() <= 3 * deviation
 
 
 def test_first_loss_is_that_of_a_uniform_guess() -> None:

@@ -31,6 +31,7 @@ def test_what_does_not_decay_stays_where_it_is_past_the_schedule(settings: LrSch
 @pytest.mark.parametrize(("kind", "middle"), [("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5)), ("cosine", 0.5)])
 def test_decay_shapes(kind: str, middle: float) -> None:
     settings = LrScheduler(warmup_steps=0, decay_type=kind, min_lr_factor=0.0)  # type: ignore[arg-type]
+    assert 0.9 <= learning_rate(1, settings, 1.0, 100) < 1.0
     assert learning_rate(50, settings, 1.0, 100) == pytest.approx(middle)
     assert learning_rate(100, settings, 1.0, 100) == pytest.approx(0.0, abs=1e-12)
     assert learning_rate(500, settings, 1.0, 100) == pytest.approx(0.0, abs=1e-12)

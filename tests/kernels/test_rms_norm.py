@@ -128,6 +128,11 @@ def test_huge_and_tiny(magnitude: float, device: torch.device) -> None:
     check_norm(x, weight, dy * magnitude)
 
 
+def test_epsilon_in_rows_that_are_read_twice(device: torch.device) -> None:
+    x, weight = 1e-6 * torch.randn(1, 16385, device=device), torch.ones(16385, device=device)
+    torch.testing.assert_close(rms_norm(x, weight, EPS), reference.rms_norm(x, weight, EPS))
+
+
 def test_squares_beyond_float16(device: torch.device) -> None:
     x, dy = (torch.randn(3, 130, device=device) for _ in range(2))
     check_norm((x * 1e4).half(), torch.ones(130, dtype=FP16, device=device), dy.half())
