@@ -193,6 +193,13 @@ def test_re_emitting_units_run_one_product_again() -> None:
     assert (found["rms_norm"], found["add_rms_norm"], found["swiglu"]) == (1, 1, 1)
 
 
+def test_every_second_block_is_the_second_and_the_fourth() -> None:
+    with torch.device("meta"):
+        model = Llama(replace(LLAMA3, n_layers=5))
+    apply(model, MODES["every second block"], Compile())
+    assert ["forward" in vars(block) for block in model.blocks] == [False, True, False, True, False]
+
+
 SHAPE, TOKENS = FLAVORS["llama3_8b"], 1024
 # Bytes that a block of bfloat16 keeps: its input, then in the model's order what the mode names; 4 bytes a head and
 # token are attention's statistics.

@@ -501,6 +501,21 @@ def test_losses_that_stay_higher_are_spikes_no_longer(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in lines] == [f"step {step}" for step in range(201, 201 + guard.LEAST)]
 
 
+def test_spikes_that_are_not_in_a_row_stay_spikes(tmp_path: Path) -> None:
+    watch = guard.StepGuard(parse([]).training, torch.device("cpu"), tmp_path, True)
+    for step in range(4 * guard.LEAST):
+        loss = 300.0 if step > guard.LEAST and step % 2 else 3.0
+        watch.judge(step + 1, {}, torch.tensor(loss), torch.tensor(1.0))
+    assert len(watch.look()) == 3 * guard.LEAST // 2
+
+
+def test_nothing_is_applied_after_the_step_that_stops_the_run(tmp_path: Path) -> None:
+    """The host looks later, when further steps have been judged."""
+    watch = guard.StepGuard(parse(["--training.on_nonfinite", "stop"]).training, torch.device("cpu"), tmp_path, True)
+    norms = torch.tensor([1.0, math.nan, 1.0])
+    assert [watch.judge(step, {}, norm, norm).item() for step, norm in enumerate(norms, 1)] == [0.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(("before", "loss", "is_spike"), [(32, 3.65, True), (32, 3.55, False), (31, 300.0, False)])
 def test_a_spike_is_six_deviations_above_32_losses(before: int, loss: float, is_spike: bool, tmp_path: Path) -> None:
     watch = guard.StepGuard(parse([]).training, torch.device("cpu"), tmp_path, True)

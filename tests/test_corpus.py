@@ -126,12 +126,12 @@ def test_bad_json_lines_are_counted_with_their_place(tmp_path: Path) -> None:
 
 
 def test_bad_csv_rows(tmp_path: Path) -> None:
-    content = b'id,text\n1,good\n2\n3,\n4,"caf\xe9"\n5,"x"y\n6,"over\ntwo lines"\n' + b"7,more\n" * 5
+    content = b'id,text\n1,good\n\n2\n3,\n4,"caf\xe9"\n5,"x"y\n6,"over\ntwo lines"\n' + b"7,more\n" * 5
     (tmp_path / "rows.csv").write_bytes(content)
     texts, ledger = read(tmp_path)
     assert texts == ["good", "over\ntwo lines", *["more"] * 5]
     assert ledger.passed_over == {"null": 1, "empty": 1, "invalid UTF-8": 1, "broken CSV": 1}
-    assert ledger.first_place["broken CSV"] == "rows.csv:6"
+    assert ledger.first_place["broken CSV"] == "rows.csv:7"
 
 
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv", ".txt.gz"])

@@ -353,5 +353,5 @@ def test_gradients_of_passes_are_summed_in_float32(world: World) -> None:
 
 def test_gradients_are_widened_a_bucket_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masters, "BUCKET_NUMEL", 10)
-    buckets = masters._buckets([torch.empty(numel) for numel in (4, 6, 1, 20, 3)])
-    assert [[tensor.numel() for tensor in bucket] for bucket in buckets] == [[4, 6], [1], [20], [3]]
+    buckets = masters._buckets([torch.empty(numel) for numel in (20, 4, 6, 1, 30, 3)])
+    assert [[tensor.numel() for tensor in bucket] for bucket in buckets] == [[20], [4, 6], [1], [30], [3]]

@@ -94,6 +94,15 @@ def test_a_head_that_is_the_embedding_is_tied(with_head: bool, tmp_path: Path) -
     assert torch.equal(read_parameter(found, "embedding.weight"), weights["tok_embeddings.weight"])
 
 
+def test_a_head_that_begins_as_the_embedding_does_is_one_of_its_own(tmp_path: Path) -> None:
+    folder = meta_folder(LLAMA3, tmp_path / "meta", 1)
+    file = folder / "consolidated.00.pth"
+    weights = torch.load(file)
+    weights["output.weight"] = torch.cat((weights["tok_embeddings.weight"][:1], weights["output.weight"][1:]))
+    torch.save(weights, file)
+    assert not MetaFolder(folder).shape.tied
+
+
 def test_a_part_of_a_parameter_is_that_part_of_the_whole(tmp_path: Path) -> None:
     found = MetaFolder(meta_folder(LLAMA3, tmp_path / "meta", 2))
     for name, size in our_sizes(LLAMA3).items():

@@ -365,10 +365,13 @@ def test_hugging_face_without_an_end_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_saved_truncation_and_padding_lose_and_add_nothing(folder: Path, tmp_path: Path) -> None:
+def test_saved_truncation_padding_and_template_lose_and_add_nothing(folder: Path, tmp_path: Path) -> None:
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "hf" / "tokenizer.json"))
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=32)
+    begin = "<|begin_of_text|>"
+    template = tokenizers.processors.TemplateProcessing(f"{begin} $A", None, [(begin, tokenizer.token_to_id(begin))])
+    tokenizer.post_processor = template
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path)
     assert ours.decode(ours.encode(TEXTS[0])) == TEXTS[0]
