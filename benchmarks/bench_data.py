@@ -25,8 +25,8 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from benchmarks.provenance import commit
 from benchmarks.cpu_rates import processor, spread, write
+from benchmarks.provenance import commit
 from titan_fast import config as configuration
 from titan_fast.corpus import Document, RowLedger, stdlib_corpus
 from titan_fast.data import build_loader
