@@ -95,10 +95,10 @@ class Calls(TorchDispatchMode):
         return result
 
 
-def again(mode: ActivationCheckpoint, ops: Ops = REFERENCE) -> dict[str, int]:
+def again(mode: ActivationCheckpoint, ops: Ops = REFERENCE, keeps_attention: bool = False) -> dict[str, int]:
     """How often more than without a checkpoint each forward operator of a block runs in its backward pass."""
     block = Block(SMALL, ops)
-    apply(_model_of(block), mode, Compile())
+    apply(_model_of(block), mode, Compile(), keeps_attention)
     tokens = 29
     rope = torch.ones(tokens, SMALL.head_dim // 2), torch.zeros(tokens, SMALL.head_dim // 2)
     x = torch.randn(1, tokens, SMALL.dim, requires_grad=True)
@@ -144,6 +144,11 @@ def test_what_runs_again(name: str) -> None:
     found = again(MODES[name])
     assert {key: count for key, count in found.items() if key in (QKV, OUT, UP, ATTENTION)} == PRODUCTS[name]
     assert found["rsqrt"] == 2 and found["silu"] == 1  # both norms and the gated product
+
+
+def test_whole_blocks_run_again_without_attention_where_it_must_not() -> None:
+    found = again(MODES["full"], keeps_attention=True)
+    assert {key: count for key, count in found.items() if key in (QKV, OUT, UP, ATTENTION)} == {QKV: 1, OUT: 1, UP: 2}
 
 
 @interpreted

@@ -78,6 +78,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "one bit flipped": (flip_a_bit, r"__0_0.distcp: sha256 mismatch"),
     "a byte cut off": (truncate, r"__0_0.distcp: \d+ bytes, not \d+"),
     "a shard deleted": (lambda folder: shard(folder, 10).unlink(), r"__0_0.distcp: missing"),
+    "a link for a shard": (
+        lambda folder: shard(folder, 10).rename(folder / "moved") and shard(folder, 10).symlink_to(folder / "moved"),
+        r"__0_0.distcp: not a regular file",
+    ),
     "the manifest deleted": (
         lambda folder: (runs.checkpoint(folder, 10) / manifest.NAME).unlink(),
         r"MANIFEST.json is missing",
@@ -350,6 +354,7 @@ def test_retention_counts_only_whole_checkpoints(tmp_path: Path, data: Path, fin
     state.write_bytes(state.read_bytes().swapcase())  # of the same size
     assert manifest.prune(tmp_path, 1) == ([], []), "the last whole one"
     assert manifest.prune(tmp_path, 1, contents=False, damaged={4}) == ([], [])
+    assert manifest.prune(tmp_path, 1, always=3, contents=False) == ([], [])
     assert manifest.prune(tmp_path, 1, contents=False) == ([3], [])
 
 

@@ -55,6 +55,13 @@ def run(recipe: str, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Ten
     return y.detach(), dx, dweight
 
 
+def test_one_scale_for_a_gradient_leaves_its_small_numbers() -> None:
+    """2^24 times smaller than its largest, which is 2^6 times too small for e4m3."""
+    dy = torch.tensor([[1.0, 2.0**-24]])
+    found = float8.rounded(dy, float8.GRADIENT["tensorwise"], "tensorwise")
+    torch.testing.assert_close(found.values.float() / found.scale, dy, rtol=2.0**-3, atol=0.0)
+
+
 @pytest.mark.parametrize("columns", [float8._WIDE - 16, float8._WIDE])
 def test_the_scale_of_a_tensor_is_by_its_largest_number(columns: int) -> None:
     """Wide rows are looked through one by one."""

@@ -240,6 +240,7 @@ def test_batch_equals_one_by_one(tokenizer: Tokenizer) -> None:
 def test_tiktoken_equals_hugging_face_with_the_same_merges(all_three: list[Tokenizer]) -> None:
     _, ours, theirs = all_three
     assert ours.vocab_size == 1500 + 256
+    assert (ours.bos_id, ours.eos_id) == (1500, 1501)  # begin and end of text, the first two after the ranks
     for text in [*TEXTS, *AWKWARD, "I'll've 12345 ÀÉ\n\n \n x  \t\r\n"]:
         assert ours.encode(text) == theirs.encode(text)
 

@@ -231,7 +231,7 @@ def prune(
 ) -> tuple[list[int], list[Path]]:
     """Deletes the folders of steps before the `keep` newest whole ones; returns those steps, and what of them could not
     be deleted. 0 keeps all. Whole is judged by manifest, sizes and (with `contents`) sha256, and not of the steps
-    `damaged`. What is not whole counts for nothing, and what has no manifest is left alone."""
+    `damaged`. What is not whole counts for nothing; the step `always` and what has no manifest are left alone."""
     found = checkpoints(parent)
     newest_first = (step for step in reversed(found) if step not in damaged)
     whole = list(islice((step for step in newest_first if problem(found[step], contents) is None), keep))
