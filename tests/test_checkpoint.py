@@ -74,14 +74,16 @@ def truncate(folder: Path) -> None:
     shard(folder, 10).write_bytes(shard(folder, 10).read_bytes()[:-1])
 
 
+def link(folder: Path) -> None:
+    path = shard(folder, 10)
+    path.symlink_to(path.rename(folder / "moved"))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "one bit flipped": (flip_a_bit, r"__0_0.distcp: sha256 mismatch"),
     "a byte cut off": (truncate, r"__0_0.distcp: \d+ bytes, not \d+"),
     "a shard deleted": (lambda folder: shard(folder, 10).unlink(), r"__0_0.distcp: missing"),
-    "a link for a shard": (
-        lambda folder: shard(folder, 10).rename(folder / "moved") and shard(folder, 10).symlink_to(folder / "moved"),
-        r"__0_0.distcp: not a regular file",
-    ),
+    "a link for a shard": (link, r"__0_0.distcp: not a regular file"),
     "the manifest deleted": (
         lambda folder: (runs.checkpoint(folder, 10) / manifest.NAME).unlink(),
         r"MANIFEST.json is missing",
