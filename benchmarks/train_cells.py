@@ -56,10 +56,8 @@ ATTENTION_LEVERS = (
     _lever("attention flash", {"kernels.attention": "flash"}),
 )
 # Torch's flash attention becomes another one for the whole process: each has its own.
-NEW_FLASH_LEVERS = (
-    _lever("attention fa3", {"kernels.attention": "fa3"}),
-    _lever("attention fa4", {"kernels.attention": "fa4"}),
-)
+FA4: Options = {"kernels.attention": "fa4"}
+NEW_FLASH_LEVERS = (_lever("attention fa3", {"kernels.attention": "fa3"}), _lever("attention fa4", FA4))
 CARRIED: Options = {"kernels.carry_residual": True}
 SCOPE_LEVERS = (
     _lever("blocks alone", {"compile.components": ["blocks"]}),
@@ -109,6 +107,7 @@ FSDP_POLICIES = (
     _lever("never reshard, wide gradients", WIDE | NEVER_RESHARD),
     _lever("never reshard, wide gradients, carried residual", WIDE | NEVER_RESHARD | CARRIED),
 )
+FA4_LEVERS = (_lever("attention fa4", FA4), _lever("attention fa4, carried residual", FA4 | CARRIED))
 BFLOAT16_REDUCTION = _lever("bfloat16 reduction", {"training.mixed_precision_reduce": "bfloat16"})
 FSDP: Options = {"parallelism.single_device": "fsdp"}
 WITHOUT_OPTIMIZER: Options = {"compile.components": ["blocks", "norm", "loss"]}
@@ -170,6 +169,7 @@ def _more_cells() -> list[Cell]:
         Cell("levers-memory", slice4, MEMORY_LEVERS, label="one kind of recomputation each"),
         Cell("levers-fsdp", eight, FSDP_POLICIES, label="FSDP2"),
         Cell("levers-fsdp", eight, (BFLOAT16_REDUCTION,), label="bfloat16 reduction"),
+        Cell("levers-fa4", eight, FA4_LEVERS, label="FlashAttention 4"),
         Cell("levers-kernels", slice4, _per_operator(), label="one kernel each"),
         *_single_device_paths("levers-optimizer", LLAMA_1B),
         Cell("levers-graph", SHORT_1B, (COMPILED_AUTO, EAGER_REFERENCE, *_recorded()), label="recorded"),
@@ -181,6 +181,7 @@ def _more_cells() -> list[Cell]:
         *_peers("peers-8b", _on_one_device(slice4), (PEERS[0], PEERS[2]), eager=PEERS[2]),
         *_peers_of_rank0("peers-rank0", eight),
         *_peers("peers-float8", _with(untied(LLAMA_1B), FLOAT8, "float8"), (PEERS[0],)),
+        *_peers("peers-fa4", _with(untied(LLAMA_1B), FA4, "FlashAttention 4"), (PEERS[0],)),
         *_parity(),
     ]
 

@@ -442,7 +442,7 @@ def test_other_launch_settings_are_launched_checked_and_forgotten(
                     unchanged.add(setting.label)
             assert kernel_settings.launches_of(contest.case) == usual
     of_grids = {"half the programs", "half as many programs again", "twice the programs"}
-    todays = {"3 stages", "32768 columns, 16 warps"}
+    todays = {"3 stages", "65536 columns, 32 warps", "8192 columns, 16 warps"}
     assert unchanged == of_grids | todays
     small = kernel_settings.contests(smoke=True)
     assert len(small) == 9  # both ways of four operators, the loss's step
@@ -450,7 +450,7 @@ def test_other_launch_settings_are_launched_checked_and_forgotten(
     in_parts = kernel_settings.Setting(
         "a row in parts",
         "cross_entropy",
-        names=lambda module: {"_block_read_twice": lambda vocab: (128, 4)},
+        names=lambda module: {"_block_read_twice": lambda vocab, dtype: (128, 4)},
         kernels={"cross_entropy_with_grad": cross_entropy_lean},
     )
     trials = replace(loss, settings=(*loss.settings, in_parts))

@@ -49,9 +49,11 @@ def _block(vocab: int) -> tuple[int, int]:
     return block, max(block // 512, 1)
 
 
-def _block_read_twice(vocab: int) -> tuple[int, int]:
+def _block_read_twice(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
     """(columns per step, warps) where a row is read twice."""
-    return _block(vocab) if vocab < _LARGE_VOCABULARY else (32768, 16)
+    if vocab < _LARGE_VOCABULARY:
+        return _block(vocab)
+    return (65536, 32) if dtype.itemsize == 2 else (32768, 16)
 
 
 def _signature(names: str, dtype: torch.dtype) -> dict[str, str]:
@@ -63,7 +65,7 @@ def _signature(names: str, dtype: torch.dtype) -> dict[str, str]:
 def _make(
     name: str, kernel: Any, names: str, vocab: int, dtype: torch.dtype, reads_twice: bool = False, **constexprs: Any
 ) -> Launch:
-    block, warps = _block_read_twice(vocab) if reads_twice else _block(vocab)
+    block, warps = _block_read_twice(vocab, dtype) if reads_twice else _block(vocab)
     signature = _signature(names, dtype)
     numbers = ("logits_stride", "dlogits_stride") if vocab % 16 == 0 else ()
     aligned = tuple(name for name in signature if name.isupper() or name in numbers)
@@ -151,11 +153,18 @@ def _forward_kernel(
     LOGITS, LABELS, LOSS, MAXIMUM, LOG_SUM, SCALE, logits_stride,
     VOCAB: tl.constexpr, IGNORE_INDEX: tl.constexpr, Z_LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row, over the whole vocabulary. With GRADIENT the logits become the gradient of SCALE * loss."""
+    """One program per row, over the whole vocabulary. With GRADIENT the logits become the gradient of SCALE * loss:
+    first of the logsumexp alone, then the label's column is put right, so that no column is compared with the label.
+    Nothing is waited for before the first loads: a row that is to be ignored is read in vain."""
     row = tl.program_id(0).to(tl.int64)
     logits = LOGITS + row * logits_stride
     label = tl.load(LABELS + row)
+    known = (label >= 0) & (label < VOCAB)
+    # A label that is no column has no loss: NaN, where torch would stop.
+    target = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
     columns = tl.arange(0, BLOCK)
+    # A row that is read again is kept in cache until then; after that, what is done goes first.
+    maximum, sum_exp = _row_stats(logits, VOCAB, BLOCK, "evict_last" if GRADIENT else "")  # pyright: ignore
     if label == IGNORE_INDEX:
         tl.store(LOSS + row, 0.0)
         tl.store(MAXIMUM + row, 0.0)
@@ -165,13 +174,8 @@ def _forward_kernel(
                 zeros = tl.zeros((BLOCK,), LOGITS.dtype.element_ty)
                 tl.store(logits + start + columns, zeros, mask=start + columns < VOCAB)
     else:
-        # A row that is read again is kept in cache until then; after that, what is done goes first.
-        maximum, sum_exp = _row_stats(logits, VOCAB, BLOCK, "evict_last" if GRADIENT else "")  # pyright: ignore
         log_sum = tl.log(sum_exp)
         logsumexp = maximum + log_sum
-        known = (label >= 0) & (label < VOCAB)
-        # A label that is no column has no loss: NaN, where torch would stop.
-        target = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
         loss = (maximum - target) + log_sum
         if Z_LOSS != 0.0:
             loss += Z_LOSS * logsumexp * logsumexp
@@ -179,14 +183,19 @@ def _forward_kernel(
         tl.store(MAXIMUM + row, maximum)
         tl.store(LOG_SUM + row, log_sum)
         if GRADIENT:
-            tl.debug_barrier()  # the target is read before any thread overwrites it
             scale = tl.load(SCALE)
+            weight = scale / sum_exp
+            if Z_LOSS != 0.0:
+                weight *= 1 + 2 * Z_LOSS * logsumexp
+            tl.debug_barrier()  # the target is read before any thread overwrites it
             for start in range(0, VOCAB, BLOCK):
                 inside = start + columns < VOCAB
                 x = tl.load(logits + start + columns, mask=inside, other=0.0, eviction_policy="evict_first")
-                dx = _gradient(x.to(tl.float32), start + columns, label, maximum, log_sum, scale, Z_LOSS)
-                dx = dx.to(LOGITS.dtype.element_ty)
-                tl.store(logits + start + columns, dx, mask=inside, eviction_policy="evict_first")
+                dx = weight * _exp(x.to(tl.float32) - maximum)
+                tl.store(logits + start + columns, dx.to(x.dtype), mask=inside, eviction_policy="evict_first")
+            tl.debug_barrier()  # the thread that wrote the label's column may be another
+            at_label = weight * _exp(target - maximum) - scale
+            tl.store(logits + label, at_label.to(LOGITS.dtype.element_ty), mask=known)
 
 
 @triton.jit(do_not_specialize=["vocab_offset"])

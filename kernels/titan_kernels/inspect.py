@@ -45,7 +45,6 @@ NARROW_STORES = {
 }
 UNCACHED = {
     ("cross_entropy_with_grad", "*fp32"): "a row of 128,256 float32 logits for each multiprocessor is 68 MB",
-    ("cross_entropy_with_grad", "*fp16"): "likewise two rows of float16, of which two blocks fit",
     ("rms_norm_backward", "*fp32"): "four rows of two float32 tensors",
 }
 """Launches whose second read is not expected to come from cache, by the start of their name and the type of their first
