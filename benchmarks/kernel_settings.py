@@ -1,4 +1,4 @@
-"""Other ways to launch our kernels, and kernels on trial, timed in turn with what is launched today.
+"""Other ways to launch our kernels, timed in turn with what is launched today.
 
     python -m benchmarks.kernel_settings                 all contests on this GPU, planned for 3 minutes
     python -m benchmarks.kernel_settings --only rope     those whose name contains this
@@ -39,7 +39,7 @@ Names = dict[str, Any]
 class Setting:
     """The launches that titan_kernels.`module` makes with `maker` (all of them where empty) get `warps` times their
     warps and those of these constexprs that they have. `names` of the module, which grids and blocks follow, are
-    others. A launch whose name is in `kernels` runs that kernel."""
+    others."""
 
     label: str
     module: str
@@ -47,7 +47,6 @@ class Setting:
     warps: float = 1.0
     constexprs: Names = field(default_factory=dict)
     names: Callable[[Any], Names] = lambda module: {}
-    kernels: Names = field(default_factory=dict)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -74,9 +73,8 @@ class Setting:
             if self.maker not in ("", maker):
                 return launch
             constexprs = {name: value for name, value in self.constexprs.items() if name in launch.constexprs}
-            kernel = self.kernels.get(launch.name, launch.kernel)
             warps = min(max(int(launch.num_warps * self.warps), 1), 32)
-            return replace(launch, kernel=kernel, num_warps=warps, constexprs={**launch.constexprs, **constexprs})
+            return replace(launch, num_warps=warps, constexprs={**launch.constexprs, **constexprs})
 
         return changed
 
@@ -141,17 +139,12 @@ def _swiglu_settings() -> tuple[Setting, ...]:
 
 
 def _loss_settings() -> tuple[Setting, ...]:
-    from benchmarks.kernel_trials import cross_entropy_lean
-
-    def setting(block: int, warps: int, label: str = "", trial: Any = None) -> Setting:
+    def block_and_warps(block: int, warps: int) -> Setting:
         names = {"_block_read_twice": lambda vocab, dtype: (block, warps)}
-        kernels = {} if trial is None else {"cross_entropy_with_grad": trial}
-        return Setting(
-            f"{block} columns, {warps} warps{label}", "cross_entropy", names=lambda module: names, kernels=kernels
-        )
+        return Setting(f"{block} columns, {warps} warps", "cross_entropy", names=lambda module: names)
 
-    sizes = ((8192, 16), (8192, 32), (16384, 16), (32768, 16), (32768, 32), (65536, 16), (65536, 32))
-    return (*(setting(*size) for size in sizes), setting(65536, 32, ", lean", cross_entropy_lean))
+    sizes = ((8192, 16), (8192, 32), (16384, 16), (16384, 32), (32768, 16), (32768, 32), (65536, 16), (65536, 32))
+    return tuple(block_and_warps(*size) for size in sizes)
 
 
 def contests(smoke: bool) -> list[Contest]:

@@ -155,6 +155,8 @@ def cross_entropy_with_grad_(
     logsumexp = torch.logsumexp(wide, -1)
     hit = torch.arange(logits.shape[-1], device=logits.device) == labels[:, None]
     target = torch.where(hit, wide, 0.0).sum(-1)
-    loss = torch.where(labels != ignore_index, logsumexp - target + z_loss * logsumexp**2, 0.0)
+    loss = logsumexp - target
+    if z_loss:
+        loss = loss + z_loss * logsumexp**2
     cross_entropy_grad_(logits, labels, 0, logsumexp, scale, ignore_index, z_loss)
-    return loss
+    return torch.where(labels != ignore_index, loss, 0.0)

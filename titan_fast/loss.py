@@ -53,7 +53,8 @@ class LinearCrossEntropy:
         logsumexp, target = self._statistics(logits, labels)
         losses = logsumexp - target
         if wanted:
-            losses = losses + self.z_loss * logsumexp.square()
+            if self.z_loss:  # 0 times a square that overflows would be NaN
+                losses = losses + self.z_loss * logsumexp.square()
             self.ops.cross_entropy_grad_(logits, labels, self.vocab_offset, logsumexp, scale, IGNORE_INDEX, self.z_loss)
         return torch.where(labels != IGNORE_INDEX, losses, 0.0).sum()
 

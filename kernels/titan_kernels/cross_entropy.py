@@ -7,7 +7,7 @@
 Shapes: N rows, V vocabulary (or one rank's shard of it, which begins at vocab_offset). A thread keeps a maximum and a
 sum of exponentials relative to it for each 16 bytes that it loads at once, and merges them at the end of the row.
 Instructions, not bytes, would else take longest: an H100 at its copy speed has time for about 38 an element in both
-passes, and these take 25.
+passes; `cross_entropy_with_grad_` takes 12.
 
 Three ways to use it:
 - `cross_entropy`: autograd, out of place, mutates nothing;
@@ -32,28 +32,29 @@ from titan_kernels.launch import POINTER, Launch, blocks, empty_rows, power_of_t
 from titan_kernels.sharding import no_matrix_product, register_placements
 from titan_kernels.validation import require_device, require_dtypes, shape
 
+_LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's least; -inf would make the first rescaling inf - inf
 
-# ---- launch: 16 elements per thread and step
+# ---- launch
 
-# Rows that are read twice should be in cache the second time. Of the usual blocks four fit a multiprocessor of an H100,
-# whose cache has 50 MB: 4 x 132 rows of bfloat16 up to a vocabulary of 47,000. Beyond that a thread takes 64 elements,
-# whose registers leave room for one block: at 128,256 34 MB, and as much under way. Float32 logits of that size, 68 MB
-# even so, are read from memory twice, as is float16, of which two blocks fit.
+# A row that is read twice should be in cache the second time, and few steps of many columns are what is fastest: one
+# for a vocabulary of 32,000, two for 128,256, by 32 warps, of which an H100's multiprocessor has room for two and one
+# such blocks: 17 and 34 MB are at work at a time, of its cache's 50. A thread's 64 elements leave no registers for
+# float32, which takes half the warps: 68 MB, which are read from memory twice.
 _LARGE_VOCABULARY = 45_000
 
 
 def _block(vocab: int) -> tuple[int, int]:
-    """(columns per step, warps) where a row is read once. At least 16 bytes are a step."""
+    """(columns per step, warps) where a row is read once: 16 elements per thread, at least 16 bytes a step."""
     block = min(max(power_of_two(vocab), 8), 8192)
     return block, max(block // 512, 1)
 
 
 def _block_read_twice(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
     """(columns per step, warps) where a row is read twice."""
-    if vocab < _LARGE_VOCABULARY:
-        return _block(vocab)
-    return (65536, 32) if dtype.itemsize == 2 else (32768, 16)
+    if dtype == torch.float32:
+        return _block(vocab) if vocab < _LARGE_VOCABULARY else (32768, 16)
+    return _block(vocab) if vocab <= 16384 else (min(power_of_two(vocab), 65536), 32)
 
 
 def _signature(names: str, dtype: torch.dtype) -> dict[str, str]:
@@ -87,11 +88,17 @@ def _stats_launch(vocab: int, dtype: torch.dtype) -> Launch:
 
 
 @cache
-def _forward_launch(vocab: int, dtype: torch.dtype, ignore_index: int, z_loss: float, gradient: bool) -> Launch:
-    names = "LOGITS LABELS LOSS MAXIMUM LOG_SUM SCALE logits_stride"
-    name = "cross_entropy_with_grad" if gradient else "cross_entropy_forward"
-    constexprs = {"IGNORE_INDEX": ignore_index, "Z_LOSS": z_loss, "GRADIENT": gradient}
-    return _make(name, _forward_kernel, names, vocab, dtype, reads_twice=gradient, **constexprs)
+def _forward_launch(vocab: int, dtype: torch.dtype, ignore_index: int, z_loss: float) -> Launch:
+    names = "LOGITS LABELS LOSS MAXIMUM LOG_SUM logits_stride"
+    constexprs = {"IGNORE_INDEX": ignore_index, "Z_LOSS": z_loss}
+    return _make("cross_entropy_forward", _forward_kernel, names, vocab, dtype, **constexprs)
+
+
+@cache
+def _with_grad_launch(vocab: int, dtype: torch.dtype, ignore_index: int, z_loss: float) -> Launch:
+    names = "LOGITS LABELS LOSS SCALE logits_stride"
+    constexprs = {"IGNORE_INDEX": ignore_index, "Z_LOSS": z_loss}
+    return _make("cross_entropy_with_grad", _with_grad_kernel, names, vocab, dtype, reads_twice=True, **constexprs)
 
 
 @cache
@@ -105,7 +112,8 @@ def _grad_launch(vocab: int, dtype: torch.dtype, ignore_index: int, z_loss: floa
 def launches(vocab: int, dtype: torch.dtype, ignore_index: int = -100, z_loss: float = 0.0) -> list[Launch]:
     """Every launch of the cross entropies over this vocabulary (or this shard of one)."""
     return [
-        *(_forward_launch(vocab, dtype, ignore_index, z_loss, gradient) for gradient in (False, True)),
+        _forward_launch(vocab, dtype, ignore_index, z_loss),
+        _with_grad_launch(vocab, dtype, ignore_index, z_loss),
         *(_grad_launch(vocab, dtype, ignore_index, z_loss, autograd) for autograd in (False, True)),
         _stats_launch(vocab, dtype),
     ]
@@ -117,19 +125,19 @@ def launches(vocab: int, dtype: torch.dtype, ignore_index: int = -100, z_loss: f
 @triton.jit
 def _exp(x):
     """exp2 ends in one instruction; exp takes three more for results below 2^-126, which are 0 here."""
-    return tl.exp2(x * 1.4426950408889634)
+    return tl.exp2(x * _LOG2E)
 
 
 @triton.jit
-def _row_stats(logits, VOCAB: tl.constexpr, BLOCK: tl.constexpr, EVICTION: tl.constexpr):
-    """(max, sum of exp(x - max)) of one row. EVICTION: what the cache is told of it, "evict_last" to keep it."""
+def _row_stats(logits, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """(max, sum of exp(x - max)) of one row."""
     group: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # elements that a thread loads at once
     columns = tl.arange(0, BLOCK)
     maximum = tl.full((BLOCK // group,), _LOWEST, tl.float32)
     sum_exp = tl.zeros((BLOCK // group,), tl.float32)
     for start in range(0, VOCAB, BLOCK):
         inside = start + columns < VOCAB
-        x = tl.load(logits + start + columns, mask=inside, other=-float("inf"), eviction_policy=EVICTION)
+        x = tl.load(logits + start + columns, mask=inside, other=-float("inf"))
         x = tl.reshape(x.to(tl.float32), (BLOCK // group, group))
         larger = tl.maximum(maximum, tl.max(x, 1))
         sum_exp = sum_exp * _exp(maximum - larger) + tl.sum(_exp(x - larger[:, None]), 1)
@@ -149,53 +157,102 @@ def _gradient(x, columns, target, maximum, log_sum, scale, Z_LOSS: tl.constexpr)
 
 
 @triton.jit
-def _forward_kernel(
-    LOGITS, LABELS, LOSS, MAXIMUM, LOG_SUM, SCALE, logits_stride,
-    VOCAB: tl.constexpr, IGNORE_INDEX: tl.constexpr, Z_LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+def _powers_of_two(logits, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """(r, sum of 2^(x log2(e) - r)) of one row, r being the maximum of x log2(e) as float32 has it. An exponent is one
+    multiply-add, which rounds once; that r is kept with its sign changed saves the change. The row is kept in cache,
+    to be read again."""
+    group: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # elements that a thread loads at once
+    columns = tl.arange(0, BLOCK)
+    minus_r = tl.full((BLOCK // group,), -_LOWEST, tl.float32)
+    total = tl.zeros((BLOCK // group,), tl.float32)
+    for start in range(0, VOCAB, BLOCK):
+        inside = start + columns < VOCAB
+        x = tl.load(logits + start + columns, mask=inside, other=-float("inf"), eviction_policy="evict_last")
+        x = tl.reshape(x.to(tl.float32), (BLOCK // group, group))
+        smaller = tl.minimum(minus_r, tl.max(x, 1) * -_LOG2E)
+        total = total * tl.exp2(smaller - minus_r) + tl.sum(tl.exp2(tl.fma(x, _LOG2E, smaller[:, None])), 1)
+        minus_r = smaller
+    minus_row = tl.min(minus_r, 0)
+    return -minus_row, tl.sum(total * tl.exp2(minus_row - minus_r), 0)
+
+
+@triton.jit
+def _with_grad_kernel(
+    LOGITS, LABELS, LOSS, SCALE, logits_stride,
+    VOCAB: tl.constexpr, IGNORE_INDEX: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row, over the whole vocabulary. With GRADIENT the logits become the gradient of SCALE * loss:
-    first of the logsumexp alone, then the label's column is put right, so that no column is compared with the label.
-    Nothing is waited for before the first loads: a row that is to be ignored is read in vain."""
+    """One program per row, whose logits become the gradient of SCALE * loss. Instructions are what there is to save:
+
+        t = factor x - r,  logsumexp = r / factor + log(sum of 2^t),  softmax = 2^t / sum
+
+    with factor log2(e). Any r near the maximum would do; but beyond 2^30 rounding may put it so far from it that powers
+    overflow. Numbers of that size lie so far apart that only the largest counts, which 2^(x - max) finds as well: there
+    the factor is 1. The gradient is first that of the logsumexp, then the label's column is put right: no column is
+    compared with the label. And nothing is waited for before the first loads: a row to be ignored is read in vain."""
     row = tl.program_id(0).to(tl.int64)
     logits = LOGITS + row * logits_stride
+    columns = tl.arange(0, BLOCK)
     label = tl.load(LABELS + row)
     known = (label >= 0) & (label < VOCAB)
     # A label that is no column has no loss: NaN, where torch would stop.
     target = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
-    columns = tl.arange(0, BLOCK)
-    # A row that is read again is kept in cache until then; after that, what is done goes first.
-    maximum, sum_exp = _row_stats(logits, VOCAB, BLOCK, "evict_last" if GRADIENT else "")  # pyright: ignore
+    scale = tl.load(SCALE)
+    r, sum_exp = _powers_of_two(logits, VOCAB, BLOCK)  # pyright: ignore
+    factor = tl.full((), _LOG2E, tl.float32)
+    if label == IGNORE_INDEX:
+        tl.store(LOSS + row, 0.0)
+        for start in range(0, VOCAB, BLOCK):
+            zeros = tl.zeros((BLOCK,), LOGITS.dtype.element_ty)
+            tl.store(logits + start + columns, zeros, mask=start + columns < VOCAB)
+    else:
+        if not (tl.abs(r) <= 1073741824.0):  # NaN too
+            r, sum_exp = _row_stats(logits, VOCAB, BLOCK)  # pyright: ignore
+            factor = tl.full((), 1.0, tl.float32)
+        log_sum = tl.log(sum_exp)
+        logsumexp = r / factor + log_sum
+        loss = log_sum - tl.fma(target, factor, -r) / factor
+        weight = scale / sum_exp
+        if Z_LOSS != 0.0:
+            loss += Z_LOSS * logsumexp * logsumexp
+            weight *= 1 + 2 * Z_LOSS * logsumexp
+        tl.store(LOSS + row, loss)
+        tl.debug_barrier()  # the target is read before any thread overwrites it
+        for start in range(0, VOCAB, BLOCK):
+            inside = start + columns < VOCAB
+            x = tl.load(logits + start + columns, mask=inside, other=0.0, eviction_policy="evict_first")
+            dx = weight * tl.exp2(tl.fma(x.to(tl.float32), factor, -r))
+            tl.store(logits + start + columns, dx.to(x.dtype), mask=inside, eviction_policy="evict_first")
+        tl.debug_barrier()  # the thread that wrote the label's column may be another
+        at_label = weight * tl.exp2(tl.fma(target, factor, -r)) - scale
+        tl.store(logits + label, at_label.to(LOGITS.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def _forward_kernel(
+    LOGITS, LABELS, LOSS, MAXIMUM, LOG_SUM, logits_stride,
+    VOCAB: tl.constexpr, IGNORE_INDEX: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per row, over the whole vocabulary."""
+    row = tl.program_id(0).to(tl.int64)
+    logits = LOGITS + row * logits_stride
+    label = tl.load(LABELS + row)
     if label == IGNORE_INDEX:
         tl.store(LOSS + row, 0.0)
         tl.store(MAXIMUM + row, 0.0)
         tl.store(LOG_SUM + row, 0.0)
-        if GRADIENT:
-            for start in range(0, VOCAB, BLOCK):
-                zeros = tl.zeros((BLOCK,), LOGITS.dtype.element_ty)
-                tl.store(logits + start + columns, zeros, mask=start + columns < VOCAB)
     else:
+        maximum, sum_exp = _row_stats(logits, VOCAB, BLOCK)  # pyright: ignore
         log_sum = tl.log(sum_exp)
         logsumexp = maximum + log_sum
+        known = (label >= 0) & (label < VOCAB)
+        # A label that is no column has no loss: NaN, where torch would stop.
+        target = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
         loss = (maximum - target) + log_sum
         if Z_LOSS != 0.0:
             loss += Z_LOSS * logsumexp * logsumexp
         tl.store(LOSS + row, loss)
         tl.store(MAXIMUM + row, maximum)
         tl.store(LOG_SUM + row, log_sum)
-        if GRADIENT:
-            scale = tl.load(SCALE)
-            weight = scale / sum_exp
-            if Z_LOSS != 0.0:
-                weight *= 1 + 2 * Z_LOSS * logsumexp
-            tl.debug_barrier()  # the target is read before any thread overwrites it
-            for start in range(0, VOCAB, BLOCK):
-                inside = start + columns < VOCAB
-                x = tl.load(logits + start + columns, mask=inside, other=0.0, eviction_policy="evict_first")
-                dx = weight * _exp(x.to(tl.float32) - maximum)
-                tl.store(logits + start + columns, dx.to(x.dtype), mask=inside, eviction_policy="evict_first")
-            tl.debug_barrier()  # the thread that wrote the label's column may be another
-            at_label = weight * _exp(target - maximum) - scale
-            tl.store(logits + label, at_label.to(LOGITS.dtype.element_ty), mask=known)
 
 
 @triton.jit(do_not_specialize=["vocab_offset"])
@@ -205,7 +262,7 @@ def _stats_kernel(
     """One program per row of a shard of the vocabulary."""
     row = tl.program_id(0).to(tl.int64)
     logits = LOGITS + row * logits_stride
-    maximum, sum_exp = _row_stats(logits, VOCAB, BLOCK, "")  # pyright: ignore
+    maximum, sum_exp = _row_stats(logits, VOCAB, BLOCK)  # pyright: ignore
     column = tl.load(LABELS + row) - vocab_offset
     target = tl.load(logits + column, mask=(column >= 0) & (column < VOCAB), other=0.0).to(tl.float32)
     tl.store(MAXIMUM + row, maximum)
@@ -246,27 +303,26 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _forward(
-    logits: Tensor, labels: Tensor, scale: Tensor | None, ignore_index: int, z_loss: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, max, log of the sum of exp(x - max)), each [N] float32; with a scale the logits become the gradient."""
+def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, max, log of the sum of exp(x - max)), each [N] float32."""
     loss, maximum, log_sum = _vector(logits), _vector(logits), _vector(logits)
     if n_rows := loss.numel():
-        _forward_launch(logits.shape[1], logits.dtype, ignore_index, z_loss, scale is not None)(
-            (n_rows,), logits, labels.contiguous(), loss, maximum, log_sum, loss if scale is None else scale,
-            logits.stride(0),
-        )  # fmt: skip
+        logits = _rows(logits)
+        _forward_launch(logits.shape[1], logits.dtype, ignore_index, z_loss)(
+            (n_rows,), logits, labels.contiguous(), loss, maximum, log_sum, logits.stride(0)
+        )
     return loss, maximum, log_sum
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(_rows(logits), labels, None, ignore_index, z_loss)
 
 
 def _cross_entropy_with_grad_(
     logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int, z_loss: float
 ) -> Tensor:
-    return _forward(logits, labels, scale, ignore_index, z_loss)[0]
+    loss = _vector(logits)
+    if n_rows := loss.numel():
+        _with_grad_launch(logits.shape[1], logits.dtype, ignore_index, z_loss)(
+            (n_rows,), logits, labels.contiguous(), loss, scale, logits.stride(0)
+        )
+    return loss
 
 
 def _cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_offset: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -137,7 +137,8 @@ def cross_entropy_with_grad_(
     gradient = logs.exp_()
     gradient *= (weight * (1.0 + 2.0 * z_loss * logsumexp))[:, None]
     logits.copy_(gradient.scatter_add_(-1, column, -weight[:, None]))
-    return torch.where(valid, negative_log + z_loss * logsumexp**2, 0.0)
+    loss = negative_log + z_loss * logsumexp**2 if z_loss else negative_log
+    return torch.where(valid, loss, 0.0)
 
 
 def norm_linear(

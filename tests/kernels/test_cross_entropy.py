@@ -69,20 +69,27 @@ def test_cross_entropy(rows: int, vocab: int, dtype: torch.dtype, z_loss: float,
     check(logits, some_labels(rows, vocab, device), torch.randn(rows, device=device), z_loss)
 
 
-@pytest.mark.parametrize(("rows", "vocab", "dtype", "z_loss"), SIZES)
-def test_with_grad_in_place(rows: int, vocab: int, dtype: torch.dtype, z_loss: float, device: torch.device) -> None:
-    logits = 3 * torch.randn(rows, vocab, dtype=dtype, device=device)
-    labels, scale = some_labels(rows, vocab, device), torch.tensor(0.37, device=device)
+def check_in_place(logits: torch.Tensor, labels: torch.Tensor, z_loss: float) -> torch.Tensor:
+    """The gradient that the logits became."""
+    scale = torch.tensor(0.37, device=logits.device)
     ours, yardstick, truth = logits.clone(), logits.clone(), logits.double()
     loss = cross_entropy_with_grad_(ours, labels, scale, IGNORED, z_loss)
     yardstick_loss = reference.cross_entropy_with_grad_(yardstick, labels, scale, IGNORED, z_loss)
     true_loss, (true_gradient,) = evaluate(
-        lambda x: reference.cross_entropy(x, labels, IGNORED, z_loss), (truth,), (scale.double().expand(rows),)
+        lambda x: reference.cross_entropy(x, labels, IGNORED, z_loss), (truth,), (scale.double().expand(len(labels)),)
     )
     assert_accurate("loss", loss, yardstick_loss, true_loss[0], Result(loss_terms(logits)))
-    assert_accurate_logits_gradient(ours, yardstick, true_gradient, labels, scale.expand(rows))
-    assert torch.equal(loss == 0, labels == IGNORED) or vocab == 1
+    assert_accurate_logits_gradient(ours, yardstick, true_gradient, labels, scale.expand(len(labels)))
+    assert not loss[labels == IGNORED].any()
     assert not ours[labels == IGNORED].any()
+    return loss
+
+
+@pytest.mark.parametrize(("rows", "vocab", "dtype", "z_loss"), SIZES)
+def test_with_grad_in_place(rows: int, vocab: int, dtype: torch.dtype, z_loss: float, device: torch.device) -> None:
+    logits, labels = 3 * torch.randn(rows, vocab, dtype=dtype, device=device), some_labels(rows, vocab, device)
+    loss = check_in_place(logits, labels, z_loss)
+    assert torch.equal(loss == 0, labels == IGNORED) or vocab == 1
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -128,19 +135,31 @@ def test_impossible_label_gives_nan(label: int, device: torch.device) -> None:
     logits, labels = torch.randn(2, 50, device=device), torch.tensor([label, 1], device=device)
     loss = cross_entropy(logits, labels)
     assert loss.isnan().tolist() == [True, False]
+    guarded = torch.randn(4, 50, device=device)  # rows before and behind, which no such label may reach
+    before = guarded.clone()
+    loss = cross_entropy_with_grad_(guarded[1:3], labels, torch.ones((), device=device))
+    assert loss.isnan().tolist() == [True, False]
+    assert torch.equal(guarded[::3], before[::3])
 
 
-@pytest.mark.parametrize("magnitude", [1e30, 1e4, 1e-6])
-def test_huge_and_tiny(magnitude: float, device: torch.device) -> None:
-    logits = torch.randn(4, 130, dtype=BF16, device=device) * magnitude
-    check(logits, some_labels(4, 130, device), torch.randn(4, device=device), 0.0)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("magnitude", [1e30, 1e10, 2e9, 3e8, 1e4, 1e-6])
+def test_huge_and_tiny(magnitude: float, dtype: torch.dtype, device: torch.device) -> None:
+    """Of 3e8, some rows have their largest below and some above what powers of two are relative to in float32."""
+    logits, labels = magnitude * torch.randn(40, 130, device=device).to(dtype), some_labels(40, 130, device)
+    check(logits, labels, torch.randn(40, device=device), 0.0)
+    check_in_place(logits, labels, 0.0)
+    check_in_place(-logits.abs() - magnitude, labels, 0.0)  # none near zero
 
 
 def test_a_row_of_the_least_number(device: torch.device) -> None:
     """Its columns are equally likely, as of any other number."""
     least = torch.full((2, 10), torch.finfo(torch.float32).min, device=device)
-    loss = cross_entropy(least, torch.tensor([0, 9], device=device))
+    labels = torch.tensor([0, 9], device=device)
+    loss = cross_entropy(least, labels)
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(10)))
+    torch.testing.assert_close(cross_entropy_with_grad_(least, labels, torch.ones((), device=device)), loss)
+    torch.testing.assert_close(least, 0.1 - torch.nn.functional.one_hot(labels, 10))
 
 
 def test_minus_infinity_masks_a_column(device: torch.device) -> None:
