@@ -81,7 +81,7 @@ class Bench:
         """Where `auto` is the reference, it is not run twice."""
         config = config_of(self.cell.workload, variant.options, self.smoke)
         choices = tuple((operator, choice) for operator, choice, _ in self._ops(config).reasons)
-        return choices, config.kernels.carry_residual, dataclasses.replace(config, kernels=Kernels())
+        return choices, dataclasses.replace(config, kernels=Kernels())
 
     def switch_to(self, variant: Variant) -> Row:
         """The variant's settings from here on; the row gets the choice of each operator."""

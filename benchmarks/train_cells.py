@@ -59,11 +59,12 @@ ATTENTION_LEVERS = (
 FA4: Options = {"kernels.attention": "fa4"}
 NEW_FLASH_LEVERS = (_lever("attention fa3", {"kernels.attention": "fa3"}), _lever("attention fa4", FA4))
 CARRIED: Options = {"kernels.carry_residual": True}
+NOT_CARRIED: Options = {"kernels.carry_residual": False}
 SCOPE_LEVERS = (
     _lever("blocks alone", {"compile.components": ["blocks"]}),
     _lever("blocks and loss", {"compile.components": ["blocks", "loss"]}),
     _lever("blocks, loss and norm", {"compile.components": ["blocks", "loss", "norm"]}),
-    _lever("carried residual", CARRIED),
+    _lever("residual not carried", NOT_CARRIED),
 )
 # `auto` takes our loss where it was measured, at 8192 rows and what is near them: a chunk is not to change that too.
 OUR_LOSS: Options = {"kernels.cross_entropy": "triton"}
@@ -101,13 +102,13 @@ WIDE: Options = {"parallelism.fsdp_wide_gradients": True, "parallelism.fsdp_buff
 FLOAT8_WIDE = _lever("float8, tensorwise, wide gradients", FLOAT8 | WIDE)
 NARROW: Options = {"parallelism.fsdp_wide_gradients": False}
 FSDP_POLICIES = (
-    _lever("wide gradients", WIDE),
-    _lever("narrow gradients", NARROW),
+    _lever("wide gradients", WIDE | NOT_CARRIED),
+    _lever("narrow gradients", NARROW | NOT_CARRIED),
     _lever("wide gradients, carried residual", WIDE | CARRIED),
-    _lever("never reshard, wide gradients", WIDE | NEVER_RESHARD),
+    _lever("never reshard, wide gradients", WIDE | NEVER_RESHARD | NOT_CARRIED),
     _lever("never reshard, wide gradients, carried residual", WIDE | NEVER_RESHARD | CARRIED),
 )
-FA4_LEVERS = (_lever("attention fa4", FA4), _lever("attention fa4, carried residual", FA4 | CARRIED))
+FA4_LEVERS = (_lever("attention fa4", FA4 | NOT_CARRIED), _lever("attention fa4, carried residual", FA4 | CARRIED))
 BFLOAT16_REDUCTION = _lever("bfloat16 reduction", {"training.mixed_precision_reduce": "bfloat16"})
 FSDP: Options = {"parallelism.single_device": "fsdp"}
 WITHOUT_OPTIMIZER: Options = {"compile.components": ["blocks", "norm", "loss"]}

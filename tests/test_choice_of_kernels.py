@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend
 
 from titan_fast import ops, parallel
 from titan_fast.config import Config, MeshDegrees, mesh_degrees, parse
+from titan_fast.dry_run import as_on_a_gpu
 from titan_fast.errors import ConfigError
 from titan_fast.ops import REFERENCE, Ops, Workload, build_ops
 from titan_fast.step import workload
@@ -191,3 +192,31 @@ def test_no_kernel_of_ours_within_torchs_loss(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ConfigError, match=r"takes no kernel of ours, and kernels.cross_entropy is 'triton'"):
         parallel.check(config, LLAMA3, ONE, CPU)
     parallel.check(config_of(loss__implementation="torch"), LLAMA3, ONE, CPU)
+
+
+@pytest.mark.parametrize(
+    ("options", "degree", "carried"),
+    [
+        ({"compile__enable": "True"}, 1, True),
+        ({"compile__enable": "True", "compile__components": "model"}, 1, True),
+        ({"compile__enable": "True", "kernels__carry_residual": "False"}, 1, False),
+        ({}, 1, False),
+        ({"compile__enable": "True", "compile__components": "loss"}, 1, False),
+        ({"kernels__carry_residual": "True"}, 1, True),
+        ({"compile__enable": "True", "activation_checkpoint__mode": "selective"}, 1, False),
+        ({"compile__enable": "True", "activation_checkpoint__mode": "memory_budget"}, 1, False),
+        ({"compile__enable": "True", "float8__enable": "True"}, 1, False),
+        ({"compile__enable": "True", "parallelism__tensor_parallel_degree": "2"}, 2, False),
+    ],
+)
+def test_where_the_residual_is_carried(options: dict[str, str], degree: int, carried: bool) -> None:
+    """On a GPU; on the CPU only where it is asked for. A dry run counts what the GPU would do."""
+    config = config_of(**options)
+    degrees = mesh_degrees(config.parallelism, degree)
+    work = workload(config, LLAMA3, degrees)
+    built = build_ops(config.kernels, CPU, work, "sm_90")
+    assert built.carry_residual == carried
+    assert ("residual", "carried" if carried else "added") in [line[:2] for line in built.reasons]
+    asked = options.get("kernels__carry_residual") == "True"
+    assert build_ops(config.kernels, CPU, work).carry_residual == asked
+    assert as_on_a_gpu(config, degrees).kernels.carry_residual == carried

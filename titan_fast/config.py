@@ -265,8 +265,11 @@ class Kernels:
     attention: Literal["auto", "cudnn", "flash", "fa3", "fa4", "efficient", "math"] = "auto"
     """Backend of scaled_dot_product_attention. auto: cuDNN first on Hopper and newer, flash first elsewhere. fa3, fa4:
     FlashAttention 3 or 4 through torch, where its package is installed."""
-    carry_residual: bool = False
-    """Pass (branch, residual) from block to block, so that a block's last add fuses with the next one's first norm."""
+    carry_residual: bool | None = None
+    """Pass (branch, residual) from block to block, so that a block's last add fuses with the next one's first norm. It
+    costs memory where blocks compute again from what they were given, which is then two tensors. None: on GPUs, where
+    blocks are compiled and nothing is computed again, but not with float8 or tensor parallelism, with which it was not
+    timed."""
 
 
 @dataclass(frozen=True)

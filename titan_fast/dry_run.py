@@ -20,7 +20,7 @@ from titan_fast.flavors import ModelShape
 from titan_fast.flops import parameter_count
 from titan_fast.ops import Ops
 from titan_fast.profiling import check_profiling
-from titan_fast.step import workload
+from titan_fast.step import residual_is_carried, workload
 
 OFFLOADED = ("parameters", "optimizer state")
 """Parts of memory that `training.enable_cpu_offload` keeps in the host's; the same at every moment of a step."""
@@ -59,7 +59,7 @@ def as_on_a_gpu(config: Config, degrees: MeshDegrees) -> Config:
     dtypes = parallel.precision(config.training, GPU)
     name = str(dtypes.param).removeprefix("torch.")
     off = "reference"
-    kernels = Kernels(off, off, off, off, off, carry_residual=config.kernels.carry_residual)
+    kernels = Kernels(off, off, off, off, off, carry_residual=residual_is_carried(config, degrees))
     return dataclasses.replace(
         config,
         training=dataclasses.replace(config.training, mixed_precision_param=name),
