@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -184,6 +185,42 @@ def test_memory_efficient_attention_gets_a_head_of_k_for_each_of_q(monkeypatch: 
     for name in ("flash", "cudnn", "fa3"):
         with pytest.raises(ConfigError, match=rf"kernels\.attention '{name}' takes no float32 on CUDA"):
             build_ops(config_of(kernels__attention=name).kernels, gpu, wanted, "sm_90")
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (
+            ValueError("too many values to unpack (expected 2)\nmore"),
+            r"too many values to unpack \(expected 2\); install",
+        ),
+        (None, "its dv is off by (99|100)[.][0-9]%; install"),
+        (ImportError(), "ImportError; install"),
+    ],
+)
+def test_another_flash_attention_is_tried_before_it_is_taken(
+    problem: Exception | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the model's heads. On the CPU here, in the place of the package's kernels."""
+    activated: list[str] = []
+    monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", activated.append, raising=False)
+    shape = dataclasses.replace(LLAMA3, dim=64, n_heads=4, n_kv_heads=1)
+    ops._activate_flash.cache_clear()
+    ops._activate_flash("fa4", shape, CPU)
+    ops._activate_flash("fa4", shape, CPU)
+    assert activated == ["FA4"]
+    attend = ops.F.scaled_dot_product_attention
+
+    def attend_otherwise(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        if problem is not None:
+            raise problem
+        return attend(q, k, v if q.dtype == torch.float32 else v + v - v.detach(), **options)
+
+    monkeypatch.setattr(ops.F, "scaled_dot_product_attention", attend_otherwise)
+    with pytest.raises(
+        ConfigError, match=rf"'fa4' cannot be had with torch {re.escape(torch.__version__)}: {said} flash-attn-4=="
+    ):
+        ops._activate_flash("fa4", dataclasses.replace(shape, n_heads=2), CPU)
 
 
 def test_no_kernel_of_ours_within_torchs_loss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The one door to kernels: for each operator the reference or Triton, chosen once, when the model is built."""
 
 import dataclasses
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -31,6 +32,8 @@ _BACKENDS = {
     "math": SDPBackend.MATH,
 }
 _FLASH_VERSIONS = {"fa3": "FA3", "fa4": "FA4"}
+_FLASH_PACKAGES = {"fa3": "flash_attn_3", "fa4": "flash-attn-4==4.0.0b18"}
+"""Of the second, torch 2.11 and 2.13 can call none that is newer: its functions return two things, theirs more."""
 
 
 def linear(x: Tensor, weight: Tensor, port: Tensor | None = None) -> Tensor:
@@ -137,19 +140,46 @@ def with_equal_heads(
     return repeated
 
 
-def _activate_flash(version: str) -> None:
-    """Makes torch's flash backend FlashAttention 3 or 4, for the whole process. ConfigError where it is not there."""
+@functools.cache  # choices are made more than once
+def _activate_flash(version: str, shape: ModelShape, device: torch.device) -> None:
+    """Makes torch's flash backend FlashAttention 3 or 4, for the whole process. ConfigError where it is not there, or
+    where torch and its package do not fit: torch's own glue calls it by position, and packages change."""
     try:
         activate = importlib.import_module("torch.nn.attention").activate_flash_attention_impl
         activate(_FLASH_VERSIONS[version])
-    except (AttributeError, ImportError, RuntimeError, ValueError) as error:
+        _try_attention([_BACKENDS[version]], shape, device)
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
-            f"kernels.attention {version!r} cannot be had: {str(error).splitlines()[0]}",
-            "install its package, or take auto",
+            f"kernels.attention {version!r} cannot be had with torch {torch.__version__}: {first}",
+            f"install {_FLASH_PACKAGES[version]}, or take auto",
         ) from error
 
 
-def _choose_attention(setting: str, device: torch.device, dtype: str) -> tuple[list[SDPBackend], str, str]:
+def _try_attention(backends: list[SDPBackend], shape: ModelShape, device: torch.device) -> None:
+    """One call and its gradients for the model's heads, which a run needs compiled anyway. RuntimeError where they are
+    not those of plain attention, within bfloat16's rounding."""
+    group, tokens = shape.n_heads // shape.n_kv_heads, 256
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(heads: int) -> Tensor:
+        return torch.randn(1, heads, tokens, shape.head_dim, generator=generator, device=device)
+
+    q, k, v, gradient = normal(group), normal(1), normal(1), normal(group)
+    results = []
+    for dtype, order in ((torch.bfloat16, backends), (torch.float32, [SDPBackend.MATH])):
+        inputs = [x.bfloat16().to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attention_with(order)(*inputs)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, gradient.bfloat16().to(dtype))])
+    for name, ours, plain in zip(("result", "dq", "dk", "dv"), *results, strict=True):
+        error = float((ours.float() - plain).norm() / plain.norm())
+        if not error < 0.02:
+            raise RuntimeError(f"its {name} is off by {error:.1%}")
+
+
+def _choose_attention(
+    setting: str, device: torch.device, dtype: str, shape: ModelShape
+) -> tuple[list[SDPBackend], str, str]:
     """(backends in order, choice, reason) for activations of `dtype`."""
     if setting != "auto":
         if setting in ("cudnn", "efficient", *_FLASH_VERSIONS) and device.type != "cuda":
@@ -163,7 +193,7 @@ def _choose_attention(setting: str, device: torch.device, dtype: str) -> tuple[l
                 "take auto, efficient or math, or --training.mixed_precision_param bfloat16",
             )
         if setting in _FLASH_VERSIONS:
-            _activate_flash(setting)
+            _activate_flash(setting, shape, device)
         return [_BACKENDS[setting]], setting, "as configured"
     if device.type != "cuda":
         return [_BACKENDS["flash"], _BACKENDS["math"]], "flash", "torch's fused CPU attention"
@@ -219,7 +249,7 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload, archit
     check(kernels, workload.tensor_degree)
     if architecture is None and device.type == "cuda":
         architecture = current_architecture()
-    backends, attention, why = _choose_attention(kernels.attention, device, workload.dtype)
+    backends, attention, why = _choose_attention(kernels.attention, device, workload.dtype, workload.shape)
     carries, why_carried = kernels.carry_residual, "as configured"
     if carries is None:
         carries = architecture is not None and workload.carries_residual
