@@ -79,11 +79,12 @@ TUNING_LEVERS = (
     _lever("coordinate descent", {"compile.coordinate_descent": True}),
     _lever("max autotune", {"compile.max_autotune": True}),
 )
+OUR_ROPE: Options = {"kernels.rope": "triton"}
 FLOAT8: Options = {"float8.enable": True}
 FLOAT8_LEVERS = (
     _lever("float8, tensorwise", FLOAT8),
     _lever("float8, rowwise", FLOAT8 | {"float8.recipe_name": "rowwise"}),
-    _lever("float8, tensorwise, our rope", FLOAT8 | {"kernels.rope": "triton"}),
+    _lever("float8, tensorwise, our rope", FLOAT8 | OUR_ROPE),
 )
 TUNING_SECONDS = 130.0
 """What coordinate descent (about 25 kernels, each timed with a dozen settings) or autotuning (15 products, 20 kernels
@@ -109,6 +110,12 @@ FSDP_POLICIES = (
     _lever("never reshard, wide gradients, carried residual", WIDE | NEVER_RESHARD | CARRIED),
 )
 FA4_LEVERS = (_lever("attention fa4", FA4 | NOT_CARRIED), _lever("attention fa4, carried residual", FA4 | CARRIED))
+ALL_POINTWISE: Options = OUR_ROPE | {"kernels.rms_norm": "triton", "kernels.swiglu": "triton"}
+BYTES_LEVERS = (
+    _lever("carried residual", WIDE | CARRIED),
+    _lever("carried residual, our rope", WIDE | CARRIED | OUR_ROPE),
+    _lever("carried residual, all of ours", WIDE | CARRIED | ALL_POINTWISE),
+)
 BFLOAT16_REDUCTION = _lever("bfloat16 reduction", {"training.mixed_precision_reduce": "bfloat16"})
 FSDP: Options = {"parallelism.single_device": "fsdp"}
 WITHOUT_OPTIMIZER: Options = {"compile.components": ["blocks", "norm", "loss"]}
@@ -170,6 +177,7 @@ def _more_cells() -> list[Cell]:
         Cell("levers-memory", slice4, MEMORY_LEVERS, label="one kind of recomputation each"),
         Cell("levers-fsdp", eight, FSDP_POLICIES, label="FSDP2"),
         Cell("levers-fsdp", eight, (BFLOAT16_REDUCTION,), label="bfloat16 reduction"),
+        Cell("levers-bytes", eight, BYTES_LEVERS, label="fewer bytes"),
         Cell("levers-fa4", eight, FA4_LEVERS, label="FlashAttention 4"),
         Cell("levers-kernels", slice4, _per_operator(), label="one kernel each"),
         *_single_device_paths("levers-optimizer", LLAMA_1B),
