@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from shapes import LLAMA3
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from benchmarks.activation_memory import compiled, eager
 from titan_fast import activation_checkpoint
@@ -75,6 +77,15 @@ def test_compiled_is_close(mode: ActivationCheckpoint, backend: str) -> None:
     expected = gradients(NONE)
     for name, value in gradients(mode, backend=backend).items():
         assert (value - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+
+
+def test_a_recomputation_counts_its_own_products() -> None:
+    """From 1 again: the first product of a block is kept, and is the first of its recomputation."""
+    policy, product = activation_checkpoint.attention_whole(), torch.ops.aten.mm.default
+    forward, backward = SimpleNamespace(is_recompute=False), SimpleNamespace(is_recompute=True)
+    for context in (forward, backward):
+        kept = [policy(context, product) == CheckpointPolicy.MUST_SAVE for _ in range(5)]
+        assert kept == [True, False, False, False, False]
 
 
 # Its three widths, qkv, model and feed-forward, are different, so that a product is known by its width.

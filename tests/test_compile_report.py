@@ -9,7 +9,7 @@ import torch
 from shapes import LLAMA3
 
 from titan_fast.activation_checkpoint import apply
-from titan_fast.compilation import compile_model
+from titan_fast.compilation import arguments, compile_model
 from titan_fast.compile_report import SETTLED_AFTER, CompileReport
 from titan_fast.config import ActivationCheckpoint, Compile
 from titan_fast.loss import LinearCrossEntropy
@@ -38,6 +38,15 @@ def model_of(n_layers: int) -> Llama:
 def one_pass(model: Llama, seq_len: int = 16) -> None:
     tokens = torch.arange(2 * seq_len).view(2, seq_len)
     model(tokens, tokens, torch.ones(())).backward()
+
+
+def test_what_the_compiler_is_told() -> None:
+    """No graph may be cut, and no size is left open."""
+    told = {"backend": "inductor", "fullgraph": True, "dynamic": False}
+    assert arguments(Compile()) == told
+    tuned = Compile(coordinate_descent=True, max_autotune=True)
+    assert arguments(tuned) == told | {"options": {"coordinate_descent_tuning": True, "max_autotune": True}}
+    assert arguments(Compile(coordinate_descent=True))["options"] == {"coordinate_descent_tuning": True}
 
 
 def test_depth_adds_no_graph() -> None:

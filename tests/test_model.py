@@ -13,6 +13,7 @@ from titan_kernels import reference
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from titan_fast.config import from_options
+from titan_fast.errors import ConfigError
 from titan_fast.flavors import FLAVORS, ModelShape
 from titan_fast.flops import parameter_count
 from titan_fast.generate import Sampling, generate, generate_text, next_token
@@ -114,6 +115,14 @@ def test_cache_gives_the_logits_of_the_whole_sequence() -> None:
         parts = [model(tokens[:, :12], caches=caches)]
         parts += [model(tokens[:, i : i + 1], caches=caches, start=i) for i in range(12, 20)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_text_goes_up_to_the_length_of_the_models_tables() -> None:
+    model, greedy = build(LLAMA3), Sampling(temperature=0)
+    prompt = random_tokens(LLAMA3, model.max_seq_len - 3)[:1]
+    assert len(list(generate(model, prompt, 3, greedy))) == 3
+    with pytest.raises(ConfigError, match=r"61 prompt tokens \+ 4 new ones are more than the 64 "):
+        next(generate(model, prompt, 4, greedy))
 
 
 def test_greedy_text_equals_hugging_face() -> None:

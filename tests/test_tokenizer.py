@@ -25,6 +25,7 @@ from titan_fast.tokenizer import (
     Tokenizer,
     check_vocabulary,
     copy_tokenizer,
+    is_same,
     llama3_special_tokens,
     load_tokenizer,
     train_sentencepiece,
@@ -336,7 +337,13 @@ def test_a_copy_is_the_same_tokenizer(name: str, folder: Path, tmp_path: Path) -
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": "<stop>"}))
     original = load_tokenizer(tmp_path / name)
     copy_tokenizer(original, tmp_path / "tokenizer")
+    assert original.decode([*original.encode("an end"), original.eos_id]) == "an end<stop>", "it is seen in a sample"
+    (tmp_path / "tokenizer_config.json").rename(tmp_path / "of another time")
+    others = load_tokenizer(tmp_path / name)
+    (tmp_path / "of another time").rename(tmp_path / "tokenizer_config.json")
+    assert others.fingerprint == original.fingerprint and not is_same(others, original), "documents end otherwise"
     for copy in (load_tokenizer(tmp_path / "tokenizer"), load_tokenizer(tokenizer_of(tmp_path))):
+        assert is_same(copy, original)
         assert (
             (copy.bos_id, copy.eos_id) == (original.bos_id, original.eos_id) == (None, tokenizer.token_to_id("<stop>"))
         )
