@@ -1,7 +1,9 @@
 """The planner's time model against sums by hand, its command, its advice, its refusals, its record of errors."""
 
 import dataclasses
+import functools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from titan_fast import compiled_graph, estimate_report, masters
 from titan_fast import estimate as planner
 from titan_fast.advice import Option, ScalingPoint, _batches, scaling, search
 from titan_fast.config import Config, Float8
-from titan_fast.errors import ConfigError
+from titan_fast.errors import ConfigError, TitanFastError
 from titan_fast.estimate import Estimate, Plan, estimate
 from titan_fast.estimate_report import limits
 from titan_fast.float8 import FORWARD, rounded
@@ -480,6 +482,12 @@ def test_search_lists_what_fits_best_first(monkeypatch: pytest.MonkeyPatch) -> N
     tight = dataclasses.replace(wide, gpu=dataclasses.replace(H100, memory=dataclasses.replace(H100.memory, value=1e9)))
     assert search(tight) == ([], [])
     assert "nothing fits" in estimate_report.options_table([], [], Config())[0]
+
+
+def test_a_search_whose_process_is_killed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titan_fast.advice._end_when_interrupted", functools.partial(os._exit, 9))
+    with pytest.raises(TitanFastError, match=r"was killed, perhaps for want of memory.*; search on fewer processors"):
+        search(plan(SMALL), processes=2)
 
 
 @pytest.fixture

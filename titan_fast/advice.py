@@ -8,11 +8,12 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
 from titan_fast.config import Config
-from titan_fast.errors import ConfigError
+from titan_fast.errors import ConfigError, TitanFastError
 from titan_fast.estimate import SIZES, Estimate, Plan, check, estimate
 
 _RECOMPUTE: tuple[dict[str, str], ...] = (
@@ -76,6 +77,11 @@ def search(
             for number, _ in enumerate(as_completed(futures), 1):
                 tell(f"search: {number} of {len(series)} series of batches counted")
             return _best_first(future.result() for future in futures)
+        except BrokenProcessPool as error:
+            raise TitanFastError(
+                "a process that counts batches was killed, perhaps for want of memory: each takes half a gigabyte",
+                "search on fewer processors, with `taskset -c 0-3` before the command",
+            ) from error
         except BaseException:
             for worker in multiprocessing.active_children():  # else the pool waits for all that it has begun
                 worker.terminate()

@@ -10,7 +10,6 @@ table of rates (gpus.py). How far both are off is in benchmarks/results/estimate
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -327,8 +326,9 @@ def main() -> None:
         show([f"written         {path}" for path in report.plots(found, own.plot)])
     if own.search:
         from titan_fast.advice import search
+        from titan_fast.tokenizer import available_processors
 
-        options, refusals = search(plan, os.cpu_count() or 1, lambda text: print(text, file=sys.stderr))  # noqa: T201
+        options, refusals = search(plan, available_processors(), lambda text: print(text, file=sys.stderr))  # noqa: T201
         answer["search"] = [option.to_dict() for option in options]
         answer["search_refusals"] = refusals
         show(["", *report.options_table(options, refusals, plan.config)])
