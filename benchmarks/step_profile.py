@@ -16,7 +16,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("matrix products", r"^triton_tem"),
     ("optimizer", r"^triton_(?=.*(?<!r)sqrt)(?=.*(?<!to_)copy_)"),
     ("compiled pointwise and reductions", r"^triton_"),
-    ("our kernels", r"^_(forward|backward|backward_wide|sum_partials|stats|grad)_kernel|^titan_kernels"),
+    ("our kernels", r"^_(forward|backward|backward_wide|sum_partials|stats|with_grad|grad)_kernel|^titan_kernels"),
     ("Liger's kernels", r"^liger|^_(block_)?rms_norm_|^_swiglu_|^_triton_rope|^element_mul_kernel"),
     ("attention", r"flash|fmha|sdpa|attention|cudnn"),
     ("matrix products", r"gemm|cutlass|nvjet|sm\d\d_xmma|cublas|splitk|aten::(mm|addmm|bmm|_scaled_mm)|mkldnn|matmul"),
