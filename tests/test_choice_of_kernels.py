@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import re
 from typing import Any
+from unittest import mock
 
 import pytest
 import titan_kernels
@@ -205,10 +206,11 @@ def test_another_flash_attention_is_tried_before_it_is_taken(
     activated: list[str] = []
     monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", activated.append, raising=False)
     shape = dataclasses.replace(LLAMA3, dim=64, n_heads=4, n_kv_heads=1)
-    ops._activate_flash.cache_clear()
-    ops._activate_flash("fa4", shape, CPU)
-    ops._activate_flash("fa4", shape, CPU)
-    assert activated == ["FA4"]
+    ops._try_flash.cache_clear()
+    for version in ("fa4", "fa3", "fa4"):
+        ops._activate_flash(version, shape, torch.bfloat16, CPU)
+    assert activated == ["FA4", "FA3", "FA4"]
+    assert ops._try_flash.cache_info().hits == 1, "it is tried once"
     attend = ops.F.scaled_dot_product_attention
 
     def attend_otherwise(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -220,7 +222,11 @@ def test_another_flash_attention_is_tried_before_it_is_taken(
     with pytest.raises(
         ConfigError, match=rf"'fa4' cannot be had with torch {re.escape(torch.__version__)}: {said} flash-attn-4=="
     ):
-        ops._activate_flash("fa4", dataclasses.replace(shape, n_heads=2), CPU)
+        ops._activate_flash("fa4", dataclasses.replace(shape, n_heads=2), torch.bfloat16, CPU)
+    for of_the_device in (torch.OutOfMemoryError, torch.AcceleratorError):
+        monkeypatch.setattr(ops, "_try_flash", mock.Mock(side_effect=of_the_device("CUDA error")))
+        with pytest.raises(of_the_device):
+            ops._activate_flash("fa4", shape, torch.bfloat16, CPU)
 
 
 def test_no_kernel_of_ours_within_torchs_loss(monkeypatch: pytest.MonkeyPatch) -> None:

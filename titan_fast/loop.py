@@ -59,6 +59,7 @@ def train(config: Config, start: StartTimes | None = None) -> None:
     shape = model_shape(config.model)
     parallel.check(config, shape, degrees, device)
     float8.check_device(config.float8, device)
+    set_determinism(config.debug)
     ops = build_ops(config.kernels, device, workload(config, shape, degrees))
     checkpointer.check(config, device)
     run_dir = open_run_directory(config)
@@ -78,7 +79,6 @@ def train(config: Config, start: StartTimes | None = None) -> None:
     ):
         if world.is_main and is_new(config, run_dir):
             write_config(config, run_dir)
-        set_determinism(config.debug)
         start.lap("process group")
         run = Run(config, degrees, world, run_dir, ops, check_locks, start, stop)
         for warning in warnings:

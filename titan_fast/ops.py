@@ -5,7 +5,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -140,14 +140,15 @@ def with_equal_heads(
     return repeated
 
 
-@functools.cache  # choices are made more than once
-def _activate_flash(version: str, shape: ModelShape, device: torch.device) -> None:
+def _activate_flash(version: str, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
     """Makes torch's flash backend FlashAttention 3 or 4, for the whole process. ConfigError where it is not there, or
     where torch and its package do not fit: torch's own glue calls it by position, and packages change."""
     try:
         activate = importlib.import_module("torch.nn.attention").activate_flash_attention_impl
         activate(_FLASH_VERSIONS[version])
-        _try_attention([_BACKENDS[version]], shape, device)
+        _try_flash(version, shape.n_heads // shape.n_kv_heads, shape.head_dim, dtype, device)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # of the device, not of the package
+        raise
     except Exception as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
@@ -156,21 +157,23 @@ def _activate_flash(version: str, shape: ModelShape, device: torch.device) -> No
         ) from error
 
 
-def _try_attention(backends: list[SDPBackend], shape: ModelShape, device: torch.device) -> None:
-    """One call and its gradients for the model's heads, which a run needs compiled anyway. RuntimeError where they are
-    not those of plain attention, within bfloat16's rounding."""
-    group, tokens = shape.n_heads // shape.n_kv_heads, 256
+@functools.cache  # choices are made more than once
+def _try_flash(version: str, group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """One call and its gradients for heads as the model has them, `group` of q to one of k and v, by kernels that a run
+    needs compiled anyway. RuntimeError where they are not those of plain attention, within bfloat16's rounding."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(heads: int) -> Tensor:
-        return torch.randn(1, heads, tokens, shape.head_dim, generator=generator, device=device)
+        return torch.randn(1, heads, 256, head_dim, generator=generator, device=device).to(dtype)
 
     q, k, v, gradient = normal(group), normal(1), normal(1), normal(group)
     results = []
-    for dtype, order in ((torch.bfloat16, backends), (torch.float32, [SDPBackend.MATH])):
-        inputs = [x.bfloat16().to(dtype).requires_grad_() for x in (q, k, v)]
-        out = attention_with(order)(*inputs)
-        results.append([out.detach(), *torch.autograd.grad(out, inputs, gradient.bfloat16().to(dtype))])
+    # The package restores the device that it found; of another one than this that would cost memory.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for wide, backend in ((dtype, _BACKENDS[version]), (torch.float32, SDPBackend.MATH)):
+            inputs = [x.to(wide, copy=True).requires_grad_() for x in (q, k, v)]
+            out = attention_with([backend])(*inputs)
+            results.append([out.detach(), *torch.autograd.grad(out, inputs, gradient.to(wide))])
     for name, ours, plain in zip(("result", "dq", "dk", "dv"), *results, strict=True):
         error = float((ours.float() - plain).norm() / plain.norm())
         if not error < 0.02:
@@ -193,7 +196,7 @@ def _choose_attention(
                 "take auto, efficient or math, or --training.mixed_precision_param bfloat16",
             )
         if setting in _FLASH_VERSIONS:
-            _activate_flash(setting, shape, device)
+            _activate_flash(setting, shape, getattr(torch, dtype), device)
         return [_BACKENDS[setting]], setting, "as configured"
     if device.type != "cuda":
         return [_BACKENDS["flash"], _BACKENDS["math"]], "flash", "torch's fused CPU attention"

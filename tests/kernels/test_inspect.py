@@ -52,6 +52,21 @@ def test_launches_of_llama3_8b_on_hopper_are_sound() -> None:
         assert not finding["violations"]
 
 
+def test_vocabularies_that_are_no_multiple_of_16_do_not_spill() -> None:
+    """As Llama 2's with a token for padding: their rows are loaded in narrow pieces, whose addresses take registers."""
+    code = """
+import torch
+from titan_kernels.ahead_of_time import compile_launch
+from titan_kernels.cross_entropy import launches
+for vocab in (1001, 32001, 50257, 128257):
+    for dtype in (torch.bfloat16, torch.float32):
+        print(*(compile_launch(launch, 90).stack_bytes for launch in launches(vocab, dtype)))
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["0"] * 40
+
+
 def test_refuses_before_it_compiles(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from titan_kernels import inspect
 
