@@ -103,13 +103,13 @@ WIDE: Options = {"parallelism.fsdp_wide_gradients": True, "parallelism.fsdp_buff
 FLOAT8_WIDE = _lever("float8, tensorwise, wide gradients", FLOAT8 | WIDE)
 NARROW: Options = {"parallelism.fsdp_wide_gradients": False}
 FSDP_POLICIES = (
-    _lever("wide gradients", WIDE | NOT_CARRIED),
-    _lever("narrow gradients", NARROW | NOT_CARRIED),
+    _lever("wide gradients", WIDE),
+    _lever("narrow gradients", NARROW),
     _lever("wide gradients, carried residual", WIDE | CARRIED),
-    _lever("never reshard, wide gradients", WIDE | NEVER_RESHARD | NOT_CARRIED),
+    _lever("never reshard, wide gradients", WIDE | NEVER_RESHARD),
     _lever("never reshard, wide gradients, carried residual", WIDE | NEVER_RESHARD | CARRIED),
 )
-FA4_LEVERS = (_lever("attention fa4", FA4 | NOT_CARRIED), _lever("attention fa4, carried residual", FA4 | CARRIED))
+FA4_LEVERS = (_lever("attention fa4", FA4), _lever("attention fa4, carried residual", FA4 | CARRIED))
 ALL_POINTWISE: Options = OUR_ROPE | {"kernels.rms_norm": "triton", "kernels.swiglu": "triton"}
 BYTES_LEVERS = (
     _lever("carried residual", WIDE | CARRIED),
@@ -155,6 +155,8 @@ def _more_cells() -> list[Cell]:
     keeps most for its backward pass, so it has a process of its own, the last; by the planner the 8B and the 13B at
     full depth would take 92 and 115 GiB by it, so they have none."""
     eight, thirteen, slice4 = RANK0["8b"], RANK0["13b"], slice_of(RANK0["8b"], 4)
+    # Where a lever would turn the default off, so that one thing is changed at a time.
+    eight_added, slice_added = _residual_added(eight), _residual_added(slice4)
     batch4 = replace(untied(LLAMA_1B), batch=4, name="Llama 3.2 1B untied, batch 4")
     seventy = slice_of(RANK0["70b"], 4)
     return [
@@ -174,16 +176,16 @@ def _more_cells() -> list[Cell]:
         Cell("levers", slice4, (BASE, *ATTENTION_LEVERS, *SCOPE_LEVERS), label="attention and scope"),
         Cell("levers", slice4, (BASE, *LOSS_LEVERS, NO_CLIPPING), label="loss and clipping"),
         *(Cell("levers", slice4, (lever,), label=lever.name.removeprefix("attention ")) for lever in NEW_FLASH_LEVERS),
-        Cell("levers-memory", slice4, MEMORY_LEVERS, label="one kind of recomputation each"),
-        Cell("levers-fsdp", eight, FSDP_POLICIES, label="FSDP2"),
-        Cell("levers-fsdp", eight, (BFLOAT16_REDUCTION,), label="bfloat16 reduction"),
+        Cell("levers-memory", slice_added, MEMORY_LEVERS, label="one kind of recomputation each"),
+        Cell("levers-fsdp", eight_added, FSDP_POLICIES, label="FSDP2"),
+        Cell("levers-fsdp", eight_added, (BFLOAT16_REDUCTION,), label="bfloat16 reduction"),
         Cell("levers-bytes", eight, BYTES_LEVERS, label="fewer bytes"),
-        Cell("levers-fa4", eight, FA4_LEVERS, label="FlashAttention 4"),
+        Cell("levers-fa4", eight_added, FA4_LEVERS, label="FlashAttention 4"),
         Cell("levers-kernels", slice4, _per_operator(), label="one kernel each"),
         *_single_device_paths("levers-optimizer", LLAMA_1B),
         Cell("levers-graph", SHORT_1B, (COMPILED_AUTO, EAGER_REFERENCE, *_recorded()), label="recorded"),
-        Cell("levers-float8", LLAMA_1B, (COMPILED_AUTO, *FLOAT8_LEVERS), label="float8"),
-        Cell("levers-float8", slice4, (BASE, *FLOAT8_LEVERS, FLOAT8_WIDE), label="float8"),
+        Cell("levers-float8", _residual_added(LLAMA_1B), (COMPILED_AUTO, *FLOAT8_LEVERS), label="float8"),
+        Cell("levers-float8", slice_added, (BASE, *FLOAT8_LEVERS, FLOAT8_WIDE), label="float8"),
         *_tuning(slice4),
         *_peers("peers-batch-4", batch4, (PEERS[0], PEERS[2])),
         *_peers("peers-3b", untied(LLAMA_3B), (PEERS[0], PEERS[1], PEERS[2], PEERS[3]), untied(LLAMA_3B)),
@@ -193,6 +195,10 @@ def _more_cells() -> list[Cell]:
         *_peers("peers-fa4", _with(untied(LLAMA_1B), FA4, "FlashAttention 4"), (PEERS[0],)),
         *_parity(),
     ]
+
+
+def _residual_added(workload: Workload) -> Workload:
+    return replace(workload, options=workload.options | NOT_CARRIED)
 
 
 def _on_one_device(workload: Workload) -> Workload:

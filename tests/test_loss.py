@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from titan_fast.compilation import compiled_cross_entropy
 from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy, root_gradient
-from titan_fast.ops import REFERENCE
+from titan_fast.ops import REFERENCE, Ops
 
 
 class Operators(TorchDispatchMode):
@@ -70,6 +71,18 @@ def test_large_logits_stay_finite() -> None:
     loss = LinearCrossEntropy(REFERENCE)(x, weight, torch.tensor([0, 3]), torch.tensor(1.0))
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(gradient(x)).all()
+
+
+@pytest.mark.parametrize("group", [None, "of one rank"])
+@pytest.mark.parametrize("ops", [REFERENCE, compiled_cross_entropy(REFERENCE, lambda function: function)])
+def test_no_z_loss_is_not_zero_times_a_square_that_overflows(
+    ops: Ops, group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_: None)
+    loss = LinearCrossEntropy(ops, vocab_group=group)
+    logits, labels = torch.tensor([[1e30, -1e30, 2e30], [0.0, 3e30, 0.0]]), torch.tensor([0, 1])
+    assert loss.differentiate_(logits, labels, torch.tensor(1.0), True) == torch.tensor(1e30)
+    assert torch.equal(logits, torch.tensor([[-1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("under", [torch.no_grad, torch.inference_mode])

@@ -267,9 +267,9 @@ class Kernels:
     FlashAttention 3 or 4 through torch, where its package is installed."""
     carry_residual: bool | None = None
     """Pass (branch, residual) from block to block, so that a block's last add fuses with the next one's first norm. It
-    costs memory where blocks compute again from what they were given, which is then two tensors. None: on GPUs, where
-    blocks are compiled and nothing is computed again, but not with float8 or tensor parallelism, with which it was not
-    timed."""
+    costs memory where blocks compute again from what they were given, which is then two tensors, and the compiler a
+    graph more, of the first block. None: on GPUs, where blocks are compiled and nothing is computed again, but not with
+    float8 or tensor parallelism, with which it was not timed."""
 
 
 @dataclass(frozen=True)
