@@ -29,7 +29,9 @@ from benchmarks.provenance import environment
 from benchmarks.result_files import place, read, write
 from benchmarks.timing import Run, copy_bandwidth, measure
 from benchmarks.workloads import LLAMA_1B, LLAMA_3B, RANK0, SHORT_1B, SMOKE_MODEL, SMOKE_SEQ_LEN, Workload, shape_of
+from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
+from titan_fast.ops import activate_flash
 
 RESULTS = Path(__file__).parent / "results"
 WORKLOADS = (LLAMA_1B, replace(LLAMA_1B, batch=4), SHORT_1B, LLAMA_3B, *RANK0.values())
@@ -39,6 +41,8 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+OF_PACKAGES = ("fa3", "fa4")
+"""Which become torch's flash for the rest of the process, and are measured where their packages are installed."""
 WARM_SECONDS = 0.5
 """Of a shape's own load before it is measured: a GPU that comes from idling runs faster than one at work."""
 
@@ -74,6 +78,11 @@ def measure_limits(
             found["gemm_by_shape"][key] = _gemm_rates(matrix, device, passes, calls)
             found["clocks"][key] = clock(device)
             save(found)
+    for version in OF_PACKAGES:
+        for key, call in attention.items():
+            if version not in found["attention_by_call"][key]:
+                found["attention_by_call"][key][version] = _package_rates(version, call, device, passes, calls)
+                save(found)
     found["attention"], best = _best_attention(found["attention_by_call"])
     fastest = max(rate for rates in found["gemm_by_shape"].values() for rate in rates.values())
     found["rates"] |= {"gemm": fastest, **best}
@@ -126,18 +135,31 @@ def _gemm_rates(matrix: Matrix, device: torch.device, passes: int, calls: int) -
 
 def _attention_rates(call: AttentionCall, device: torch.device, passes: int, calls: int) -> dict[str, dict[str, Any]]:
     backends = BACKENDS if device.type == "cuda" else {"flash": BACKENDS["flash"]}
-    found: dict[str, dict[str, Any]] = {}
-    for name, backend in backends.items():
-        try:
-            found[name] = _one_backend(call, backend, device, passes, calls)
-        except torch.AcceleratorError:  # after which nothing can be measured in this process
-            raise
-        except RuntimeError as error:  # this backend does not take these inputs, or is not built in
-            found[name] = {"error": str(error).splitlines()[0][:200]}
-    return found
+    return {name: _one_backend(call, backend, device, passes, calls) for name, backend in backends.items()}
+
+
+def _package_rates(version: str, call: AttentionCall, device: torch.device, passes: int, calls: int) -> dict[str, Any]:
+    """Of FlashAttention 3 or 4, or why it cannot be had."""
+    try:
+        activate_flash(version, call.n_heads // call.n_kv_heads, call.head_dim, torch.bfloat16, device)
+    except ConfigError as error:
+        return {"error": error.what}
+    return _one_backend(call, SDPBackend.FLASH_ATTENTION, device, passes, calls)
 
 
 def _one_backend(
+    call: AttentionCall, backend: SDPBackend, device: torch.device, passes: int, calls: int
+) -> dict[str, Any]:
+    """FLOP/s forward and backward; an error where it does not take these inputs, or is not built in."""
+    try:
+        return _backend_rates(call, backend, device, passes, calls)
+    except torch.AcceleratorError:  # after which nothing can be measured in this process
+        raise
+    except RuntimeError as error:
+        return {"error": str(error).splitlines()[0][:200]}
+
+
+def _backend_rates(
     call: AttentionCall, backend: SDPBackend, device: torch.device, passes: int, calls: int
 ) -> dict[str, float]:
     generator = torch.Generator(device).manual_seed(6)
@@ -168,11 +190,11 @@ def _one_backend(
 
 
 def _best_attention(by_call: dict[str, dict[str, dict[str, Any]]]) -> tuple[str, dict[str, float]]:
-    """(backend, its rates) of the fastest of all calls, in the calibration's words."""
+    """(backend, its rates) of the fastest of all calls by what a run has by default, in the calibration's words."""
     best: tuple[float, str, dict[str, float]] = (math.inf, "", {})
     for backends in by_call.values():
         for name, rates in backends.items():
-            if "error" in rates:
+            if "error" in rates or name in OF_PACKAGES:
                 continue
             seconds = 1 / rates["forward"] + 2.5 / rates["backward"]
             if seconds < best[0]:

@@ -385,6 +385,24 @@ def test_measured_limits_calibrate_the_planner(results: Path) -> None:
     assert limits_from(content).bandwidth == content["rates"]["bandwidth"] and content["complete"]
 
 
+def test_limits_know_attention_of_packages_where_they_are(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts for the least time of a step, not for the planner's default. Here torch's own stands in for it."""
+    content = json.loads((results / "limits-cpu.json").read_text())
+    for backends in content["attention_by_call"].values():
+        assert list(backends) == ["flash", "fa3", "fa4"]
+        assert "'fa4' cannot be had with torch" in backends["fa4"]["error"]
+    activated: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(limits, "activate_flash", lambda *of: activated.append(of))
+    call = next(iter(limits.calls_of(smoke=True)[1].values()))
+    found = limits._package_rates("fa4", call, CPU, 1, 2)
+    assert activated == [("fa4", call.n_heads // call.n_kv_heads, call.head_dim, torch.bfloat16, CPU)]
+    assert found.keys() == {"forward", "backward"} and min(found.values()) > 0
+    fast = {"forward": 1e15, "backward": 1e15}
+    content["attention_by_call"] = {call.key: {"flash": found, "fa4": fast}}
+    assert limits._best_attention(content["attention_by_call"])[0] == "flash"
+    assert limits_from(content).attention_seconds(call) == (call.flops / 1e15, 2.5 * call.flops / 1e15)
+
+
 def test_interrupted_limits_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
     honest = limits._gemm_rates

@@ -204,11 +204,12 @@ def test_another_flash_attention_is_tried_before_it_is_taken(
 ) -> None:
     """By the model's heads. On the CPU here, in the place of the package's kernels."""
     activated: list[str] = []
-    monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", activated.append, raising=False)
-    shape = dataclasses.replace(LLAMA3, dim=64, n_heads=4, n_kv_heads=1)
+    monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", activated.append)
+    monkeypatch.setattr("torch.nn.attention.current_flash_attention_impl", lambda: (activated or [None])[-1])
+    monkeypatch.setattr("torch.nn.attention.restore_flash_attention_impl", activated.clear)
     ops._try_flash.cache_clear()
     for version in ("fa4", "fa3", "fa4"):
-        ops._activate_flash(version, shape, torch.bfloat16, CPU)
+        ops.activate_flash(version, 4, 16, torch.bfloat16, CPU)
     assert activated == ["FA4", "FA3", "FA4"]
     assert ops._try_flash.cache_info().hits == 1, "it is tried once"
     attend = ops.F.scaled_dot_product_attention
@@ -222,11 +223,12 @@ def test_another_flash_attention_is_tried_before_it_is_taken(
     with pytest.raises(
         ConfigError, match=rf"'fa4' cannot be had with torch {re.escape(torch.__version__)}: {said} flash-attn-4=="
     ):
-        ops._activate_flash("fa4", dataclasses.replace(shape, n_heads=2), torch.bfloat16, CPU)
+        ops.activate_flash("fa4", 2, 16, torch.bfloat16, CPU)
+    assert not activated, "torch's own is back"
     for of_the_device in (torch.OutOfMemoryError, torch.AcceleratorError):
         monkeypatch.setattr(ops, "_try_flash", mock.Mock(side_effect=of_the_device("CUDA error")))
         with pytest.raises(of_the_device):
-            ops._activate_flash("fa4", shape, torch.bfloat16, CPU)
+            ops.activate_flash("fa4", 4, 16, torch.bfloat16, CPU)
 
 
 def test_no_kernel_of_ours_within_torchs_loss(monkeypatch: pytest.MonkeyPatch) -> None:

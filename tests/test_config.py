@@ -114,6 +114,7 @@ def test_toml_booleans_and_floats(tmp_path: Path) -> None:
     ("argv", "sentence"),
     [
         (["--training.seq_length", "5"], "unknown key 'training.seq_length'; did you mean training.seq_len?"),
+        (["--job.config-file=x.toml"], "unknown key 'job.config_file'; did you mean --config?"),
         (["--seq_len", "5"], "unknown key 'seq_len'; did you mean training.seq_len?"),
         (["--optimizer.learning_rate", "5"], "unknown key 'optimizer.learning_rate'"),
         (["--training.lr", "5"], "unknown key 'training.lr'; did you mean optimizer.lr?"),

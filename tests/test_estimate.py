@@ -352,7 +352,7 @@ def test_what_is_written_in_place_is_written_once_and_takes_no_memory() -> None:
             ["--scaling is for 256 GPUs and more, which are not whole nodes of 7"],
         ),
         (f"{SMALL} --job.print_config True", ["are for titan_fast.train"]),
-        (f"{SMALL} --kernels.attention fa4", ["no rate of attention 'fa4' is known for h100-sxm"]),
+        (f"{SMALL} --kernels.attention math", ["no rate of attention 'math' is known for h100-sxm"]),
         (
             f"{SMALL.replace('h100-sxm', 'a100-80gb')} --float8.enable True",
             ["a100-80gb has no float8 products", "h200"],
@@ -380,7 +380,7 @@ def test_pictures_need_a_folder_before_anything_is_counted(tmp_path: Path) -> No
         with pytest.raises(ConfigError, match="no folder for --plot"):
             plan(f"{SMALL} --plot {place}")
     with pytest.raises(ConfigError, match="no rate of attention"):
-        plan(f"{SMALL} --kernels.attention fa4 --plot {tmp_path / 'pictures'}")
+        plan(f"{SMALL} --kernels.attention math --plot {tmp_path / 'pictures'}")
     assert not (tmp_path / "pictures").exists()
 
 

@@ -555,6 +555,7 @@ def _check_names(options: dict[str, list[str]]) -> None:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
             close = close or [key for key in known if key.rpartition(".")[2] == leaf]
             close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            close = ["--config"] if leaf == "config_file" else close  # torchtitan's name
             problems.add(f"unknown key {name!r}", f"did you mean {close[0]}?" if close else "see --help for all keys")
         elif not values:
             problems.add(f"key {name!r} has no value", f"write --{name} VALUE")

@@ -78,6 +78,7 @@ _H100_ATTENTION = {
     "flash": AttentionRate(333e12, 299e12, f"{_FA3}: forward 333; backward so that both together make 308"),
     "cudnn": AttentionRate(529e12, 463e12, f"{_FA3}: forward 529; backward is an estimate from 518 without a mask"),
     "fa3": AttentionRate(602e12, 481e12, f"{_FA3}: forward 602; backward is an estimate from 559 without a mask"),
+    "fa4": AttentionRate(660e12, 570e12, "4.0.0b18 alone, 8k, measured in this project (benchmarks/NOTES.md)"),
 }
 _CONTEXT = "estimate: 0.4 to 0.6 GiB are commonly seen with torch's modules loaded lazily"
 

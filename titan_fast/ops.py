@@ -31,7 +31,7 @@ _BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-_FLASH_VERSIONS = {"fa3": "FA3", "fa4": "FA4"}
+FLASH_VERSIONS = {"fa3": "FA3", "fa4": "FA4"}
 _FLASH_PACKAGES = {"fa3": "flash_attn_3", "fa4": "flash-attn-4==4.0.0b18"}
 """Of the second, torch 2.11 and 2.13 can call none that is newer: its functions return two things, theirs more."""
 
@@ -140,16 +140,19 @@ def with_equal_heads(
     return repeated
 
 
-def _activate_flash(version: str, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
-    """Makes torch's flash backend FlashAttention 3 or 4, for the whole process. ConfigError where it is not there, or
-    where torch and its package do not fit: torch's own glue calls it by position, and packages change."""
+def activate_flash(version: str, group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Makes torch's flash backend FlashAttention 3 or 4 ("fa3", "fa4"), for the whole process, and tries it with
+    `group` heads of q to one of k and v. ConfigError where it is not there, or where torch and its package do not fit
+    (torch's own glue calls it by position, and packages change); the backend is then torch's own."""
+    attention = importlib.import_module("torch.nn.attention")
     try:
-        activate = importlib.import_module("torch.nn.attention").activate_flash_attention_impl
-        activate(_FLASH_VERSIONS[version])
-        _try_flash(version, shape.n_heads // shape.n_kv_heads, shape.head_dim, dtype, device)
+        attention.activate_flash_attention_impl(FLASH_VERSIONS[version])
+        _try_flash(version, group, head_dim, dtype, device)
     except (torch.OutOfMemoryError, torch.AcceleratorError):  # of the device, not of the package
         raise
     except Exception as error:
+        if attention.current_flash_attention_impl() is not None:
+            attention.restore_flash_attention_impl()
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
             f"kernels.attention {version!r} cannot be had with torch {torch.__version__}: {first}",
@@ -159,8 +162,8 @@ def _activate_flash(version: str, shape: ModelShape, dtype: torch.dtype, device:
 
 @functools.cache  # choices are made more than once
 def _try_flash(version: str, group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    """One call and its gradients for heads as the model has them, `group` of q to one of k and v, by kernels that a run
-    needs compiled anyway. RuntimeError where they are not those of plain attention, within bfloat16's rounding."""
+    """One call and its gradients, by kernels that a run needs compiled anyway. RuntimeError where they are not those of
+    plain attention, within bfloat16's rounding."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(heads: int) -> Tensor:
@@ -185,7 +188,7 @@ def _choose_attention(
 ) -> tuple[list[SDPBackend], str, str]:
     """(backends in order, choice, reason) for activations of `dtype`."""
     if setting != "auto":
-        if setting in ("cudnn", "efficient", *_FLASH_VERSIONS) and device.type != "cuda":
+        if setting in ("cudnn", "efficient", *FLASH_VERSIONS) and device.type != "cuda":
             raise ConfigError(
                 f"kernels.attention {setting!r} exists on CUDA only and this device is {device.type}",
                 "take auto, flash or math",
@@ -195,8 +198,9 @@ def _choose_attention(
                 f"kernels.attention {setting!r} takes no float32 on CUDA, in which this run computes",
                 "take auto, efficient or math, or --training.mixed_precision_param bfloat16",
             )
-        if setting in _FLASH_VERSIONS:
-            _activate_flash(setting, shape, getattr(torch, dtype), device)
+        if setting in FLASH_VERSIONS:
+            group = shape.n_heads // shape.n_kv_heads
+            activate_flash(setting, group, shape.head_dim, getattr(torch, dtype), device)
         return [_BACKENDS[setting]], setting, "as configured"
     if device.type != "cuda":
         return [_BACKENDS["flash"], _BACKENDS["math"]], "flash", "torch's fused CPU attention"
