@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config as inductor
+import torch.nn.functional as F
 from shapes import LLAMA3
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from titan_fast import compilation, masters, parallel
 from titan_fast.checkpoint import tensors_of
@@ -22,7 +24,7 @@ from titan_fast.config import Comm, Compile, Config, from_options, mesh_degrees
 from titan_fast.distributed import World, start
 from titan_fast.errors import ConfigError
 from titan_fast.loader import Batch
-from titan_fast.loss import IGNORE_INDEX, has_torch_loss
+from titan_fast.loss import IGNORE_INDEX, has_torch_loss, torch_linear_cross_entropy
 from titan_fast.masters import OnePassAdamW, gradient_of, master_of, masters_as_weights, round_masters, update
 from titan_fast.model import Llama
 from titan_fast.ops import REFERENCE, build_ops
@@ -157,6 +159,35 @@ def test_inductors_settings_change_no_result(world: World, tmp_path: Path, optio
 @pytest.mark.skipif(not has_torch_loss(), reason="this torch has no linear_cross_entropy")
 def test_torchs_linear_cross_entropy_trains_alike(world: World) -> None:
     assert_same_training(train({"loss.implementation": "torch"}), train({}), 1e-5)
+
+
+@pytest.mark.skipif(not has_torch_loss(), reason="this torch has no linear_cross_entropy")
+def test_torchs_linear_cross_entropy_in_bfloat16() -> None:
+    """The sum is not rounded to bfloat16, and the logits of all tokens never exist."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 1024, 64, generator=generator).bfloat16().requires_grad_()
+    weight = (0.1 * torch.randn(2048, 64, generator=generator)).bfloat16().requires_grad_()
+    labels = torch.randint(2048, (2, 1024), generator=generator)
+    labels[:, ::7] = IGNORE_INDEX
+    scale = 1 / (labels != IGNORE_INDEX).sum().float()
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    exact = F.cross_entropy((wide[0] @ wide[1].T).flatten(0, 1), labels.flatten())
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    with Sizes():
+        loss = torch_linear_cross_entropy(x, weight, labels, scale)
+        gradients = torch.autograd.grad(loss, (x, weight))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=3e-4)  # a sum in bfloat16 would be off by up to 4e-3
+    assert max(sizes) <= labels.numel() * weight.shape[0] / 4
+    for ours, theirs in zip(gradients, torch.autograd.grad(exact, wide), strict=True):
+        assert (ours.double() - theirs).norm() < 0.01 * theirs.norm()
 
 
 @pytest.mark.parametrize("bad_at", [0, 2])

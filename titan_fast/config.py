@@ -128,7 +128,8 @@ class Loss:
     """Weight of logsumexp^2, which keeps the logits near zero (PaLM)."""
     implementation: Literal["chunked", "torch"] = "chunked"
     """chunked: our own, with the gradient in place of the logits. torch: torch.nn.functional.linear_cross_entropy where
-    this torch has it, by its own chunks; without z_loss or tensor parallelism."""
+    this torch has it, by its own chunks, whose logits it makes twice, for a loss summed in float32; without z_loss or
+    tensor parallelism."""
 
 
 @dataclass(frozen=True)
