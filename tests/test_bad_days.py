@@ -32,6 +32,7 @@ from titan_fast import (
     loop,
     manifest,
     out_of_memory,
+    run_history,
     run_lock,
     signals,
     watchdog,
@@ -443,7 +444,7 @@ def test_steps_that_are_not_finite_are_skipped(
         changed = [name for name, tensor in record["before"].items() if not torch.equal(tensor, record["after"][name])]
         assert bool(changed) == (record["step"] not in {5, 6, 8}), record["step"]
     assert whole_steps(tmp_path / "run") == [7, 10], "the save of step 5 waited for a step that counted"
-    records = [json.loads(line) for line in (tmp_path / "run" / guard.FILE_NAME).read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "run" / run_history.BAD_STEPS).read_text().splitlines()]
     assert [(record["step"], record["what"]) for record in records] == [(s, "not finite") for s in (5, 6, 8)]
     assert records[0]["data"]["first_sample"] == 8 and "--samples 8:9)" in capsys.readouterr().out
 
@@ -485,7 +486,7 @@ def test_a_loss_spike_is_written_down(tmp_path: Path) -> None:
         watch.judge(step, {"first_sample": 8 * step}, torch.tensor(loss), torch.tensor(1.0))
         lines += watch.look()
     assert len(lines) == 1 and lines[0].startswith("step 60: loss 300.0000 after 3.0"), lines
-    record = json.loads((tmp_path / guard.FILE_NAME).read_text())
+    record = json.loads((tmp_path / run_history.BAD_STEPS).read_text())
     assert record["what"] == "loss spike" and record["data"] == {"first_sample": 480}
     assert math.isclose(record["usual_loss"], 3.0, abs_tol=0.05)
 
@@ -529,14 +530,14 @@ def test_a_spike_is_six_deviations_above_32_losses(before: int, loss: float, is_
 
 
 def test_a_bad_step_that_a_full_disk_refused_is_written_at_the_end(tmp_path: Path) -> None:
-    (tmp_path / guard.FILE_NAME).symlink_to("/dev/full")
+    (tmp_path / run_history.BAD_STEPS).symlink_to("/dev/full")
     training = parse(["--training.on_nonfinite", "skip"]).training
     watch = guard.StepGuard(training, torch.device("cpu"), tmp_path, True)
     watch.judge(7, {}, torch.tensor(math.nan), torch.tensor(math.nan))
     assert len(watch.look()) == 1
-    (tmp_path / guard.FILE_NAME).unlink()
+    (tmp_path / run_history.BAD_STEPS).unlink()
     watch.close()
-    assert json.loads((tmp_path / guard.FILE_NAME).read_text())["step"] == 7
+    assert json.loads((tmp_path / run_history.BAD_STEPS).read_text())["step"] == 7
 
 
 def test_a_full_disk_on_one_rank_ends_all_with_the_figures(data: Path, tmp_path: Path) -> None:

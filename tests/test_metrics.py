@@ -162,6 +162,46 @@ def test_pauses_are_not_training_time(tmp_path: Path, clock: Clock, capsys: pyte
     assert "steps 0:00:10, pauses (validation, checkpoints, samples) 0:00:37" in capsys.readouterr().out
 
 
+def test_what_is_left_has_pauses_as_there_were(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = logger(tmp_path, *QUIET)
+    metrics.start([])
+    for step in (10, 20):
+        clock.now += 20
+        log(metrics, step)
+        with metrics.pause():
+            clock.now += 30
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert shown[0].endswith("ETA 0:01:00")  # 30 steps of 2 s: no pause is known of
+    assert shown[1].endswith("ETA 0:01:10")  # 20 steps of 2 s, and of 30 s in 20 steps
+
+
+def test_a_run_that_goes_on_has_the_time_and_the_bad_steps_that_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Time was spent on steps that are done again, too; that they were bad is no longer true."""
+    bad = tmp_path / run_history.BAD_STEPS
+    lines = [json.dumps({"step": step, "what": "not finite", "loss": "nan", "data": {"epoch": 0}}) for step in (3, 12)]
+    bad.write_text("".join(f"{line}\n" for line in lines))
+    times = [json.dumps({"step": step, "loss": 2.0, "elapsed_seconds": 10.0 * step}) for step in (9, 10, 14)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in times))
+    metrics = logger(tmp_path, *QUIET, start_step=10, elapsed_before=99.0)
+    assert metrics.elapsed_before == 140.0
+    assert bad.read_text() == f"{lines[0]}\n" and [line["step"] for line in lines_of(tmp_path)] == [9, 10]
+    said = capsys.readouterr().out
+    assert "bad_steps.jsonl: 1 lines after step 10" in said and "metrics.jsonl: 1 lines after step 10" in said
+    assert logger(tmp_path, *QUIET, start_step=10, elapsed_before=200.0).elapsed_before == 200.0
+    metrics = logger(tmp_path, *QUIET)
+    assert metrics.elapsed_before == 0.0 and not bad.exists()
+    assert (tmp_path / "bad_steps-until-3.jsonl").read_text() == f"{lines[0]}\n"
+
+
+def test_a_run_that_is_beyond_its_last_step_has_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger(tmp_path, *QUIET, start_step=50).finish()
+    assert re.search(r"^finished +step 50/40", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_a_pause_that_raises_ends(tmp_path: Path, clock: Clock) -> None:
     timer = TrainingClock(torch.device("cpu"))
     with pytest.raises(RuntimeError), timer.pause():

@@ -159,6 +159,43 @@ def test_two_processes_restarted_twice_lose_and_repeat_nothing(data: Path, tmp_p
     assert len(numbers) > 50 and len(set(numbers)) == len(numbers), "within an epoch each document comes once"
 
 
+def validations(folder: Path) -> list[tuple[int, float]]:
+    records = run_history.validations(run_history.read(folder / "metrics.jsonl"))
+    return [(record["step"], record["validation_loss"]) for record in records]
+
+
+def test_a_measurement_that_a_stop_left_out_is_made_at_the_next_start(data: Path, tmp_path: Path) -> None:
+    """That of the last step too, where the process was killed after its save."""
+    more: dict[str, Any] = {"training__steps": 6} | runs.MEASURED | {"metrics__sample_prompt": ""}
+    status, output = torchrun(2, data, tmp_path / "whole", [], **more)
+    assert status == 0, output
+    expected = validations(tmp_path / "whole")
+    assert [step for step, _ in expected] == [3, 6]
+    folder = tmp_path / "parts"
+    status, output = torchrun(2, data, folder, [{"what": "signal", "name": "SIGTERM", "rank": 1, "step": 3}], **more)
+    assert status == 0 and not validations(folder), output
+    dies = {"what": "kill_in", "function": "titan_fast.loop:validation_loss", "call": 2}
+    status, output = torchrun(2, data, folder, [{"what": "signal", "name": "SIGTERM", "step": 6}, dies], **more)
+    assert status != 0 and validations(folder) == expected[:1], output
+    for _ in range(2):  # it is owed once
+        status, output = torchrun(2, data, folder, [], **more)
+        assert status == 0 and validations(folder) == expected, output
+
+
+def test_other_text_to_measure_on_is_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, told = tmp_path / "held-out.jsonl", "the text of validation is another than before"
+    more: dict[str, Any] = runs.MEASURED | {"validation__dataset_path": text, "metrics__sample_prompt": ""}
+    runs.write_documents(text, 200)
+    for steps in (4, 8):
+        runs.run(data, tmp_path / "run", **more, training__steps=steps)
+    assert told not in capsys.readouterr().out
+    runs.write_documents(text, 150)
+    runs.run(data, tmp_path / "run", **more, training__steps=9)
+    assert f"{told}; its losses are not to be compared with those up to step 8" in capsys.readouterr().out
+    runs.run(data, tmp_path / "run", **more, training__steps=10)
+    assert told not in capsys.readouterr().out
+
+
 LAYOUTS = [
     (4, {"parallelism__data_parallel_shard_degree": 4}),
     (4, {"parallelism__data_parallel_shard_degree": 2, "parallelism__tensor_parallel_degree": 2}),

@@ -45,6 +45,8 @@ class Progress:
     elapsed_seconds: float = 0.0
     data: dict[str, Any] = field(default_factory=dict)
     """The loader's state: one for all ranks, or with "ranks" one for each data-parallel rank."""
+    validation: str | None = None
+    """The fingerprint of the text that was last measured on."""
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -398,7 +398,7 @@ class Checkpointer:
         if state["world_size"] == self.world.size and rng.exists():
             _set_rng_state(safetensors.torch.load_file(rng), self.world.device)
         self.saved_step = state["step"]
-        return Progress(state["step"], state["tokens_seen"], state["elapsed_seconds"], state["data"])
+        return Progress(**{item.name: state[item.name] for item in fields(Progress) if item.name in state})
 
     def _check_shared(self) -> None:
         """CheckpointError where a rank does not see in its folder what rank 0 writes into its own."""

@@ -14,11 +14,11 @@ from torch import Tensor
 from titan_fast.config import Training, is_hub
 from titan_fast.errors import NumericsError
 from titan_fast.log_file import LogFile
+from titan_fast.run_history import BAD_STEPS
 
 WINDOW, LEAST, DEVIATIONS = 128, 32, 6.0
 """A spike is this many standard deviations above the mean of the last WINDOW losses that were none, of which there must
 be LEAST. As many spikes in a row are the usual from then on."""
-FILE_NAME = "bad_steps.jsonl"
 
 
 class _Step(NamedTuple):
@@ -33,7 +33,7 @@ class StepGuard:
 
     def __init__(self, training: Training, device: torch.device, run_dir: Path, is_main: bool) -> None:
         self.limit = 0 if training.on_nonfinite == "stop" else training.max_skipped_steps
-        self._file = LogFile(run_dir / FILE_NAME)
+        self._file = LogFile(run_dir / BAD_STEPS)
         self.run_dir, self.is_main, self._is_stream = run_dir, is_main, is_hub(training)
         self.skipped = 0
         """Steps of this process that were not applied, as far as the host has looked."""

@@ -112,6 +112,11 @@ class Loader:
         """Of the last step handed out."""
         return self._position.get("epoch", 0)
 
+    @property
+    def fingerprint(self) -> str | None:
+        """Of its tokens; None for a stream."""
+        return self._source.identity.get("fingerprint")
+
     def describe(self) -> str:
         """One line for the start of the log."""
         return self._source.describe()

@@ -1,5 +1,6 @@
 """A training run from top to bottom: set up, build, parallelize, resume, loop."""
 
+import functools
 import gc
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from titan_fast import (
@@ -84,6 +86,10 @@ def train(config: Config, start: StartTimes | None = None) -> None:
         for warning in warnings:
             run.checkpointer.note(warning)
         run.train()
+
+
+def _is_due(step: int, steps: int, every: int) -> bool:
+    return step == steps or (every > 0 and step % every == 0)
 
 
 class Run:
@@ -177,6 +183,12 @@ class Run:
             if self.config.checkpoint.data_state == "exact":
                 raise
             self.checkpointer.note(f"the data begins again, by checkpoint.data_state: {error.what}")
+        measures = self.validation_loader.fingerprint if self.validation_loader is not None else None
+        if measures is not None and found.validation not in (None, measures):
+            self.checkpointer.note(
+                "WARNING: the text of validation is another than before; its losses are not to be compared with those "
+                f"up to step {found.step}"
+            )
         return found
 
     def _load_initial_weights(self) -> None:
@@ -215,6 +227,8 @@ class Run:
                     pause=self.metrics.pause,
                 ) as profiler,
             ):
+                if self._owes_validation():
+                    self.validate(self.progress.step)
                 for step in range(self.first_step, self.config.training.steps + 1):
                     stopped = self._one_step(step)
                     profiler.step()
@@ -246,10 +260,7 @@ class Run:
         saved."""
         config, started = self.config, time.perf_counter()
         last = step == config.training.steps
-
-        def due(every: int) -> bool:
-            return last or (every > 0 and step % every == 0)
-
+        due = functools.partial(_is_due, step, config.training.steps)
         loss, norm, rate, agreed = self.step(step)
         stops = agreed.stop and not last
         self.checkpointer.step_seconds = time.perf_counter() - started
@@ -327,6 +338,16 @@ class Run:
         extra = {"checkpoint_stall_seconds": stall, "skipped_steps": self.guard.skipped}
         return {name: value for name, value in extra.items() if value}
 
+    def _owes_validation(self) -> bool:
+        """Whether the step that the run goes on from was to be measured and was not, for the process before this one
+        was told to stop, or was killed. The ranks agree."""
+        step, settings = self.progress.step, self.config.validation
+        if step == 0 or self.validation_loader is None or not _is_due(step, self.config.training.steps, settings.freq):
+            return False
+        owes = torch.tensor(int(self.world.is_main and not self.metrics.has_validation(step)), device=self.world.device)
+        dist.broadcast(owes, 0)
+        return bool(owes)
+
     def validate(self, step: int) -> None:
         """The mean loss over `validation.steps` batches of held-out text, the same ones every time."""
         assert self.validation_loader is not None
@@ -360,6 +381,8 @@ class Run:
         self._watch_save(self.progress.step)
         with self.metrics.pause():
             self.progress.data = gather_data_state(self.loader.state_dict(), self.world)
+            if self.validation_loader is not None:
+                self.progress.validation = self.validation_loader.fingerprint
             self.progress.elapsed_seconds = self.metrics.elapsed_seconds
             self.checkpointer.save(self.model, self.optimizer, self.progress, must_succeed)
 

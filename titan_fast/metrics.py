@@ -73,6 +73,8 @@ class _Totals:
     seconds: float = 0.0
     first_steps: int = 0
     first_seconds: float = 0.0
+    pause_seconds: float = 0.0
+    """Validation, checkpoints and samples."""
     data_wait_seconds: float = 0.0
     peak_memory: float = 0.0
 
@@ -86,6 +88,10 @@ class _Totals:
         """Without the first window where there are more."""
         steps, seconds = self.steps - self.first_steps, self.seconds - self.first_seconds
         return seconds / steps if steps else self.seconds / max(self.steps, 1)
+
+    def seconds_left(self, steps: int) -> float:
+        """For so many more, with pauses as there were so far."""
+        return steps * (self.seconds_per_step() + self.pause_seconds / max(self.steps, 1))
 
 
 class MetricsLogger:
@@ -131,11 +137,12 @@ class MetricsLogger:
 
     def _open(self) -> None:
         atexit.register(self.close)
-        if self.start_step == 0:
-            if (aside := run_history.set_aside(self.metrics_path)) is not None:
-                self.say(f"the run begins again at step 0; metrics.jsonl of an earlier start is now {aside.name}")
-        elif cut := run_history.keep_until(self.metrics_path, self.start_step):
-            self.say(f"metrics.jsonl: {cut} lines after step {self.start_step}, where this run starts, are cut off")
+        if self.start_step > 0:  # what was done after it took its time too
+            said = (record.get("elapsed_seconds") or 0.0 for record in run_history.read(self.metrics_path))
+            self.elapsed_before = max(self.elapsed_before, *said, 0.0)
+        for path in (self.metrics_path, self.run_dir / run_history.BAD_STEPS):
+            if said_of_it := run_history.go_on_from(path, self.start_step):
+                self.say(said_of_it)
 
     def _peak(self) -> tuple[float | None, str]:
         """The device's peak, if MFU means something here, and the sentence about it."""
@@ -266,7 +273,7 @@ class MetricsLogger:
     def _line(self, record: Record, extra: dict[str, float]) -> str:
         steps = self.config.training.steps
         mfu = "    -" if record["mfu"] is None else f"{record['mfu']:5.1%}"
-        left = duration((steps - record["step"]) * self.totals.seconds_per_step())
+        left = duration(self.totals.seconds_left(steps - record["step"]))
         parts = [
             self._step(record["step"]),
             f"loss {record['loss']:7.4f}",
@@ -328,8 +335,14 @@ class MetricsLogger:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Validation, checkpoints and sampling go inside: not training time, but in the summary."""
+        began = time.perf_counter()
         with self.clock.pause():
             yield
+        self.totals.pause_seconds += time.perf_counter() - began
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the loss on held-out text after `step` is in metrics.jsonl. To be asked of the main process."""
+        return any(r["step"] == step and "validation_loss" in r for r in run_history.read(self.metrics_path))
 
     def validation(self, step: int, loss: float) -> None:
         """The loss on held-out text after `step`."""
@@ -362,7 +375,7 @@ class MetricsLogger:
 
     def _summary(self, records: list[Record], failed: bool) -> list[tuple[str, str]]:
         train, held_out = run_history.losses(records), run_history.validations(records)
-        complete = self.last_step == self.config.training.steps
+        complete = self.last_step >= self.config.training.steps
         label = "failed" if failed else "finished" if complete else "stopped"
         lines = [(label, f"{self._step(self.last_step)}, {self.tokens_seen:,} tokens")]
         if train:

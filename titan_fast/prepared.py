@@ -23,7 +23,7 @@ import numpy as np
 
 from titan_fast.corpus import Document, RowLedger
 from titan_fast.errors import DataError
-from titan_fast.manifest import obstacle, sha256
+from titan_fast.manifest import obstacle, sha256, sync_file, sync_folder
 from titan_fast.run_lock import RunLock
 from titan_fast.tokenizer import Tokenizer, available_processors, copy_tokenizer
 
@@ -67,7 +67,11 @@ def prepare(
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
                 index = _write(documents, tokenizer, temporary, source, ledger)
+                for path in (path for path in temporary.rglob("*") if path.is_file()):
+                    sync_file(path)
+                sync_folder(temporary)
                 temporary.rename(folder)
+                sync_folder(folder.parent)
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:

@@ -14,6 +14,9 @@ from typing import Any
 
 Record = dict[str, Any]
 
+BAD_STEPS = "bad_steps.jsonl"
+"""Of the same kind: what guard.py writes of steps that were not applied, and of spikes."""
+
 
 def encode(record: Record) -> str:
     """One line of strict JSON, which has no NaN and no infinity."""
@@ -38,6 +41,15 @@ def read(path: Path) -> list[Record]:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
     return records
+
+
+def go_on_from(path: Path, step: int) -> str:
+    """Makes the file the history of a run that goes on from `step`; what there is to say of that, or ""."""
+    if step == 0:
+        aside = set_aside(path)
+        return f"the run begins again at step 0; {path.name} of an earlier start is now {aside.name}" if aside else ""
+    cut = keep_until(path, step)
+    return f"{path.name}: {cut} lines after step {step}, where this run starts, are cut off" if cut else ""
 
 
 def set_aside(path: Path) -> Path | None:
