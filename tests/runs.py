@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -141,6 +142,34 @@ def losses(folder: Path) -> dict[int, float]:
 
 def checkpoint(folder: Path, step: int) -> Path:
     return folder / "checkpoint" / f"step-{step}"
+
+
+class Disk:
+    """What was told to the disk, in order, while `monkeypatch` lasts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[tuple[str, Path, Path | None]] = []
+        fsync, rename = os.fsync, os.rename
+
+        def syncing(descriptor: int) -> None:
+            self.told.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink(), None))
+            fsync(descriptor)
+
+        def renaming(old: Any, new: Any) -> None:
+            self.told.append(("rename", Path(old).absolute(), Path(new).absolute()))
+            rename(old, new)
+
+        monkeypatch.setattr(os, "fsync", syncing)
+        monkeypatch.setattr(os, "rename", renaming)
+
+    def assert_made_durable(self, folder: Path) -> None:
+        """The folder got its name when all in it was on the disk, and then its name was put there."""
+        (at,) = (index for index, (what, _, new) in enumerate(self.told) if what == "rename" and new == folder)
+        before = self.told[at][1]
+        synced = {path for what, path, _ in self.told[:at] if what == "sync"}
+        inside = [before, *(before / path.relative_to(folder) for path in folder.rglob("*"))]
+        assert len(inside) > 2 and [path for path in inside if path not in synced] == []
+        assert ("sync", folder.parent, None) in self.told[at:]
 
 
 def tensors(path: Path) -> dict[str, Tensor]:

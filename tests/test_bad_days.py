@@ -433,6 +433,22 @@ def nan_in(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float = floa
     return seen
 
 
+def test_a_stop_in_a_step_that_is_not_finite_saves(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nan_in(monkeypatch, {4})
+    true_step = loop.Run.step
+
+    def step(self: loop.Run, number: int) -> Any:
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true_step(self, number)
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    runs.run(data, tmp_path / "run", training__on_nonfinite="skip")
+    assert whole_steps(tmp_path / "run") == [4] and "stopped by SIGTERM" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("implementation", ["fused", "for-loop"])
 def test_steps_that_are_not_finite_are_skipped(
     implementation: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -128,6 +128,33 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(
     runs.assert_same_tensors(runs.checkpoint(copy, 10), runs.checkpoint(finished, 10))
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = runs.Disk(monkeypatch)
+    runs.run(data, tmp_path / "run")
+    for step in (5, 10):
+        disk.assert_made_durable(runs.checkpoint(tmp_path / "run", step))
+
+
+def test_ranks_look_at_every_file_between_them(data: Path, tmp_path: Path) -> None:
+    """Each hashes its part. Whichever file was damaged, in whichever part it is, all ranks pass the step over."""
+    more: dict[str, Any] = {"training__steps": 4, "checkpoint__interval": 2}
+    output = runs.finish(start(2, data, tmp_path / "run", [], **more))
+    folder = runs.checkpoint(tmp_path / "run", 4)
+    shards = sorted(folder.glob("*.distcp"))
+    assert len(shards) == 2, output
+    for path in shards:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        copy = Path(shutil.copytree(tmp_path / "run", tmp_path / path.stem))
+        (runs.checkpoint(copy, 4) / path.name).write_bytes(content)
+        process = start(2, data, copy, [], **more)
+        output = runs.finish(process)
+        assert process.returncode == 0 and "after step 2," in output, output
+        assert f"step-4 is not loaded ({path.name}: sha256 mismatch" in output, output
+
+
 @pytest.mark.parametrize("name", ["one bit flipped", "a shard deleted"])
 def test_strict_stops_at_damage(name: str, data: Path, copy: Path) -> None:
     DAMAGE[name][0](copy)

@@ -20,6 +20,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import runs
 import tokenizers
 import torch
 from datasets.distributed import split_dataset_by_node
@@ -698,6 +699,11 @@ def test_waiting_is_counted(make: Callable) -> None:
     assert loader.wait_seconds > 0.2
 
 
+def test_token_shards_are_durable_before_they_have_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = runs.Disk(monkeypatch)
+    disk.assert_made_durable(runs.prepare(tmp_path))
+
+
 # Streams: the same class that reads from the hub, over a local streamed data set.
 
 
@@ -747,6 +753,21 @@ def test_a_stream_is_packed_without_loss_over_epochs(
     loader.close()
     assert got == expected[: len(got)]
     assert loader.epoch >= 2
+
+
+def test_a_step_of_a_stream_that_ends_with_a_document_has_its_last_label(
+    tmp_path: Path, stream: Callable, tokenizer: Tokenizer
+) -> None:
+    """Its label is the first token of the next document."""
+    words = ("a" * n for n in range(1, 100))
+    word = next(word for word in words if len(tokenizer.encode(word)) == SEQ_LEN - 2)  # with its ends, one sequence
+    file = tmp_path / "documents.jsonl"
+    file.write_text(f"{json.dumps({'text': word})}\n" * 40)
+    loader = stream(dataset=open_files([str(file)]))
+    document = (tokenizer.bos_id, *tokenizer.encode(word), tokenizer.eos_id)
+    for _ in range(20):  # documents come in groups, and the last step of each ends with it
+        assert rows_of(next(loader)) == [(*document, tokenizer.bos_id)] * 4
+    loader.close()
 
 
 def test_stream_ranks_share_the_documents_out(stream_files: list[str]) -> None:

@@ -196,6 +196,19 @@ def test_other_text_to_measure_on_is_told(data: Path, tmp_path: Path, capsys: py
     assert told not in capsys.readouterr().out
 
 
+def test_tokens_per_second_are_of_each_device_whatever_ranks_share(data: Path, tmp_path: Path) -> None:
+    """Two ranks of tensor parallelism read the same tokens: each counts half. By the run's own clock."""
+    folder = tmp_path / "run"
+    more = {"parallelism__tensor_parallel_degree": 2, "checkpoint__enable": False, "training__steps": 30}
+    output = runs.finish(start(2, data, folder, [], **more))
+    records = runs.logged(folder)
+    assert len(records) == 30, output
+    assert records[-1]["tokens_seen"] == 30 * 2 * 32
+    seconds = sum(2 * 32 / (record["tokens_per_second"] * 2) for record in records[1:])
+    elapsed = records[-1]["elapsed_seconds"] - records[0]["elapsed_seconds"]
+    assert 0.75 * elapsed < seconds < 1.05 * elapsed
+
+
 LAYOUTS = [
     (4, {"parallelism__data_parallel_shard_degree": 4}),
     (4, {"parallelism__data_parallel_shard_degree": 2, "parallelism__tensor_parallel_degree": 2}),
