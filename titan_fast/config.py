@@ -318,7 +318,8 @@ class Validation:
     dataset_path: str | None = None
     """Local data to measure on. None: every hundredth document (by its number) of local training data is set aside."""
     freq: int = 100
-    """Steps between measurements; the last step is always measured."""
+    """Steps between measurements; the last step is always measured. What a stop left out is made up for at the next
+    start."""
     steps: int = 8
     """Batches per measurement."""
 
