@@ -155,6 +155,30 @@ def test_ranks_look_at_every_file_between_them(data: Path, tmp_path: Path) -> No
         assert f"step-4 is not loaded ({path.name}: sha256 mismatch" in output, output
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(
+    number: int, data: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be passed over, and then be overwritten. EIO is a disk's word for damage."""
+    path, hashed = shard(copy, 10), manifest.sha256
+
+    def sha256(file: Path) -> str:
+        if file == path:
+            raise OSError(number, os.strerror(number))
+        return hashed(file)
+
+    monkeypatch.setattr(manifest, "sha256", sha256)
+    content = path.read_bytes()
+    if number == errno.EIO:
+        runs.run(data, copy)
+        assert "step-10 is not loaded (__0_0.distcp: Input/output error)" in capsys.readouterr().out
+        return
+    with pytest.raises(CheckpointError, match=rf"step-10 may be whole and cannot be read: .*{os.strerror(number)}"):
+        runs.run(data, copy, training__steps=12)
+    assert path.read_bytes() == content and not runs.checkpoint(copy, 12).exists()
+    assert checkpoint_command.verify(copy)[0][-1].endswith(f"CANNOT BE READ: __0_0.distcp: {os.strerror(number)}")
+
+
 @pytest.mark.parametrize("name", ["one bit flipped", "a shard deleted"])
 def test_strict_stops_at_damage(name: str, data: Path, copy: Path) -> None:
     DAMAGE[name][0](copy)

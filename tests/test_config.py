@@ -63,7 +63,13 @@ def test_a_value_may_begin_with_a_dash(argv: list[str]) -> None:
     assert parse(argv).metrics.sample_prompt == argv[-1].removeprefix("--metrics.sample_prompt=")
 
 
-@pytest.mark.parametrize("key", ["job.dump_folder", "training.dataset_path", "validation.dataset_path"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "job.dump_folder", "training.dataset_path", "validation.dataset_path", "training.dataset",
+        "model.tokenizer_path", "compile.cache_folder", "checkpoint.initial_load_path",
+    ],
+)  # fmt: skip
 def test_an_empty_path_is_refused(key: str) -> None:
     """As an unset variable of a shell gives it."""
     with pytest.raises(ConfigError, match=rf"{key} is empty"):
@@ -166,6 +172,7 @@ def test_wrong_types(argv: list[str], parts: list[str]) -> None:
         (b"\xff\xfe[training]\n", "the config file is not valid TOML"),
         (b"{'training': {'steps': 1}}", "the config file is not valid TOML"),
         (b"steps = 1\n", "key 'steps' stands outside a table"),
+        (b"[[training]]\nsteps = 1\n", "[[training]] is a list of tables"),
         (b"[training]\nstep = 1\n", "unknown key 'training.step'; did you mean training.steps?"),
         (b'[training]\nsteps = "3"\n', "training.steps is the text '3', and takes none; write"),
         (b'[compile]\nenable = "true"\n', "compile.enable is the text 'true', and takes none"),
@@ -181,6 +188,17 @@ def test_bad_files(tmp_path: Path, content: bytes, part: str) -> None:
     path = tmp_path / "run.toml"
     path.write_bytes(content)
     assert part in refusal("--config", str(path))
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbf[training]\nsteps = 3\n")
+    assert parse(["--config", str(path)]).training.steps == 3
+
+
+def test_an_empty_folder_is_in_no_other_ones_way() -> None:
+    said = refusal("--checkpoint.folder", "")
+    assert "checkpoint.folder is ''" in said and "each other's way" not in said
 
 
 @pytest.mark.parametrize(

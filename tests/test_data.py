@@ -27,10 +27,10 @@ from datasets.distributed import split_dataset_by_node
 
 from titan_fast import config as configuration
 from titan_fast import data, data_command, hub
-from titan_fast.config import Config
-from titan_fast.corpus import Document, RowLedger
+from titan_fast.config import Config, parse
+from titan_fast.corpus import Document, RowLedger, open_corpus
 from titan_fast.errors import CheckpointError, ConfigError, DataError
-from titan_fast.hub import StreamSource, in_shuffled_files
+from titan_fast.hub import StreamSource, in_shuffled_files, open_stream
 from titan_fast.loader import Loader, Share
 from titan_fast.prepared import PreparedTokens, SampleOrder, check_empty, is_prepared, prepare
 from titan_fast.run_lock import _identity
@@ -617,6 +617,19 @@ def test_an_error_of_the_main_rank_is_every_ranks(tokenizer: Tokenizer, tmp_path
     for rank in (0, 1):
         with pytest.raises(DataError, match="no such file or folder"):
             make_loader(config, tokenizer, tmp_path, dp_rank=rank, dp_degree=2)
+
+
+def test_what_is_no_file_is_not_called_missing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match="it is neither a file nor a folder"):
+        open_corpus(tmp_path / "pipe.txt", "text")
+
+
+def test_a_file_that_is_named_as_a_data_set_of_the_hub(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("some text")
+    with pytest.raises(DataError, match=r"text\.txt is here: give it with training\.dataset_path; or "):
+        open_stream(parse(["--training.dataset", str(file)]).training)
 
 
 def test_only_the_main_rank_prepares_and_the_others_wait(

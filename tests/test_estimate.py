@@ -351,6 +351,7 @@ def test_what_is_written_in_place_is_written_once_and_takes_no_memory() -> None:
             f"{SMALL} --scaling --gpus-per-node 7",
             ["--scaling is for 256 GPUs and more, which are not whole nodes of 7"],
         ),
+        (f"{SMALL} --job.world_size 4", ["job.world_size is for titan_fast.train; --gpus says it here"]),
         (f"{SMALL} --job.print_config True", ["are for titan_fast.train"]),
         (f"{SMALL} --kernels.attention math", ["no rate of attention 'math' is known for h100-sxm"]),
         (

@@ -611,6 +611,30 @@ def test_a_run_that_stops_early_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "loss_curve.png").exists()
 
 
+def test_a_window_system_that_is_not_there_is_not_asked_for(tmp_path: Path) -> None:
+    """As a notebook names one for its children."""
+    program = "from pathlib import Path; from titan_fast import run_history as r; import sys;"
+    program += "r.draw_loss_curve([{'step': 1, 'loss': 2.0, 'tokens_seen': 10}], Path(sys.argv[1]), 'a run')"
+    environment = os.environ | {"MPLBACKEND": "module://nowhere.backend"}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "curve.png")], env=environment, check=True)
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_a_curve_that_cannot_be_drawn_does_not_hide_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("no such font")
+
+    monkeypatch.setattr(run_history, "draw_loss_curve", refuse)
+    metrics = logger(tmp_path, *QUIET)
+    metrics.start([])
+    log(metrics, 40)
+    metrics.finish()
+    said = capsys.readouterr().out
+    assert "loss_curve.png cannot be written: ValueError: no such font" in said and "finished " in said
+
+
 def test_a_curve_that_a_full_disk_refuses_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 

@@ -337,11 +337,13 @@ def test_a_batch_that_follows_the_processes_is_warned_of(
     status, output = torchrun(2, data, tmp_path / "run", [], training__steps=3, validation__enable=True)
     assert status == 0, output
     assert "a validation batch was 2 sequences and is 4: its losses are of other text than before" in output
-    assert "a step was 2 sequences at world size 1 and is 4 at 2; --training.global_batch_size 2 keeps it" in output
+    said = "a step was 2 sequences at world size 1 and is 4 at 2; --training.global_batch_size 2 "
+    assert f"{said}--training.local_batch_size 1 keeps it" in output
     last = run_history.validations(run_history.read(tmp_path / "run" / "metrics.jsonl"))[-1]
     held_out = runs.held_out_loss(tmp_path / "run", 4)
     assert last == {"step": 3, "validation_loss": pytest.approx(held_out, rel=1e-5)}, "of what both ranks read"
     options: dict[str, Any] = {"training__global_batch_size": 4, "validation__enable": True}
+    capsys.readouterr()
     runs.run(data, tmp_path / "run", training__steps=4, **options)
     assert "a step was" not in capsys.readouterr().out
 

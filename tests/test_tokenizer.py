@@ -342,7 +342,11 @@ def test_a_copy_is_the_same_tokenizer(name: str, folder: Path, tmp_path: Path) -
     others = load_tokenizer(tmp_path / name)
     (tmp_path / "of another time").rename(tmp_path / "tokenizer_config.json")
     assert others.fingerprint == original.fingerprint and not is_same(others, original), "documents end otherwise"
-    for copy in (load_tokenizer(tmp_path / "tokenizer"), load_tokenizer(tokenizer_of(tmp_path))):
+    checkpoint = tmp_path / "step-0"
+    checkpoint.mkdir()
+    shutil.copytree(tmp_path / "tokenizer", checkpoint / "tokenizer")
+    copies = (tmp_path / "tokenizer", tokenizer_of(tmp_path), checkpoint)  # of a checkpoint, which keeps its own so
+    for copy in map(load_tokenizer, copies):
         assert is_same(copy, original)
         assert (
             (copy.bos_id, copy.eos_id) == (original.bos_id, original.eos_id) == (None, tokenizer.token_to_id("<stop>"))

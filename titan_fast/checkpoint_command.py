@@ -30,13 +30,17 @@ def folders(path: Path) -> dict[int, Path]:
     raise CheckpointError("no checkpoint here", "give a run directory or its checkpoint folder", str(path))
 
 
+def _wrong(problem: str) -> str:
+    return f"{'CANNOT BE READ' if isinstance(problem, manifest.Unread) else 'DAMAGED'}: {problem}"
+
+
 def list_lines(path: Path) -> list[str]:
     """A line per checkpoint: step, size, what state.json says, and the first thing wrong by name and size."""
     lines = []
     for step, folder in folders(path).items():
         problem = manifest.problem(folder, contents=False)
         if problem:
-            lines.append(f"step {step:>8}  damaged: {problem}")
+            lines.append(f"step {step:>8}  {_wrong(problem)}")
             continue
         size = sum(digest.size for digest in manifest.read(folder).values())
         try:
@@ -55,7 +59,7 @@ def verify(path: Path) -> tuple[list[str], bool]:
     lines, whole = [], True
     for step, folder in folders(path).items():
         problem = manifest.problem(folder)
-        lines.append(f"step {step:>8}  {'whole' if problem is None else f'DAMAGED: {problem}'}")
+        lines.append(f"step {step:>8}  {'whole' if problem is None else _wrong(problem)}")
         whole &= problem is None
     return lines, whole
 

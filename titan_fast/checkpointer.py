@@ -444,7 +444,7 @@ class Checkpointer:
         if then != today:
             self._notes.append(
                 f"WARNING: a step was {then} sequences at world size {world_size} and is {today} at {self.world.size}; "
-                f"--training.global_batch_size {then} keeps it"
+                f"{_keeps(then, now, self.world.size)}"
             )
         then, today = (_measured_at_once(*of) for of in ((before, world_size), (now, self.world.size)))
         if self.config.validation.enable and then != today:
@@ -547,7 +547,14 @@ class Checkpointer:
                 "all ranks need one shared folder, and a network file system may need a moment",
                 str(path),
             )
-        return next((reason for _, reason in answers if reason), None)
+        reasons = [reason for _, reason in answers if reason]
+        if unread := next((reason for reason in reasons if isinstance(reason, manifest.Unread)), None):
+            raise CheckpointError(
+                f"{path.name} may be whole and cannot be read: {unread}",
+                "give this user the right to read it, or move it away to go on from an older one",
+                str(path),
+            )
+        return next(iter(reasons), None)
 
     def begin(self) -> None:
         """Takes later steps out of the way of a run that goes back, without deleting them. To be called when all is
@@ -578,6 +585,17 @@ def _global_batch_size(tables: dict[str, dict[str, Any]], world_size: int) -> in
 def _measured_at_once(tables: dict[str, dict[str, Any]], world_size: int) -> int:
     """Sequences of a validation batch of a config, as tables, on so many processes: accumulation has no part in it."""
     return tables["training"]["local_batch_size"] * world_size // tables["parallelism"]["tensor_parallel_degree"]
+
+
+def _keeps(sequences: int, tables: dict[str, dict[str, Any]], world_size: int) -> str:
+    """How so many processes take so many sequences a step."""
+    batch = tables["training"]["local_batch_size"]
+    ranks = _measured_at_once(tables, world_size) // batch
+    fitting = [each for each in range(1, batch + 1) if sequences % (each * ranks) == 0]
+    if not fitting:
+        return f"{ranks} ranks cannot share {sequences} sequences out evenly"
+    smaller = f" --training.local_batch_size {fitting[-1]}" if fitting[-1] != batch else ""
+    return f"--training.global_batch_size {sequences}{smaller} keeps it"
 
 
 def manifest_step(path: Path) -> int:

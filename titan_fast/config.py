@@ -514,13 +514,15 @@ def _read_toml(words: list[str] | None) -> dict[str, list[str]]:
         raise ConfigError(f"--config takes one path, not {len(words)}", "give one TOML file")
     path = Path(_expanded(words[0]))
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read the config file: {error.strerror}", "check the path", str(path)) from error
     except (ValueError, RecursionError) as error:  # a ValueError also for bytes that are not UTF-8 and absurd numbers
         raise ConfigError(f"the config file is not valid TOML: {error}", "mend it", str(path)) from error
     options, known, problems = {}, known_keys(), Problems()
     for table, keys in tables.items():
+        if isinstance(keys, list) and keys and isinstance(keys[0], dict):
+            raise ConfigError(f"[[{table}]] is a list of tables", f"write [{table}], once", str(path))
         if not isinstance(keys, dict):
             raise ConfigError(f"key {table!r} stands outside a table", "put it under a [table]", str(path))
         for name, value in ((f"{table}.{key}", value) for key, value in keys.items()):
@@ -723,13 +725,15 @@ def _check_folders(config: Config, problems: Problems) -> None:
         value = _value(config, name)
         folder = Path(os.path.normpath(run_dir / value))
         inside = folder.relative_to(run_dir).parts if folder.is_relative_to(run_dir) else ()
-        if not value or run_dir.is_relative_to(folder):
+        holds_the_run = not value or run_dir.is_relative_to(folder)
+        if holds_the_run:
             problems.add(f"{name} is {value!r}, which is the run directory or holds it", "name a folder of its own")
         elif inside and inside[0] in RUN_FILES:
             problems.add(f"{name} is {value!r}, and the run has a {inside[0]} of its own", "choose another name")
         elif meets := [path for path in taken if folder.is_relative_to(path) or path.is_relative_to(folder)]:
             problems.add(f"{name} {value!r} and {taken[meets[0]]} are in each other's way", "choose another name")
-        taken[folder] = name
+        if not holds_the_run:
+            taken[folder] = name
 
 
 # key -> (least, most, how to say it)
@@ -797,6 +801,10 @@ def _check_ranges(config: Config, problems: Problems) -> None:
         ("job.dump_folder", config.job.dump_folder),
         ("training.dataset_path", config.training.dataset_path),
         ("validation.dataset_path", config.validation.dataset_path),
+        ("training.dataset", config.training.dataset),
+        ("model.tokenizer_path", config.model.tokenizer_path),
+        ("compile.cache_folder", config.compile.cache_folder),
+        ("checkpoint.initial_load_path", config.checkpoint.initial_load_path),
     ):
         if path == "":
             problems.add(f"{name} is empty", "give a path, or leave it out")

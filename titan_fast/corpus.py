@@ -214,7 +214,8 @@ def open_corpus(path: Path, text_column: str) -> Corpus:
             raise DataError(f"a file of an unknown kind ({path.suffix or 'no suffix'})", known, str(path))
         return Corpus(path.parent, (path,), text_column)
     if not path.is_dir():
-        raise DataError("there is no such file or folder", "check the dataset_path", str(path))
+        what = "it is neither a file nor a folder" if path.exists() else "there is no such file or folder"
+        raise DataError(what, "check the dataset_path", str(path))
     found = sorted(_walk(path), key=lambda file: file.relative_to(path).parts)
     files = _each_once(file for file in found if _kind(file) and file.is_file())  # no link to nothing, no pipe
     if not files:

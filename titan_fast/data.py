@@ -140,7 +140,7 @@ def build_tokenizer(
                 texts = sample_texts(training, config.debug.seed)
                 train_sentencepiece(texts, vocab_size, trained, config.debug.seed)
                 learned_from.write_text(corpus)
-                log.info("trained a sentencepiece tokenizer of %d pieces on the corpus: %s", vocab_size, trained)
+                log.info("trained a sentencepiece tokenizer of %d pieces on the corpus: %s", vocab_size, trained.name)
             return str(trained)
 
         path = Path(_decided_by_main(run_dir, "tokenizer", is_main, barrier, train))

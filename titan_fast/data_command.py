@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import logging
+import shlex
 import sys
 import tempfile
 import time
@@ -98,7 +99,7 @@ def prepare_folder(config: Config, out: Path, max_documents: int | None) -> None
         print(summary)  # noqa: T201
     print(  # noqa: T201
         f"{out}: {index['documents']:,} documents, {index['tokens']:,} tokens of {index['dtype']} in {seconds:.1f} s: "
-        f"{index['tokens'] / seconds:,.0f} tokens/s; use it by --training.dataset_path {out}"
+        f"{index['tokens'] / seconds:,.0f} tokens/s; use it by --training.dataset_path {shlex.quote(str(out))}"
     )
 
 

@@ -282,6 +282,8 @@ def plan_of(argv: list[str]) -> tuple[Plan, argparse.Namespace]:
     if own.scaling and SIZES[0] % own.gpus_per_node:
         what = f"--scaling is for {SIZES[0]} GPUs and more, which are not whole nodes of {own.gpus_per_node}"
         raise ConfigError(what, "change --gpus-per-node")
+    if any(word.partition("=")[0].replace("-", "_") == "__job.world_size" for word in rest):
+        raise ConfigError("job.world_size is for titan_fast.train", "--gpus says it here")
     config = on_gpu(parse(rest))
     if config.job.print_config or config.job.dry_run:
         raise ConfigError("job.print_config and job.dry_run are for titan_fast.train", "leave them out")

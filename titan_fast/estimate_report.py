@@ -9,6 +9,7 @@ from titan_fast.config import Config
 from titan_fast.errors import ConfigError
 from titan_fast.estimate import Estimate
 from titan_fast.memory_count import PARTS
+from titan_fast.pictures import new_figure
 
 _GIB = 2**30
 
@@ -134,11 +135,9 @@ def scaling_table(points: Sequence[ScalingPoint], config: Config) -> list[str]:
 
 def plots(found: Estimate, folder: Path) -> list[Path]:
     """Writes memory.png (timeline by part) and step.png (time by part); their paths."""
-    from matplotlib.figure import Figure
-
     segments = [s for s in found.segments if s.phase != "end"]
     places = range(len(segments))
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = new_figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots()
     shown = [part for part in PARTS if max(s.peak.parts[part] for s in segments) > 0.002 * found.peak_memory]
     axes.stackplot(places, [[s.peak.parts[part] / _GIB for s in segments] for part in shown], labels=shown, step="mid")
@@ -178,9 +177,7 @@ def _mark_phases(axes, segments) -> None:  # type: ignore[no-untyped-def]
 
 
 def _step_plot(found: Estimate, folder: Path) -> Path:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = new_figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     parts = [(name, value) for name, value in found.time.parts.items() if value > 0.0005 * found.time.seconds][::-1]
     bars = axes.barh([name for name, _ in parts], [value * 1e3 for _, value in parts])
@@ -193,9 +190,7 @@ def _step_plot(found: Estimate, folder: Path) -> Path:
 
 def scaling_plot(points: Sequence[ScalingPoint], folder: Path) -> Path:
     """Writes scaling.png; its path."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = new_figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for kind in ("FSDP", "HSDP"):
         mine = [p for p in points if p.kind == kind]

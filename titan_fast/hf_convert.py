@@ -4,6 +4,7 @@ Both go tensor by tensor: of the model, no more is in memory than one tensor or 
 """
 
 import json
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -137,12 +138,12 @@ def _import_lines(final: Path, weights: Weights, tokenizer: Tokenizer | None) ->
         spoken = "no tokenizer: without one it is good for training and export only; --tokenizer names one"
     else:
         spoken = f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} pieces"
-        arguments += f" --model.tokenizer_path {final / 'tokenizer'}"
+        arguments += f" --model.tokenizer_path {shlex.quote(str(final / 'tokenizer'))}"
     dtypes = {weights.dtype(name) for name in hf_sizes(shape)}
     return [
         f"wrote {final}: {_described(shape, dtypes)}",
         spoken,
-        f"train from it: {arguments} --checkpoint.initial_load_path {final}",
+        f"train from it: {arguments} --checkpoint.initial_load_path {shlex.quote(str(final))}",
     ]
 
 

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -79,6 +80,8 @@ def open_stream(training: Training) -> datasets.IterableDataset:
     except Exception as error:
         close = difflib.get_close_matches(training.dataset, ("stdlib", *KNOWN_NAMES), n=1)
         hint = f"did you mean {close[0]}? " if close and training.dataset not in KNOWN_NAMES else ""
+        if Path(training.dataset).exists():
+            hint = f"{training.dataset} is here: give it with training.dataset_path; or "
         if _is_connection_error(error):
             raise DataError(
                 f"the hub cannot be reached for the data set {name!r}: {_first_line(error)}",

@@ -4,6 +4,7 @@ Each process reads its own part of each tensor, one tensor after another; there 
 """
 
 import pickle
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -122,7 +123,7 @@ def check_initial_weights(path: Path, shape: ModelShape, allow_changes: bool, na
         raise CheckpointError(
             "these weights came with a tokenizer, and without model.tokenizer_path a new one would be trained, to "
             "which they mean nothing",
-            f"add --model.tokenizer_path {folder}",
+            f"add --model.tokenizer_path {shlex.quote(str(folder))}",
             str(path),
         )
 
@@ -177,7 +178,7 @@ def _other_tokenizer(weights: Weights | CheckpointWeights, tokenizer: Tokenizer 
         return ""
     return (
         f"\nWARNING: these weights came with another tokenizer than {tokenizer.path}, to which they may mean nothing; "
-        f"--model.tokenizer_path {folder} takes theirs"
+        f"--model.tokenizer_path {shlex.quote(str(folder))} takes theirs"
     )
 
 

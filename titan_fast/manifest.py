@@ -4,6 +4,7 @@ A folder `step-N` with a MANIFEST.json was once complete on the disk. `problem` 
 The digests find accidents; whoever can write the folder can write the manifest too.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -192,22 +193,35 @@ def read(folder: Path) -> dict[str, Digest]:
     return files
 
 
+class Unread(str):
+    """A problem that says nothing of what the folder holds: it may be whole, and cannot be read by this process now."""
+
+
+def _unread(name: str, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{name}: missing"
+    words = f"{name}: {error.strerror}"
+    return words if error.errno == errno.EIO else Unread(words)  # by which a disk says that it is damaged
+
+
 def problem(folder: Path, contents: bool = True, part: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with a published folder, None when nothing is: a file missing, of another size or (with
-    `contents`) another sha256, a link, or a file that was not there. `part` (i, n) hashes only every n-th file from
-    the i-th on, so that n processes can share the work; all compare the sizes."""
+    `contents`) another sha256, a link, a file that was not there, or one that cannot be read (`Unread`). `part` (i, n)
+    hashes only every n-th file from the i-th on, so that n processes can share the work; all compare the sizes."""
     try:
         files = read(folder)
         extra = set(_files(folder)) - files.keys()
-    except (ValueError, OSError) as error:
-        return str(error)
+    except OSError as error:
+        return _unread(folder.name, error)
+    except ValueError as error:
+        return Unread(error) if isinstance(error.__cause__, OSError) else str(error)
     if extra:
         return f"{min(extra)}: not in {NAME}"
     for name, digest in files.items():
         try:
             status = (folder / name).lstat()
         except OSError as error:
-            return f"{name}: missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
+            return _unread(name, error)
         if not stat.S_ISREG(status.st_mode):
             return f"{name}: not a regular file"
         if status.st_size != digest.size:
@@ -220,7 +234,7 @@ def _changed(folder: Path, files: dict[str, Digest]) -> str | None:
         try:
             return None if sha256(folder / name) == files[name].sha256 else f"{name}: sha256 mismatch"
         except OSError as error:
-            return f"{name}: {error.strerror}"
+            return _unread(name, error)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return next(filter(None, pool.map(changed, files)), None)

@@ -368,8 +368,9 @@ class MetricsLogger:
             title = self.config.job.description or self.config.model.flavor
             try:
                 run_history.draw_loss_curve(records, self.run_dir / LOSS_CURVE, title)
-            except OSError as error:
-                self.say(f"WARNING: {LOSS_CURVE} cannot be written: {error.strerror}")
+            except Exception as error:  # a picture is not worth the run's own end
+                why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+                self.say(f"WARNING: {LOSS_CURVE} cannot be written: {why}")
         self.say(aligned(self._summary(records, failed)))
         self.close()
 

@@ -12,6 +12,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from titan_fast.pictures import new_figure
+
 Record = dict[str, Any]
 
 BAD_STEPS = "bad_steps.jsonl"
@@ -93,13 +95,12 @@ def validations(records: Iterable[Record]) -> list[Record]:
 
 def draw_loss_curve(records: list[Record], path: Path, title: str) -> None:
     """Draws loss, and validation loss where it was measured, against tokens into a PNG at `path`."""
-    # Figure without pyplot: no global state, no window system, half the import time.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
 
     # From every logged step, also one whose loss was not a number.
     tokens_at = {0: 0} | {record["step"]: record["tokens_seen"] for record in records if "tokens_seen" in record}
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    figure = new_figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    from matplotlib.ticker import EngFormatter
+
     axes = figure.add_subplot()
     train, held_out = losses(records), validations(records)
     axes.plot(

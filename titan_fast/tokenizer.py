@@ -80,7 +80,8 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file, or in a folder that holds one of `NAMES_IN_FOLDER`; DataError where it is none."""
+    """The tokenizer in a file, in a folder that holds one of `NAMES_IN_FOLDER`, or in a checkpoint; DataError where it
+    is none."""
     path = _tokenizer_file(Path(path))
     try:
         content = path.read_bytes()
@@ -126,9 +127,10 @@ def is_same(one: Tokenizer, other: Tokenizer) -> bool:
 def _tokenizer_file(path: Path) -> Path:
     if not path.is_dir():
         return path
-    for name in NAMES_IN_FOLDER:
-        if (path / name).is_file():
-            return path / name
+    for folder in (path, path / "tokenizer"):  # a checkpoint has its own there
+        for name in NAMES_IN_FOLDER:
+            if (folder / name).is_file():
+                return folder / name
     raise DataError("the folder holds no tokenizer", f"put one of {', '.join(NAMES_IN_FOLDER)} there", str(path))
 
 

@@ -1,0 +1,16 @@
+"""Matplotlib's figures. They are saved as PNG alone, so a window system that MPLBACKEND names is not asked for."""
+
+import os
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(**options: Any) -> "Figure":
+    """Without pyplot: no global state, half the import time. `options` are Figure's."""
+    with mock.patch.dict(os.environ):
+        os.environ.pop("MPLBACKEND", None)
+        from matplotlib.figure import Figure
+    return Figure(**options)
