@@ -167,6 +167,8 @@ def test_what_is_left_has_pauses_as_there_were(
 ) -> None:
     metrics = logger(tmp_path, *QUIET)
     metrics.start([])
+    with metrics.pause():  # what an earlier process left out, once
+        clock.now += 900
     for step in (10, 20):
         clock.now += 20
         log(metrics, step)
@@ -174,7 +176,7 @@ def test_what_is_left_has_pauses_as_there_were(
             clock.now += 30
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert shown[0].endswith("ETA 0:01:00")  # 30 steps of 2 s: no pause is known of
-    assert shown[1].endswith("ETA 0:01:10")  # 20 steps of 2 s, and of 30 s in 20 steps
+    assert shown[1].endswith("ETA 0:01:40")  # 20 steps of 2 s, and of 30 s in 10 steps
 
 
 def test_a_run_that_goes_on_has_the_time_and_the_bad_steps_that_count(

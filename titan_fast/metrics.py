@@ -74,13 +74,13 @@ class _Totals:
     first_steps: int = 0
     first_seconds: float = 0.0
     pause_seconds: float = 0.0
-    """Validation, checkpoints and samples."""
+    """Validation, checkpoints and samples, after the first window."""
     data_wait_seconds: float = 0.0
     peak_memory: float = 0.0
 
     def add(self, steps: int, seconds: float) -> None:
         if not self.steps:
-            self.first_steps, self.first_seconds = steps, seconds
+            self.first_steps, self.first_seconds, self.pause_seconds = steps, seconds, 0.0
         self.steps += steps
         self.seconds += seconds
 
@@ -91,7 +91,7 @@ class _Totals:
 
     def seconds_left(self, steps: int) -> float:
         """For so many more, with pauses as there were so far."""
-        return steps * (self.seconds_per_step() + self.pause_seconds / max(self.steps, 1))
+        return steps * (self.seconds_per_step() + self.pause_seconds / max(self.steps - self.first_steps, 1))
 
 
 class MetricsLogger:
@@ -138,8 +138,8 @@ class MetricsLogger:
     def _open(self) -> None:
         atexit.register(self.close)
         if self.start_step > 0:  # what was done after it took its time too
-            said = (record.get("elapsed_seconds") or 0.0 for record in run_history.read(self.metrics_path))
-            self.elapsed_before = max(self.elapsed_before, *said, 0.0)
+            said = [record.get("elapsed_seconds") or 0.0 for record in run_history.read(self.metrics_path)]
+            self.elapsed_before = max([self.elapsed_before, *said])
         for path in (self.metrics_path, self.run_dir / run_history.BAD_STEPS):
             if said_of_it := run_history.go_on_from(path, self.start_step):
                 self.say(said_of_it)
