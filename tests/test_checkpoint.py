@@ -176,7 +176,10 @@ def test_what_cannot_be_read_now_is_not_taken_for_damaged(
     with pytest.raises(CheckpointError, match=rf"step-10 may be whole and cannot be read: .*{os.strerror(number)}"):
         runs.run(data, copy, training__steps=12)
     assert path.read_bytes() == content and not runs.checkpoint(copy, 12).exists()
-    assert checkpoint_command.verify(copy)[0][-1].endswith(f"CANNOT BE READ: __0_0.distcp: {os.strerror(number)}")
+    capsys.readouterr()
+    status, out, err = command(capsys, "verify", str(copy))
+    assert status == 4 and f"CANNOT BE READ: __0_0.distcp: {os.strerror(number)}" in out
+    assert "a checkpoint cannot be read; give this user the right" in err.replace(f" [{copy}]", "")
 
 
 @pytest.mark.parametrize("name", ["one bit flipped", "a shard deleted"])

@@ -54,14 +54,11 @@ def list_lines(path: Path) -> list[str]:
     return lines
 
 
-def verify(path: Path) -> tuple[list[str], bool]:
-    """A line per checkpoint, every byte read; and whether all are whole."""
-    lines, whole = [], True
-    for step, folder in folders(path).items():
-        problem = manifest.problem(folder)
-        lines.append(f"step {step:>8}  {'whole' if problem is None else _wrong(problem)}")
-        whole &= problem is None
-    return lines, whole
+def verify(path: Path) -> tuple[list[str], list[str]]:
+    """A line per checkpoint, every byte read; and what is wrong with those that are not whole."""
+    found = {step: manifest.problem(folder) for step, folder in folders(path).items()}
+    lines = [f"step {step:>8}  {'whole' if problem is None else _wrong(problem)}" for step, problem in found.items()]
+    return lines, [problem for problem in found.values() if problem is not None]
 
 
 def export(path: Path, out: Path) -> list[str]:
@@ -129,18 +126,21 @@ def main() -> None:
         if name == "export":
             sub.add_argument("--out", type=Path, required=True, help="the file to write")
     options = parser.parse_args()
-    lines, whole = [], True
+    problems: list[str] = []
     if options.action == "list":
         lines = list_lines(options.dir)
     elif options.action == "verify":
-        lines, whole = verify(options.dir)
+        lines, problems = verify(options.dir)
     elif options.action == "export":
         lines = export(options.dir, options.out)
     else:
         lines = prune(options.dir, options.keep)
     sys.stdout.write("".join(f"{line}\n" for line in lines))
-    if not whole:
-        raise CheckpointError("a checkpoint is damaged", "restore it from a copy or move it away", str(options.dir))
+    if problems:
+        what, fix = "a checkpoint is damaged", "restore it from a copy or move it away"
+        if all(isinstance(problem, manifest.Unread) for problem in problems):
+            what, fix = "a checkpoint cannot be read", "give this user the right to read it"
+        raise CheckpointError(what, fix, str(options.dir))
 
 
 def prune(path: Path, keep: int) -> list[str]:
