@@ -31,7 +31,7 @@ _BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-FLASH_VERSIONS = {"fa3": "FA3", "fa4": "FA4"}
+_FLASH_VERSIONS = {"fa3": "FA3", "fa4": "FA4"}
 _FLASH_PACKAGES = {"fa3": "flash_attn_3", "fa4": "flash-attn-4==4.0.0b18"}
 """Of the second, torch 2.11 and 2.13 can call none that is newer: its functions return two things, theirs more."""
 
@@ -146,7 +146,7 @@ def activate_flash(version: str, group: int, head_dim: int, dtype: torch.dtype, 
     (torch's own glue calls it by position, and packages change); the backend is then torch's own."""
     attention = importlib.import_module("torch.nn.attention")
     try:
-        attention.activate_flash_attention_impl(FLASH_VERSIONS[version])
+        attention.activate_flash_attention_impl(_FLASH_VERSIONS[version])
         _try_flash(version, group, head_dim, dtype, device)
     except (torch.OutOfMemoryError, torch.AcceleratorError):  # of the device, not of the package
         raise
@@ -188,7 +188,7 @@ def _choose_attention(
 ) -> tuple[list[SDPBackend], str, str]:
     """(backends in order, choice, reason) for activations of `dtype`."""
     if setting != "auto":
-        if setting in ("cudnn", "efficient", *FLASH_VERSIONS) and device.type != "cuda":
+        if setting in ("cudnn", "efficient", *_FLASH_VERSIONS) and device.type != "cuda":
             raise ConfigError(
                 f"kernels.attention {setting!r} exists on CUDA only and this device is {device.type}",
                 "take auto, flash or math",
@@ -198,7 +198,7 @@ def _choose_attention(
                 f"kernels.attention {setting!r} takes no float32 on CUDA, in which this run computes",
                 "take auto, efficient or math, or --training.mixed_precision_param bfloat16",
             )
-        if setting in FLASH_VERSIONS:
+        if setting in _FLASH_VERSIONS:
             group = shape.n_heads // shape.n_kv_heads
             activate_flash(setting, group, shape.head_dim, getattr(torch, dtype), device)
         return [_BACKENDS[setting]], setting, "as configured"
