@@ -112,6 +112,7 @@ FSDP_POLICIES = (
 FA4_LEVERS = (_lever("attention fa4", FA4), _lever("attention fa4, carried residual", FA4 | CARRIED))
 ALL_POINTWISE: Options = OUR_ROPE | {"kernels.rms_norm": "triton", "kernels.swiglu": "triton"}
 BYTES_LEVERS = (
+    _lever("residual added", WIDE | NOT_CARRIED),
     _lever("carried residual", WIDE | CARRIED),
     _lever("carried residual, our rope", WIDE | CARRIED | OUR_ROPE),
     _lever("carried residual, all of ours", WIDE | CARRIED | ALL_POINTWISE),
