@@ -192,7 +192,7 @@ def test_a_run_that_goes_on_has_the_time_and_the_bad_steps_that_count(
     assert metrics.elapsed_before == 140.0
     assert bad.read_text() == f"{lines[0]}\n" and [line["step"] for line in lines_of(tmp_path)] == [9, 10]
     said = capsys.readouterr().out
-    assert "bad_steps.jsonl: 1 lines after step 10" in said and "metrics.jsonl: 1 lines after step 10" in said
+    assert "bad_steps.jsonl: cut off 1 line after step 10" in said and "metrics.jsonl: cut off 1 line after" in said
     assert logger(tmp_path, *QUIET, start_step=10, elapsed_before=200.0).elapsed_before == 200.0
     metrics = logger(tmp_path, *QUIET)
     assert metrics.elapsed_before == 0.0 and not bad.exists()

@@ -51,7 +51,8 @@ def go_on_from(path: Path, step: int) -> str:
         aside = set_aside(path)
         return f"the run begins again at step 0; {path.name} of an earlier start is now {aside.name}" if aside else ""
     cut = keep_until(path, step)
-    return f"{path.name}: {cut} lines after step {step}, where this run starts, are cut off" if cut else ""
+    lines = "1 line" if cut == 1 else f"{cut} lines"
+    return f"{path.name}: cut off {lines} after step {step}, where this run starts" if cut else ""
 
 
 def set_aside(path: Path) -> Path | None:
