@@ -25,7 +25,7 @@ from torchrun import start
 from worlds import Task, World, results, run_world
 
 from titan_fast import checkpoint_command, checkpointer, generate, loop, manifest, safe_unpickle
-from titan_fast.checkpoint import Progress, check_tensors, tensors_of
+from titan_fast.checkpoint import Progress, check_tensors, own_data_state, tensors_of
 from titan_fast.config import mesh_degrees, model_shape, parse
 from titan_fast.errors import CheckpointError, NumericsError, TitanFastError
 from titan_fast.flavors import ModelShape
@@ -36,6 +36,7 @@ from titan_fast.ops import REFERENCE
 from titan_fast.optim import build_optimizer
 from titan_fast.redaction import redact
 from titan_fast.run_lock import RunLock
+from titan_fast.shards import local
 from titan_fast.step import build_model
 
 pytestmark = pytest.mark.timeout(120)
@@ -449,10 +450,11 @@ def test_what_a_kill_left_half_done_is_cleaned(tmp_path: Path, finished: Path) -
     for name in (".writing-step-4", ".deleting-step-1", ".replaced-step-10", ".replaced-step-5", "step-5", ".mine"):
         shutil.copytree(whole, tmp_path / name)
     (tmp_path / ".writing-step-4" / manifest.NAME).unlink()
+    shutil.copytree(tmp_path / ".writing-step-4", tmp_path / ".replaced-step-7")  # damaged: nothing to go on from
     said = manifest.clean(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"step-10", "step-5", ".mine"}
     assert manifest.problem(tmp_path / "step-10") is None
-    assert len(said) == 4 and "put back step-10" in said[1], said
+    assert len(said) == 5 and "put back step-10" in said[1], said
 
 
 def test_a_repeated_step_replaces_the_old_folder_whole(tmp_path: Path) -> None:
@@ -810,6 +812,17 @@ def test_no_secret_reaches_what_a_run_leaves(data: Path, tmp_path: Path, capsys:
     assert secret not in "".join(capsys.readouterr())
 
 
+def test_every_data_parallel_rank_gets_its_own_position_back() -> None:
+    ranks = [{"rank": rank, "position": 10 * rank} for rank in range(3)]
+    for rank in range(3):
+        assert own_data_state({"ranks": ranks}, rank, 3) == ranks[rank]
+    assert own_data_state({"position": 5}, 2, 3) == {"position": 5}, "one position for all"
+    assert own_data_state(ranks[0], 0, 1) == ranks[0], "saved by one process"
+    for saved, state in ((3, {"ranks": ranks}), (1, ranks[0])):
+        with pytest.raises(CheckpointError, match=rf"of {saved} data-parallel ranks.* has 2"):
+            own_data_state(state, 0, 2)
+
+
 # Two ranks
 
 
@@ -860,17 +873,21 @@ def refused_to_share(world: World, run_dirs: list[Path]) -> tuple[str, list[str]
     return said, [path.name for path in own.iterdir()]
 
 
-def drawn(world: World, folder: Path) -> tuple[float, float]:
-    """What this rank draws after a save, and again after that is loaded."""
+def saving_model(world: World, folder: Path) -> tuple[checkpointer.Checkpointer, Llama, torch.optim.Optimizer]:
     folder.mkdir(exist_ok=True)
     config = parse(runs.arguments(folder, folder, parallelism__data_parallel_shard_degree=world.size))
     model = build_model(
         config, model_shape(config.model), REFERENCE, mesh_degrees(config.parallelism, world.size), world.device
     )
     init_weights(model, 0)
-    optimizer = build_optimizer(model, config.optimizer)
     tokenizer = SimpleNamespace(files={"tokenizer.model": b""}, path=folder, kind="sentencepiece", fingerprint="")
     saving = checkpointer.Checkpointer(config, folder, world, cast(Any, tokenizer))
+    return saving, model, build_optimizer(model, config.optimizer)
+
+
+def drawn(world: World, folder: Path) -> tuple[float, float]:
+    """What this rank draws after a save, and again after that is loaded."""
+    saving, model, optimizer = saving_model(world, folder)
     torch.manual_seed(world.rank)
     saving.save(model, optimizer, Progress(1, 0, 0.0, {}), must_succeed=True)
     first = torch.rand(()).item()
@@ -878,9 +895,20 @@ def drawn(world: World, folder: Path) -> tuple[float, float]:
     return first, torch.rand(()).item()
 
 
+def refused_infinity(world: World, folder: Path) -> str:
+    """What a save says to this rank where the last one alone holds an infinity."""
+    saving, model, optimizer = saving_model(world, folder)
+    if world.rank == world.size - 1:
+        local(model.norm.weight.detach())[0] = float("inf")
+    with pytest.raises(NumericsError) as caught:
+        saving.save(model, optimizer, Progress(1, 0, 0.0, {}), must_succeed=True)
+    return str(caught.value)
+
+
 def test_two_ranks(tmp_path: Path) -> None:
     tasks = [
         Task("drawn", drawn, (tmp_path / "drawn",)),
+        Task("infinity", refused_infinity, (tmp_path / "infinity",)),
         Task("sharded", room_asked_for, (1, tmp_path)),
         Task("replicated", room_asked_for, (2, tmp_path)),
         Task("sampled", sampled),
@@ -892,6 +920,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert sharded == pytest.approx(replicated, rel=0.01) and sharded[0] > 100_000, "a replica is written once"
     (one, one_again), (other, other_again) = results(found, "drawn")
     assert (one, other) == (one_again, other_again) and one != other, "each rank's random state is its own"
+    assert all("model.norm.weight is not finite after step 1" in text for text in results(found, "infinity"))
     assert results(found, "sampled") == [b"xAAAAA"] * 2
     assert results(found, "shared") == [("", [])] * 2
     said = f"rank 1 does not see in {tmp_path}/b/checkpoint what rank 0 has written in {tmp_path}/a/checkpoint"
