@@ -3,7 +3,8 @@
     python -m benchmarks.activation_memory [--tokens 8192] [--out benchmarks/results/activation_memory.json]
 
 No GPU and no arithmetic: eager blocks run on fake tensors, compiled ones are traced and cut in two by the compiler, and
-tensors and matrix products are counted. Bytes are of one block in bfloat16, batch 1, without its weights.
+tensors and matrix products are counted. Bytes are of one block in bfloat16, batch 1, without its weights. Where
+selective_ac_option is a number N, every Nth block is as with `full` and the others as with `none`.
 """
 
 import argparse
@@ -34,7 +35,6 @@ MODES: dict[str, ActivationCheckpoint] = {
     "full": ActivationCheckpoint("full"),
     "selective op": ActivationCheckpoint("selective", "op"),
     "selective attention": ActivationCheckpoint("selective", "attention"),
-    "selective 2": ActivationCheckpoint("selective", "2"),
     "pointwise": ActivationCheckpoint("pointwise"),
     "memory_budget 0.5": ActivationCheckpoint("memory_budget", memory_budget=0.5),
 }
@@ -88,12 +88,11 @@ class Meter(TorchDispatchMode):
 
 
 def _block(shape: ModelShape, mode: ActivationCheckpoint, compiles: Compile) -> Block:
-    """A block in bfloat16 with `mode` applied; with "every Nth", one of those."""
+    """A block in bfloat16 with `mode` applied."""
     with torch.device("meta"):
         block = Block(shape, REFERENCE).to(torch.bfloat16)
-    every = int(mode.selective_ac_option) if mode.selective_ac_option.isdecimal() else 1
     model = nn.Module()
-    model.blocks = nn.ModuleList([*(nn.Identity() for _ in range(every - 1)), block])
+    model.blocks = nn.ModuleList([block])
     activation_checkpoint.apply(cast(Llama, model), mode, compiles)
     return block
 

@@ -180,7 +180,9 @@ def test_wrong_types(argv: list[str], parts: list[str]) -> None:
         (b"[training.more]\nsteps = 1\n", "training.more"),
         (b"[training]\nsteps = [1]\n", "training.steps is the list [1], and takes one value; leave out the brackets"),
         (b'[compile]\ncomponents = [["blocks"]]\n', "wrong type"),
-        (b"[job.dump_folder]\nx = 1\n", "job.dump_folder is a table, and takes one value"),
+        (b"[job.dump_folder]\nx = 1\n", "job.dump_folder is a table, and takes one value; write it as NAME = VALUE"),
+        (b"[model.rope_scaling]\nfactor = 8\n", "model.rope_scaling is a table, and takes a list"),
+        (b"[quantize.linear.float8]\nenable = true\n", "unknown key 'quantize.linear'"),
         (b"[compile]\ncomponents = []\n", "key 'compile.components' has no value"),
     ],
 )

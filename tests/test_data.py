@@ -1012,6 +1012,8 @@ def test_show_prints_the_documents_of_a_step(
     lines = list(data_command.step_documents(tmp_path, 3, None, 10_000))
     assert lines[:2] == ["step 3:", "samples 8 to 11, epoch 0"]
     assert lines[1:] == list(data_command.sample_documents(tmp_path, 8, 11, 10_000))
+    epoch = data.training_order(config, PreparedTokens(data_command._shards_of(tmp_path))).samples_per_epoch
+    assert next(data_command.sample_documents(tmp_path, epoch - 1, epoch, 9)).endswith(f" to {epoch}, epochs 0 to 1")
     moved = tmp_path.with_name(f"{tmp_path.name}-moved")
     shutil.move(tmp_path, moved)
     assert list(data_command.step_documents(moved, 3, None, 10_000)) == lines
@@ -1035,8 +1037,11 @@ def test_show_prints_the_documents_of_a_step(
     (tmp_path / "config.toml").write_text(tomli_w.dumps(configuration.to_dict(config)))
     # The first two steps had half the batch: which samples the third was made of does not follow from today's.
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 2, "tokens_seen": 2 * 2 * 16}) + "\n")
-    with pytest.raises(ConfigError, match=r"after step 2 .* 64 tokens, which are not 2 steps of 4 x 16"):
+    with pytest.raises(ConfigError, match=r"after step 2 .* 64 tokens, which is not 2 times 4 x 16: .* once \["):
         list(data_command.step_documents(tmp_path, 3, None, 10_000))
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(configuration.to_dict(free)))
+    with pytest.raises(ConfigError, match=r"which is not 2 times 8 x 16: .* or --data-parallel-degree 4 is wrong"):
+        list(data_command.step_documents(tmp_path, 3, 4, 10_000))
 
 
 def test_an_unclosed_loader_does_not_hold_up_the_interpreter(

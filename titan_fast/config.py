@@ -9,6 +9,7 @@ Tables and keys are torchtitan 0.2's where it has them, but `comm.timeout_second
 import dataclasses
 import difflib
 import os
+import sys
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -530,8 +531,9 @@ def _read_toml(words: list[str] | None) -> dict[str, list[str]]:
             kind = str(known[name].type) if name in known else "tuple"  # of an unknown one only that is to be said
             if isinstance(value, list) and "tuple" not in kind:
                 problems.add(f"{name} is the list {value}, and takes one value", "leave out the brackets")
-            elif isinstance(value, dict):
-                problems.add(f"{name} is a table, and takes one value", "write it as NAME = VALUE")
+            elif isinstance(value, dict) and name in known:
+                takes, written = ("a list", "[VALUE, ...]") if "tuple" in kind else ("one value", "VALUE")
+                problems.add(f"{name} is a table, and takes {takes}", f"write it as NAME = {written}")
             elif isinstance(value, str) and not any(texts in kind for texts in ("str", "Literal", "tuple")):
                 problems.add(f"{name} is the text {value!r}, and takes none", "write the value without quotes")
     problems.refuse()
@@ -796,7 +798,11 @@ def _check_ranges(config: Config, problems: Problems) -> None:
     for name in known_keys():
         text = _value(config, name)
         if isinstance(text, str) and ("\0" in text or not _is_utf8(text)):
-            problems.add(f"{name} is {text!r}, which is no text in UTF-8 without NUL", "change it")
+            coding = sys.getfilesystemencoding()
+            remedy = (
+                "change it" if coding == "utf-8" else f"words are read as {coding} here: set PYTHONUTF8=1, or change it"
+            )
+            problems.add(f"{name} is {text!r}, which is no text in UTF-8 without NUL", remedy)
     for name, path in (
         ("job.dump_folder", config.job.dump_folder),
         ("training.dataset_path", config.training.dataset_path),

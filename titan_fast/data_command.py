@@ -115,16 +115,20 @@ def step_documents(run_dir: Path, step: int, data_parallel_degree: int | None, c
     batch = _global_batch_size(config, data_parallel_degree, logged)
     for record in logged:
         if record.get("tokens_seen", expected := record["step"] * batch * config.training.seq_len) != expected:
+            given = (
+                "" if data_parallel_degree is None else f", or --data-parallel-degree {data_parallel_degree} is wrong"
+            )
             raise ConfigError(
-                f"after step {record['step']} the run had seen {record['tokens_seen']:,} tokens, which are not "
-                f"{record['step']} steps of {batch} x {config.training.seq_len}: its batch was another once",
+                f"after step {record['step']} the run had seen {record['tokens_seen']:,} tokens, which is not "
+                f"{record['step']} times {batch} x {config.training.seq_len}: its batch or sequence length was another "
+                f"once{given}",
                 "give --samples FIRST:LAST",
                 str(run_dir),
             )
     for saved, folder in checkpoints(run_dir / config.checkpoint.folder).items():
         if (sample := read_state(folder)["data"].get("next_sample", saved * batch)) != saved * batch:
             raise ConfigError(
-                f"after step {saved} the run's data stood at sample {sample:,}, which is not {saved} steps of {batch}: "
+                f"after step {saved} the run's data stood at sample {sample:,}, which is not {saved} times {batch}: "
                 "it was begun again once",
                 "give --samples FIRST:LAST",
                 str(run_dir),
@@ -143,7 +147,8 @@ def sample_documents(run_dir: Path, first: int, last: int, characters: int) -> I
     tokens = PreparedTokens(_shards_of(run_dir))
     tokenizer = load_tokenizer(tokens.folder)
     order = training_order(config, tokens)
-    yield f"samples {first} to {last}, epoch {first // order.samples_per_epoch}"
+    began, ended = first // order.samples_per_epoch, last // order.samples_per_epoch
+    yield f"samples {first} to {last}, " + (f"epoch {began}" if began == ended else f"epochs {began} to {ended}")
     for sample in range(first, last + 1):
         yield f"sample {sample}:"
         for document, start, count in order.pieces(sample):
