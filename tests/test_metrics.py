@@ -390,7 +390,7 @@ def events(folder: Path) -> Any:
     return EventAccumulator(str(folder)).Reload()
 
 
-def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     # Files of one second are read in the order of the names' last part, which counts in this process: 10 before 9.
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     first = logger(tmp_path, "--optimizer.lr", "0.0123")
@@ -411,6 +411,12 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again.finish()
     resumed = events(tmp_path / "tb").Scalars("loss")
     assert [(event.step, event.value) for event in resumed] == [(1, 1), (2, 2), (3, 30)]
+    capsys.readouterr()
+    elsewhere = logger(tmp_path / "run", "--metrics.save_tb_folder", "../my tb")
+    log(elsewhere, 1)
+    elsewhere.finish()
+    assert f"(tensorboard --logdir '{tmp_path}/run/../my tb')" in capsys.readouterr().out.replace("\n", "")
+    assert events(tmp_path / "my tb").Scalars("loss")
 
 
 def test_train_log_has_every_line_with_its_time(tmp_path: Path) -> None:

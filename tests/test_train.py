@@ -81,24 +81,29 @@ def test_a_run_leaves_everything_in_its_directory(text: Path, tmp_path: Path, mo
     assert torch.isfinite(model(tokens)).all()
 
 
-def test_a_step_is_that_of_the_config(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("all_decay", [True, False])
+def test_a_step_is_that_of_the_config(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_decay: bool
+) -> None:
     """AdamW's first step by its formula, from the moments that it leaves: m = (1 - beta1) g, v = (1 - beta2) g^2."""
     lr, beta1, beta2, eps, decay, max_norm = 2e-3, 0.6, 0.7, 1e-4, 0.2, 0.01
     options = [
         f"--optimizer.lr={2 * lr}", "--lr_scheduler.warmup_steps=2", "--lr_scheduler.total_steps=9",
         f"--optimizer.beta1={beta1}", f"--optimizer.beta2={beta2}", f"--optimizer.eps={eps}",
         f"--optimizer.weight_decay={decay}", f"--training.max_norm={max_norm}", "--training.steps=1",
+        f"--optimizer.decay_norms_and_embeddings={all_decay}",
     ]  # fmt: skip
     true_step, squares = loop.Run.step, []
 
     def step(self: loop.Run, number: int) -> Any:
         before = [p.detach().clone() for p in self.model.parameters()]
         outcome = true_step(self, number)
-        for old, new in zip(before, self.model.parameters(), strict=True):
+        for old, (name, new) in zip(before, self.model.named_parameters(), strict=True):
+            decays = decay if all_decay or not ("norm" in name or "embedding" in name) else 0.0
             state = self.optimizer.state[new]
             g = state["exp_avg"] / (1 - beta1)
             torch.testing.assert_close(state["exp_avg_sq"], (1 - beta2) * g.square())
-            torch.testing.assert_close(new.detach(), old - lr * decay * old - lr * g / (g.abs() + eps))
+            torch.testing.assert_close(new.detach(), old - lr * decays * old - lr * g / (g.abs() + eps))
             squares.append(g.square().sum().item())
         return outcome
 

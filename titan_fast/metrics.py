@@ -4,6 +4,7 @@ Rank 0 speaks; on the others every method does nothing. Only `log` may wait for 
 """
 
 import atexit
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -402,7 +403,8 @@ class MetricsLogger:
         lines.append(("run directory", str(self.run_dir.absolute())))
         files = ["train.log", "metrics.jsonl"] + [LOSS_CURVE] * bool(train)
         if self._writer is not None:
-            files.append(f"{self.config.metrics.save_tb_folder}/ (tensorboard --logdir {self.run_dir})")
+            folder = self.run_dir / self.config.metrics.save_tb_folder
+            files.append(f"{self.config.metrics.save_tb_folder}/ (tensorboard --logdir {shlex.quote(str(folder))})")
         lines.append(("", ", ".join(files)))
         return lines
 
