@@ -661,6 +661,29 @@ def test_two_runs_on_one_folder_of_checkpoints(data: Path, tmp_path: Path) -> No
     assert not (shared / LOCK).exists()
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "saves"])
+def test_two_runs_on_the_checkpoints_in_one_of_their_directories(data: Path, tmp_path: Path, name: str) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    own = parse(runs.arguments(data, first, checkpoint__folder=name))
+    foreign = parse(runs.arguments(data, second, checkpoint__folder=f"../first/{name}"))
+    other = parse(runs.arguments(data, second, checkpoint__folder="../first/others"))
+    runs.run(data, first, checkpoint__folder=name, training__steps=1)
+    for folder in (second, first / "others"):
+        folder.mkdir()
+    refused = pytest.raises(ConfigError, match=r"another run is using the run directory of checkpoint.folder: process")
+    with locked(own, first) as check:
+        with refused as caught, locked(foreign, second):
+            pass
+        assert caught.value.where == str(first / LOCK)
+        with locked(other, second):  # a folder of its own, wherever that is
+            check()
+    with locked(foreign, second) as check:
+        with pytest.raises(ConfigError, match=r"another run is using job.dump_folder: process"), locked(own, first):
+            pass
+        check()
+    assert not list(tmp_path.rglob(LOCK))
+
+
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_prune_is_refused_while_a_run_goes_on(
     elsewhere: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

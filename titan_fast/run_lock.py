@@ -13,12 +13,13 @@ import secrets
 import socket
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from titan_fast.config import Config
+from titan_fast.config import Checkpoint, Config
 from titan_fast.errors import NO_ROOM, CheckpointError, ConfigError
 
 NAME = "run.lock"
@@ -30,12 +31,14 @@ SILENT_SECONDS = 60.0
 
 @contextmanager
 def locked(config: Config, run_dir: Path) -> Iterator[Callable[[], None]]:
-    """Holds the run directory and, where it lies elsewhere, the folder of checkpoints; yields what checks that both are
-    still held."""
+    """Holds the run directory and, where it lies elsewhere, the folder of checkpoints and the run directory whose own
+    that is; yields what checks that all are still held."""
     checkpoints = run_dir / config.checkpoint.folder
     folders = {"job.dump_folder": run_dir}
     if config.checkpoint.enable and not checkpoints.resolve().is_relative_to(run_dir.resolve()):
         folders["checkpoint.folder"] = checkpoints
+        if owner := _owner(checkpoints):
+            folders["the run directory of checkpoint.folder"] = owner
     with ExitStack() as held:
         locks = [held.enter_context(RunLock(folder, key)) for key, folder in folders.items()]
 
@@ -44,6 +47,21 @@ def locked(config: Config, run_dir: Path) -> Iterator[Callable[[], None]]:
                 lock.check()
 
         yield check
+
+
+def _owner(checkpoints: Path) -> Path | None:
+    """The run directory that has these checkpoints in itself, if one has."""
+    folder = checkpoints.resolve()
+    guarded = (place for place in folder.parents if (place / _GUARD).exists())
+    return next((place for place in guarded if (place / _checkpoints_of(place)).resolve() == folder), None)
+
+
+def _checkpoints_of(run_dir: Path) -> str:
+    """The `checkpoint.folder` of the run there; the usual one where its config does not say."""
+    try:
+        return str(tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))["checkpoint"]["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return Checkpoint().folder
 
 
 @contextmanager
