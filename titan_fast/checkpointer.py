@@ -259,7 +259,9 @@ class Checkpointer:
         bad = []
         for names in by_device.values():
             norms = torch.stack([norm.float() for norm in torch._foreach_norm([local(tensors[n]) for n in names])])
-            bad += [name for name, ok in zip(names, torch.isfinite(norms).tolist(), strict=True) if not ok]
+            suspect = [name for name, ok in zip(names, torch.isfinite(norms).tolist(), strict=True) if not ok]
+            # The norm of finite numbers may be beyond float32.
+            bad += [n for n in suspect if not torch.stack(local(tensors[n]).aminmax()).isfinite().all()]
         if found := [name for rank in self._together(lambda: bad) for name in rank]:
             raise NumericsError(
                 f"{found[0]} is not finite after step {step}, and no checkpoint of it is written",
