@@ -154,6 +154,12 @@ def test_strided_inputs_and_gradients(layout: str, device: torch.device) -> None
     check_add(tensor(), tensor(), weight, tensor(), tensor())
 
 
+@pytest.mark.parametrize("order", [(0, 8, 16, 24), (24, 16, 8, 0)])
+def test_rows_of_different_strides(order: tuple[int, ...], device: torch.device) -> None:
+    x, residual, dy, dresidual = (torch.randn(6, 96 + more, dtype=BF16, device=device)[:, :96] for more in order)
+    check_add(x, residual, torch.randn(96, dtype=BF16, device=device), dy, dresidual)
+
+
 def test_expanded_gradients(device: torch.device) -> None:
     x, residual = (torch.randn(6, 100, device=device) for _ in range(2))
     weight = torch.randn(100, device=device)

@@ -94,6 +94,16 @@ def test_gradients_of_any_strides(layout: str, device: torch.device) -> None:
     check(torch.randn(2, 5, 8 * 16, dtype=BF16, device=device), 4, 2, (gradient(4), gradient(2), gradient(2)))
 
 
+def test_gradients_of_different_strides(device: torch.device) -> None:
+    def gradient(heads: int, more: int) -> Tensor:
+        return torch.randn(2 + more, heads + more, 5 + more, 16 + more, dtype=BF16, device=device)[:2, :heads, :5, :16]
+
+    qkv = torch.randn(2, 5, 8 * 16, dtype=BF16, device=device)
+    check(qkv, 4, 2, (gradient(4, 0), gradient(2, 1), gradient(2, 2)))
+    transposed = torch.randn(2, 5, 2, 16, dtype=BF16, device=device).transpose(1, 2)
+    check(qkv, 4, 2, (gradient(4, 2), transposed, gradient(2, 0)))
+
+
 @pytest.mark.parametrize("layout", ["columns", "transposed", "batch_first"])
 def test_strided_inputs(layout: str, device: torch.device) -> None:
     if layout == "columns":

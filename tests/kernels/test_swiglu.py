@@ -1,5 +1,7 @@
 """SwiGLU against the reference in float64."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -69,6 +71,12 @@ def test_strided_inputs_and_gradients(layout: str, device: torch.device) -> None
 
     check(tensor(), tensor(), tensor())
     check(tensor(), tensor().contiguous(), tensor())
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations((0, 8, 24))))
+def test_rows_of_different_strides(order: tuple[int, ...], device: torch.device) -> None:
+    gate, up, dh = (torch.randn(6, 96 + more, dtype=BF16, device=device)[:, :96] for more in order)
+    check(gate, up, dh)
 
 
 def test_expanded_gradients(device: torch.device) -> None:
