@@ -25,7 +25,7 @@ from torchrun import start
 from worlds import Task, World, results, run_world
 
 from titan_fast import checkpoint_command, checkpointer, generate, loop, manifest, safe_unpickle
-from titan_fast.checkpoint import Progress, check_tensors, own_data_state, tensors_of
+from titan_fast.checkpoint import Progress, check_tensors, gather_data_state, own_data_state, tensors_of
 from titan_fast.config import mesh_degrees, model_shape, parse
 from titan_fast.errors import CheckpointError, NumericsError, TitanFastError
 from titan_fast.flavors import ModelShape
@@ -895,6 +895,11 @@ def drawn(world: World, folder: Path) -> tuple[float, float]:
     return first, torch.rand(()).item()
 
 
+def gathered(world: World) -> dict[str, Any]:
+    """The position of a stream as it is saved where the data-parallel ranks lie the other way round."""
+    return gather_data_state({"rank": world.size - 1 - world.rank, "position": world.rank}, world)
+
+
 def refused_infinity(world: World, folder: Path) -> str:
     """What a save says to this rank where the last one alone holds an infinity."""
     saving, model, optimizer = saving_model(world, folder)
@@ -910,6 +915,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     tasks = [
         Task("drawn", drawn, (tmp_path / "drawn",)),
         Task("infinity", refused_infinity, (tmp_path / "infinity",)),
+        Task("gathered", gathered),
         Task("sharded", room_asked_for, (1, tmp_path)),
         Task("replicated", room_asked_for, (2, tmp_path)),
         Task("sampled", sampled),
@@ -921,6 +927,8 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert sharded == pytest.approx(replicated, rel=0.01) and sharded[0] > 100_000, "a replica is written once"
     (one, one_again), (other, other_again) = results(found, "drawn")
     assert (one, other) == (one_again, other_again) and one != other, "each rank's random state is its own"
+    positions = {"ranks": [{"rank": 0, "position": 1}, {"rank": 1, "position": 0}]}
+    assert results(found, "gathered") == [positions] * 2
     assert all("model.norm.weight is not finite after step 1" in text for text in results(found, "infinity"))
     assert results(found, "sampled") == [b"xAAAAA"] * 2
     assert results(found, "shared") == [("", [])] * 2

@@ -12,7 +12,14 @@ from shapes import LLAMA3
 from titan_fast.config import LrScheduler, Optimizer
 from titan_fast.masters import OnePassAdamW
 from titan_fast.model import Llama, init_weights
-from titan_fast.optim import build_optimizer, clip_grad_norm_, describe_schedule, learning_rate, step_unless
+from titan_fast.optim import (
+    build_optimizer,
+    clip_grad_norm_,
+    clip_gradients,
+    describe_schedule,
+    learning_rate,
+    step_unless,
+)
 
 
 def test_schedule_warms_up_holds_and_decays() -> None:
@@ -81,6 +88,21 @@ def test_clipping_is_torchs(max_norm: float) -> None:
     torch.testing.assert_close(norm, expected)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e9])
+def test_clipping_inside_of_the_update_is_clipping_before_it(max_norm: float) -> None:
+    model, twin = small_model(), small_model()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        q.grad = gradient(p).clone()
+    settings = Optimizer(eps=1e-3)  # large: AdamW's first step is else the same for gradients of any size
+    optimizer, reference = build_optimizer(model, settings, lambda function: function), build_optimizer(twin, settings)
+    norms = [clip_gradients(one, max_norm, torch.tensor(1.0)) for one in (optimizer, reference)]
+    torch.testing.assert_close(*norms)
+    for one in (optimizer, reference):
+        one.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
