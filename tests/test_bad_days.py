@@ -814,6 +814,8 @@ def test_a_slow_rank_is_told_and_a_hanging_one_is_named(data: Path, tmp_path: Pa
     hang = re.search(r"titan_fast: rank 1 hangs: .*\[rank 1, step (\d+), phase '(.*?)'\]", output)
     assert hang is not None and int(hang[1]) in (59, 60), output
     assert "in stuck" in output, "the stack of the stuck rank"
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "ended by CommunicationError: rank 1 hangs: " in log.splitlines()[-1], log
 
 
 def test_the_verdict_names_who_is_behind() -> None:

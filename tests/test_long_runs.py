@@ -46,7 +46,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.Store]:
 
 
 def watch(store: dist.Store, rank: int, left: list[int], seconds: float) -> Watchdog:
-    return Watchdog(World(rank, 2, CPU, store), Limit(seconds, "comm.timeout_seconds"), print, left.append)
+    return Watchdog(World(rank, 2, CPU, store), Limit(seconds, "comm.timeout_seconds"), print, print, left.append)
 
 
 def test_a_stall_that_ends_is_forgotten_and_the_next_one_is_not_missed(
@@ -78,7 +78,7 @@ def test_a_phase_has_all_of_its_limit(stores: dist.Store) -> None:
     def leave(status: int) -> None:
         left.append((status, time.monotonic()))
 
-    with Watchdog(World(0, 1, CPU, stores), Limit(1.0, "comm.timeout_seconds"), print, leave) as one:
+    with Watchdog(World(0, 1, CPU, stores), Limit(1.0, "comm.timeout_seconds"), print, print, leave) as one:
         began = time.monotonic()
         one.at(1, "data")
         runs.wait_for(lambda: left)
@@ -103,7 +103,7 @@ def test_the_time_of_a_stopped_process_is_not_its_phases(
     """Between two ticks of the thread an hour goes by, in one phase; then that phase hangs."""
     clock, left = Clock(), []
     monkeypatch.setattr(watchdog, "time", clock)
-    with Watchdog(World(0, 1, CPU, stores), Limit(1.0, "comm.timeout_seconds"), print, left.append) as one:
+    with Watchdog(World(0, 1, CPU, stores), Limit(1.0, "comm.timeout_seconds"), print, print, left.append) as one:
         one.at(1, "data")
         runs.wait_for(lambda: one._own.alive)
         clock.gone = 3600.0
@@ -118,7 +118,7 @@ def test_a_stop_in_an_earlier_phase_gives_a_later_one_no_time(
     """The main thread goes on before the watchdog has noticed."""
     clock, left = Clock(), []
     monkeypatch.setattr(watchdog, "time", clock)
-    with Watchdog(World(0, 1, CPU, stores), Limit(0.5, "comm.timeout_seconds"), print, left.append) as one:
+    with Watchdog(World(0, 1, CPU, stores), Limit(0.5, "comm.timeout_seconds"), print, print, left.append) as one:
         one.at(1, "data")
         runs.wait_for(lambda: one._own.alive)
         clock.gone = 3600.0
@@ -136,7 +136,7 @@ def test_one_rank_is_looked_at_twice_too(stores: dist.Store, monkeypatch: pytest
 
     clock.sleep = sleep
     monkeypatch.setattr(watchdog, "time", clock)
-    with Watchdog(World(0, 1, CPU, stores), Limit(0.3, "comm.timeout_seconds"), print, left.append) as one:
+    with Watchdog(World(0, 1, CPU, stores), Limit(0.3, "comm.timeout_seconds"), print, print, left.append) as one:
         one.at(1, "data")
         runs.wait_for(lambda: looks)
         seen = one._own.alive

@@ -151,7 +151,8 @@ class Run:
         self.recorded = RecordedPasses(self.model, CudaRecorder(device)) if config.training.cuda_graph else None
         self.guard = StepGuard(config.training, device, run_dir, world.is_main)
         self.agreement = Agreement(device)
-        self.watchdog = Watchdog(world, Limit(config.comm.timeout_seconds, "comm.timeout_seconds"), self.metrics.say)
+        limit = Limit(config.comm.timeout_seconds, "comm.timeout_seconds")
+        self.watchdog = Watchdog(world, limit, self.metrics.say, self.metrics.write_down)
         self.patience = Limit(config.comm.init_timeout_seconds, "comm.init_timeout_seconds")
         self.save_is_owed = False  # one was due after a step that was not applied
 

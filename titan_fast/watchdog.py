@@ -72,11 +72,12 @@ class Watchdog:
         world: World,
         limit: Limit,
         say: Callable[[str], None],
+        write_down: Callable[[str], None],
         leave: Callable[[int], None] = os._exit,
     ) -> None:
-        """limit: of a phase, unless `at` says otherwise. say: for the straggler line. leave: ends the
-        process, whose main thread cannot be reached."""
-        self.world, self.limit, self.say, self.leave = world, limit, say, leave
+        """limit: of a phase, unless `at` says otherwise. say: for the straggler line. write_down: for the log, how the
+        run ended. leave: ends the process, whose main thread cannot be reached."""
+        self.world, self.limit, self.say, self.write_down, self.leave = world, limit, say, write_down, leave
         # A connection of its own: the main thread may be waiting on the other one.
         self._store = _connection(world.store) if world.size > 1 else world.store
         self._main = threading.main_thread().ident
@@ -179,9 +180,7 @@ class Watchdog:
             elif rank in after:
                 reports[rank] = after[rank]
         if self.world.rank == min((self.world.rank, *hung)):
-            sys.stdout.flush()
-            sys.stderr.write(f"titan_fast: {verdict(reports)}\n{_stacks(reports)}")
-            sys.stderr.flush()
+            self._tell(verdict(reports), _stacks(reports))
         else:
             time.sleep(1.0)  # the speaker first: torchrun ends all when one has left
         self.leave(CommunicationError.exit_status)
@@ -196,9 +195,17 @@ class Watchdog:
             "look at the log of rank 0",
             where=f"rank {self.world.rank}, step {self._own.step}, phase '{self._own.phase}'",
         )
-        sys.stderr.write(f"titan_fast: {error}\n{_stack(frame)}")
-        sys.stderr.flush()
+        self._tell(str(error), _stack(frame))
         self.leave(CommunicationError.exit_status)
+
+    def _tell(self, why: str, stacks: str) -> None:
+        sys.stdout.flush()
+        sys.stderr.write(f"titan_fast: {why}\n{stacks}")
+        sys.stderr.flush()
+        words = f"ended by {CommunicationError.__name__}: {why}"
+        writing = threading.Thread(target=self.write_down, args=(words,), daemon=True)
+        writing.start()
+        writing.join(2.0)  # no longer: a disk that hangs may be why all this is
 
     # A straggler
 
