@@ -553,16 +553,40 @@ def known_keys() -> dict[str, dataclasses.Field]:
     }
 
 
+_TORCHTITANS = {
+    "job.config_file": "did you mean --config?",
+    "model.name": "leave it out, model.flavor names the model",
+    "model.hf_assets_path": "did you mean model.tokenizer_path?",
+    "quantize.linear": "did you mean float8.enable?",
+    **{
+        f"parallelism.{kind}_parallel_degree": f"leave it out, there is no {kind} parallelism here"
+        for kind in ("pipeline", "context", "expert")
+    },
+}
+"""What to do about keys that torchtitan has under another name, or that have no like here."""
+
+
+def _close_key(name: str) -> str | None:
+    """The key that is most likely meant: of this name or nearly, in this table or nearly."""
+    table, _, leaf = name.rpartition(".")
+    tables: dict[str, list[str]] = {}
+    for key in known_keys():
+        tables.setdefault(key.rpartition(".")[2], []).append(key.rpartition(".")[0])
+    near = difflib.get_close_matches(leaf, tables, n=1, cutoff=0.7)
+    if not near:
+        return None
+    having = tables[near[0]]
+    closest = difflib.get_close_matches(table, having, n=1) or having[: not table or len(having) == 1]
+    return f"{closest[0]}.{near[0]}" if closest else None
+
+
 def _check_names(options: dict[str, list[str]]) -> None:
     known, problems = known_keys(), Problems()
     for name, values in options.items():
         if name not in known:
-            leaf = name.rpartition(".")[2]
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-            close = close or [key for key in known if key.rpartition(".")[2] == leaf]
-            close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            close = ["--config"] if leaf == "config_file" else close  # torchtitan's name
-            problems.add(f"unknown key {name!r}", f"did you mean {close[0]}?" if close else "see --help for all keys")
+            close = _close_key(name)
+            hint = f"did you mean {close}?" if close else "see --help for all keys"
+            problems.add(f"unknown key {name!r}", _TORCHTITANS.get(name, hint))
         elif not values:
             problems.add(f"key {name!r} has no value", f"write --{name} VALUE")
         elif len(values) > 1 and "tuple" not in str(known[name].type):
