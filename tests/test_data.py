@@ -26,7 +26,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 
 from titan_fast import config as configuration
-from titan_fast import data, data_command, hub
+from titan_fast import data, data_command, hub, manifest
 from titan_fast.config import Config, parse
 from titan_fast.corpus import Document, RowLedger, open_corpus
 from titan_fast.errors import CheckpointError, ConfigError, DataError
@@ -541,6 +541,11 @@ def test_nothing_half_written_is_left(tokenizer: Tokenizer, tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"cannot be written: .*mine/file is a file"):
         check_empty(tmp_path / "mine" / "file" / "prepared")
     assert (tmp_path / "mine" / "file").read_text() == "keep"
+    check_empty(tmp_path / "saves" / "step-5")
+    (tmp_path / "saves" / "step-4").mkdir(parents=True)
+    (tmp_path / "saves" / "step-4" / manifest.NAME).touch()
+    with pytest.raises(DataError, match="has the name of a checkpoint"):
+        check_empty(tmp_path / "saves" / "step-5")
 
 
 def test_one_process_at_a_time_writes_a_folder_and_what_a_killed_one_left_is_removed(

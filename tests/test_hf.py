@@ -363,8 +363,16 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().err == "titan_fast: Missing from titan_fast.hf import: --out PATH; see --help\n"
     assert run_command(monkeypatch, "import") == 2
     assert capsys.readouterr().err == "titan_fast: Missing from titan_fast.hf import: PATH, --out PATH; see --help\n"
-    assert run_command(monkeypatch, "imprt", source) == 2
-    assert "imprt" in (said := capsys.readouterr().err) and "import, export" in said and said.count("\n") == 1
+    for words in (["imprt", source], [source, "--out", tmp_path / "y"]):
+        assert run_command(monkeypatch, *words) == 2
+        said = f"titan_fast: {str(words[0])!r} is neither import nor export; write one of them first; see --help\n"
+        assert capsys.readouterr().err == said
+    (tmp_path / "saves" / "step-5").mkdir(parents=True)
+    (tmp_path / "saves" / "step-5" / manifest.NAME).touch()
+    edit_json(source / "config.json", hidden_act="silu")
+    assert run_command(monkeypatch, "import", source, "--out", tmp_path / "saves" / "step-6") == 4
+    assert "it has the name of a checkpoint" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "saves").iterdir()] == ["step-5"]
 
 
 _MEASURE = """

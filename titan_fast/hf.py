@@ -290,15 +290,18 @@ def main() -> None:
 
     importing, exporting = tyro.conf.subcommand("import"), tyro.conf.subcommand("export")
     commands: Any = Annotated[Import, importing] | Annotated[Export, exporting]
+    if (first := " ".join(sys.argv[1:2])) not in ("import", "export", "-h", "--help"):
+        raise ConfigError(f"{first!r} is neither import nor export", "write one of them first; see --help")
     arguments: Import | Export = command_line.read(commands, None, "titan_fast.hf")
+    out = arguments.out.absolute()
     if isinstance(arguments, Import):
-        lines = import_model(arguments.folder, arguments.out.absolute(), arguments.tokenizer)
+        lines = import_model(arguments.folder, out, arguments.tokenizer)
     else:
         dtype = None if arguments.dtype == "keep" else getattr(torch, arguments.dtype)
         if not 1e-9 <= arguments.max_shard_gb < math.inf:
             raise ConfigError(f"max_shard_gb is {arguments.max_shard_gb}, no size of a file", "give one like 4")
         shard_bytes = int(arguments.max_shard_gb * 1e9)
-        lines = export_checkpoint(arguments.checkpoint, arguments.out.absolute(), dtype, shard_bytes)
+        lines = export_checkpoint(arguments.checkpoint, out, dtype, shard_bytes)
     sys.stdout.write("\n".join(lines) + "\n")
 
 

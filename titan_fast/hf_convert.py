@@ -64,6 +64,7 @@ def import_model(folder: Path, out: Path, tokenizer_path: Path | None = None) ->
     if tokenizer is not None:
         check_vocabulary(tokenizer, weights.shape.vocab_size)
     final = manifest.folder_of(out, 0)
+    _refuse_name(out)
     if final.exists():
         raise CheckpointError("there is a checkpoint already", "choose another --out", str(final))
     need = sum(size.numel() * weights.dtype(name).itemsize for name, size in hf_sizes(weights.shape).items())
@@ -163,6 +164,7 @@ def export_checkpoint(path: Path, out: Path, dtype: torch.dtype | None, max_shar
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError("the place is taken", "choose another --out", str(out))
+    _refuse_name(out)
     weights = CheckpointWeights(checkpoint_folder(path))
     shape, before = weights.shape, set(weights.dtypes.values())
     after = before if dtype is None else {dtype}
@@ -213,6 +215,11 @@ def _write_configs(weights: CheckpointWeights, dtypes: set[torch.dtype], folder:
         config["torch_dtype"] = str(next(iter(dtypes))).removeprefix("torch.")
     _write_json(folder / CONFIG, config)
     return spoken
+
+
+def _refuse_name(out: Path) -> None:
+    if manifest.would_be_taken_for_one(out):
+        raise CheckpointError("it has the name of a checkpoint, among checkpoints", "choose another --out", str(out))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

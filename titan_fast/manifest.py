@@ -67,6 +67,13 @@ def holding(path: Path) -> Path | None:
     return next((place for place in places if _STEP.fullmatch(place.name) and (place / NAME).exists()), None)
 
 
+def would_be_taken_for_one(path: Path) -> bool:
+    """Whether a folder made there has the name of a checkpoint and lies among some."""
+    return bool(_STEP.fullmatch(path.name)) and any(
+        (other / NAME).exists() for other in checkpoints(path.parent).values()
+    )
+
+
 def obstacle(folder: Path) -> str:
     """Why nothing can be written in a folder that is there or is yet to be made, as far as names and rights tell; empty
     where nothing stands in the way."""

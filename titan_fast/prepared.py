@@ -23,7 +23,7 @@ import numpy as np
 
 from titan_fast.corpus import Document, RowLedger
 from titan_fast.errors import DataError
-from titan_fast.manifest import obstacle, sha256, sync_file, sync_folder
+from titan_fast.manifest import obstacle, sha256, sync_file, sync_folder, would_be_taken_for_one
 from titan_fast.run_lock import RunLock
 from titan_fast.tokenizer import Tokenizer, available_processors, copy_tokenizer
 
@@ -90,6 +90,8 @@ def check_empty(folder: Path) -> None:
         raise DataError("the folder for the token shards is a file", "name another, or remove it", str(folder))
     if folder.exists() and any(folder.iterdir()):
         raise DataError("the folder for the token shards is not empty", "name another, or remove it", str(folder))
+    if would_be_taken_for_one(folder.absolute()):
+        raise DataError("the folder for the token shards has the name of a checkpoint", "name another", str(folder))
     if why := obstacle(folder.absolute().parent):  # they are written beside it
         raise DataError(f"the token shards cannot be written: {why}", "name another folder", str(folder))
 
