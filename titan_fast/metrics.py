@@ -403,8 +403,8 @@ class MetricsLogger:
         lines.append(("run directory", str(self.run_dir.absolute())))
         files = ["train.log", "metrics.jsonl"] + [LOSS_CURVE] * bool(train)
         if self._writer is not None:
-            folder = self.run_dir / self.config.metrics.save_tb_folder
-            files.append(f"{self.config.metrics.save_tb_folder}/ (tensorboard --logdir {shlex.quote(str(folder))})")
+            command = f"tensorboard --logdir {shlex.quote(self._writer.log_dir)}"
+            files.append(f"{self.config.metrics.save_tb_folder}/ ({command})")
         lines.append(("", ", ".join(files)))
         return lines
 
