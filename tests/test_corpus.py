@@ -343,6 +343,15 @@ def refused(path: Path, column: str = "text") -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark_is_no_text(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("the quick brown fox\n".encode(encoding) * 20)
+    (tmp_path / "b.txt").write_text("the quick brown fox, and one \0 among letters\n" * 20)
+    texts, ledger = read(tmp_path)
+    assert "".join(texts) == (tmp_path / "b.txt").read_text()
+    assert ledger.first_place == {"with NUL for every eighth character and more (UTF-16, or no text)": "a.txt:1"}
+
+
 def test_data_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert "no such file or folder" in refused(tmp_path / "nowhere")
     assert "it is empty" in refused(tmp_path)

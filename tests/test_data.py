@@ -423,6 +423,21 @@ def test_another_text_column_than_the_shards_were_made_of_is_refused(tokenizer: 
     data.check(make_config(folder, *more, "words", "--validation.dataset_path", str(tmp_path / "rows.txt")))
 
 
+def test_a_text_column_for_texts_is_refused(tmp_path: Path) -> None:
+    texts, rows = tmp_path / "texts.txt", tmp_path / "rows.jsonl"
+    texts.write_text("some text")
+    rows.write_text('{"body": "text"}\n')
+    more = ("--job.dump_folder", str(tmp_path / "run"), "--training.text_column", "body")
+    data.check(make_config(rows, *more))
+    data.check(make_config(texts, *more, "--validation.dataset_path", str(rows)))
+    message = r"training\.text_column is 'body', and the data has no columns: \.txt.* \[.*\]; leave it out"
+    with pytest.raises(DataError, match=message):
+        data.check(make_config(texts, *more))
+    with pytest.raises(DataError, match=message):
+        data_command.prepare_folder(make_config(texts, *more), tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
+
+
 def test_shards_that_do_not_fit_are_refused(shards: PreparedTokens, tokenizer: Tokenizer, tmp_path: Path) -> None:
     other = tmp_path / "other.model"
     train_sentencepiece([Path(data.__file__).read_text()], 390, other, seed=0)

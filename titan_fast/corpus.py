@@ -130,6 +130,8 @@ def usable_texts(value: Any, place: str, ledger: RowLedger) -> Iterator[str]:
         ledger.pass_over("not a string", place)
     elif not value or value.isspace():
         ledger.pass_over(_EMPTY, place)
+    elif value.count("\0") > len(value) // 8:  # ASCII in UTF-16 has as many as letters, and is valid UTF-8
+        ledger.pass_over("with NUL for every eighth character and more (UTF-16, or no text)", place)
     else:
         text = valid_unicode(value)
         if text is not value:
@@ -178,6 +180,11 @@ class Corpus:
     def name(self) -> str:
         """The file or folder."""
         return str(self.files[0] if len(self.files) == 1 else self.root)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether any file is of rows with columns."""
+        return any(_kind(path) in ROW_SUFFIXES for path in self.files)
 
     def documents(self, ledger: RowLedger, files: Iterable[Path] | None = None) -> Iterator[Document]:
         """Every usable document; DataError when a file cannot be read, or too little of it can be used. Tables without

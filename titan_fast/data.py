@@ -11,7 +11,7 @@ import logging
 import random
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from titan_fast.config import Config, Training, grad_accum_steps, is_hub, model_shape
-from titan_fast.corpus import Corpus, RowLedger, open_corpus, stdlib_corpus
+from titan_fast.corpus import TEXT_SUFFIXES, Corpus, RowLedger, open_corpus, stdlib_corpus
 from titan_fast.errors import DataError
 from titan_fast.loader import Loader, Share, Step
 from titan_fast.prepared import FORMAT_VERSION, PreparedTokens, SampleOrder, is_prepared, prepare
@@ -95,10 +95,12 @@ def check(config: Config) -> None:
     other = [validation.dataset_path] if validation.enable and validation.dataset_path is not None else []
     paths = ([] if is_hub(training) else [training.dataset_path]) + other
     text = [path for path in paths if path is None or not is_prepared(Path(path))]
-    for path in text:
-        _corpus(training, path)
-    if not text and not is_hub(training) and is_new(config, Path(config.job.dump_folder)):
-        _check_column(training, Path(str(training.dataset_path)))
+    corpora = [local_corpus(training, path) for path in text]
+    if not is_hub(training) and is_new(config, Path(config.job.dump_folder)):
+        if not text:
+            _check_column(training, Path(str(training.dataset_path)))
+        elif len(text) == len(paths):
+            check_column_is_read(training, corpora)
     if config.model.tokenizer_path:
         check_vocabulary(load_tokenizer(Path(config.model.tokenizer_path)), model_shape(config.model).vocab_size)
 
@@ -111,6 +113,17 @@ def _check_column(training: Training, folder: Path) -> None:
             f"training.text_column is {training.text_column!r}, and the shards were made of {made_of!r}",
             "leave it out, or prepare the data again with it",
             str(folder),
+        )
+
+
+def check_column_is_read(training: Training, corpora: Iterable[Corpus]) -> None:
+    """DataError where a text column is asked for, and all of the data are texts, which have none."""
+    if training.text_column != Training.text_column and not any(corpus.has_rows for corpus in corpora):
+        raise DataError(
+            f"training.text_column is {training.text_column!r}, and the data has no columns: "
+            f"{', '.join(TEXT_SUFFIXES)} are read as they are",
+            "leave it out",
+            training.dataset_path or training.dataset,
         )
 
 
@@ -132,7 +145,7 @@ def build_tokenizer(
         def train() -> str:
             if trained.exists() and not is_new(config, run_dir):
                 return str(trained)
-            corpus = "" if is_hub(training) else _corpus(training, training.dataset_path).fingerprint()
+            corpus = "" if is_hub(training) else local_corpus(training, training.dataset_path).fingerprint()
             is_stale = learned_from.exists() and learned_from.read_text() != corpus
             if trained.exists() and is_stale:
                 log.info("the data is not what %s was trained on, and there is no checkpoint: it is made anew", trained)
@@ -155,13 +168,14 @@ def sample_texts(training: Training, seed: int) -> Iterator[str]:
         from titan_fast.hub import first_documents
 
         return (document.text for document in first_documents(training, seed))
-    corpus = _corpus(training, training.dataset_path)
+    corpus = local_corpus(training, training.dataset_path)
     files = list(corpus.files)
     random.Random(seed).shuffle(files)
     return (document.text for document in corpus.documents(RowLedger(), files))
 
 
-def _corpus(training: Training, dataset_path: str | None) -> Corpus:
+def local_corpus(training: Training, dataset_path: str | None) -> Corpus:
+    """The documents of a file or folder, or of this Python's standard library."""
     return stdlib_corpus() if dataset_path is None else open_corpus(Path(dataset_path), training.text_column)
 
 
@@ -289,7 +303,7 @@ def _open_tokens(
             tokens = PreparedTokens(Path(dataset_path), verify=not quietly)
         else:
             name = dataset_path or "stdlib"
-            tokens = _prepare_in(run_dir, _corpus(training, dataset_path), name, tokenizer, verify=not quietly)
+            tokens = _prepare_in(run_dir, local_corpus(training, dataset_path), name, tokenizer, verify=not quietly)
         rows = tokens.index["rows"]
         ledger = RowLedger("", "", rows["read"], rows["passed_over"], rows["mended"], rows["first_place"])
         if not quietly and (summary := ledger.summary()):

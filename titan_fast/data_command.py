@@ -18,8 +18,8 @@ from titan_fast import run_history
 from titan_fast.checkpoint import checkpoints, read_state
 from titan_fast.command_line import Parser
 from titan_fast.config import Config, is_hub
-from titan_fast.corpus import RowLedger, open_corpus, stdlib_corpus
-from titan_fast.data import build_tokenizer, training_order
+from titan_fast.corpus import RowLedger
+from titan_fast.data import build_tokenizer, check_column_is_read, local_corpus, training_order
 from titan_fast.errors import ConfigError, DataError, command
 from titan_fast.prepared import PreparedTokens, check_empty, is_prepared, prepare
 from titan_fast.tokenizer import Tokenizer, load_tokenizer
@@ -77,21 +77,23 @@ def prepare_folder(config: Config, out: Path, max_documents: int | None) -> None
     if training.dataset_path and is_prepared(Path(training.dataset_path)):
         raise DataError("the data is prepared already", "use the folder as it is", training.dataset_path)
     check_empty(out)
+    corpus = None if is_hub(training) else local_corpus(training, training.dataset_path)
+    if corpus is not None:
+        check_column_is_read(training, [corpus])
     with tempfile.TemporaryDirectory() as scratch:
         vocab_size = configuration.model_shape(config.model).vocab_size
         tokenizer = build_tokenizer(config, Path(scratch), vocab_size, is_main=True, barrier=lambda: None)
         started = time.monotonic()
         ledger = RowLedger()
-        if is_hub(training):
+        if corpus is None:
             from titan_fast.hub import all_documents, fingerprint, stream_name
 
             documents = all_documents(training, ledger, max_documents)
             source = {"name": stream_name(training), "fingerprint": fingerprint(training, max_documents)}
         else:
-            path = training.dataset_path
-            corpus = open_corpus(Path(path), training.text_column) if path else stdlib_corpus()
             documents = itertools.islice(corpus.documents(ledger), max_documents)
-            source = {"name": path or "stdlib", "fingerprint": corpus.fingerprint(), "max_documents": max_documents}
+            name = training.dataset_path or "stdlib"
+            source = {"name": name, "fingerprint": corpus.fingerprint(), "max_documents": max_documents}
         source["text_column"] = training.text_column
         index = prepare(documents, tokenizer, out, source=source, ledger=ledger)
     seconds = time.monotonic() - started
