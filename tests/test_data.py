@@ -722,6 +722,26 @@ def test_an_error_in_the_thread_surfaces_at_next_again_and_again(make: Callable)
                 next(loader)
 
 
+@pytest.mark.parametrize("end", ["first token", "last label"])
+def test_a_token_beyond_the_vocabulary_at_either_end_is_seen(
+    end: str, make: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is among no labels, the last among no tokens."""
+    order = order_of(loader := make())
+    loader.close()
+    read = order.read
+
+    def read_with_it(start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens, labels = (ids.copy() for ids in read(start, count))
+        ids, position = (tokens, 0) if end == "first token" else (labels, -1)
+        ids[0, position] = 400
+        return tokens, labels
+
+    monkeypatch.setattr(order, "read", read_with_it)
+    with pytest.raises(DataError, match="token id 400 is beyond"):
+        loader._source.next_step(threading.Event())
+
+
 def test_waiting_is_counted(make: Callable) -> None:
     loader = make()
     inner = loader._source.next_step

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from titan_kernels.rms_norm import launches as rms_norm_launches
 from titan_kernels.rope import launches as rope_launches
 from titan_kernels.swiglu import launches as swiglu_launches
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 from triton import knobs
@@ -133,6 +134,45 @@ def test_forward_mode_of_what_takes_no_part_in_autograd_is_refused(device: torch
             ours(forward_ad.make_dual(logits, logits))
     with forward_ad.dual_level():
         titan_kernels.cross_entropy_stats(logits, labels)  # which has no tangent
+
+
+class Watched(Tensor):
+    """A tensor with another inside, whose operators' names go into `seen`."""
+
+    seen: ClassVar[list[str]] = []
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Watched":
+        layout = {"dtype": inner.dtype, "device": inner.device, "strides": inner.stride()}
+        watched = Tensor._make_wrapper_subclass(cls, inner.shape, **layout)  # type: ignore[attr-defined]
+        watched.inner = inner
+        return watched
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        cls.seen.append(function.name())
+        bare = tree_map_only(Watched, lambda watched: watched.inner, (arguments, options or {}))
+        return tree_map_only(Tensor, Watched, function(*bare[0], **bare[1]))
+
+
+@each_operator
+def test_a_subclass_of_tensor_sees_the_operators(operator: Operator, device: torch.device) -> None:
+    """As DTensor must, forward and backward: what is inside is not reached around it."""
+    plain = leaves(operator, 3, device)
+    watched = [Watched(x.detach()).requires_grad_() for x in plain]
+    expected = torch.autograd.grad(total(operator.ours(*plain)), plain)
+    Watched.seen.clear()
+    loss = total(operator.ours(*watched))
+    forward = {name for name in Watched.seen if name.startswith("titan_kernels::")}
+    Watched.seen.clear()
+    gradients = torch.autograd.grad(loss, watched)
+    backward = {name for name in Watched.seen if name.startswith("titan_kernels::")}
+    assert forward and backward and not forward & backward
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert isinstance(ours, Watched) and torch.equal(ours.inner, theirs)
 
 
 @each_operator
