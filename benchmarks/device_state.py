@@ -1,14 +1,20 @@
 """Clocks, power and temperature of a GPU, read by a thread while steps run on it: before and after them it is idle, and
-says nothing about the speed at which they ran."""
+says nothing about the speed at which they ran.
+
+`python -m benchmarks.device_state` prints the GPU's name as it is part of the names of results.
+"""
 
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
+from benchmarks.result_files import slug
 
 Reading = dict[str, float]
 Reader = Callable[[], Reading]
@@ -157,3 +163,7 @@ def summary(readings: list[Reading]) -> dict[str, Any]:
         reasons |= int(reading.get("reasons", 0))
     found["slowed_by"] = sorted({word for bit, word in _SLOWED_BY.items() if reasons & bit})
     return found
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{slug(device_name())}\n")

@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernel_plan [--results benchmarks/results/kernels-*.json]
 
+A command's `$device` is what `python -m benchmarks.device_state` prints.
 With results, what each part took stands beside the plan. A plan is the sum over cases of compilation (SECONDS, caches
 cold), the check in float32, and timing: passes x calls of every provider, matrix products at FLOPS and the rest at
 BYTES per second, eager references at EAGER_PASSES times the least bytes.
@@ -46,7 +47,7 @@ class Part:
     @property
     def command(self) -> str:
         expression = " and ".join(self.words)
-        output = f"benchmarks/results/kernels-{self.name}.json"
+        output = f"benchmarks/results/kernels-$device-{self.name}.json"
         return f'pytest benchmarks --benchmark-only -q -k "{expression}" --benchmark-json={output}'
 
 
@@ -126,7 +127,7 @@ def _pointwise_bytes(case: Case) -> float:
 
 
 def taken_seconds(paths: Sequence[Path]) -> dict[str, float]:
-    """By part, what the cases of its file took."""
+    """By part, what the cases of its file took; files of one device are expected."""
     found = {}
     for path in paths:
         cases_of = {}
@@ -134,7 +135,8 @@ def taken_seconds(paths: Sequence[Path]) -> dict[str, float]:
             info = benchmark["extra_info"]
             if "case_seconds" in info:
                 cases_of[info["op"], info["model"], info["tensor_parallel"], info["tokens"]] = info["case_seconds"]
-        found[path.stem.removeprefix("kernels-")] = sum(cases_of.values())
+        names = [part.name for part in (*PARTS, AUTO) if path.stem.endswith(f"-{part.name}")]
+        found[names[0] if names else path.stem] = sum(cases_of.values())
     return found
 
 

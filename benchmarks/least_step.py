@@ -106,18 +106,18 @@ class Limits:
             return self.gemm[max(same, key=lambda key: int(key.partition("x")[0]))]
         return {p: statistics.median(rates[p] for rates in self.gemm.values()) for p in PRODUCTS}
 
-    def attention_seconds(self, call: AttentionCall) -> tuple[float, float]:
-        """(forward, backward) by the backend that is fastest in both together."""
+    def attention_seconds(self, call: AttentionCall) -> tuple[float, float, str]:
+        """(forward, backward, whose) by the backend that is fastest in both together."""
         if not self.attention:
             forward, backward = self.assumed_attention
-            return call.flops / forward, 2.5 * call.flops / backward
+            return call.flops / forward, 2.5 * call.flops / backward, ""
         found = self.attention.get(call.key)
         if found is None:  # another batch: the rates of the same heads
             like = [key for key in self.attention if key.partition("x")[2] == call.key.partition("x")[2]]
             found = self.attention[like[0] if like else next(iter(self.attention))]
-        whole = [rates for rates in found.values() if {"forward", "backward"} <= rates.keys()]
-        times = [(call.flops / rates["forward"], 2.5 * call.flops / rates["backward"]) for rates in whole]
-        return min(times, key=sum)
+        whole = {name: rates for name, rates in found.items() if {"forward", "backward"} <= rates.keys()}
+        times = [(call.flops / r["forward"], 2.5 * call.flops / r["backward"], name) for name, r in whole.items()]
+        return min(times, key=lambda time: time[0] + time[1])
 
 
 # Assumed of an H100 SXM, for a plan before anything is measured.
@@ -136,7 +136,7 @@ def least_step(limits: Limits, config: Config, shape: ModelShape, world: int) ->
     tokens = training.local_batch_size * training.seq_len
     found = matrices(shape, tokens)
     call = attention_call(shape, training.local_batch_size, training.seq_len)
-    forward, backward = limits.attention_seconds(call)
+    forward, backward, _ = limits.attention_seconds(call)
     gemm = sum(limits.product_seconds(found["head"], product) for product in PRODUCTS)
     gemm += shape.n_layers * sum(limits.product_seconds(found[n], p) for n in BLOCK_MATRICES for p in PRODUCTS)
     parts: dict[str, float] = {

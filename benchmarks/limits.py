@@ -4,8 +4,8 @@ least time that a training step could take.
     python -m benchmarks.limits [--smoke] [--out benchmarks/results]
 
 `least_step` composes the time from these rates. Before each shape is measured, the device has worked on it for a while.
-The file is written after each, and one that was interrupted is gone on with. It also serves `python -m
-titan_fast.estimate --calibrate`.
+What is known after each is kept in a file beside (`.unfinished`), with which an interrupted one goes on; a whole one is
+replaced by a whole one alone. It also serves `python -m titan_fast.estimate --calibrate`.
 """
 
 import argparse
@@ -26,8 +26,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.device_state import reader_of
 from benchmarks.least_step import AttentionCall, Matrix, attention_call, matrices
 from benchmarks.provenance import environment
-from benchmarks.result_files import place, read, write
+from benchmarks.result_files import place, read, without_driver, write
 from benchmarks.timing import Run, copy_bandwidth, measure
+from benchmarks.train_process import end_with_parent
+from benchmarks.variants import sentence
 from benchmarks.workloads import LLAMA_1B, LLAMA_3B, RANK0, SHORT_1B, SMOKE_MODEL, SMOKE_SEQ_LEN, Workload, shape_of
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
@@ -61,7 +63,8 @@ def measure_limits(
     device: torch.device, smoke: bool, known: dict[str, Any], save: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Everything that a limits file holds but its environment. known: what an earlier process got done of it; save:
-    called with all that is known after each shape."""
+    called with all that is known after each shape. It is complete before attention of packages is tried, whatever that
+    does to the process."""
     passes, calls = (1, 2) if smoke else (3, 6)
     gemms, attention = calls_of(smoke)
     found: dict[str, Any] = {"complete": False, "rates": {}, "attention": "", "gemm_by_shape": {}, "clocks": {}}
@@ -78,15 +81,23 @@ def measure_limits(
             found["gemm_by_shape"][key] = _gemm_rates(matrix, device, passes, calls)
             found["clocks"][key] = clock(device)
             save(found)
-    for version in OF_PACKAGES:
-        for key, call in attention.items():
-            if version not in found["attention_by_call"][key]:
-                found["attention_by_call"][key][version] = _package_rates(version, call, device, passes, calls)
-                save(found)
     found["attention"], best = _best_attention(found["attention_by_call"])
     fastest = max(rate for rates in found["gemm_by_shape"].values() for rate in rates.values())
     found["rates"] |= {"gemm": fastest, **best}
-    return found | {"complete": True}
+    found["complete"] = True
+    save(found)
+    for version in OF_PACKAGES:
+        for key, call in attention.items():
+            rates = found["attention_by_call"][key]
+            try:
+                rates[version] = _package_rates(version, call, device, passes, calls)
+            except torch.AcceleratorError as error:  # after which nothing can be measured in this process
+                rates[version] = {"error": sentence(error)}
+                return found
+            except Exception as error:  # a compiler of its own, with exceptions of its own
+                rates[version] = {"error": sentence(error)}
+            save(found)
+    return found
 
 
 @functools.cache
@@ -156,7 +167,7 @@ def _one_backend(
     except torch.AcceleratorError:  # after which nothing can be measured in this process
         raise
     except RuntimeError as error:
-        return {"error": str(error).splitlines()[0][:200]}
+        return {"error": sentence(error)}
 
 
 def _backend_rates(
@@ -219,16 +230,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU: shows that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="a folder, or a file that ends in .json")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # of bench_train
     options = parser.parse_args(argv)
+    if options.child:
+        end_with_parent()
     if not options.smoke and not torch.cuda.is_available():
         sys.exit("limits: measures a GPU, and torch sees none here; --smoke rehearses on the CPU")
     device = torch.device("cpu" if options.smoke else "cuda:0")
     machine = environment(options.smoke)
     head = {"device": machine["device"], "environment": machine}
     path = place(options.out, "limits", machine["device"])
-    known = unfinished(path, machine)
-    content = head | measure_limits(device, options.smoke, known, lambda found: write(head | found, path))
-    write(content, path)
+    beside = path.with_suffix(".unfinished")
+
+    def save(found: dict[str, Any]) -> None:
+        write(head | found, path if found["complete"] else beside)
+
+    found = measure_limits(device, options.smoke, unfinished(beside, machine), save)
+    save(found)
+    beside.unlink(missing_ok=True)
+    content = head | found
     sys.stdout.write(f"{summary(content)}\nwrote {path}\n")
     return 0
 
@@ -237,8 +257,9 @@ def unfinished(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
     """What a process that was cut off has measured on this device with these versions; {} where there is none."""
     content = read(path) or {}
     there = content.pop("environment", {})
-    same = all(there.get(key) == machine[key] for key in ("device", "versions"))
-    return {k: v for k, v in content.items() if k != "device"} if same and not content.get("complete", True) else {}
+    same = there.get("device") == machine["device"]
+    same = same and without_driver(there.get("versions", {})) == without_driver(machine["versions"])
+    return {k: v for k, v in content.items() if k != "device"} if same else {}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """From benchmark results to a picture, tables, and the table that `auto` follows.
 
-    python -m benchmarks.plot benchmarks/results/kernels-*.json [--picture benchmarks/results/bandwidth.png]
+    python -m benchmarks.plot benchmarks/results/kernels-*.json
 
-Merges the results of parts of the suite, all of one device and the same versions (a later file replaces equal cells),
+For each device merges the results of parts of the suite, all of the same versions (a later file replaces equal cells),
 draws achieved bandwidth against the device's measured copy bandwidth, prints what each provider reached and what whole
-blocks gain from each kernel, and at last writes the table of this architecture into kernels/titan_kernels/measured.
+blocks gain from each kernel, and at last writes the device's table into kernels/titan_kernels/measured: its
+architecture's where it is the first device of it, else one of its own.
 What may decide nothing is listed with the reason. The table is that of the files given, so it is not written where the
 one that is there knows more: give all files.
 """
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from titan_kernels.choice import Cell, Table
+from titan_kernels.choice import Cell, Table, table_name
 
-from benchmarks.result_files import place, read, write_text
+from benchmarks.result_files import place, read, slug, without_driver, write_text
 from titan_fast.errors import ConfigError, DataError, reported
 
 MEASURED = Path(__file__).parents[1] / "kernels" / "titan_kernels" / "measured"
@@ -70,14 +71,15 @@ def load(paths: Sequence[Path]) -> Results:
         try:
             found = content["machine_info"]
             for key in ("device", "architecture", "smoke", "versions"):
-                if machine and found[key] != machine[key]:
+                values = [without_driver(m[key]) if key == "versions" else m[key] for m in (found, machine) if m]
+                if values[0] != values[-1]:
                     raise DataError(
                         f"it is of {key} {_said(found[key], machine[key])}, the files before it of "
                         f"{_said(machine[key], found[key])}",
                         "measure the parts again that belong together",
                         str(path),
                     )
-            machine = found
+            machine = found | {"versions": found["versions"] | _drivers(machine, found)}
             commits[str(found["commit"])] = None
             for benchmark in content["benchmarks"]:
                 info = benchmark["extra_info"]
@@ -85,6 +87,22 @@ def load(paths: Sequence[Path]) -> Results:
         except KeyError as error:
             raise DataError(f"no {error} in it", "give files that the kernel suite wrote", str(path)) from error
     return Results(machine | {"commit": ", ".join(commits)}, cells)
+
+
+def by_device(paths: Sequence[Path]) -> list[list[Path]]:
+    """The files of each device, of which `load` says what is wrong with them."""
+    found: dict[Any, list[Path]] = {}
+    for path in paths:
+        machine = (read(path) or {}).get("machine_info")
+        device = machine.get("device") if isinstance(machine, dict) else None
+        found.setdefault(device if isinstance(device, str) else None, []).append(path)
+    return list(found.values())
+
+
+def _drivers(*machines: dict[str, Any]) -> dict[str, str]:
+    """All that the files are of."""
+    found = [words for m in machines for words in m.get("versions", {}).get("driver", "").split(", ") if words]
+    return {"driver": ", ".join(dict.fromkeys(found))} if found else {}
 
 
 def case_name(info: dict[str, Any]) -> str:
@@ -309,25 +327,40 @@ def _shape_label(info: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="JSON files of pytest-benchmark")
-    parser.add_argument("--picture", type=Path, default=Path(__file__).parent / "results" / "bandwidth.png")
+    parser.add_argument("--pictures", type=Path, default=Path(__file__).parent / "results", help="the folder for them")
     parser.add_argument("--measured", type=Path, default=MEASURED, help="the folder of the tables that auto follows")
     options = parser.parse_args(arguments)
     with reported():
-        results = load(options.results)
-        if results.machine["smoke"] and options.measured.resolve() == MEASURED.resolve():
-            what = "these results are a rehearsal on the CPU and must not decide anything"
-            raise ConfigError(what, "give another folder", "--measured")
-        table, undecided = decision_table(results)
-        warnings = "".join(f"{line}\n" for line in other_copies(options.results))
-        sys.stdout.write(f"{markdown(results)}\n\n{decisions(table, undecided)}\n\n{warnings}")
-        place_of_table = options.measured / f"{table.architecture}.json"
-        if missing := lost(_table_at(place_of_table), table, undecided):
-            what = f"nothing written: these files do not measure {len(missing)} of its cells, {missing[0]!r} first"
-            raise DataError(what, "give all result files, or take the table away to start anew", str(place_of_table))
-        sys.stdout.write(f"{draw(results, options.picture)}\n")
-        write_text(table.to_json(), place_of_table)
-        sys.stdout.write(f"wrote {place_of_table}\n")
+        for paths in by_device(options.results):
+            _one_device(paths, options.pictures, options.measured)
     return 0
+
+
+def _one_device(paths: Sequence[Path], pictures: Path, measured: Path) -> None:
+    results = load(paths)
+    if results.machine["smoke"] and measured.resolve() == MEASURED.resolve():
+        what = "these results are a rehearsal on the CPU and must not decide anything"
+        raise ConfigError(what, "give another folder", "--measured")
+    table, undecided = decision_table(results)
+    warnings = "".join(f"{line}\n" for line in other_copies(paths))
+    sys.stdout.write(f"{markdown(results)}\n\n{decisions(table, undecided)}\n\n{warnings}")
+    place_of_table, before = _place_of(table, measured)
+    if missing := lost(before, table, undecided):
+        what = f"nothing written: these files do not measure {len(missing)} of its cells, {missing[0]!r} first"
+        raise DataError(what, "give all result files, or take the table away to start anew", str(place_of_table))
+    sys.stdout.write(f"{draw(results, pictures / f'bandwidth-{slug(table.device)}.png')}\n")
+    write_text(table.to_json(), place_of_table)
+    sys.stdout.write(f"wrote {place_of_table}\n")
+
+
+def _place_of(table: Table, folder: Path) -> tuple[Path, Table | None]:
+    """(where a device's table belongs, what is there): the architecture's, unless another device has that."""
+    path = folder / table_name(table.architecture)
+    before = _table_at(path)
+    if before is not None and before.device != table.device:
+        path = folder / table_name(table.architecture, table.device)
+        before = _table_at(path)
+    return path, before
 
 
 if __name__ == "__main__":

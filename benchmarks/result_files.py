@@ -46,6 +46,11 @@ def read(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def without_driver(versions: dict[str, str]) -> dict[str, str]:
+    """Versions that decide what runs. The driver does not: the same GPU has one on one host and another on the next."""
+    return {name: version for name, version in versions.items() if name != "driver"}
+
+
 def short(commit: object) -> str:
     """A commit's first 7 digits, and "+" where files differed from it."""
     words = str(commit)

@@ -45,10 +45,14 @@ def _steps(cell: Cell, step: float, is_first: bool) -> int:
     return warm_up + blocks * (length.block + (1 if length is FULL else 0))
 
 
-def plan(parts: tuple[str, ...], known: Limits | None, only: str = "", per_part: int | None = None) -> list[str]:
-    """What would run, in lines. only, per_part: see `chosen_cells`."""
+def plan(
+    parts: tuple[str, ...], known: Limits | None, device: str = "", only: str = "", per_part: int | None = None
+) -> list[str]:
+    """What would run, in lines. known: the limits of `device`, where it has any. only, per_part: see `chosen_cells`."""
     used = known or ASSUMED_H100
-    lines = [f"estimates from {'measured limits' if known else 'rates assumed for an H100 SXM'}, caches cold"]
+    rates = f"the limits measured on {device}" if known else "rates assumed for an H100 SXM"
+    unknown = f"no limits of {device or 'this machine'} are known: " * (known is None)
+    lines = [f"{unknown}estimates from {rates}, caches cold"]
     whole = 0.0
     without_cells = {"limits": LIMITS_SECONDS, "launch": LAUNCH_SECONDS}
     for part in parts:

@@ -1,9 +1,10 @@
 """Rows of the end-to-end benchmark as they are kept: with all that their figures mean nothing without."""
 
+import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.least_step import Limits, least_step, limits_from
+from benchmarks.least_step import Limits, attention_call, least_step, limits_from
 from benchmarks.result_files import read, slug, write
 from benchmarks.train_cells import AS_SHIPPED, checkpoint_words
 from benchmarks.workloads import MASTERS, Cell, config_of, rehearsed, shape_of
@@ -17,6 +18,8 @@ OUTCOMES = ("step_seconds", "parity", "error")
 """Keys one of which a row has as soon as it says anything."""
 FULL_OUTCOMES = ("complete", "parity", "seconds_to_step_10")
 """Keys one of which a row has that needs no other attempt."""
+ATTENTION = "limit_attention"
+"""Key of the backend by whose rates a row's limit was made; cuDNN's where there is none."""
 ATTEMPT = "later attempt"
 """Key of what came of running a whole row again where that came to less: its commit and its words."""
 
@@ -29,13 +32,14 @@ def record(cell: Cell, answer: Answer, out: Path, known: Limits | None) -> None:
 
 def join(rows: list[dict[str, Any]], environment: dict[str, Any], part: str, out: Path) -> None:
     """Adds rows, each with its commit and versions, to the part's file, in place of earlier ones of the same cell and
-    variant. An earlier one that is whole gives way to a whole one alone, and notes any other as a later attempt."""
+    variant. An earlier one gives way to no less than it is itself: a whole one to a whole one, one that was cut off to
+    as many steps. It notes what was less as a later attempt."""
     path = out / f"train-{slug(environment['device'])}-{part}.json"
     before = read(path) or {"environment": environment, "rows": []}
     found = {(row["cell"], row["variant"]): with_versions(row, before["environment"]) for row in before["rows"]}
     for row in rows:
         key = row["cell"], row["variant"]
-        if key in found and is_whole(found[key]) and not is_whole(row):
+        if key in found and steps_of(row) < steps_of(found[key]):
             words = row.get("error") or row.get("stopped") or f"{row['step_seconds']['timed']} steps"
             found[key] |= {ATTEMPT: {"commit": row["commit"], "came to": words}}
         else:
@@ -53,6 +57,13 @@ def with_versions(row: dict[str, Any], environment: dict[str, Any]) -> dict[str,
 
 def is_whole(row: dict[str, Any]) -> bool:
     return "error" not in row and any(row.get(key) for key in FULL_OUTCOMES)
+
+
+def steps_of(row: dict[str, Any]) -> float:
+    """How much was measured: the timed steps, more than any of them for a whole row, none with an error."""
+    if is_whole(row):
+        return math.inf
+    return 0 if "error" in row else row.get("step_seconds", {}).get("timed", 0)
 
 
 def has_outcome(row: dict[str, Any]) -> bool:
@@ -103,12 +114,22 @@ def settings_of(cell: Cell, variant: str, smoke: bool) -> Config:
 
 
 def fraction_of_limit(known: Limits, config: Config, shape: ModelShape, world: int, seconds: float) -> dict[str, Any]:
-    """The least step of a row's settings, and how much of `seconds` that is; nothing for float8, whose products were
-    not measured alone."""
+    """The least step of a row's settings, how much of `seconds` that is, and by whose attention; nothing for float8,
+    whose products were not measured alone."""
     if config.float8.enable:
         return {}
     least = least_step(known, config, shape, world)
-    return {"least_step": least, "fraction_of_limit": least["total"] / seconds}
+    return {
+        "least_step": least,
+        "fraction_of_limit": least["total"] / seconds,
+        ATTENTION: limit_attention(known, config, shape),
+    }
+
+
+def limit_attention(known: Limits, config: Config, shape: ModelShape) -> str:
+    """The backend that is the fastest of these limits."""
+    training = config.training
+    return known.attention_seconds(attention_call(shape, training.local_batch_size, training.seq_len))[2]
 
 
 def known_limits(out: Path, device: str | None = None) -> Limits | None:

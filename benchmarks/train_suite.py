@@ -15,7 +15,7 @@ import torch
 from benchmarks import launch_time, limits
 from benchmarks.device_state import device_name
 from benchmarks.provenance import commit, environment
-from benchmarks.result_files import slug
+from benchmarks.result_files import read, slug
 from benchmarks.step_timing import Length
 from benchmarks.train_cell import run_cell
 from benchmarks.train_cells import PARTS, TABLE_PARTS, cells, chosen_cells
@@ -63,10 +63,14 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
     if options.child is not None:
         return _child(options)
     if options.plan:
-        sys.stdout.write("\n".join(plan(parts, known_limits(options.out), options.only, options.cells)) + "\n")
+        device = options.device or _planned_for(options.out)
+        known = known_limits(options.out, device) if device else None
+        sys.stdout.write("\n".join(plan(parts, known, device, options.only, options.cells)) + "\n")
         return 0
     if not options.smoke and not torch.cuda.is_available():
         sys.exit("bench_train: measures a GPU, and torch sees none here; --smoke rehearses on the CPU")
+    if options.out.suffix == ".json":
+        sys.exit(f"bench_train: --out is {str(options.out)!r}, and there is a file for each part; give a folder")
     options.out.mkdir(parents=True, exist_ok=True)
     end_on_sigterm()
     Suite(options).run(parts)
@@ -80,6 +84,7 @@ def _arguments(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--plan", action="store_true", help="print what would run and how long it should take")
+    parser.add_argument("--device", default="", help="whose limits a plan is by; default: this machine's GPU")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--cells", type=int, help="the first so many cells of each part")
     parser.add_argument("--no-profile", action="store_true", help="leave out the breakdown of a step")
@@ -91,6 +96,13 @@ def _arguments(description: str) -> argparse.ArgumentParser:
     for name in ("--variants", "--answer"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     return parser
+
+
+def _planned_for(out: Path) -> str:
+    """This machine's GPU, or where it has none the only one whose limits were measured; else empty."""
+    here = device_name()
+    measured = [str((read(path) or {}).get("device", "")) for path in out.glob("limits-*.json")]
+    return here if here != "unknown" else measured[0] if len(measured) == 1 else ""
 
 
 def cell_named(part: str, name: str) -> Cell | None:
@@ -116,6 +128,10 @@ class Suite:
         if "limits" in parts:
             self._limits()
         selected = chosen_cells(parts, self.options.only, self.options.cells)
+        device = "CPU" if self.options.smoke else device_name()
+        if selected and known_limits(self.options.out, device) is None:
+            what = f"no limits of {device} in {self.options.out}: rows get no part of them"
+            sys.stdout.write(f"{what} until `--parts limits` has run\n")
         for number, cell in enumerate(selected, 1):
             started = time.time()
             answer = self.finish(cell)
@@ -169,7 +185,7 @@ class Suite:
         if options.smoke:
             limits.main(["--smoke", "--out", str(options.out)])
             return
-        command = [sys.executable, "-m", "benchmarks.limits", "--out", str(options.out)]
+        command = [sys.executable, "-m", "benchmarks.limits", "--child", "--out", str(options.out)]
         surroundings = environment_of_children(options.cache)
         problem = watched(
             command, surroundings, ROOT, options.out, limit=LIMITS_LIMIT_SECONDS, silence=LIMITS_LIMIT_SECONDS

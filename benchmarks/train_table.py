@@ -21,7 +21,7 @@ from benchmarks.launch_time import PART as LAUNCH
 from benchmarks.launch_time import STARTS, STEP
 from benchmarks.result_files import short, slug
 from benchmarks.train_cells import AS_SHIPPED, BASE, PARTS, cells
-from benchmarks.train_record import ATTEMPT, settings_of
+from benchmarks.train_record import ATTEMPT, ATTENTION, settings_of
 from benchmarks.train_rows import Device, Row, load
 from benchmarks.workloads import RANK0, SLICE_LAYERS, Cell, shape_of
 from titan_fast.errors import reported
@@ -326,6 +326,8 @@ def _provenance(device: Device) -> str:
             if version != "none":
                 found.setdefault(name, {})[version] = None
     versions = ", ".join(f"{name} {' and '.join(several)}" for name, several in found.items())
+    attention = {row.get(ATTENTION, "cudnn") for row in device.rows.values() if "fraction_of_limit" in row}
+    limit = f" The limit is by attention of {' and '.join(sorted(attention))}." if attention else ""
     states = [row["gpu"] for row in device.rows.values() if row.get("gpu")]
     commits = ", ".join(sorted({short(row.get("commit")) for row in device.rows.values()}))
     slowed = sorted({word for state in states for word in state.get("slowed_by", ())})
@@ -333,7 +335,7 @@ def _provenance(device: Device) -> str:
         f"{device.name}; {versions}; commit {commits}; power limit {_range(states, 'watts_limit', 'W')}; while steps "
         f"were timed: SM clock {_range(states, 'sm_mhz', 'MHz')}, power {_range(states, 'watts', 'W')}, temperature "
         f"{_range(states, 'celsius', 'C')}{', slowed by ' + ' and '.join(slowed) if slowed else ''}. Random tokens, "
-        "whole steps, medians."
+        f"whole steps, medians.{limit}"
     )
 
 

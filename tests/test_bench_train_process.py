@@ -22,6 +22,7 @@ from benchmarks.launch_time import STARTS
 from benchmarks.step_timing import Length
 from benchmarks.train_cells import cells
 from benchmarks.train_process import Answer, Run, watched
+from benchmarks.train_record import record
 from benchmarks.variants import How, Row, time_variants
 from benchmarks.workloads import LLAMA_1B, Cell, Variant
 
@@ -303,6 +304,42 @@ def test_a_row_that_says_nothing_yet_replaces_nothing(tmp_path: Path) -> None:
     assert found["step_seconds"] == seconds
 
 
+def test_a_row_that_was_cut_off_gives_way_to_no_less(tmp_path: Path) -> None:
+    """40 of 50 steps: not to 10, nor to an error, which are noted; to 45."""
+    cell, variant = cells(("rank0",))[0], {"variant": "compiled, auto"}
+
+    def found_after(commit: str, row: dict[str, Any]) -> dict[str, Any]:
+        environment = {"device": "some GPU", "smoke": False, "commit": commit}
+        record(cell, {"environment": environment, "rows": [variant | row]}, tmp_path, None)
+        (found,) = json.loads((tmp_path / "train-some-gpu-rank0.json").read_text())["rows"]
+        return found
+
+    def steps(timed: int) -> dict[str, Any]:
+        return {"step_seconds": {"median": 1.0, "p10": 1.0, "p90": 1.0, "timed": timed}, "peak_bytes": 1}
+
+    found_after("1", steps(40))
+    for commit, row, words in (("2", steps(10), "10 steps"), ("3", {"error": "lost"}, "lost")):
+        found = found_after(commit, row)
+        assert found["step_seconds"]["timed"] == 40 and found["commit"] == "1"
+        assert found["later attempt"] == {"commit": commit, "came to": words}
+    found = found_after("4", steps(45))
+    assert found["step_seconds"]["timed"] == 45 and "later attempt" not in found
+
+
+def test_rows_without_limits_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_suite, "device_name", lambda: "Some GPU")
+    suite = train_suite.Suite(train_suite._arguments("").parse_args(["--out", str(tmp_path), "--only", "8B"]))
+    monkeypatch.setattr(suite, "finish", lambda cell: {"rows": []})
+    suite.run(("rank0",))
+    assert f"no limits of Some GPU in {tmp_path}: rows get no part of them" in capsys.readouterr().out
+    content = {"device": "Some GPU", "rates": {"bandwidth": 1.0}, "gemm_by_shape": {}, "attention_by_call": {}}
+    (tmp_path / "limits-some-gpu.json").write_text(json.dumps(content))
+    suite.run(("rank0",))
+    assert "no limits" not in capsys.readouterr().out
+
+
 def test_processes_that_run_elsewhere_find_what_this_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["site", ".", "", "/elsewhere"]))
     monkeypatch.chdir(tmp_path)
@@ -448,6 +485,7 @@ def test_a_start_that_was_timed_stays_until_it_is_timed_again(tmp_path: Path, mo
     [
         ("--only hugging --parts peers", "no cell of peers has 'hugging' in its name; there are: Llama 3.2 1B untied"),
         ("--cells 0", "--cells is 0; give 1 or more"),
+        ("--smoke --out here.json", "--out is '.*here.json', and there is a file for each part; give a folder"),
     ],
 )
 def test_what_selects_nothing_is_refused(options: str, words: str) -> None:
@@ -460,6 +498,30 @@ def test_the_plan_is_of_what_is_selected(capsys: pytest.CaptureFixture[str]) -> 
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if "processes" in line] == ["0", "2"]
     assert len([line for line in lines if line.startswith("    ")]) == 2
+
+
+def test_a_plan_is_by_the_limits_of_the_device_that_it_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h100 = "NVIDIA H100 80GB HBM3"
+    committed = (train_suite.RESULTS / "limits-nvidia-h100-80gb-hbm3.json").read_text()
+    (tmp_path / "limits-nvidia-h100-80gb-hbm3.json").write_text(committed)
+
+    def said(*more: str) -> str:
+        train_suite.main("", ["--plan", "--parts", "limits", "--out", str(tmp_path), *more])
+        return capsys.readouterr().out.splitlines()[0]
+
+    for here in ("unknown", h100):
+        monkeypatch.setattr(train_suite, "device_name", lambda here=here: here)
+        assert said() == f"estimates from the limits measured on {h100}, caches cold"
+    monkeypatch.setattr(train_suite, "device_name", lambda: "NVIDIA H200")
+    of_none = "no limits of {} are known: estimates from rates assumed for an H100 SXM, caches cold"
+    assert said() == of_none.format("NVIDIA H200")
+    assert said("--device", h100) == f"estimates from the limits measured on {h100}, caches cold"
+    monkeypatch.setattr(train_suite, "device_name", lambda: "unknown")
+    (tmp_path / "limits-nvidia-h200.json").write_text(committed.replace(h100, "NVIDIA H200"))
+    assert said() == of_none.format("this machine")
+    assert said("--device", "NVIDIA H200") == "estimates from the limits measured on NVIDIA H200, caches cold"
 
 
 def test_a_launch_is_a_config_that_parses(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -400,7 +401,7 @@ def test_limits_know_attention_of_packages_where_they_are(results: Path, monkeyp
     fast = {"forward": 1e15, "backward": 1e15}
     content["attention_by_call"] = {call.key: {"flash": found, "fa4": fast}}
     assert limits._best_attention(content["attention_by_call"])[0] == "flash"
-    assert limits_from(content).attention_seconds(call) == (call.flops / 1e15, 2.5 * call.flops / 1e15)
+    assert limits_from(content).attention_seconds(call) == (call.flops / 1e15, 2.5 * call.flops / 1e15, "fa4")
 
 
 def test_interrupted_limits_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,10 +418,39 @@ def test_interrupted_limits_are_gone_on_with(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         limits.main(["--smoke", "--out", str(tmp_path)])
     assert train_suite.known_limits(tmp_path) is None  # as long as they are not whole
-    first = json.loads((tmp_path / "limits-cpu.json").read_text())
+    first = json.loads((tmp_path / "limits-cpu.unfinished").read_text())
     monkeypatch.setattr(limits, "_gemm_rates", lambda *a: measured.append(a[0].key) or honest(*a))
     limits.main(["--smoke", "--out", str(tmp_path)])
     whole = json.loads((tmp_path / "limits-cpu.json").read_text())
     assert len(set(measured)) == len(measured) and whole["complete"]
     assert first["gemm_by_shape"].items() <= whole["gemm_by_shape"].items()
     assert whole["rates"]["bandwidth"] == first["rates"]["bandwidth"]
+    measured.clear()
+    monkeypatch.setattr(limits, "_gemm_rates", rates)
+    with pytest.raises(KeyboardInterrupt):
+        limits.main(["--smoke", "--out", str(tmp_path)])  # once more from the beginning
+    assert json.loads((tmp_path / "limits-cpu.json").read_text()) == whole
+    machine = whole["environment"]
+    other_driver = machine | {"versions": machine["versions"] | {"driver": "another"}}
+    assert limits.unfinished(tmp_path / "limits-cpu.unfinished", other_driver)["gemm_by_shape"].keys() == set(measured)
+    other_torch = machine | {"versions": machine["versions"] | {"torch": "another"}}
+    assert limits.unfinished(tmp_path / "limits-cpu.unfinished", other_torch) == {}
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError("lost"), AssertionError("none such"), SystemExit(1)])
+def test_a_package_takes_nothing_from_the_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Its attention goes last, and may break as it likes, or end the process."""
+
+    def broken(version: str, *rest: Any) -> dict[str, Any]:
+        raise error
+
+    monkeypatch.setattr(limits, "_package_rates", broken)
+    with pytest.raises(SystemExit) if isinstance(error, SystemExit) else nullcontext():
+        limits.main(["--smoke", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "limits-cpu.json").read_text())
+    assert train_suite.known_limits(tmp_path) is not None and found["rates"]["gemm"] > 0
+    tried = [rates for backends in found["attention_by_call"].values() for n, rates in backends.items() if n != "flash"]
+    number = {torch.AcceleratorError: 1, AssertionError: 2 * len(found["attention_by_call"])}.get(type(error), 0)
+    assert tried == [{"error": f"{type(error).__name__}: {error}"}] * number

@@ -10,11 +10,11 @@ import torch
 from benchmarks import limits, step_timing, train_rows, train_table
 from benchmarks.launch_time import STARTS
 from benchmarks.least_step import Limits, Matrix, least_step
-from benchmarks.result_files import write
+from benchmarks.result_files import read, write
 from benchmarks.step_timing import FULL, SLOW, Timed
 from benchmarks.train_cells import AS_SHIPPED, PARTS, TABLE_PARTS, cells
 from benchmarks.train_plan import estimated_seconds, plan
-from benchmarks.train_record import described, record
+from benchmarks.train_record import described, known_limits, record
 from benchmarks.workloads import (
     FULL as FULL_RECOMPUTATION,
 )
@@ -308,6 +308,29 @@ def test_a_ratio_of_different_code_or_versions_is_marked(tmp_path: Path, other: 
     assert f" {0.45 / 0.30:.2f}* |" in text and f" {0.60 / 0.30:.2f} |" in text and f" {0.45 / 0.25:.2f}* |" in text
     assert text.endswith("* of rows of different commits or versions")
     assert ("torch 2.11 and 2.13;" if "torch" in other else "; commit 1, 2;") in text
+
+
+def test_one_column_has_one_limit(tmp_path: Path) -> None:
+    """A row beside older limits, without the attention that is now the fastest, gets its part of today's."""
+    cell, variant = cells(("rank0",))[0], "compiled, auto"
+    committed = read(limits.RESULTS / "limits-nvidia-h100-80gb-hbm3.json")
+    assert committed is not None
+    path = tmp_path / "limits-nvidia-h100-80gb-hbm3.json"
+    write(committed, path)
+    environment = {"device": H100, "versions": {}, "smoke": False, "commit": "1"}
+    record(cell, {"environment": environment, "rows": [timed(variant, 0.8)]}, tmp_path, known_limits(tmp_path, H100))
+
+    def shown() -> tuple[float, str]:
+        (device,) = train_rows.load(tmp_path, rehearsal=False)
+        return device.rows[cell.name, variant]["fraction_of_limit"], train_table.markdown(device)
+
+    before, text = shown()
+    assert "The limit is by attention of cudnn." in text
+    for backends in committed["attention_by_call"].values():
+        backends["fa4"] = {way: 1.2 * rate for way, rate in backends["cudnn"].items()}
+    write(committed, path)
+    after, text = shown()
+    assert "The limit is by attention of fa4." in text and before - 0.05 < after < before
 
 
 def test_a_row_of_a_variant_that_is_no_more_is_no_error(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_what_does_not_belong_together_does_not_merge(machine: dict[str, Any], m
 
 
 def plotted(tmp_path: Path, *files: Path) -> int:
-    return plot.main([*map(str, files), "--picture", str(tmp_path / "x.png"), "--measured", str(tmp_path / "measured")])
+    return plot.main([*map(str, files), "--pictures", str(tmp_path), "--measured", str(tmp_path / "measured")])
 
 
 def test_the_table_is_written_last_and_never_loses_a_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +154,7 @@ def test_the_table_is_written_last_and_never_loses_a_cell(tmp_path: Path, capsys
     files = [write(tmp_path / f"{op}.json", norms(30.0, -55.0, switch=op, op=f"block {op}")) for op in ops]
     assert plotted(tmp_path, *files) == 0
     assert "nothing to draw: none of the results has a bandwidth" in capsys.readouterr().out
-    table, picture = tmp_path / "measured" / "sm_99.json", tmp_path / "x.png"
+    table, picture = tmp_path / "measured" / "sm_99.json", tmp_path / "bandwidth-example-gpu.png"
     before = table.read_text()
     timed = [one | {"gb_per_s": 1.0, "copy_gb_per_s": 2.0} for one in norms(1.0, 1.0, switch="", op="alone")]
     alone = write(tmp_path / "alone.json", timed)
@@ -175,10 +175,33 @@ def test_the_table_is_written_last_and_never_loses_a_cell(tmp_path: Path, capsys
     assert "no table: " in capsys.readouterr().err
 
 
-def test_the_committed_results_make_the_committed_table(tmp_path: Path) -> None:
+def test_the_committed_results_make_the_committed_tables(tmp_path: Path) -> None:
     results = Path(plot.__file__).parent / "results"
     assert plotted(tmp_path, *sorted(results.glob("kernels-*.json"))) == 0
-    assert (tmp_path / "measured" / "sm_90.json").read_text() == (plot.MEASURED / "sm_90.json").read_text()
+    made, committed = (
+        {path.name: path.read_text() for path in folder.glob("*.json")}
+        for folder in (tmp_path / "measured", plot.MEASURED)
+    )
+    assert made == committed and "sm_90.json" in made
+
+
+def test_another_device_of_an_architecture_has_a_table_of_its_own(tmp_path: Path) -> None:
+    first = write(tmp_path / "b.json", norms(30.0, -55.0))
+    second = write(tmp_path / "a.json", norms(30.0, 55.0), device="Another GPU", versions={"torch": "3"})
+    assert plotted(tmp_path, first) == 0
+    table = (tmp_path / "measured" / "sm_99.json").read_text()
+    assert plotted(tmp_path, second, first) == plotted(tmp_path, second) == 0
+    assert (tmp_path / "measured" / "sm_99.json").read_text() == table
+    own = json.loads((tmp_path / "measured" / "sm_99-another-gpu.json").read_text())
+    assert own["device"] == "Another GPU" and own["cells"][0]["triton_us"] == json.loads(table)["cells"][0]["triton_us"]
+    assert own["cells"][0]["reference_us"] != json.loads(table)["cells"][0]["reference_us"]
+
+
+def test_a_driver_decides_nothing(tmp_path: Path) -> None:
+    drivers = ("580.126", "580.159", "580.126")
+    versions = [{"torch": "2", "driver": driver} for driver in drivers]
+    files = [write(tmp_path / f"{n}.json", norms(1.0, 1.0), versions=v) for n, v in enumerate(versions)]
+    assert plot.load(files).machine["versions"] == {"torch": "2", "driver": "580.126, 580.159"}
 
 
 def test_a_copy_line_that_is_not_the_limits_is_told(tmp_path: Path) -> None:

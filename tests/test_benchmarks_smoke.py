@@ -45,7 +45,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_suite_then_plot(tmp_path: Path) -> None:
-    results, picture, measured = tmp_path / "kernels.json", tmp_path / "bandwidth.png", tmp_path / "measured"
+    results, picture, measured = tmp_path / "kernels.json", tmp_path / "bandwidth-cpu.png", tmp_path / "measured"
     options = ("--benchmark-only", "--smoke", f"--benchmark-json={results}", "-q", "-p", "no:cacheprovider")
     suite = run("-m", "pytest", "benchmarks", *options)
     assert suite.returncode == 0, suite.stdout[-3000:]
@@ -58,7 +58,7 @@ def test_suite_then_plot(tmp_path: Path) -> None:
     needs_gpu = {test for test, provider in planned.items() if provider.name in ("liger", "quack", "auto")}
     assert measured_tests | needs_gpu == planned.keys()
 
-    drawn = run("-m", "benchmarks.plot", str(results), "--picture", str(picture), "--measured", str(measured))
+    drawn = run("-m", "benchmarks.plot", str(results), "--pictures", str(tmp_path), "--measured", str(measured))
     assert drawn.returncode == 0, drawn.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
     table = Table.from_json((measured / "cpu.json").read_text())

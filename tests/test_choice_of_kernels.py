@@ -84,7 +84,7 @@ def table(workload: Workload, **changes: Any) -> Table:
 def chosen(monkeypatch: pytest.MonkeyPatch, **options: str) -> Ops:
     config = config_of(**options)
     found = workload(config, LLAMA3, ONE)
-    monkeypatch.setattr(choice, "load_table", lambda architecture: table(found))
+    monkeypatch.setattr(choice, "load_table", lambda *_: table(found))
     return build_ops(config.kernels, CPU, found, "sm_99")
 
 
@@ -141,7 +141,7 @@ def test_norms_follow_the_variant_that_runs(
     config = config_of(**options)
     found = workload(config, LLAMA3, mesh_degrees(config.parallelism, degree))
     for measured in ("residual carried", "residual not carried", "sequence sharded"):
-        monkeypatch.setattr(choice, "load_table", lambda architecture, v=measured: table(found, variant=v))
+        monkeypatch.setattr(choice, "load_table", lambda *_, v=measured: table(found, variant=v))
         ops = build_ops(config.kernels, CPU, found, "sm_99")
         assert (ops.rms_norm is titan_kernels.rms_norm) == (measured == variant)
 

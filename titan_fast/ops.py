@@ -14,7 +14,7 @@ import titan_kernels
 import torch
 import torch.nn.functional as F
 from titan_kernels import reference, validation
-from titan_kernels.choice import Choice, choose, current_architecture
+from titan_kernels.choice import Choice, choose, current_architecture, current_device
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -254,8 +254,9 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload, archit
 
     Raises ConfigError where "triton" or an attention backend was asked for and cannot run here."""
     check(kernels, workload.tensor_degree)
+    gpu = ""
     if architecture is None and device.type == "cuda":
-        architecture = current_architecture()
+        architecture, gpu = current_architecture(), current_device()
     backends, attention, why = _choose_attention(kernels.attention, device, workload.dtype, workload.shape)
     carries, why_carried = kernels.carry_residual, "as configured"
     if carries is None:
@@ -269,7 +270,7 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload, archit
         chosen["linear"] = float8.linear_with(workload.float8)
         reasons.append(("linear", f"float8, {workload.float8}", "as configured; the head's product is not"))
     for operator, sizes in workload.sizes().items():
-        choice = _choose_kernel(operator, kernels, architecture, workload, sizes, carries)
+        choice = _choose_kernel(operator, kernels, architecture, gpu, workload, sizes, carries)
         if operator == "reemit" and workload.tensor_degree > 1:
             choice = Choice("reference", "not with tensor parallelism")
         elif operator == "reemit" and workload.pointwise and kernels.reemit == "auto":
@@ -301,6 +302,7 @@ def _choose_kernel(
     operator: str,
     kernels: Kernels,
     architecture: str | None,
+    gpu: str,
     workload: Workload,
     sizes: dict[str, int],
     carries_residual: bool,
@@ -320,6 +322,7 @@ def _choose_kernel(
             shape=sizes,
             dtype=dtype,
             variants=_variants(workload, carries_residual),
+            device=gpu,
         )
     except ValueError as error:
         raise ConfigError(f"kernels.{error}", "change [kernels]") from error

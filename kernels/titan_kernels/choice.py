@@ -1,7 +1,9 @@
 """Which implementation of an operator runs: asked for, or decided by what was measured on this GPU architecture.
 
-The measurements are the files `measured/<architecture>.json` beside this module, written by `python -m benchmarks.plot`
-from benchmark results. An architecture without a file has not been measured, and there `auto` means the reference.
+The measurements are the files of `measured` beside this module, written by `python -m benchmarks.plot` from benchmark
+results: `<architecture>.json` of the device of an architecture that was measured first, which speaks for all of them,
+and `<architecture>-<device>.json` of another, which speaks for itself before. An architecture without a file has not
+been measured, and there `auto` means the reference.
 """
 
 import functools
@@ -101,6 +103,11 @@ class Choice:
     reason: str
 
 
+def current_device() -> str:
+    """The current CUDA device's name, empty without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
 def current_architecture() -> str | None:
     """`sm_90` and the like of the current CUDA device, the target's name on ROCm, None without a device."""
     if not torch.cuda.is_available():
@@ -111,10 +118,16 @@ def current_architecture() -> str | None:
     return f"sm_{major}{minor}"
 
 
+def table_name(architecture: str, device: str = "") -> str:
+    """The file of `device`'s own measurements, or of those that speak for the architecture."""
+    words = "".join(c if c.isalnum() else " " for c in device.lower()).split()
+    return "-".join((architecture, *words)) + ".json"
+
+
 @functools.cache
-def load_table(architecture: str) -> Table | None:
-    """The committed measurements of `architecture`, None where there are none."""
-    file = importlib.resources.files("titan_kernels") / "measured" / f"{architecture}.json"
+def load_table(architecture: str, device: str = "") -> Table | None:
+    """The committed measurements of `architecture`, or those of `device` alone; None where there are none."""
+    file = importlib.resources.files("titan_kernels") / "measured" / table_name(architecture, device)
     return Table.from_json(file.read_text()) if file.is_file() else None
 
 
@@ -128,6 +141,7 @@ def choose(
     shape: Mapping[str, int],
     dtype: str = "bfloat16",
     variants: Collection[str] = (),
+    device: str = "",
     table: Table | None = None,
 ) -> Choice:
     """The implementation of `op` for one setting of its switch.
@@ -135,7 +149,8 @@ def choose(
     op: a key of SHAPE_KEYS. setting: "auto", "triton" or "reference". architecture: `current_architecture()`, None
     where tensors are not on a GPU. compiled: whether the operator runs inside torch.compile. interpreted: whether
     Triton runs its interpreter. shape: the sizes named by SHAPE_KEYS[op]. dtype: of activations, "bfloat16" and the
-    like. variants: those of VARIANTS that are at hand. table: in place of the committed one.
+    like. variants: those of VARIANTS that are at hand. device: the GPU's name as torch has it, whose own measurements
+    are preferred to its architecture's. table: in place of the committed ones.
 
     Raises:
         ValueError: an unknown op or setting, sizes that do not fit the op, or "triton" where Triton cannot run.
@@ -157,7 +172,12 @@ def choose(
         return Choice("reference", "no GPU")
     if not installed:
         return Choice("reference", "triton is not installed")
-    return _by_measurement(op, architecture, compiled, variants, dtype, shape, table or load_table(architecture))
+    own = load_table(architecture, device) if device and table is None else None
+    if own is not None:
+        choice, is_measured = _by_measurement(op, architecture, compiled, variants, dtype, shape, own)
+        if is_measured:
+            return choice
+    return _by_measurement(op, architecture, compiled, variants, dtype, shape, table or load_table(architecture))[0]
 
 
 def _check(op: str, setting: str, shape: Mapping[str, int]) -> None:
@@ -179,10 +199,11 @@ def _by_measurement(
     dtype: str,
     shape: Mapping[str, int],
     table: Table | None,
-) -> Choice:
+) -> tuple[Choice, bool]:
+    """What the table says, and whether it says anything of this shape."""
     context = "compiled" if compiled else "in eager mode"
     if table is None:
-        return Choice("reference", f"not measured on {architecture}")
+        return Choice("reference", f"not measured on {architecture}"), False
     if table.architecture != architecture:
         raise ValueError(f"the table is of {table.architecture}, the device is {architecture}")
     cells = [cell for cell in table.cells if (cell.op, cell.compiled, cell.dtype) == (op, compiled, dtype)]
@@ -190,14 +211,14 @@ def _by_measurement(
     nearest = min(cells, key=lambda cell: _distance(cell, shape), default=None)
     if nearest is None:
         among = f" ({', '.join(variants)})" if variants else ""
-        return Choice("reference", f"not measured {context} in {dtype} on {architecture}{among}")
+        return Choice("reference", f"not measured {context} in {dtype} on {architecture}{among}"), False
     if nearest.variant:
         context += f" ({nearest.variant})"
     at = " x ".join(f"{name} {size}" for name, size in nearest.shape.items())
     if any(max(size / shape[name], shape[name] / size) > nearest.reach for name, size in nearest.shape.items()):
-        return Choice("reference", f"not measured {context} on {architecture} near this shape (nearest: {at})")
+        return Choice("reference", f"not measured {context} on {architecture} near this shape (nearest: {at})"), False
     verdict = f"{nearest.speedup:.2f}x the reference {context} at {at} on {table.device}"
-    return Choice("triton" if nearest.triton_wins else "reference", f"the kernel is {verdict}")
+    return Choice("triton" if nearest.triton_wins else "reference", f"the kernel is {verdict}"), True
 
 
 def _distance(cell: Cell, shape: Mapping[str, int]) -> float:

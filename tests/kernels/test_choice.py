@@ -127,10 +127,27 @@ def test_table_survives_json() -> None:
 
 def test_committed_tables_are_of_the_architecture_they_are_named_for() -> None:
     for path in (Path(choice.__file__).parent / "measured").glob("*.json"):
-        table = choice.load_table(path.stem)
-        assert table is not None
-        assert table.architecture == path.stem
+        table = Table.from_json(path.read_text())
+        names = [choice.table_name(table.architecture, device) for device in ("", table.device)]
+        assert path.name in names
+        assert table == choice.load_table(table.architecture, "" if path.name == names[0] else table.device)
         assert all(set(cell.shape) == set(choice.SHAPE_KEYS[cell.op]) for cell in table.cells)
+
+
+def test_a_devices_own_measurements_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the architecture's where its own say nothing."""
+    own = replace(TABLE, device="Another GPU", cells=(replace(CELLS[1], reference_us=50.0),))
+    tables = {"sm_99.json": TABLE, "sm_99-another-gpu.json": own}
+    monkeypatch.setattr(choice, "load_table", lambda *names: tables.get(choice.table_name(*names)))
+    for device, (implementation, speedup, of) in {
+        "": ("triton", "1.80x", "Example GPU"),
+        "A third GPU": ("triton", "1.80x", "Example GPU"),
+        "Another (GPU)": ("reference", "0.50x", "Another GPU"),
+    }.items():
+        found = norm(table=None, device=device)
+        assert found.implementation == implementation
+        assert speedup in found.reason and found.reason.endswith(f"on {of}")
+    assert norm(table=None, device="Another GPU", width=4096, compiled=False).reason.endswith("on Example GPU")
 
 
 def test_measurements_are_part_of_the_wheel() -> None:
