@@ -154,7 +154,7 @@ def _table_cells() -> list[Cell]:
 def _more_cells() -> list[Cell]:
     """What the 25 minutes leave out: the rest of the 2x2, larger batches, every switch by itself. The eager reference
     keeps most for its backward pass, so it has a process of its own, the last; by the planner the 8B and the 13B at
-    full depth would take 92 and 115 GiB by it, so they have none."""
+    full depth would take 92 and 115 GiB by it, more than an H100 has, so they have none."""
     eight, thirteen, slice4 = RANK0["8b"], RANK0["13b"], slice_of(RANK0["8b"], 4)
     # Where a lever would turn the default off, so that one thing is changed at a time.
     eight_added, slice_added = _residual_added(eight), _residual_added(slice4)

@@ -465,7 +465,21 @@ def test_every_rate_has_a_source() -> None:
         assert all(len(rate.source) > 10 for rate in rates)
         assert gpu.default_attention in gpu.attention
         assert gpu.gemm.value < gpu.peak
+
+
+def test_a_gpu_is_known_by_its_name_and_a_slower_one_is_not_taken_for_it() -> None:
     assert known_gpu("h200").name == "h200"
+    for name, hint in (
+        ("NVIDIA H200", "h200"),
+        ("h200-sxm", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100-sxm"),
+        ("a10", "a100-80gb"),
+    ):
+        with pytest.raises(ConfigError, match=f"unknown GPU '{name}'; did you mean {hint}\\? known"):
+            known_gpu(name)
+    for slower in ("h200-nvl", "NVIDIA H100 PCIe"):
+        with pytest.raises(ConfigError, match=f"unknown GPU '{slower}'; known"):
+            known_gpu(slower)
 
 
 def test_search_lists_what_fits_best_first(monkeypatch: pytest.MonkeyPatch) -> None:

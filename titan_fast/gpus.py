@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_fast.errors import ConfigError
-from titan_fast.flops import PEAKS
+from titan_fast.flops import PEAKS, known_peak
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ _H100_ATTENTION = {
     "flash": AttentionRate(333e12, 299e12, f"{_FA3}: forward 333; backward so that both together make 308"),
     "cudnn": AttentionRate(529e12, 463e12, f"{_FA3}: forward 529; backward is an estimate from 518 without a mask"),
     "fa3": AttentionRate(602e12, 481e12, f"{_FA3}: forward 602; backward is an estimate from 559 without a mask"),
-    "fa4": AttentionRate(660e12, 570e12, "4.0.0b18 alone, 8k, measured in this project (benchmarks/NOTES.md)"),
+    "fa4": AttentionRate(
+        660e12, 570e12, "4.0.0b18 alone on an H100, 8k, measured in this project (benchmarks/NOTES.md)"
+    ),
 }
 _CONTEXT = "estimate: 0.4 to 0.6 GiB are commonly seen with torch's modules loaded lazily"
 
@@ -146,7 +148,7 @@ GPUS: dict[str, Gpu] = {
         gemm=Rate(794.5e12, f"{_MAMF}: the same as H100 SXM"),
         float8=Rate(1402.6e12, "estimate: the same as H100 SXM, as its gemm"),
         bandwidth=Rate(4.3e12, "estimate: 0.9 of the data sheet's 4.8 TB/s, as on H100 SXM"),
-        attention=_H100_ATTENTION,
+        attention=_H100_ATTENTION,  # the same multiprocessors at the same power
         nvlink=Rate(350e9, _BUSBW),
         nic=Rate(50e9, "DGX H200: one 400 Gb/s NDR InfiniBand adapter per GPU"),
         context=Rate(0.55 * _GIB, _CONTEXT),
@@ -177,8 +179,11 @@ GPUS: dict[str, Gpu] = {
 def known_gpu(name: str) -> Gpu:
     """The entry of GPUS; ConfigError lists them all."""
     if name not in GPUS:
-        close = [known for known in GPUS if known.startswith(name.lower())]
-        close = close or difflib.get_close_matches(name.lower(), GPUS, n=1)
+        words = name.lower()
+        close = [known for known in GPUS if known.startswith(words)]
+        if not close and not any(part in words for part in ("nvl", "pcie")):  # slower ones of the same names
+            close = [known for known in GPUS if words.startswith(known) or known == _by_device(name)]
+            close = close or difflib.get_close_matches(words, GPUS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ConfigError(
             f"unknown GPU {name!r}",
@@ -186,6 +191,12 @@ def known_gpu(name: str) -> Gpu:
             where="--gpu",
         )
     return GPUS[name]
+
+
+def _by_device(device: str) -> str:
+    """The entry of the GPU that torch calls `device`; empty where there is none."""
+    peak = known_peak(device)
+    return next((gpu.name for gpu in GPUS.values() if peak is not None and gpu.peak_name == peak.name), "")
 
 
 # What a calibration file may hold: {"device": name as torch gives it, "rates": {key: number}}.
