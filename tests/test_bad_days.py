@@ -785,6 +785,17 @@ def test_a_lock_of_another_machine_is_judged_by_its_pulse(tmp_path: Path, monkey
     assert json.loads((tmp_path / LOCK).read_text()) == elsewhere, "which is not ours to take away"
 
 
+def test_a_lock_that_cannot_be_deleted_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that went well nor one that has an error of its own to tell."""
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    with monkeypatch.context() as patch, RunLock(tmp_path):
+        patch.setattr(Path, "unlink", refuse)
+    assert (tmp_path / "run.lock").exists()
+
+
 def test_a_process_with_a_dead_holders_id_is_not_the_holder(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text(json.dumps(run_lock._identity() | {"started": "0"}))
     with RunLock(tmp_path) as lock:

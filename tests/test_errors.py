@@ -61,6 +61,21 @@ def test_a_name_that_is_too_long_is_refused() -> None:
     assert done.returncode == 2 and done.stderr.startswith("titan_fast: no such path can be: File name too long [xxx")
 
 
+@pytest.mark.parametrize(
+    ("name", "status", "words"),
+    [
+        ("EIO", 4, "the disk fails: Input/output error [/a/file]; mend it"),
+        ("EROFS", 4, "the disk fails: Read-only file system [/a/file]"),
+        ("ESTALE", 4, "the disk fails: Stale file handle [/a/file]"),
+        ("EMFILE", 2, "no file can be opened: Too many open files [/a/file]; allow more (ulimit -n)"),
+    ],
+)
+def test_a_disk_that_fails_is_told_in_a_line(name: str, status: int, words: str) -> None:
+    done = run(f"import errno, os; raise OSError(errno.{name}, os.strerror(errno.{name}), '/a/file')")
+    assert done.returncode == status and done.stderr.startswith(f"titan_fast: {words}")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_refusal_is_one_line_whatever_it_quotes() -> None:
     done = run("from titan_fast.errors import DataError; raise DataError('a\\nb\\x1b[1m', 'fix')")
     assert done.returncode == 3 and done.stderr == "titan_fast: a\\nb\\x1b[1m; fix\n"

@@ -475,10 +475,10 @@ def test_a_gpu_is_known_by_its_name_and_a_slower_one_is_not_taken_for_it() -> No
         ("NVIDIA H100 80GB HBM3", "h100-sxm"),
         ("a10", "a100-80gb"),
     ):
-        with pytest.raises(ConfigError, match=f"unknown GPU '{name}'; did you mean {hint}\\? known"):
+        with pytest.raises(ConfigError, match=rf"unknown GPU '{name}' \[--gpu\]; did you mean {hint}\? known"):
             known_gpu(name)
     for slower in ("h200-nvl", "NVIDIA H100 PCIe"):
-        with pytest.raises(ConfigError, match=f"unknown GPU '{slower}'; known"):
+        with pytest.raises(ConfigError, match=rf"unknown GPU '{slower}' \[--gpu\]; known"):
             known_gpu(slower)
 
 

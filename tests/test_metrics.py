@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tensorboard.summary.writer import event_file_writer
+from tensorboard.summary.writer import event_file_writer, record_writer
 
 from titan_fast import console, run_history
 from titan_fast.config import Config, model_shape, parse
@@ -641,6 +642,47 @@ def test_a_curve_that_cannot_be_drawn_does_not_hide_how_the_run_ended(
     metrics.finish()
     said = capsys.readouterr().out
     assert "loss_curve.png cannot be written: ValueError: no such font" in said and "finished " in said
+
+
+def test_a_disk_that_fails_takes_the_summarys_losses_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What has ended the run is not replaced by what its end met."""
+    metrics = logger(tmp_path, *QUIET)
+    log(metrics, 40)
+
+    def refuse(path: Path) -> list:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(run_history, "read", refuse)
+    metrics.finish(failed=True)
+    said = capsys.readouterr().out
+    assert "metrics.jsonl cannot be read: Input/output error; the summary lacks its losses" in said.replace("\n", " ")
+    assert "failed " in said
+
+
+def test_tensorboards_thread_leaves_its_error_to_the_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    told: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    metrics = logger(tmp_path)
+    monkeypatch.setattr(record_writer.RecordWriter, "write", refuse)
+    until = time.monotonic() + 30
+    step = 0
+    while metrics._writes_tensorboard and time.monotonic() < until:
+        log(metrics, step := step + 1)
+    metrics.finish()
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "WARNING: TensorBoard's events cannot be written: Read-only file system" in said
+    assert not told
+    thread = threading.Thread(target=refuse)
+    thread.start()
+    thread.join()
+    assert [ended.thread for ended in told] == [thread], "of another it is told"
 
 
 def test_a_curve_that_a_full_disk_refuses_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """`python -m titan_fast.checkpoint list|verify|prune|export DIR`: the checkpoints of a run, without the run."""
 
+import errno
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -68,6 +70,8 @@ def export(path: Path, out: Path) -> list[str]:
         problem = manifest.problem(folder)
         if problem is None:
             break
+        if isinstance(problem, manifest.Unread):
+            raise CheckpointError(f"it cannot be read: {problem}", "mend that, or name another step-N", str(folder))
         sys.stderr.write(f"{folder.name} is passed over: {problem}\n")
     else:
         raise CheckpointError("no checkpoint here is whole", "restore one from a copy", str(path))
@@ -139,7 +143,9 @@ def main() -> None:
     if problems:
         what, fix = "a checkpoint is damaged", "restore it from a copy or move it away"
         if all(isinstance(problem, manifest.Unread) for problem in problems):
-            what, fix = "a checkpoint cannot be read", "give this user the right to read it"
+            what, fix = "a checkpoint cannot be read", "see what is wrong with its disk"
+            if all(os.strerror(errno.EACCES) in problem for problem in problems):
+                fix = "give this user the right to read it"
         raise CheckpointError(what, fix, str(options.dir))
 
 

@@ -125,6 +125,18 @@ def _no_such_step(wanted: int, found: Sequence[int], folder: Path) -> Checkpoint
     )
 
 
+class _Writer(FileSystemWriter):
+    """Which says what the disk says. torch's own error for a write that fails is of what it had left to write then."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future[list]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
 class Checkpointer:
     """Saves and loads the checkpoints of one run. Every method is called by every rank at the same step, but for those
     that say otherwise."""
@@ -309,7 +321,7 @@ class Checkpointer:
             raise OSError(errno.ENOSPC, "No space left on device", str(temporary))
 
     def _write_tensors(self, tensors: dict[str, Tensor], temporary: Path) -> None:
-        writer = FileSystemWriter(temporary, sync_files=True, overwrite=False)
+        writer = _Writer(temporary, sync_files=True, overwrite=False)
         try:
             dcp.save(tensors, storage_writer=writer, process_group=self.group)
         except (dcp.api.CheckpointException, RuntimeError, OSError) as error:
@@ -331,7 +343,11 @@ class Checkpointer:
         note_saved(self.run_dir, final)
         self._passed_over.discard(step)
         keep = self.settings.keep_latest_k
-        _, left = manifest.prune(self.folder, keep, always=step, contents=False, damaged=self._passed_over)
+        try:
+            _, left = manifest.prune(self.folder, keep, always=step, contents=False, damaged=self._passed_over)
+        except OSError as error:  # the save itself has succeeded
+            left = []
+            self._notes.append(f"WARNING: what older checkpoints there are cannot be read: {error.strerror}")
         seconds = time.perf_counter() - started
         self._notes.append(f"saved {final} in {seconds:.1f} s")
         self._notes.extend(f"could not delete {path}" for path in left)
@@ -354,14 +370,24 @@ class Checkpointer:
             have = f"{shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free:,}"
         except OSError:
             have = "no"
-        newest = [s for s, p in manifest.checkpoints(self.folder).items() if manifest.problem(p, False) is None][-1:]
-        kept = f"the newest whole checkpoint is of step {newest[0]}" if newest else "there is no checkpoint yet"
         fix = error.fix if isinstance(error, CheckpointError) else ""
         if any(word in what for word in ("disk full", *map(os.strerror, NO_ROOM))):
             what += f": needs {need:,} bytes, has {have} bytes free"
             fix = _room(self.settings)
         what = f"the checkpoint could not be written: {what}"
-        return CheckpointError(what, f"{fix or 'see what is wrong there'}; {kept}", str(self.folder))
+        return CheckpointError(what, f"{fix or 'see what is wrong there'}; {self._newest()}", str(self.folder))
+
+    def _newest(self) -> str:
+        """What there is to go on from, in words."""
+        try:
+            found = manifest.checkpoints(self.folder)
+            problems = {step: manifest.problem(path, contents=False) for step, path in found.items()}
+        except OSError as error:
+            return f"what checkpoints there are cannot be read: {error.strerror}"
+        if whole := [step for step, problem in problems.items() if problem is None]:
+            return f"the newest whole checkpoint is of step {whole[-1]}"
+        unread = [step for step, problem in problems.items() if isinstance(problem, manifest.Unread)]
+        return f"that of step {unread[-1]} cannot be read" if unread else "there is no checkpoint yet"
 
     def _together(self, action: Callable[[], T]) -> list[T]:
         """What `action` returns on every rank, in order; where it raised an OSError on one, CheckpointError on all."""
@@ -398,7 +424,10 @@ class Checkpointer:
         round_masters(model)
         rng = path / f"rng-{self.world.rank}.safetensors"
         if state["world_size"] == self.world.size and rng.exists():
-            _set_rng_state(safetensors.torch.load_file(rng), self.world.device)
+            try:
+                _set_rng_state(safetensors.torch.load_file(rng), self.world.device)
+            except (OSError, safetensors.SafetensorError) as error:  # it was whole when it was verified
+                raise CheckpointError(f"{rng.name} cannot be read: {cause(error)}", "start again", str(path)) from error
         self.saved_step = state["step"]
         return Progress(**{item.name: state[item.name] for item in fields(Progress) if item.name in state})
 

@@ -19,6 +19,9 @@ P = ParamSpec("P")
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a disk says that is full, or as good as that for this user or file."""
 
+_FAILING = frozenset({errno.EIO, errno.ESTALE, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO})
+"""What a disk or a file server says that is going away."""
+_NO_HANDLE = frozenset({errno.EMFILE, errno.ENFILE})
 _NO_PATH = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP})
 
 
@@ -79,8 +82,8 @@ def fail(error: TitanFastError) -> NoReturn:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turns a TitanFastError raised inside into its line and its exit status, and so a disk that is full or a path that
-    this user may not use, either of which may show anywhere; anything else keeps its traceback."""
+    """Turns a TitanFastError raised inside into its line and its exit status, and so a disk that is full or fails, or a
+    path that this user may not use, all of which may show anywhere; anything else keeps its traceback."""
     try:
         yield
     except TitanFastError as error:
@@ -92,6 +95,10 @@ def reported() -> Iterator[None]:
         where = str(error.filename or "")
         if error.errno in NO_ROOM:
             fail(CheckpointError(f"the disk is full: {error.strerror}", "make room and start again as before", where))
+        if error.errno in _FAILING:
+            fail(CheckpointError(f"the disk fails: {error.strerror}", "mend it and start again as before", where))
+        if error.errno in _NO_HANDLE:
+            fail(ConfigError(f"no file can be opened: {error.strerror}", "allow more (ulimit -n)", where))
         if error.errno in _NO_PATH and where:
             fail(ConfigError(f"no such path can be: {error.strerror}", "name another", where))
         if isinstance(error, PermissionError) and where:

@@ -163,7 +163,7 @@ def _opened(path: Path) -> Any:
     """`safe_open`, which checks the header and that the file is as long as it says."""
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last where it cannot be mapped
         raise CheckpointError(f"damaged or not safetensors: {error}", "get the file again", where=str(path)) from error
 
 

@@ -53,6 +53,11 @@ def _write_config(folder: Path, content: Mapping[str, Any]) -> None:
     (folder / CONFIG_BESIDE).write_text(json.dumps(content, indent=2) + "\n")
 
 
+def _write_tokenizer(folder: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    """As its `save`, whose own exception for a full disk is none of the operating system's."""
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
 def _write_sentencepiece(tokenizer: Tokenizer, folder: Path, common: dict[str, Any]) -> str:
     """The file itself, and a tokenizer.json of it where that comes to the same ids: it does for byte-pair models that
     do not normalise, as Llama 2's and those trained here. (transformers' own reading of the file loses a space at the
@@ -64,7 +69,7 @@ def _write_sentencepiece(tokenizer: Tokenizer, folder: Path, common: dict[str, A
     common = common | {key: processor.id_to_piece(id) for key, id in ids.items() if id >= 0}
     made = _from_sentencepiece(processor)
     if all(made.encode(text, add_special_tokens=False).ids == tokenizer.encode(text) for text in _PROBES):
-        made.save(str(folder / "tokenizer.json"))
+        _write_tokenizer(folder, made)
         _write_config(folder, common | {"tokenizer_class": "PreTrainedTokenizerFast"})
         return "tokenizer: the sentencepiece model, copied, and a tokenizer.json made from it"
     _write_config(folder, common | {"tokenizer_class": "LlamaTokenizer", "legacy": False})
@@ -140,7 +145,7 @@ def _write_ranks(path: Path, folder: Path, common: dict[str, Any]) -> str:
     tokenizer.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in special])
     bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
     tokenizer.post_processor = _bos_first(bos, special[bos])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_tokenizer(folder, tokenizer)
     _write_config(folder, common | {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos})
     return "tokenizer: a tokenizer.json made from the rank file"
 

@@ -265,14 +265,15 @@ def prune(
 
 def delete(folder: Path) -> Path | None:
     """Takes a published folder away: first its name, at once, then its files. Returns what could not be deleted, of
-    this folder or of an earlier one by its name, if anything."""
+    this folder or of an earlier one by its name, if anything: it raises nothing where a disk refuses."""
     doomed = folder.with_name(f".deleting-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    if not doomed.exists():
-        folder.rename(doomed)
-        sync_folder(folder.parent)
+    with suppress(OSError):
         shutil.rmtree(doomed, ignore_errors=True)
-    return doomed if doomed.exists() else None
+        if not doomed.exists():
+            folder.rename(doomed)
+            sync_folder(folder.parent)
+            shutil.rmtree(doomed, ignore_errors=True)
+    return next((left for left in (doomed, folder) if os.path.lexists(left)), None)
 
 
 def leftover_bytes(parent: Path) -> int:
@@ -290,7 +291,8 @@ def leftover_bytes(parent: Path) -> int:
 
 def clean(parent: Path) -> list[str]:
     """Ends what a killed process had begun: puts back a folder that was being replaced and has no successor, deletes
-    what was being written or deleted. Says what it did or could not. Only for the one process that owns `parent`."""
+    what was being written or deleted. Says what it did or could not; what cannot be deleted gives its name free, which
+    the next save of that step needs. Only for the one process that owns `parent`."""
     done = []
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
         match = _LEFTOVER.fullmatch(path.name)
@@ -304,6 +306,10 @@ def clean(parent: Path) -> list[str]:
         shutil.rmtree(path, ignore_errors=True)
         words = "was never finished" if match[1] == "writing" else "was on its way out"
         done.append(f"{'could not delete' if path.exists() else 'deleted'} {path.name}, which {words}")
+        aside = path.with_name(f".deleting-{final.name}")
+        if path.exists() and not aside.exists():
+            with suppress(OSError):
+                path.rename(aside)
     if done:
         sync_folder(parent)
     return done

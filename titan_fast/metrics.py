@@ -6,12 +6,13 @@ Rank 0 speaks; on the others every method does nothing. Only `log` may wait for 
 import atexit
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
 
@@ -93,6 +94,16 @@ class _Totals:
     def seconds_left(self, steps: int) -> float:
         """For so many more, with pauses as there were so far."""
         return steps * (self.seconds_per_step() + self.pause_seconds / max(self.steps - self.first_steps, 1))
+
+
+_other_threads: list[Callable[[threading.ExceptHookArgs], Any]] = []
+
+
+def _thread_ended(ended: threading.ExceptHookArgs) -> None:
+    """No traceback of TensorBoard's thread where the disk has refused: it keeps the error, which the next event meets
+    and is told of in a sentence."""
+    if not (isinstance(ended.exc_value, OSError) and getattr(ended.thread, "exception", None) is ended.exc_value):
+        _other_threads[-1](ended)
 
 
 class MetricsLogger:
@@ -324,6 +335,10 @@ class MetricsLogger:
         if self._writer is None:
             import tomli_w
 
+            if threading.excepthook is not _thread_ended:
+                _other_threads.append(threading.excepthook)
+                threading.excepthook = _thread_ended
+
             with self.clock.pause():
                 from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -364,7 +379,11 @@ class MetricsLogger:
         if not self.is_main:
             return
         self._stop_progress()
-        records = run_history.read(self.metrics_path)
+        try:
+            records = run_history.read(self.metrics_path)
+        except OSError as error:  # which must not stand in for what has ended the run
+            records = []
+            self.say(f"WARNING: {self.metrics_path} cannot be read: {error.strerror}; the summary lacks its losses")
         if run_history.losses(records):
             title = self.config.job.description or self.config.model.flavor
             try:

@@ -111,8 +111,9 @@ class RunLock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        if _read(self.path).get("token") == self._me["token"]:
-            self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that fails; that this process has ended is seen without
+            if _read(self.path).get("token") == self._me["token"]:
+                self.path.unlink(missing_ok=True)
 
     def check(self) -> None:
         """CheckpointError where another run has taken the folder, this one having been silent too long. A lock that
