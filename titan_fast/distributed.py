@@ -252,8 +252,13 @@ def new_group(comm: Comm, timeout: timedelta) -> dist.ProcessGroup:
     `comm.init_timeout_seconds`."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=comm.init_timeout_seconds))
     assert isinstance(group, dist.ProcessGroup)
-    dist.distributed_c10d._set_pg_timeout(timeout, group)
+    _set_timeout(timeout, group)
     return group
+
+
+def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
+    """By torch's public function, which it has from 2.14 on."""
+    (getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout)(timeout, group)
 
 
 def limit_collectives(world: World, comm: Comm) -> None:
@@ -262,4 +267,4 @@ def limit_collectives(world: World, comm: Comm) -> None:
     longest = max(comm.init_timeout_seconds, comm.timeout_seconds)
     for group in dist.distributed_c10d._world.pg_map:
         if group is not world.patient:
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=longest + SPARE_SECONDS), group)
+            _set_timeout(timedelta(seconds=longest + SPARE_SECONDS), group)

@@ -276,7 +276,7 @@ def test_what_runs_is_what_launches_lists(
 class Binary(CompiledKernel):
     """Stands in for compiled code: notes what it is launched with, by Triton's way (`binary[grid]`) and past it."""
 
-    function, packed_metadata = "function", "metadata"
+    function, packed_metadata, module = "function", "metadata", None
 
     def __init__(self) -> None:
         self.by_triton: list[tuple[Any, ...]] = []
