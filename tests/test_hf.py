@@ -402,7 +402,7 @@ def deep_folder(n_layers: int, folder: Path) -> int:
 def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     few, many = deep_folder(2, tmp_path / "few"), deep_folder(14, tmp_path / "many")
     command = [sys.executable, "-c", _MEASURE, str(tmp_path / "few"), str(tmp_path / "many")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     least, most = map(int, done.stdout.split())  # the most that the process had so far
     assert many - few > 100_000_000
     assert most - least < 0.2 * (many - few), f"{most - least:,} bytes more for {many - few:,} bytes more of weights"
