@@ -40,10 +40,16 @@ _flat: dict[str, Any] = {name: getattr(collectives, name, None) for name in _EXC
 def unsupported() -> str:
     """Why this torch's FSDP2 cannot be changed so; "" where it can."""
     for name, parameters in _EXCHANGED.items():
-        if _flat[name] is None or tuple(inspect.signature(_flat[name]).parameters) != parameters:
+        if _flat[name] is None or _parameters(_flat[name]) != parameters:
             return f"torch {torch.__version__} has another FSDP2: {name} is not the function that is known"
     missing = [name for name in _USED if not hasattr(collectives, name)]
     return f"torch {torch.__version__} has another FSDP2, without {missing[0]}" if missing else ""
+
+
+def _parameters(function: Any) -> tuple[str, ...]:
+    """Without those that torch 2.15 added for its own way, with defaults."""
+    found = inspect.signature(function).parameters.values()
+    return tuple(one.name for one in found if one.name != "all_gather_output_fn")
 
 
 class DirectAllGather(collectives.DefaultAllGather):
@@ -196,10 +202,10 @@ def _counted(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensor for tensor in tensors if not tensor.is_inference())
 
 
-def _arrive(all_gather_result: Any, fsdp_params: list[Any], group: dist.ProcessGroup) -> None:
-    """Makes the computation wait for what `_gather` began."""
+def _arrive(all_gather_result: Any, fsdp_params: list[Any], group: dist.ProcessGroup, **options: Any) -> None:
+    """Makes the computation wait for what `_gather` began. options: of FSDP2's own way."""
     if all_gather_result.all_gather_input_split_sizes:
-        _flat["foreach_all_gather_copy_out"](all_gather_result, fsdp_params, group)
+        _flat["foreach_all_gather_copy_out"](all_gather_result, fsdp_params, group, **options)
         return
     handle: Any = collectives._get_device_handle(all_gather_result.all_gather_output[0].device.type)
     handle.current_stream().wait_event(all_gather_result.all_gather_event)

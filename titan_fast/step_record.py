@@ -372,8 +372,8 @@ def _with_arrivals(recorder: StepRecorder) -> Iterator[None]:
     """Where `direct_fsdp` makes the computation wait for weights there is no copy to be seen."""
     arrive = param_group.foreach_all_gather_copy_out
 
-    def noted(result: Any, *others: Any) -> None:
-        arrive(result, *others)
+    def noted(result: Any, *others: Any, **options: Any) -> None:
+        arrive(result, *others, **options)
         if not result.all_gather_input_split_sizes:
             recorder.add(Operation("copy_out", "arrival", kernels=0.0))
 

@@ -286,7 +286,8 @@ def _grad_kernel(
     inside = columns < VOCAB
     label = tl.load(LABELS + row)
     valid = label != IGNORE_INDEX
-    x = tl.load(LOGITS + row * logits_stride + columns, mask=inside & valid, other=0.0).to(tl.float32)
+    wanted = tl.where(valid, inside, False)  # triton 3.9's interpreter has no & of a scalar that was loaded
+    x = tl.load(LOGITS + row * logits_stride + columns, mask=wanted, other=0.0).to(tl.float32)
     log_sum = tl.load(LOG_SUM + row)
     maximum = tl.load(MAXIMUM + row) if AUTOGRAD else 0.0
     scale = tl.load(SCALE + row if AUTOGRAD else SCALE)

@@ -289,7 +289,9 @@ def _backward_wide_kernel(
             partial = partials + start + columns
             dweight = tl.sum(dy * normed, 0)
             # Written by this program alone: nothing to add to on its first rows.
-            dweight += tl.load(partial, mask=(start + columns < WIDTH) & (first != program * ROWS), other=0.0)
+            dweight += tl.load(
+                partial, mask=tl.where(first != program * ROWS, start + columns < WIDTH, False), other=0.0
+            )
             tl.store(partial, dweight, mask=start + columns < WIDTH)
 
 
