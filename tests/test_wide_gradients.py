@@ -197,11 +197,12 @@ def test_what_it_cannot_do_is_said_and_not_done_unasked(options: dict[str, Any],
 
 
 def test_another_fsdp2_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(FSDPParam, "to_accumulated_grad_if_needed")
+    (_, name) = wide_gradients._USED[1]
+    monkeypatch.delattr(FSDPParam, name)
     two = mesh_degrees(settings_of({}).parallelism, 2)
     assert not parallel.gradients_are_wide(settings_of(WIDE), two, CPU)
     settings = settings_of(WIDE | {"parallelism.fsdp_wide_gradients": True})
-    with pytest.raises(ConfigError, match=r"needs FSDP2's FSDPParam\.to_accumulated_grad_if_needed, which torch"):
+    with pytest.raises(ConfigError, match=rf"needs FSDP2's FSDPParam\.{name}, which torch"):
         parallel.check(settings, model_shape(settings.model), two, CPU)
 
 

@@ -8,7 +8,7 @@ backend as one group, which NCCL runs as one kernel, so that small ones cost not
 order of the ranks that keep them, so what arrives is the weight.
 
 Three functions of FSDP2 are exchanged for this, which are not public: `unsupported` compares them with those of torch
-2.11 to 2.13. Units whose collectives are FSDP2's own go on as before.
+2.11 to 2.15. Units whose collectives are FSDP2's own go on as before.
 """
 
 import inspect

@@ -25,7 +25,13 @@ from titan_fast.errors import ConfigError
 from titan_fast.loss import LinearCrossEntropy
 from titan_fast.model import Head, Linear, Llama
 
-_USED = ((FSDPParamGroup, "post_backward"), (FSDPParam, "to_accumulated_grad_if_needed"))
+_KEPT_APART = hasattr(FSDPParam, "to_accumulated_grad_if_needed")
+"""Whether FSDP2 keeps gradients of the reduction's dtype in a place of its own. From torch 2.15 on a parameter's own
+gradient may be of that dtype."""
+_USED = (
+    (FSDPParamGroup, "post_backward"),
+    (FSDPParam, "to_accumulated_grad_if_needed" if _KEPT_APART else "unsharded_grad_dtype"),
+)
 """Of FSDP2, which are not public."""
 
 
@@ -145,13 +151,16 @@ def use(model: Llama, dtype: torch.dtype | None, device: torch.device | str) -> 
 
 
 def _post_backward(unit: Any, *unused: Any) -> None:
-    """FSDP2's own, after the unit's gradients are all where it keeps those that are of the reduction's dtype."""
+    """FSDP2's own, after the unit's gradients are where it keeps those that are of the reduction's dtype: all of them
+    where that is apart."""
     assert unit.reduce_grads, "what an earlier pass left would be lost"
     for parameter in unit.fsdp_params:
         port = _port(parameter._module_info.module)
-        if port is not None:
+        if port is not None and _KEPT_APART:
             parameter.unsharded_accumulated_grad, port.grad = port.grad, None
-        elif hasattr(parameter, "_unsharded_param"):
+        elif port is not None:
+            parameter.unsharded_param.grad, port.grad = port.grad, None
+        elif _KEPT_APART and hasattr(parameter, "_unsharded_param"):
             parameter.to_accumulated_grad_if_needed()
     type(unit).post_backward(unit)
 
