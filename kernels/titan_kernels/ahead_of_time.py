@@ -100,8 +100,7 @@ def compile_launch(launch: Launch, architecture: int) -> Cost:
     if not isinstance(launch.kernel, triton.JITFunction):
         raise ValueError("the kernels were defined for Triton's interpreter; unset TRITON_INTERPRET")
     target = GPUTarget("cuda", architecture, 32)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(_source(launch), target=target, options=options)
+    compiled = triton.compile(_source(launch), target=target, options=launch.options)
     ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
     registers, stack = _resources(cubin)
     return Cost(

@@ -48,6 +48,11 @@ class Launch:
     every one."""
 
     @cached_property
+    def options(self) -> dict[str, Any]:
+        """Triton's. Products are fused with sums, as all was measured; it was Triton's default too, up to 3.9."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+    @cached_property
     def _n_pointers(self) -> int:
         """They are the first arguments."""
         return sum(kind.startswith("*") for kind in self.signature.values())
@@ -82,7 +87,7 @@ class Launch:
     def _run_by_triton(self, kind: tuple[int, ...], grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
         """Triton's way, which makes the binary or finds it. It is kept for these integers, of which Triton makes
         constants where they are 1, and multiples of 16."""
-        binary = self.kernel[grid](*arguments, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)
+        binary = self.kernel[grid](*arguments, **self.constexprs, **self.options)
         # On ROCm a tensor's size decides too; the interpreter has no binary, nor has what is compiled meanwhile.
         kept = isinstance(binary, CompiledKernel) and not torch.version.hip
         if kept and not any(address.data_ptr() % 16 for address in arguments[: self._n_pointers]):
