@@ -5,12 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from titan_kernels.choice import slug
+
 from titan_fast.errors import DataError
-
-
-def slug(name: str) -> str:
-    """The name of a device or a cell as part of a file name."""
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
 def place(out: Path, kind: str, device: str) -> Path:

@@ -118,10 +118,14 @@ def current_architecture() -> str | None:
     return f"sm_{major}{minor}"
 
 
+def slug(name: str) -> str:
+    """The name of a device, or of anything, as part of a file name."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
 def table_name(architecture: str, device: str = "") -> str:
     """The file of `device`'s own measurements, or of those that speak for the architecture."""
-    words = "".join(c if c.isalnum() else " " for c in device.lower()).split()
-    return "-".join((architecture, *words)) + ".json"
+    return "-".join(filter(None, (architecture, slug(device)))) + ".json"
 
 
 @functools.cache
