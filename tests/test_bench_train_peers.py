@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="triton is not installed")
+
 from benchmarks import peers, train_cell
 from benchmarks.peers import PEERS, Made, attention_backends, hugging_face, run_peer
 from benchmarks.step_timing import Length

@@ -16,6 +16,8 @@ import pytest
 import runs
 import torch
 
+pytest.importorskip("triton", reason="triton is not installed")
+
 from benchmarks import launch_time, provenance, train_process, train_suite, variants
 from benchmarks.device_state import DeviceWatch, parsed_smi, summary
 from benchmarks.launch_time import STARTS

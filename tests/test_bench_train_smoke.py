@@ -12,6 +12,8 @@ import pytest
 import torch
 from tape import TapeRecorder
 
+pytest.importorskip("triton", reason="triton is not installed")
+
 from benchmarks import fake_world, limits, train_cell, train_rows, train_suite, train_table
 from benchmarks.least_step import limits_from
 from benchmarks.parity import difference

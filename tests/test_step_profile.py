@@ -8,6 +8,8 @@ import pytest
 import titan_kernels
 import torch
 
+pytest.importorskip("triton", reason="triton is not installed")
+
 from benchmarks import inductor_bytes, step_profile
 from benchmarks.step_profile import kind_of
 

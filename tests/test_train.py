@@ -81,6 +81,22 @@ def test_a_run_leaves_everything_in_its_directory(text: Path, tmp_path: Path, mo
     assert torch.isfinite(model(tokens)).all()
 
 
+def test_a_run_needs_no_triton(text: Path, tmp_path: Path) -> None:
+    """There is none for macOS. All is plain PyTorch then; a kernel that is asked for is refused."""
+    command = "import sys; sys.modules['triton'] = None; from titan_fast.train import main; main()"  # no such module
+
+    def started(folder: str, *more: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-c", command, *arguments(text, tmp_path / folder, "--training.steps=2", *more)]
+        return subprocess.run(argv, capture_output=True, text=True)
+
+    done = started("plain")
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in records(tmp_path / "plain") if "loss" in record] == [1, 2]
+    refused = started("asked", "--kernels.rms_norm=triton")
+    assert refused.returncode == 2
+    assert "needs the triton package, which is not installed" in refused.stderr
+
+
 @pytest.mark.parametrize("all_decay", [True, False])
 def test_a_step_is_that_of_the_config(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_decay: bool

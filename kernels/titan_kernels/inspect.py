@@ -22,11 +22,12 @@ import torch
 
 from titan_kernels.ahead_of_time import CACHE, SHARED_MEMORY, WIDE_SHARE, Cost, compile_launch
 from titan_kernels.cross_entropy import launches as cross_entropy_launches
-from titan_kernels.launch import Launch, is_interpreted
+from titan_kernels.launch import Launch
 from titan_kernels.llama_shapes import LLAMA
 from titan_kernels.rms_norm import launches as rms_norm_launches
 from titan_kernels.rope import launches as rope_launches
 from titan_kernels.swiglu import launches as swiglu_launches
+from titan_kernels.validation import is_interpreted
 
 TENSOR_PARALLEL_DEGREES = (1, 2, 4, 8)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

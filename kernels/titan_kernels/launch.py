@@ -111,11 +111,6 @@ def blocks(n: int, block: int) -> int:
     return -(-n // block)
 
 
-def is_interpreted(kernel: Any) -> bool:
-    """Whether `kernel` was decorated under TRITON_INTERPRET=1, and so runs on CPU tensors."""
-    return not isinstance(kernel, JITFunction)
-
-
 def rows_of(x: Tensor) -> tuple[Tensor, int]:
     """x [..., width] as rows of adjacent columns, and how far apart they begin: x itself, a view of it, or, where its
     strides allow neither, a copy."""

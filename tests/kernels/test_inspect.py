@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from titan_kernels.ahead_of_time import REGISTER_FILE, SHARED_MEMORY, Cost
-from titan_kernels.ahead_of_time import _widths as widths
 
 pytest.importorskip("triton", reason="triton is not installed")
+
+from titan_kernels.ahead_of_time import REGISTER_FILE, SHARED_MEMORY, Cost
+from titan_kernels.ahead_of_time import _widths as widths
 
 ROOT = Path(__file__).parents[2]
 SOUND = Cost(
