@@ -16,15 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from titan_fast import run_history
-from titan_fast.checkpoint import load_tensors
+from titan_fast.checkpoint import load_tensors, saved_tensors
 from titan_fast.config import parse
 from titan_fast.data import build_validation_loader
 from titan_fast.data_command import prepare_folder
 from titan_fast.generate import load_model
-from titan_fast.safe_unpickle import load_metadata
 
 ROOT = Path(__file__).parents[1]
 FAULTS = ROOT / "tests" / "faults.py"
@@ -174,12 +172,7 @@ class Disk:
 
 def tensors(path: Path) -> dict[str, Tensor]:
     """Everything in a checkpoint, whole."""
-    entries = load_metadata((path / ".metadata").read_bytes()).state_dict_metadata
-    found = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in saved_tensors(path).items()}
     load_tensors(found, path)
     return found
 

@@ -15,7 +15,7 @@ import tomllib
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,11 +29,6 @@ from titan_fast.manifest import checkpoints, links
 from titan_fast.masters import master_of
 from titan_fast.safe_unpickle import SafeReader, load_metadata
 from titan_fast.tokenizer import CONFIG_BESIDE
-
-__all__ = [
-    "Progress", "check_tensors", "checkpoints", "gather_data_state", "load_tensors", "own_data_state",
-    "read_config", "read_state", "refuse_links", "tensors_of", "tokenizer_of",
-]  # fmt: skip
 
 
 @dataclass
@@ -83,17 +78,23 @@ def load_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         ) from error
 
 
-def check_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """CheckpointError unless the checkpoint has exactly these names (of the kinds asked for: "model", "optimizer"),
-    shapes and dtypes: DCP alone would leave extra names unread and cast dtypes, both in silence."""
+def saved_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Size and dtype of every tensor in the checkpoint, by name."""
     try:
-        saved = load_metadata((path / ".metadata").read_bytes()).state_dict_metadata
+        entries = load_metadata((path / ".metadata").read_bytes()).state_dict_metadata
     except (OSError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"the checkpoint's .metadata is not to be trusted: {error}",
             "move the folder away, and ask where it comes from",
             str(path),
         ) from error
+    return cast(dict[str, TensorStorageMetadata], entries)  # load_metadata refuses others
+
+
+def check_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """CheckpointError unless the checkpoint has exactly these names (of the kinds asked for: "model", "optimizer"),
+    shapes and dtypes. DCP alone would silently leave extra names unread and cast dtypes."""
+    saved = saved_tensors(path)
     kinds = {name.partition(".")[0] for name in tensors}
     # As an imported model is saved.
     stateless = "optimizer" in kinds and not any(name.startswith("optimizer.") for name in saved)
@@ -105,8 +106,7 @@ def check_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         if name.partition(".")[0] in kinds and name not in tensors
     ]
     for name, tensor in tensors.items():
-        entry = saved.get(name)
-        if not isinstance(entry, TensorStorageMetadata):
+        if (entry := saved.get(name)) is None:
             continue
         if entry.size != tensor.shape:
             differing.append(f"{name} is {list(entry.size)} there and {list(tensor.shape)} here")

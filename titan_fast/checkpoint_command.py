@@ -5,19 +5,16 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from titan_fast import manifest
-from titan_fast.checkpoint import checkpoints_of, load_tensors, read_config, read_state
+from titan_fast.checkpoint import checkpoints_of, load_tensors, read_config, read_state, saved_tensors
 from titan_fast.command_line import Parser
 from titan_fast.errors import CheckpointError, ConfigError, command
 from titan_fast.hf_files import save_readable
 from titan_fast.run_lock import without_a_run
-from titan_fast.safe_unpickle import load_metadata
 
 
 def folders(path: Path) -> dict[int, Path]:
@@ -81,15 +78,10 @@ def export(path: Path, out: Path) -> list[str]:
         raise ConfigError("a checkpoint takes nothing more", "name another place with --out", str(out))
     model = read_config(folder).get("model", {})
     flavor = model.get("flavor") if isinstance(model, dict) else None
-    try:
-        entries = load_metadata((folder / ".metadata").read_bytes()).state_dict_metadata
-    except (OSError, UnpicklingError) as error:
-        what = f"the checkpoint's .metadata is not to be trusted: {error}"
-        raise CheckpointError(what, "ask where it comes from", str(folder)) from error
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        for name, entry in saved_tensors(folder).items()
+        if name.startswith("model.")
     }
     load_tensors(tensors, folder)
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}

@@ -15,12 +15,13 @@ from typing import Any
 
 from titan_fast import config as configuration
 from titan_fast import run_history
-from titan_fast.checkpoint import checkpoints, read_state
+from titan_fast.checkpoint import read_state
 from titan_fast.command_line import Parser
 from titan_fast.config import Config, is_hub
 from titan_fast.corpus import RowLedger
 from titan_fast.data import build_tokenizer, check_column_is_read, local_corpus, training_order
 from titan_fast.errors import ConfigError, DataError, command
+from titan_fast.manifest import checkpoints
 from titan_fast.prepared import PreparedTokens, check_empty, is_prepared, prepare
 from titan_fast.tokenizer import Tokenizer, load_tokenizer
 

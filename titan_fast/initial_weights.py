@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 
 from titan_fast import manifest
-from titan_fast.checkpoint import cause, check_tensors, checkpoints_of, read_config, read_state
+from titan_fast.checkpoint import cause, check_tensors, checkpoints_of, read_config, read_state, saved_tensors
 from titan_fast.config import from_dict, model_shape
 from titan_fast.errors import CheckpointError, TitanFastError
 from titan_fast.flavors import ModelShape
@@ -63,17 +63,10 @@ class CheckpointWeights(Mapping[str, Tensor]):
         self.path = path
         self.shape = model_shape(from_dict(read_config(path)).model)
         self._reader = _CachedReader(path)
-        try:
-            saved = self._reader.read_metadata().state_dict_metadata
-        except (OSError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"its .metadata is not to be trusted: {error}", "ask where it comes from", str(path)
-            ) from error
-        self.dtypes: dict[str, torch.dtype] = {}
-        for name in self:
-            entry = saved.get(f"model.{name}")
-            if isinstance(entry, TensorStorageMetadata):
-                self.dtypes[name] = entry.properties.dtype
+        saved = saved_tensors(path)
+        self.dtypes: dict[str, torch.dtype] = {
+            name: saved[f"model.{name}"].properties.dtype for name in self if f"model.{name}" in saved
+        }
         expected = {
             f"model.{name}": torch.empty(size, dtype=self.dtypes.get(name), device="meta")
             for name, size in our_sizes(self.shape).items()
