@@ -29,7 +29,7 @@ from benchmarks.cpu_rates import processor, spread, write
 from benchmarks.provenance import commit
 from titan_fast import config as configuration
 from titan_fast.corpus import Document, RowLedger, stdlib_corpus
-from titan_fast.data import build_loader
+from titan_fast.data import DataRank, build_loader
 from titan_fast.prepared import prepare
 from titan_fast.tokenizer import (
     LLAMA3_SPLIT,
@@ -124,17 +124,7 @@ def deliver_once(folder: Path, tokenizer: Tokenizer, seq_len: int, batch: int, r
     """(tokens, seconds) from the shards into batches, the first step left out (it starts the thread)."""
     words = ["--training.seq_len", str(seq_len), "--training.local_batch_size", str(batch)]
     settings = configuration.parse([*words, "--training.dataset_path", str(folder), "--model.flavor", "llama3_8b"])
-    loader = build_loader(
-        settings,
-        tokenizer,
-        vocab_size=tokenizer.vocab_size,
-        dp_rank=0,
-        dp_degree=1,
-        device=torch.device("cpu"),
-        run_dir=run_dir,
-        is_main=True,
-        barrier=lambda: None,
-    )
+    loader = build_loader(settings, tokenizer, DataRank(run_dir, torch.device("cpu")))
     next(loader)
     steps = DELIVERED_TOKENS // (seq_len * batch)
     watch = Stopwatch()

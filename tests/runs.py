@@ -20,7 +20,7 @@ from torch import Tensor
 from titan_fast import run_history
 from titan_fast.checkpoint import load_tensors, saved_tensors
 from titan_fast.config import parse
-from titan_fast.data import build_validation_loader
+from titan_fast.data import DataRank, build_validation_loader
 from titan_fast.data_command import prepare_folder
 from titan_fast.generate import load_model
 
@@ -191,10 +191,8 @@ def held_out_loss(folder: Path, sequences: int) -> float:
     are those of its batch, over all ranks."""
     model, tokenizer, config = load_model(folder, torch.device("cpu"))
     training = dataclasses.replace(config.training, local_batch_size=sequences)
-    loader = build_validation_loader(
-        dataclasses.replace(config, training=training), tokenizer, vocab_size=model.shape.vocab_size, dp_rank=0,
-        dp_degree=1, device=torch.device("cpu"), run_dir=folder, is_main=True, barrier=lambda: None,
-    )  # fmt: skip
+    config = dataclasses.replace(config, training=training)
+    loader = build_validation_loader(config, tokenizer, DataRank(folder, torch.device("cpu")))
     assert loader is not None
     batches = [batch for _ in range(config.validation.steps) for batch in next(loader)]
     loader.close()

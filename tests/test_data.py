@@ -71,24 +71,23 @@ def shards(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pr
 
 
 def make_config(corpus: Path | None, *options: str) -> Config:
-    words = ["--training.seq_len", str(SEQ_LEN), "--training.local_batch_size", "2", *options]
+    words = [
+        "--training.seq_len",
+        str(SEQ_LEN),
+        "--training.local_batch_size",
+        "2",
+        "--model.vocab_size",
+        "400",
+        *options,
+    ]
     return configuration.parse(words + (["--training.dataset_path", str(corpus)] if corpus else []))
 
 
 def make_loader(
     config: Config, tokenizer: Tokenizer, run_dir: Path, dp_rank: int = 0, dp_degree: int = 1, build: Any = None
 ) -> Loader:
-    return (build or data.build_loader)(
-        config,
-        tokenizer,
-        vocab_size=400,
-        dp_rank=dp_rank,
-        dp_degree=dp_degree,
-        device=CPU,
-        run_dir=run_dir,
-        is_main=dp_rank == 0,
-        barrier=lambda: None,
-    )
+    rank = data.DataRank(run_dir, CPU, dp_rank, dp_degree, is_main=dp_rank == 0)
+    return (build or data.build_loader)(config, tokenizer, rank)
 
 
 @pytest.fixture
@@ -336,22 +335,16 @@ def test_validation_on_its_own_path_or_none(corpus_file: Path, tokenizer: Tokeni
 
 def test_the_default_run_reads_the_standard_library(tmp_path: Path) -> None:
     config = configuration.parse([])
-    tokenizer = data.build_tokenizer(config, tmp_path, 4096, is_main=True, barrier=lambda: None)
-    again = data.build_tokenizer(config, tmp_path, 4096, is_main=False, barrier=lambda: None)
+    rank = data.DataRank(tmp_path, CPU)
+    tokenizer = data.build_tokenizer(config, rank)
+    again = data.build_tokenizer(config, dataclasses.replace(rank, is_main=False))
     assert tokenizer.fingerprint == again.fingerprint and tokenizer.vocab_size == 4096
-    arguments: dict[str, Any] = {
-        "vocab_size": 4096,
-        "dp_degree": 1,
-        "device": CPU,
-        "run_dir": tmp_path,
-        "barrier": lambda: None,
-    }
-    loader = data.build_loader(config, tokenizer, dp_rank=0, is_main=True, **arguments)
+    loader = data.build_loader(config, tokenizer, rank)
     assert loader.tokens_per_epoch and loader.tokens_per_epoch > 1_000_000
     assert "stdlib: " in loader.describe()
     folders = sorted((tmp_path / "data").glob("*/index.json"))
     written = folders[0].stat().st_mtime_ns
-    data.build_loader(config, tokenizer, dp_rank=0, is_main=True, **arguments)
+    data.build_loader(config, tokenizer, rank)
     assert len(folders) == 1
     assert folders[0].stat().st_mtime_ns == written  # it was not prepared twice
     text = "".join(tokenizer.decode(row) for _ in range(10) for row in next(loader)[0].tokens.tolist())
@@ -368,7 +361,7 @@ def test_the_tokenizer_is_trained_again_on_more_data_until_there_is_a_checkpoint
     config = make_config(corpus)
 
     def fingerprint(run_dir: Path = run) -> str:
-        return data.build_tokenizer(config, run_dir, 400, is_main=True, barrier=lambda: None).fingerprint
+        return data.build_tokenizer(config, data.DataRank(run_dir, CPU)).fingerprint
 
     with caplog.at_level("INFO"):
         first = fingerprint()
@@ -402,7 +395,7 @@ def test_changed_and_damaged_data_is_prepared_again(tokenizer: Tokenizer, tmp_pa
 
 def test_prepared_shards_are_used_as_they_are(shards: PreparedTokens, tokenizer: Tokenizer, tmp_path: Path) -> None:
     config = make_config(shards.folder)
-    own = data.build_tokenizer(config, tmp_path, 400, is_main=True, barrier=lambda: None)
+    own = data.build_tokenizer(config, data.DataRank(tmp_path, CPU))
     assert own.fingerprint == tokenizer.fingerprint
     loader = make_loader(config, own, tmp_path)
     assert loader.documents == 118
@@ -441,21 +434,10 @@ def test_a_text_column_for_texts_is_refused(tmp_path: Path) -> None:
 def test_shards_that_do_not_fit_are_refused(shards: PreparedTokens, tokenizer: Tokenizer, tmp_path: Path) -> None:
     other = tmp_path / "other.model"
     train_sentencepiece([Path(data.__file__).read_text()], 390, other, seed=0)
-    config = make_config(shards.folder)
     with pytest.raises(DataError, match="made with another tokenizer"):
-        make_loader(config, load_tokenizer(other), tmp_path)
+        make_loader(make_config(shards.folder), load_tokenizer(other), tmp_path)
     with pytest.raises(DataError, match="400 ids and the model's vocabulary 399"):
-        data.build_loader(
-            config,
-            tokenizer,
-            vocab_size=399,
-            dp_rank=0,
-            dp_degree=1,
-            device=CPU,
-            run_dir=tmp_path,
-            is_main=True,
-            barrier=lambda: None,
-        )
+        make_loader(make_config(shards.folder, "--model.vocab_size", "399"), tokenizer, tmp_path)
 
 
 @pytest.fixture
@@ -664,17 +646,8 @@ def test_only_the_main_rank_prepares_and_the_others_wait(
     def build(rank: int) -> None:
         if rank == 0:
             time.sleep(0.2)  # the other must not look before the barrier
-        loaders[rank] = data.build_loader(
-            make_config(corpus_file),
-            tokenizer,
-            vocab_size=400,
-            dp_rank=rank,
-            dp_degree=2,
-            device=CPU,
-            run_dir=tmp_path,
-            is_main=rank == 0,
-            barrier=wait,
-        )
+        place = data.DataRank(tmp_path, CPU, rank, 2, is_main=rank == 0, barrier=wait)
+        loaders[rank] = data.build_loader(make_config(corpus_file), tokenizer, place)
 
     threads = [threading.Thread(target=build, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
@@ -996,10 +969,10 @@ def test_a_hub_that_cannot_be_reached_is_a_sentence(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     config = configuration.parse(["--training.dataset", "c4"])
     with pytest.raises(DataError, match=r"cannot be reached for the data set 'allenai.c4'.*; check the network"):
-        data.build_tokenizer(config, tmp_path, 400, is_main=True, barrier=lambda: None)
+        data.build_tokenizer(config, data.DataRank(tmp_path, CPU))
     mistyped = configuration.parse(["--training.dataset", "stdli"])
     with pytest.raises(DataError, match=r"data set 'stdli'.*; did you mean stdlib\? check the network"):
-        data.build_tokenizer(mistyped, tmp_path, 400, is_main=True, barrier=lambda: None)
+        data.build_tokenizer(mistyped, data.DataRank(tmp_path, CPU))
 
 
 def test_hub_names_and_no_validation_for_streams(tokenizer: Tokenizer, stream_files: list[str], tmp_path: Path) -> None:
@@ -1094,8 +1067,7 @@ import sys, pathlib, torch
 from titan_fast import config, data
 settings = config.parse(["--training.seq_len", "16", "--training.dataset_path", {str(corpus_file)!r}])
 tokenizer = data.load_tokenizer({str(tokenizer.path)!r})
-loader = data.build_loader(settings, tokenizer, vocab_size=400, dp_rank=0, dp_degree=1, device=torch.device("cpu"),
-    run_dir=pathlib.Path({str(tmp_path)!r}), is_main=True, barrier=lambda: None)
+loader = data.build_loader(settings, tokenizer, data.DataRank(pathlib.Path({str(tmp_path)!r}), torch.device("cpu")))
 next(loader)
 sys.exit(7)
 """

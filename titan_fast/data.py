@@ -12,6 +12,7 @@ import random
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +128,27 @@ def check_column_is_read(training: Training, corpora: Iterable[Corpus]) -> None:
         )
 
 
-def build_tokenizer(
-    config: Config, run_dir: Path, vocab_size: int, is_main: bool, barrier: Callable[[], None]
-) -> Tokenizer:
+@dataclass(frozen=True)
+class DataRank:
+    """The process that asks for data."""
+
+    run_dir: Path
+    device: torch.device
+    dp_rank: int = 0
+    """Which of the `dp_degree` parts of each batch it reads."""
+    dp_degree: int = 1
+    is_main: bool = True
+    """Whether it prepares the data, while the others wait in `barrier`."""
+    barrier: Callable[[], None] = lambda: None
+
+
+def build_tokenizer(config: Config, rank: DataRank) -> Tokenizer:
     """The tokenizer of the config, of the prepared data, or one trained on the corpus and kept in the run directory;
     until there is a checkpoint it is trained again when the corpus changes.
 
     DataError when there is none, or the model's vocabulary is too small for it. Every rank calls it.
     """
-    training = config.training
+    training, run_dir, vocab_size = config.training, rank.run_dir, model_shape(config.model).vocab_size
     path = Path(config.model.tokenizer_path) if config.model.tokenizer_path else None
     if path is None and training.dataset_path and is_prepared(Path(training.dataset_path)):
         path = Path(training.dataset_path)
@@ -156,7 +169,7 @@ def build_tokenizer(
                 log.info("trained a sentencepiece tokenizer of %d pieces on the corpus: %s", vocab_size, trained.name)
             return str(trained)
 
-        path = Path(_decided_by_main(run_dir, "tokenizer", is_main, barrier, train))
+        path = Path(_decided_by_main(rank, "tokenizer", train))
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, vocab_size)
     return tokenizer
@@ -179,33 +192,22 @@ def local_corpus(training: Training, dataset_path: str | None) -> Corpus:
     return stdlib_corpus() if dataset_path is None else open_corpus(Path(dataset_path), training.text_column)
 
 
-def build_loader(
-    config: Config,
-    tokenizer: Tokenizer,
-    *,
-    vocab_size: int,
-    dp_rank: int,
-    dp_degree: int,
-    device: torch.device,
-    run_dir: Path,
-    is_main: bool,
-    barrier: Callable[[], None],
-) -> Loader:
-    """The training data of this data-parallel rank. The main rank prepares local text while the others wait in
-    `barrier`; DataError, on every rank, when the data cannot be trained on."""
+def build_loader(config: Config, tokenizer: Tokenizer, rank: DataRank) -> Loader:
+    """The training data of this rank; DataError, on every rank, when the data cannot be trained on."""
     training = config.training
-    share = Share(dp_rank, dp_degree, training.local_batch_size, grad_accum_steps(training, dp_degree))
+    passes = grad_accum_steps(training, rank.dp_degree)
+    share = Share(rank.dp_rank, rank.dp_degree, training.local_batch_size, passes)
     if is_hub(training):
         from titan_fast.hub import hub_source
 
         patience = 0.8 * config.comm.timeout_seconds  # after all of it the waiting ranks would end the run as hanging
-        return Loader(hub_source(training, tokenizer, share, config.debug.seed, patience), device)
-    tokens = _open_tokens(training, training.dataset_path, tokenizer, vocab_size, run_dir, "training", is_main, barrier)
+        return Loader(hub_source(training, tokenizer, share, config.debug.seed, patience), rank.device)
+    tokens = _open_tokens(config, training.dataset_path, tokenizer, rank, "training")
     order = training_order(config, tokens)
     name = training.dataset_path or training.dataset
     _check_amount(order, share, name)
     every = HOLD_OUT_EVERY if _holds_out(config) else 0
-    return Loader(TokenSource(order, share, vocab_size, name, every), device)
+    return Loader(TokenSource(order, share, model_shape(config.model).vocab_size, name, every), rank.device)
 
 
 def training_order(config: Config, tokens: PreparedTokens) -> SampleOrder:
@@ -215,30 +217,19 @@ def training_order(config: Config, tokens: PreparedTokens) -> SampleOrder:
     return SampleOrder(tokens, documents, config.training.seq_len, config.debug.seed)
 
 
-def build_validation_loader(
-    config: Config,
-    tokenizer: Tokenizer,
-    *,
-    vocab_size: int,
-    dp_rank: int,
-    dp_degree: int,
-    device: torch.device,
-    run_dir: Path,
-    is_main: bool,
-    barrier: Callable[[], None],
-) -> Loader | None:
+def build_validation_loader(config: Config, tokenizer: Tokenizer, rank: DataRank) -> Loader | None:
     """The validation data of this rank, one pass per step and without an end, or None when there is none."""
     training, validation = config.training, config.validation
     if not validation.enable:
         return None
     if validation.dataset_path is None and is_hub(training):
-        if is_main:
+        if rank.is_main:
             log.info("no validation: a streamed data set has no held-out documents; set validation.dataset_path")
         return None
-    share = Share(dp_rank, dp_degree, training.local_batch_size, passes=1)
-    path, name = (training.dataset_path, "training") if _holds_out(config) else (validation.dataset_path, "validation")
+    share = Share(rank.dp_rank, rank.dp_degree, training.local_batch_size, passes=1)
     held_out = _holds_out(config)
-    tokens = _open_tokens(training, path, tokenizer, vocab_size, run_dir, name, is_main, barrier, quietly=held_out)
+    path, name = (training.dataset_path, "training") if held_out else (validation.dataset_path, "validation")
+    tokens = _open_tokens(config, path, tokenizer, rank, name, quietly=held_out)
     documents = np.arange(0, tokens.documents, HOLD_OUT_EVERY if held_out else 1)
     order = SampleOrder(tokens, documents, training.seq_len, config.debug.seed)
     if order.samples_per_epoch == 0:
@@ -248,7 +239,7 @@ def build_validation_loader(
             "give validation.dataset_path, more data, or set validation.enable to False",
         )
     part = order.tokens_per_epoch / tokens.tokens
-    if held_out and is_main and part > LARGE_HOLD_OUT:
+    if held_out and rank.is_main and part > LARGE_HOLD_OUT:
         log.warning(
             "WARNING: %.0f%% of the data is held out for validation: %d of its %d documents, which differ in length; "
             "validation.dataset_path takes other data, validation.enable False trains on all",
@@ -256,7 +247,8 @@ def build_validation_loader(
             len(documents),
             tokens.documents,
         )
-    return Loader(TokenSource(order, share, vocab_size, f"validation ({path or training.dataset})"), device)
+    name = f"validation ({path or training.dataset})"
+    return Loader(TokenSource(order, share, model_shape(config.model).vocab_size, name), rank.device)
 
 
 def _holds_out(config: Config) -> bool:
@@ -283,15 +275,7 @@ def _check_amount(order: SampleOrder, share: Share, name: str) -> None:
 
 
 def _open_tokens(
-    training: Training,
-    dataset_path: str | None,
-    tokenizer: Tokenizer,
-    vocab_size: int,
-    run_dir: Path,
-    name: str,
-    is_main: bool,
-    barrier: Callable[[], None],
-    quietly: bool = False,
+    config: Config, dataset_path: str | None, tokenizer: Tokenizer, rank: DataRank, name: str, quietly: bool = False
 ) -> PreparedTokens:
     """The shards of a prepared folder or of a corpus, checked against the run's tokenizer and vocabulary.
 
@@ -302,15 +286,16 @@ def _open_tokens(
         if dataset_path and is_prepared(Path(dataset_path)):
             tokens = PreparedTokens(Path(dataset_path), verify=not quietly)
         else:
-            name = dataset_path or "stdlib"
-            tokens = _prepare_in(run_dir, local_corpus(training, dataset_path), name, tokenizer, verify=not quietly)
+            corpus = local_corpus(config.training, dataset_path)
+            tokens = _prepare_in(rank.run_dir, corpus, source, tokenizer, verify=not quietly)
         rows = tokens.index["rows"]
         ledger = RowLedger("", "", rows["read"], rows["passed_over"], rows["mended"], rows["first_place"])
         if not quietly and (summary := ledger.summary()):
-            log.warning("%s: %s", dataset_path or "stdlib", summary)
+            log.warning("%s: %s", source, summary)
         return str(tokens.folder.absolute())
 
-    tokens = PreparedTokens(Path(_decided_by_main(run_dir, name, is_main, barrier, prepare_once)))
+    source, vocab_size = dataset_path or "stdlib", model_shape(config.model).vocab_size
+    tokens = PreparedTokens(Path(_decided_by_main(rank, name, prepare_once)))
     _check_tokenizer(tokens, tokenizer)
     if tokens.index["vocab_size"] > vocab_size:
         raise DataError(
@@ -360,12 +345,10 @@ def _prepare_in(run_dir: Path, corpus: Corpus, name: str, tokenizer: Tokenizer, 
     return PreparedTokens(folder)
 
 
-def _decided_by_main(
-    run_dir: Path, name: str, is_main: bool, barrier: Callable[[], None], decide: Callable[[], str]
-) -> str:
+def _decided_by_main(rank: DataRank, name: str, decide: Callable[[], str]) -> str:
     """What `decide` returns on the main rank, on every rank, by way of a file; a DataError is raised on every rank."""
-    path = run_dir / "data" / f"{name}.json"
-    if is_main:
+    path = rank.run_dir / "data" / f"{name}.json"
+    if rank.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             outcome: dict[str, Any] = {"value": decide()}
@@ -374,7 +357,7 @@ def _decided_by_main(
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(outcome), encoding="utf-8")
         temporary.replace(path)
-    barrier()
+    rank.barrier()
     outcome = json.loads(path.read_bytes())
     if "error" in outcome:
         raise DataError(*outcome["error"])

@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from titan_fast import config as configuration
 from titan_fast import run_history
 from titan_fast.checkpoint import read_state
 from titan_fast.command_line import Parser
 from titan_fast.config import Config, is_hub
 from titan_fast.corpus import RowLedger
-from titan_fast.data import build_tokenizer, check_column_is_read, local_corpus, training_order
+from titan_fast.data import DataRank, build_tokenizer, check_column_is_read, local_corpus, training_order
 from titan_fast.errors import ConfigError, DataError, command
 from titan_fast.manifest import checkpoints
 from titan_fast.prepared import PreparedTokens, check_empty, is_prepared, prepare
@@ -82,8 +84,7 @@ def prepare_folder(config: Config, out: Path, max_documents: int | None) -> None
     if corpus is not None:
         check_column_is_read(training, [corpus])
     with tempfile.TemporaryDirectory() as scratch:
-        vocab_size = configuration.model_shape(config.model).vocab_size
-        tokenizer = build_tokenizer(config, Path(scratch), vocab_size, is_main=True, barrier=lambda: None)
+        tokenizer = build_tokenizer(config, DataRank(Path(scratch), torch.device("cpu")))
         started = time.monotonic()
         ledger = RowLedger()
         if corpus is None:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,7 @@ from titan_fast.checkpointer import Checkpointer
 from titan_fast.compile_report import CompileReport
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps, mesh_degrees, model_shape, tokens_per_step
 from titan_fast.cuda_graph import CudaRecorder, RecordedPasses
-from titan_fast.data import build_loader, build_tokenizer, build_validation_loader
+from titan_fast.data import DataRank, build_loader, build_tokenizer, build_validation_loader
 from titan_fast.data import check as check_data
 from titan_fast.distributed import World
 from titan_fast.errors import CheckpointError
@@ -123,10 +122,12 @@ class Run:
             with memory_history(config.profiling, run_dir, world.rank, lambda: "dry-step"):
                 dry_step.take(self.model, self.optimizer, config, degrees, device)
         start.lap("dry step")
-        self.tokenizer = build_tokenizer(config, run_dir, self.shape.vocab_size, world.is_main, world.barrier)
+        self.dp_rank = world.rank // degrees.tensor
+        rank = DataRank(run_dir, device, self.dp_rank, degrees.data, world.is_main, world.barrier)
+        self.tokenizer = build_tokenizer(config, rank)
         start.lap("tokenizer")
-        self.loader = self._data(build_loader)
-        self.validation_loader = self._data(build_validation_loader) if config.validation.enable else None
+        self.loader = build_loader(config, self.tokenizer, rank)
+        self.validation_loader = build_validation_loader(config, self.tokenizer, rank)
         start.lap("data")
         self.checkpointer = Checkpointer(config, run_dir, world, self.tokenizer, check_locks)
         self.progress = self._resume()
@@ -155,23 +156,6 @@ class Run:
         self.watchdog = Watchdog(world, limit, self.metrics.say, self.metrics.write_down)
         self.patience = Limit(config.comm.init_timeout_seconds, "comm.init_timeout_seconds")
         self.save_is_owed = False  # one was due after a step that was not applied
-
-    @property
-    def dp_rank(self) -> int:
-        return self.world.rank // self.degrees.tensor
-
-    def _data(self, build: Callable[..., Any]) -> Any:
-        return build(
-            self.config,
-            self.tokenizer,
-            vocab_size=self.shape.vocab_size,
-            dp_rank=self.dp_rank,
-            dp_degree=self.degrees.data,
-            device=self.world.device,
-            run_dir=self.run_dir,
-            is_main=self.world.is_main,
-            barrier=self.world.barrier,
-        )
 
     def _resume(self) -> Progress:
         found = self.checkpointer.load(self.model, self.optimizer) if self.config.checkpoint.enable else None
