@@ -1,7 +1,7 @@
 """Short training runs on random tokens, the same tokens whatever the layout."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from titan_fast.config import Config, from_options, grad_accum_steps, mesh_degrees
 from titan_fast.distributed import World
 from titan_fast.flavors import ModelShape
+from titan_fast.loader import Batch
 from titan_fast.loss import IGNORE_INDEX
 from titan_fast.model import Llama
 from titan_fast.ops import build_ops
@@ -17,11 +18,6 @@ from titan_fast.optim import build_optimizer, clip_grad_norm_, step_unless
 from titan_fast.step import build_model, forward_backward, one_over_valid_tokens, summed_loss, workload
 
 SEQ_LEN, GLOBAL_BATCH = 16, 8
-
-
-class Batch(NamedTuple):
-    tokens: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """One step of a config as rank 0 of any world, on fake tensors: nothing is computed, everything is counted."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from titan_fast.compilation import optimizer_compiler
 from titan_fast.compiled_graph import Counter
 from titan_fast.config import Config, MeshDegrees
 from titan_fast.flavors import ModelShape
+from titan_fast.loader import Batch
 from titan_fast.masters import gradient_of, master_of, narrow
 from titan_fast.model import Llama
 from titan_fast.ops import Ops, kernels_on_any_device
@@ -50,12 +51,6 @@ def _forget_meshes() -> None:
         clear()
 
 
-@dataclass(frozen=True)
-class FakeBatch:
-    tokens: Tensor
-    labels: Tensor
-
-
 def units_of(model: Llama) -> dict[str, nn.Module]:
     """The parts of the model that a step goes through in order, by the name they have in reports."""
     blocks = {f"block {i}": block for i, block in enumerate(model.blocks)}
@@ -88,7 +83,9 @@ def count_step(
         narrow(model, weights_kept(config, degrees.data * degrees.tensor, dtypes), accumulates=passes > 1)
         mark_units(model, units_of(model), recorder)
         optimizer = build_optimizer(model, config.optimizer, optimizer_compiler(config.compile))
-        batches = [_fake_batch(config, shape) for _ in range(passes)]
+        size = (config.training.local_batch_size, config.training.seq_len)
+        ids = functools.partial(torch.zeros, size, dtype=torch.int64)
+        batches = [Batch(ids(), ids()) for _ in range(passes)]
         recorder.paused = True  # compiling leaves traces of its own, so it is over before anything is counted
         if config.compile.enable:
             forward_backward(model, batches[:1], torch.ones(()))
@@ -116,11 +113,6 @@ def _compiled_by(backend: Any, config: Config) -> Config:
     return dataclasses.replace(config, compile=dataclasses.replace(compiles, **changes))
 
 
-def _fake_batch(config: Config, shape: ModelShape) -> FakeBatch:
-    size = (config.training.local_batch_size, config.training.seq_len)
-    return FakeBatch(torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64))
-
-
 def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -132,20 +124,20 @@ def _local(tensors: Any) -> list[Tensor]:
     return [local(t) for t in tensors if isinstance(t, Tensor)]
 
 
-def _see_what_stays(recorder: StepRecorder, model: nn.Module, optimizer: Any, batches: list[FakeBatch]) -> None:
+def _see_what_stays(recorder: StepRecorder, model: nn.Module, optimizer: Any, batches: list[Batch]) -> None:
     with torch.no_grad():
         recorder.memory.see(_local([*model.parameters(), *map(master_of, model.parameters())]), "parameters")
         state = [v for entry in optimizer.state.values() for name, v in entry.items() if name != "step"]
         recorder.memory.see(_local(state), "optimizer state")
         recorder.memory.see(list(model.buffers()), "inputs and tables")
-        recorder.memory.see([(batch.tokens, batch.labels) for batch in batches], "inputs and tables")
+        recorder.memory.see(batches, "inputs and tables")
 
 
 def _step(
     recorder: StepRecorder,
     model: Llama,
     optimizer: torch.optim.Optimizer,
-    batches: list[FakeBatch],
+    batches: list[Batch],
     config: Config,
     degrees: MeshDegrees,
 ) -> None:

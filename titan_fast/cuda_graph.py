@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from titan_fast.loader import Batch
 from titan_fast.loss import root_gradient
 from titan_fast.masters import gradient_of, set_gradient
 from titan_fast.model import Llama
-from titan_fast.step import Batch
 
 WARM_UP_STEPS = 2
 """Steps before the recording: code is compiled, libraries make their workspaces and plans."""

@@ -18,7 +18,7 @@ STEPS_AHEAD = 2
 
 
 class Batch(NamedTuple):
-    """One forward pass: int64 [local_batch_size, seq_len] each, on the device; labels are the tokens one on."""
+    """One forward pass: int64 [B, S] each, on the device. Labels are the tokens, each one place further on."""
 
     tokens: Tensor
     labels: Tensor

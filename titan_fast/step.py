@@ -1,7 +1,6 @@
 """The model of a config and the gradient of one step: what a run computes, apart from data, logs and checkpoints."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps
 from titan_fast.flavors import ModelShape
+from titan_fast.loader import Batch
 from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy, root_gradient, torch_linear_cross_entropy
 from titan_fast.masters import narrow
 from titan_fast.model import Llama, init_weights
@@ -23,16 +23,6 @@ from titan_fast.parallel import (
     replicate_only_after_last,
     weights_kept,
 )
-
-
-class Batch(Protocol):
-    """One forward pass: tokens and labels, int64 [B, S] each."""
-
-    @property
-    def tokens(self) -> Tensor: ...
-
-    @property
-    def labels(self) -> Tensor: ...
 
 
 def workload(config: Config, shape: ModelShape, degrees: MeshDegrees) -> Workload:
