@@ -1,7 +1,6 @@
 """torch.compile: what is compiled, with which of Inductor's settings, and where its code is kept."""
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ import torch._inductor.config as inductor
 from torch import Tensor
 
 from titan_fast import config
-from titan_fast.errors import ConfigError
+from titan_fast.errors import ConfigError, did_you_mean
 from titan_fast.loss import LinearCrossEntropy
 from titan_fast.model import Llama
 from titan_fast.ops import REFERENCE, Ops
@@ -25,12 +24,11 @@ def check(settings: config.Compile, uses_fsdp: bool) -> None:
     """ConfigError for settings that contradict each other, or would do nothing."""
     if not settings.enable:
         return
-    if isinstance(settings.backend, str) and settings.backend not in torch._dynamo.list_backends(None):
+    if settings.backend not in torch._dynamo.list_backends(None):
         known = sorted({*torch._dynamo.list_backends(), "aot_eager", "eager"} - _NEED.keys())
-        close = difflib.get_close_matches(settings.backend, known, n=1)
         raise ConfigError(
             f"torch {torch.__version__} has no compile.backend {settings.backend!r}",
-            f"{f'did you mean {close[0]}? ' if close else ''}known: {', '.join(known)}",
+            f"{did_you_mean(settings.backend, known)}known: {', '.join(known)}",
         )
     if (needs := _NEED.get(settings.backend)) and find_spec(needs) is None:
         what = f"compile.backend {settings.backend!r} needs the package {needs}"

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import tyro
 
 from titan_fast import command_line
-from titan_fast.errors import ConfigError
+from titan_fast.errors import ConfigError, did_you_mean
 from titan_fast.flavors import FLAVORS, ModelShape, RopeScaling
 
 KernelChoice = Literal["auto", "triton", "reference"]
@@ -426,9 +426,8 @@ SHAPE_KEYS = tuple(field.name for field in dataclasses.fields(ModelShape))
 def model_shape(model: Model) -> ModelShape:
     """The flavor's shape with the overrides of `[model]`; refused by ConfigError where it is no Llama."""
     if model.flavor not in FLAVORS:
-        close = difflib.get_close_matches(model.flavor, FLAVORS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"unknown model.flavor {model.flavor!r}", f"{hint}known: {', '.join(FLAVORS)}")
+        hint = f"{did_you_mean(model.flavor, FLAVORS)}known: {', '.join(FLAVORS)}"
+        raise ConfigError(f"unknown model.flavor {model.flavor!r}", hint)
     overrides = {name: getattr(model, name) for name in SHAPE_KEYS if getattr(model, name) is not None}
     if model.rope_scaling is not None:
         overrides["rope_scaling"] = RopeScaling(*model.rope_scaling)

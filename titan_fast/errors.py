@@ -1,6 +1,7 @@
 """The error contract: `titan_fast: <what> [<where>]; <what to do>` on one line, and an exit status per kind."""
 
 import atexit
+import difflib
 import errno
 import gc
 import io
@@ -8,7 +9,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
@@ -67,6 +68,12 @@ class CommunicationError(TitanFastError, RuntimeError):
     """Ranks that cannot reach each other, or one that hangs."""
 
     exit_status = 6
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The beginning of a hint, with the known word that is closest to a mistyped one; empty where none is close."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def fail(error: TitanFastError) -> NoReturn:

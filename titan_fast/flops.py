@@ -7,14 +7,13 @@ out what a run recomputes (activation checkpointing, flash attention's backward)
 """
 
 import argparse
-import difflib
 import re
 import sys
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from titan_fast.command_line import Parser
-from titan_fast.errors import ConfigError, command
+from titan_fast.errors import ConfigError, command, did_you_mean
 from titan_fast.flavors import FLAVORS, ModelShape
 
 Formula = Literal["palm", "titan", "titan_causal"]
@@ -144,9 +143,7 @@ def unknown_peak_sentence(device_name: str) -> str:
 
 def _shape(name: str) -> ModelShape:
     if name not in FLAVORS:
-        close = difflib.get_close_matches(name, FLAVORS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"unknown model {name!r}", f"{hint}known: {', '.join(FLAVORS)}")
+        raise ConfigError(f"unknown model {name!r}", f"{did_you_mean(name, FLAVORS)}known: {', '.join(FLAVORS)}")
     return FLAVORS[name]
 
 

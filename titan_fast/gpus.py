@@ -5,14 +5,13 @@ A new GPU is a new entry of GPUS. Rates that nobody has published are marked "es
 """
 
 import dataclasses
-import difflib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titan_fast.errors import ConfigError
+from titan_fast.errors import ConfigError, did_you_mean
 from titan_fast.flops import PEAKS, known_peak
 
 
@@ -183,8 +182,8 @@ def known_gpu(name: str) -> Gpu:
         close = [known for known in GPUS if known.startswith(words)]
         if not close and not any(part in words for part in ("nvl", "pcie")):  # slower ones of the same names
             close = [known for known in GPUS if words.startswith(known) or known == _by_device(name)]
-            close = close or difflib.get_close_matches(words, GPUS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+            close = close or [words]
+        hint = did_you_mean(close[0], GPUS) if close else ""
         raise ConfigError(
             f"unknown GPU {name!r}",
             f"{hint}known: {', '.join(GPUS)}; a new one is a new entry of GPUS in titan_fast/gpus.py",

@@ -6,7 +6,6 @@ rank reads one file after another.
 """
 
 import copy
-import difflib
 import itertools
 import json
 import logging
@@ -23,7 +22,7 @@ from datasets.exceptions import DatasetsError
 
 from titan_fast.config import Training
 from titan_fast.corpus import Document, RowLedger, missing_column, row_texts
-from titan_fast.errors import DataError
+from titan_fast.errors import DataError, did_you_mean
 from titan_fast.loader import Share, Step
 from titan_fast.prepared import token_arrays
 from titan_fast.tokenizer import Tokenizer
@@ -78,8 +77,8 @@ def open_stream(training: Training) -> datasets.IterableDataset:
     try:
         return datasets.load_dataset(name, config, split=training.dataset_split, streaming=True)
     except Exception as error:
-        close = difflib.get_close_matches(training.dataset, ("stdlib", *KNOWN_NAMES), n=1)
-        hint = f"did you mean {close[0]}? " if close and training.dataset not in KNOWN_NAMES else ""
+        is_known = training.dataset in KNOWN_NAMES
+        hint = "" if is_known else did_you_mean(training.dataset, ("stdlib", *KNOWN_NAMES))
         if Path(training.dataset).exists():
             hint = f"{training.dataset} is here: give it with training.dataset_path; or "
         if _is_connection_error(error):
