@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -165,8 +166,5 @@ class MemoryCounter:
             self._resized(storage)
             return result
 
-        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]
-        try:
+        with mock.patch.object(torch.UntypedStorage, "resize_", watched):
             yield
-        finally:
-            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]

@@ -133,12 +133,6 @@ def attention_workspace(args: tuple) -> int:
     return 4 * q.numel() + expanded
 
 
-def _group(name_or_group: Any) -> Group:
-    if isinstance(name_or_group, str):
-        return _group_of(dist.distributed_c10d._resolve_process_group(name_or_group))  # type: ignore[arg-type]
-    return _group_of(dist.ProcessGroup.unbox(name_or_group))
-
-
 def _group_of(group: dist.ProcessGroup) -> Group:
     ranks = dist.get_process_group_ranks(group)
     return Group(len(ranks), ranks[1] - ranks[0] if len(ranks) > 1 else 1)
@@ -161,10 +155,13 @@ def _collective(func: Any, args: tuple, out: Any) -> Operation | None:
 
 
 def _try_group(candidate: Any) -> Group | None:
+    """The group that an argument of a collective names or holds; None where it is something else, as a reduction."""
     try:
-        return _group(candidate)
+        if isinstance(candidate, str):
+            return _group_of(dist.distributed_c10d._resolve_process_group(candidate))  # type: ignore[arg-type]
+        return _group_of(dist.ProcessGroup.unbox(candidate))
     except (RuntimeError, TypeError, ValueError, KeyError):
-        return None  # a ScriptObject of another kind, as a reduction
+        return None
 
 
 def _saves() -> bool:
@@ -395,8 +392,5 @@ def _without_trials(recorder: StepRecorder) -> Iterator[None]:
         finally:
             recorder.paused = was_paused
 
-    setattr(ShardingPropagator, name, unseen)
-    try:
+    with mock.patch.object(ShardingPropagator, name, unseen):
         yield
-    finally:
-        setattr(ShardingPropagator, name, propagate)
