@@ -10,9 +10,6 @@ from titan_fast.loader import Step
 class RandomTokens:
     """A `titan_fast.loader.Source`. cycle: so many steps, which are then repeated; None: new tokens in every step."""
 
-    documents = None
-    tokens_per_epoch = None
-
     def __init__(self, batch: int, seq_len: int, vocab_size: int, cycle: int | None = None) -> None:
         self.identity: dict[str, Any] = {"kind": "random"}
         self.size, self.vocab_size, self.cycle = (batch, seq_len + 1), vocab_size, cycle

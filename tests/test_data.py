@@ -235,8 +235,8 @@ def test_resumed_anywhere_equals_uninterrupted(make: Callable) -> None:
     steps, epochs = [], []
     for _ in range(per_epoch + 4):  # two samples each: past two epochs' ends
         steps.append(rows_of(next(whole)))
-        epochs.append(whole.epoch)
-    assert epochs == [2 * step // per_epoch for step in range(len(steps))] and whole.epoch == 2  # of the first sample
+        epochs.append(whole.position()["epoch"])
+    assert epochs == [2 * step // per_epoch for step in range(len(steps))] and epochs[-1] == 2  # of the first sample
     at_the_end = per_epoch // 2 if per_epoch % 2 == 0 else per_epoch
     for first_stop, second_stop in ((0, 0), (1, 2), (3, 11), (at_the_end, at_the_end + 1), (at_the_end - 1, per_epoch)):
         got: list = []
@@ -300,7 +300,7 @@ def test_validation_is_every_hundredth_document_and_never_trained_on(
     first = [rows_of(next(validation)) for _ in range(9)]
     validation.reset()
     assert [rows_of(next(validation)) for _ in range(9)] == first
-    assert validation.epoch > 0  # three documents: it has come round
+    assert validation.position()["epoch"] > 0  # three documents: it has come round
     chosen = order_of(validation)
     assert ours(chosen, 0, 2) == first[0]
     assert plain_samples(tokens, sorted(held), SEQ_LEN, 0, 0)[:2] == first[0]
@@ -324,13 +324,13 @@ def test_validation_on_its_own_path_or_none(corpus_file: Path, tokenizer: Tokeni
     other.write_text(json.dumps({"text": "words of validation " * 30}) + "\n")
     config = make_config(corpus_file, "--validation.dataset_path", str(other))
     loader = make_loader(config, tokenizer, tmp_path)
-    assert loader.documents == 230
+    assert len(order_of(loader).documents) == 230
     validation = make_loader(config, tokenizer, tmp_path, build=data.build_validation_loader)
     assert "words of validation" in tokenizer.decode(next(validation)[0].tokens[0].tolist())
     validation.close()
     config = make_config(corpus_file, "--validation.enable", "False")
     assert make_loader(config, tokenizer, tmp_path, build=data.build_validation_loader) is None
-    assert make_loader(config, tokenizer, tmp_path).documents == 230
+    assert len(order_of(make_loader(config, tokenizer, tmp_path)).documents) == 230
 
 
 def test_the_default_run_reads_the_standard_library(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_the_default_run_reads_the_standard_library(tmp_path: Path) -> None:
     again = data.build_tokenizer(config, dataclasses.replace(rank, is_main=False))
     assert tokenizer.fingerprint == again.fingerprint and tokenizer.vocab_size == 4096
     loader = data.build_loader(config, tokenizer, rank)
-    assert loader.tokens_per_epoch and loader.tokens_per_epoch > 1_000_000
+    assert order_of(loader).tokens_per_epoch > 1_000_000
     assert "stdlib: " in loader.describe()
     folders = sorted((tmp_path / "data").glob("*/index.json"))
     written = folders[0].stat().st_mtime_ns
@@ -398,7 +398,7 @@ def test_prepared_shards_are_used_as_they_are(shards: PreparedTokens, tokenizer:
     own = data.build_tokenizer(config, data.DataRank(tmp_path, CPU))
     assert own.fingerprint == tokenizer.fingerprint
     loader = make_loader(config, own, tmp_path)
-    assert loader.documents == 118
+    assert len(order_of(loader).documents) == 118
     assert rows_of(next(loader)) == plain_samples(shards, [n for n in range(120) if n % 100], SEQ_LEN, 0, 0)[:2]
     loader.close()
     assert not list((tmp_path / "data").glob("*/tokens-*"))
@@ -778,7 +778,7 @@ def test_a_stream_is_packed_without_loss_over_epochs(
     got = [row for _ in range(len(expected) // 4) for row in rows_of(next(loader))]
     loader.close()
     assert got == expected[: len(got)]
-    assert loader.epoch >= 2
+    assert loader.position()["epoch"] >= 2
 
 
 def test_a_step_of_a_stream_that_ends_with_a_document_has_its_last_label(
@@ -815,7 +815,7 @@ def test_a_stream_is_read_one_file_after_another(stream_files: list[str], monkey
 def test_a_stream_resumed_twice_equals_the_uninterrupted_one(stream: Callable) -> None:
     whole = stream(1, 2)
     steps = [rows_of(next(whole)) for _ in range(120)]
-    assert whole.epoch >= 1  # over an epoch's end
+    assert whole.position()["epoch"] >= 1  # over an epoch's end
     whole.close()
     for stops in ((0, 1, 120), (5, 6, 120), (20, 60, 120), (50, 51, 52, 100, 120)):
         got: list = []

@@ -42,8 +42,6 @@ class TokenSource:
     def __init__(self, order: SampleOrder, share: Share, vocab_size: int, name: str, held_out: int = 0) -> None:
         self._order, self._share, self._vocab_size, self._name = order, share, vocab_size, name
         self._next_sample = 0
-        self.documents = len(order.documents)
-        self.tokens_per_epoch = order.tokens_per_epoch
         self.identity = {
             "kind": "tokens",
             "fingerprint": order.tokens.fingerprint,
@@ -56,7 +54,7 @@ class TokenSource:
     def describe(self) -> str:
         order = self._order
         return (
-            f"{self._name}: {self.documents:,} documents, {self.tokens_per_epoch:,} tokens; an epoch is "
+            f"{self._name}: {len(order.documents):,} documents, {order.tokens_per_epoch:,} tokens; an epoch is "
             f"{order.samples_per_epoch:,} sequences of {order.seq_len} and leaves {order.dropped_tokens} tokens over"
         )
 

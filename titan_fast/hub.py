@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,9 +128,6 @@ def _documents(dataset: datasets.IterableDataset, training: Training, ledger: Ro
 
 class StreamSource:
     """Steps out of a streamed data set, tokenized and packed as they come."""
-
-    documents = None
-    tokens_per_epoch = None
 
     def __init__(
         self,
@@ -273,11 +271,13 @@ class StreamSource:
         return DataError(f"the stream broke: {why}", "start again to go on from the last save", place)
 
 
+@dataclass
 class _Progress:
     """How far the rows have been read while a step is made."""
 
-    def __init__(self, epoch: int, rows: int, stream: dict[str, Any] | None) -> None:
-        self.epoch, self.rows, self.stream = epoch, rows, stream
+    epoch: int
+    rows: int
+    stream: dict[str, Any] | None
 
 
 def _is_connection_error(error: BaseException | None) -> bool:

@@ -42,16 +42,6 @@ class Source(Protocol):
     """What has to be equal for a state to be continued from; JSON. It has a `rank` where each data-parallel rank has a
     state of its own."""
 
-    @property
-    def documents(self) -> int | None:
-        """Of an epoch; None for a stream."""
-        ...
-
-    @property
-    def tokens_per_epoch(self) -> int | None:
-        """None for a stream."""
-        ...
-
     def describe(self) -> str:
         """One line for the start of the log."""
         ...
@@ -96,21 +86,6 @@ class Loader:
         self._reader: _Reader | None = None
         self.wait_seconds = 0.0
         """How long `next` has waited for data, in all."""
-
-    @property
-    def documents(self) -> int | None:
-        """Of an epoch; None for a stream."""
-        return self._source.documents
-
-    @property
-    def tokens_per_epoch(self) -> int | None:
-        """None for a stream."""
-        return self._source.tokens_per_epoch
-
-    @property
-    def epoch(self) -> int:
-        """Of the last step handed out."""
-        return self._position.get("epoch", 0)
 
     @property
     def fingerprint(self) -> str | None:

@@ -30,41 +30,21 @@ NAMES_IN_FOLDER = ("tokenizer.model", "tokenizer.json", "original/tokenizer.mode
 class Tokenizer(Protocol):
     """What the project needs of a tokenizer."""
 
-    @property
-    def path(self) -> Path:
-        """The file that it was read from."""
-        ...
-
-    @property
-    def kind(self) -> str:
-        """sentencepiece, tiktoken or tokenizers."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        ...
-
-    @property
-    def bos_id(self) -> int | None:
-        """The id that begins a document, where the family has one."""
-        ...
-
-    @property
-    def eos_id(self) -> int:
-        """The id that ends a document."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the file."""
-        ...
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        """What `load_tokenizer` reads the same tokenizer from, by name in a folder, as it was when this one was read:
-        the files may be moved or replaced while a run goes on."""
-        ...
+    path: Path
+    """The file that it was read from."""
+    kind: str
+    """sentencepiece, tiktoken or tokenizers."""
+    vocab_size: int
+    """One more than the largest id."""
+    bos_id: int | None
+    """The id that begins a document, where the family has one."""
+    eos_id: int
+    """The id that ends a document."""
+    fingerprint: str
+    """sha256 of the file."""
+    files: dict[str, bytes]
+    """What `load_tokenizer` reads the same tokenizer from, by name in a folder. Kept in memory, since the files may be
+    moved or replaced while a run goes on."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS and EOS."""
