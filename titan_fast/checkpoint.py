@@ -23,10 +23,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from titan_fast.config import saved_checkpoint_folder
 from titan_fast.distributed import World
 from titan_fast.errors import CheckpointError
 from titan_fast.manifest import checkpoints, links
-from titan_fast.masters import master_of
+from titan_fast.masters import adamw_state, master_of
 from titan_fast.safe_unpickle import SafeReader, load_metadata
 from titan_fast.tokenizer import CONFIG_BESIDE
 
@@ -51,16 +52,10 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
     owned = {parameter for group in optimizer.param_groups for parameter in group["params"]} if optimizer else set()
     for name, parameter in model.named_parameters():
         assert optimizer is None or parameter in owned, f"{name} is not what the optimizer updates: is it gathered?"
-        weight = master_of(parameter)
-        tensors[f"model.{name}"] = weight
-        if optimizer is None:
-            continue
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device if optimizer.defaults["fused"] else "cpu")
-            state["exp_avg"] = torch.zeros_like(weight)
-            state["exp_avg_sq"] = torch.zeros_like(weight)
-        tensors |= {f"optimizer.{name}.{moment}": value for moment, value in state.items()}
+        tensors[f"model.{name}"] = master_of(parameter)
+        if optimizer is not None:
+            state = adamw_state(optimizer, parameter)
+            tensors |= {f"optimizer.{name}.{moment}": value for moment, value in state.items()}
     return tensors
 
 
@@ -176,12 +171,9 @@ def checkpoints_of(path: Path) -> dict[int, Path]:
     refuse_links(path)
     if found := checkpoints(path):
         return found
-    try:
-        folder = str(read_config(path)["checkpoint"]["folder"])
-    except (CheckpointError, LookupError, TypeError):
-        folder = "checkpoint"
-    refuse_links(path / folder)
-    return checkpoints(path / folder)
+    folder = saved_checkpoint_folder(path)
+    refuse_links(folder)
+    return checkpoints(folder)
 
 
 def tokenizer_of(path: Path) -> Path:

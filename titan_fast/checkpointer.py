@@ -419,7 +419,7 @@ class Checkpointer:
         if path is None:
             return None
         state = read_state(path)
-        self._compare(read_config(path), state["world_size"], path)
+        self._compare(read_config(path), state, path)
         load_tensors(tensors_of(model, optimizer), path)
         round_masters(model)
         rng = path / f"rng-{self.world.rank}.safetensors"
@@ -449,10 +449,10 @@ class Checkpointer:
                 str(self.folder),
             )
 
-    def _compare(self, before: dict[str, dict[str, Any]], world_size: int, path: Path) -> None:
-        """CheckpointError where the run's mathematics is no longer the checkpoint's; other changes are noted.
-        `world_size`: the checkpoint's."""
-        now = redacted(to_dict(self.config))
+    def _compare(self, before: dict[str, dict[str, Any]], state: dict[str, Any], path: Path) -> None:
+        """CheckpointError where the run no longer computes what the checkpoint's did; other changes are noted.
+        `before`, `state`: the checkpoint's config and state.json."""
+        now, step, world_size = redacted(to_dict(self.config)), state["step"], state["world_size"]
         if refused := differences(before, now, path, reset_data=self.settings.data_state == "reset"):
             raise CheckpointError(
                 f"the checkpoint is of another run: {'; '.join(refused)}",
@@ -460,7 +460,6 @@ class Checkpointer:
                 "what concerns the data and begins it again",
                 str(path),
             )
-        step = manifest_step(path)
         changed = [
             f"{table}.{key} {before[table].get(key)} -> {now[table].get(key)}"
             for table in ("training", "optimizer", "lr_scheduler", "loss", "parallelism", "float8", "validation")
@@ -627,10 +626,6 @@ def _keeps(sequences: int, tables: dict[str, dict[str, Any]], world_size: int) -
         return f"{ranks} ranks cannot share {sequences} sequences out evenly"
     smaller = f" --training.local_batch_size {fitting[-1]}" if fitting[-1] != batch else ""
     return f"--training.global_batch_size {sequences}{smaller} keeps it"
-
-
-def manifest_step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 def _fingerprint(path: Path) -> str:

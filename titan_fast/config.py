@@ -913,6 +913,15 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     }
 
 
+def saved_checkpoint_folder(run_dir: Path) -> Path:
+    """Where the run in `run_dir` keeps its checkpoints: the usual place where its config.toml does not say."""
+    try:
+        folder = tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))["checkpoint"]["folder"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        folder = Checkpoint().folder
+    return run_dir / str(folder)
+
+
 def from_dict(tables: dict[str, dict[str, Any]]) -> Config:
     """The inverse of `to_dict`."""
     return from_options(

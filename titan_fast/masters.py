@@ -85,6 +85,16 @@ def masters_as_weights(model: nn.Module) -> Iterator[None]:
         round_masters(model)
 
 
+def adamw_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The step count and the two moments of a parameter; made as AdamW itself makes them where there are none yet."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), device=parameter.device if optimizer.defaults["fused"] else "cpu")
+        state["exp_avg"] = torch.zeros_like(master_of(parameter))
+        state["exp_avg_sq"] = torch.zeros_like(master_of(parameter))
+    return state
+
+
 class OnePassAdamW(torch.optim.AdamW):
     """AdamW that applies the clipping factor, updates masters (or, where there are none, the parameters) and rounds
     masters into the weights. State is float32: step, exp_avg and exp_avg_sq, as torch's own has.
@@ -109,7 +119,8 @@ class OnePassAdamW(torch.optim.AdamW):
             parameters = [p for p in group["params"] if gradient_of(p) is not None]
             if not parameters:
                 continue
-            self._make_state(parameters)
+            for parameter in parameters:
+                adamw_state(self, parameter)
             if self._update is not None:
                 self._in_one_pass(parameters, group)
             else:
@@ -123,14 +134,6 @@ class OnePassAdamW(torch.optim.AdamW):
             for parameter in group["params"]:
                 if hasattr(parameter, "gradient_sum"):
                     parameter.gradient_sum = None
-
-    def _make_state(self, parameters: list[Tensor]) -> None:
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(master_of(parameter))
-                state["exp_avg_sq"] = torch.zeros_like(master_of(parameter))
 
     def _in_one_pass(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         device = parameters[0].device

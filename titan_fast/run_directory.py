@@ -22,21 +22,15 @@ LAST_SAVED = "last_saved.txt"
 TOKENIZER_NAME = "tokenizer.model"
 """Of a tokenizer that was trained on the run's own text."""
 
-# What may not change within a run: with another of these, the weights or the data position mean something else.
-_FIXED_TABLES = ("model",)
-_FIXED_KEYS = {
-    "training": ("dataset", "dataset_path", "dataset_config", "dataset_split", "text_column", "seq_len"),
-    "debug": ("seed",),
-}
-# These may with checkpoint.data_state "reset". What the data at a path is, its fingerprint says when it is opened.
+_TEXT_KEYS = ("dataset", "dataset_path", "dataset_config", "dataset_split", "text_column")
+# Besides all of [model], what may not change within a run, or the data position would mean something else. Whether the
+# data at a path is still the same is told by its fingerprint when it is opened.
+_FIXED_KEYS = {"training": (*_TEXT_KEYS, "seq_len"), "debug": ("seed",)}
+# With checkpoint.data_state "reset" these may.
 _DATA_KEYS = {"model": ("tokenizer_path",), **_FIXED_KEYS}
 _PATHS = ("dataset_path", "tokenizer_path")
 # What a tokenizer that was trained here depends on.
-_TOKENIZER_KEYS = {
-    "model": ("flavor", "vocab_size"),
-    "training": ("dataset", "dataset_path", "dataset_config", "dataset_split", "text_column"),
-    "debug": ("seed",),
-}
+_TOKENIZER_KEYS = {"model": ("flavor", "vocab_size"), "training": _TEXT_KEYS, "debug": ("seed",)}
 
 
 def open_run_directory(config: Config) -> Path:
@@ -158,7 +152,7 @@ def differences(
     """ "table.key was X and is Y" for what a run may not change between two configs, as tables; with `reset_data`,
     without what concerns the data alone. checkpoint: what the run will go on from, if there is one: the same data may
     then lie elsewhere."""
-    fixed = {table: tuple(before.get(table, {}) | now[table]) for table in _FIXED_TABLES} | _FIXED_KEYS
+    fixed = {"model": tuple(before.get("model", {}) | now["model"]), **_FIXED_KEYS}
     free = _DATA_KEYS if reset_data else {}
     keys = {table: tuple(key for key in names if key not in free.get(table, ())) for table, names in fixed.items()}
     return _differing(before, now, keys, checkpoint)

@@ -13,13 +13,12 @@ import secrets
 import socket
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from titan_fast.config import Checkpoint, Config
+from titan_fast.config import Config, saved_checkpoint_folder
 from titan_fast.errors import NO_ROOM, CheckpointError, ConfigError
 
 NAME = "run.lock"
@@ -53,15 +52,7 @@ def _owner(checkpoints: Path) -> Path | None:
     """The run directory that has these checkpoints in itself, if one has."""
     folder = checkpoints.resolve()
     guarded = (place for place in folder.parents if (place / _GUARD).exists())
-    return next((place for place in guarded if (place / _checkpoints_of(place)).resolve() == folder), None)
-
-
-def _checkpoints_of(run_dir: Path) -> str:
-    """The `checkpoint.folder` of the run there; the usual one where its config does not say."""
-    try:
-        return str(tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))["checkpoint"]["folder"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return Checkpoint().folder
+    return next((place for place in guarded if saved_checkpoint_folder(place).resolve() == folder), None)
 
 
 @contextmanager
