@@ -14,7 +14,7 @@ from typing import Any
 
 from titan_fast.config import Config
 from titan_fast.errors import ConfigError, TitanFastError
-from titan_fast.estimate import SIZES, Estimate, Plan, check, estimate
+from titan_fast.estimate import SIZES, Plan, check, estimate
 
 _RECOMPUTE: tuple[dict[str, str], ...] = (
     {"mode": "none"},
@@ -127,7 +127,9 @@ def _batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -
             answer = estimate(dataclasses.replace(plan, config=changed(plan.config, with_batch)), check_depth=False)
             if not answer.fits:
                 break
-            found[batch] = _option(with_batch, answer)
+            found[batch] = Option(
+                with_batch, answer.tokens_per_second, answer.mfu()["titan"], answer.device_memory / 2**30
+            )
             half = [option.tokens_per_second for smaller, option in found.items() if 2 * smaller <= batch]
             ended |= bool(half) and answer.tokens_per_second <= _WORTH_DOUBLING * max(half)
     except ConfigError as refusal:
@@ -146,10 +148,6 @@ def _local_batches(plan: Plan) -> list[int]:
     return sorted(
         {max(d for d in divisors if d <= limit) for limit in doubled} | divisors & {training.local_batch_size}
     )
-
-
-def _option(changes: dict[str, Any], answer: Estimate) -> Option:
-    return Option(changes, answer.tokens_per_second, answer.mfu()["titan"], answer.device_memory / 2**30)
 
 
 @dataclass(frozen=True)

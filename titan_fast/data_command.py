@@ -25,7 +25,7 @@ from titan_fast.data import DataRank, build_tokenizer, check_column_is_read, loc
 from titan_fast.errors import ConfigError, DataError, command
 from titan_fast.manifest import checkpoints
 from titan_fast.prepared import PreparedTokens, check_empty, is_prepared, prepare
-from titan_fast.tokenizer import Tokenizer, load_tokenizer
+from titan_fast.tokenizer import load_tokenizer
 
 
 @command
@@ -156,7 +156,7 @@ def sample_documents(run_dir: Path, first: int, last: int, characters: int) -> I
     for sample in range(first, last + 1):
         yield f"sample {sample}:"
         for document, start, count in order.pieces(sample):
-            text = _text_of(tokens, tokenizer, document, start, count)[:characters]
+            text = tokenizer.decode(tokens.document(document)[start : start + count].tolist())[:characters]
             place = f"{tokens.origin(document)} (document {document})"
             yield f"  {place}, tokens {start} to {start + count - 1}: {text!r}"
 
@@ -166,10 +166,6 @@ def _first_and_last(words: str) -> tuple[int, int]:
     if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
         raise ConfigError(f"--samples is {words!r}, not FIRST:LAST", "write two numbers, as in 96:127")
     return int(first), int(last)
-
-
-def _text_of(tokens: PreparedTokens, tokenizer: Tokenizer, document: int, start: int, count: int) -> str:
-    return tokenizer.decode(tokens.document(document)[start : start + count].tolist())
 
 
 def _config_of(run_dir: Path) -> Config:

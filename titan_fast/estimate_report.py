@@ -10,6 +10,7 @@ from titan_fast.errors import ConfigError
 from titan_fast.estimate import Estimate
 from titan_fast.memory_count import PARTS
 from titan_fast.pictures import new_figure
+from titan_fast.step_record import Segment
 
 _GIB = 2**30
 
@@ -165,7 +166,7 @@ def _title(found: Estimate) -> str:
     return f"{plan.config.model.flavor}, {plan.gpus} x {plan.gpu.name}, {_how_run(plan.config)}"
 
 
-def _mark_phases(axes, segments) -> None:  # type: ignore[no-untyped-def]
+def _mark_phases(axes: Any, segments: list[Segment]) -> None:
     """The first unit of each phase under the axis, a line above it."""
     starts = [i for i, s in enumerate(segments) if i == 0 or s.phase != segments[i - 1].phase]
     for start in starts[1:]:

@@ -60,10 +60,10 @@ class MetaFolder:
         sizes = {name: _whole_size([tensors[name] for tensors in opened], params, name, path) for name in opened[0]}
         sizes.pop("rope.freqs", None)  # a constant that follows from params.json
         self.shape = _shape(params, sizes, _is_tied(opened), path)
-        theirs = {theirs: ours for ours, theirs in self._names().items()}
+        hf_name = {_meta_name(name)[0]: name for name in hf_sizes(self.shape)}
         if self.shape.tied:
             sizes.pop("output.weight", None)
-        check_sizes({theirs.get(name, name): size for name, size in sizes.items()}, self.shape, path)
+        check_sizes({hf_name.get(name, name): size for name, size in sizes.items()}, self.shape, path)
 
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[_meta_name(name)[0]]
@@ -76,9 +76,6 @@ class MetaFolder:
         if meta_name.endswith(("attention.wq.weight", "attention.wk.weight")):
             whole = half_split(whole, self.shape.head_dim)
         return whole[window]
-
-    def _names(self) -> dict[str, str]:
-        return {name: _meta_name(name)[0] for name in hf_sizes(self.shape)}
 
 
 def half_split(rows: Tensor, head_dim: int) -> Tensor:

@@ -4,6 +4,7 @@ Rank 0 speaks; on the others every method does nothing. Only `log` may wait for 
 """
 
 import atexit
+import resource
 import shlex
 import sys
 import threading
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
+import tomli_w
 import torch
 
 from titan_fast import flops, run_history
@@ -61,8 +63,6 @@ def peak_memory(device: torch.device) -> float:
         peak = torch.cuda.max_memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / GIB
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB  # macOS counts bytes, Linux KiB
 
@@ -333,12 +333,9 @@ class MetricsLogger:
         """The writer, made when first needed: its import takes 0.2 s, from a cold disk 1.6 s, which the first line need
         not wait for and no step is charged with."""
         if self._writer is None:
-            import tomli_w
-
             if threading.excepthook is not _thread_ended:
                 _other_threads.append(threading.excepthook)
                 threading.excepthook = _thread_ended
-
             with self.clock.pause():
                 from torch.utils.tensorboard.writer import SummaryWriter
 

@@ -4,6 +4,7 @@ import atexit
 import os
 import shlex
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -89,6 +90,4 @@ def _command_line(process: int) -> list[str]:
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").removesuffix("\0").split("\0")
     except OSError:  # no /proc, as on macOS
-        import sys
-
         return [sys.executable, "-m", "titan_fast.train", *sys.argv[1:]]
