@@ -34,3 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """The device that kernels run on: CUDA, or the CPU through Triton's interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token shards that the runs of a module are trained on."""
+    import runs  # not before the environment above is set
+
+    return runs.prepare(tmp_path_factory.mktemp("data"))

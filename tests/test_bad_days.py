@@ -48,11 +48,6 @@ from titan_fast.signals import resume_command, seconds_to_stop
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.prepare(tmp_path_factory.mktemp("data"))
-
-
 def start_interpreters(
     processes: int, data: Path, folder: Path, faults: list[dict[str, Any]], flags: tuple[str, ...] = (), **changes: Any
 ) -> "subprocess.Popen[str]":

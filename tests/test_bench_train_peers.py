@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,15 +19,6 @@ from titan_fast.loader import Loader
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 HOW = How(smoke=True, length=Length(1, 2, 1), profiles=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models of this size are slower with more, and very much so on a machine that is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def cell_of(peer: str, part: str = "peers") -> Cell:

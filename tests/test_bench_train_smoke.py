@@ -44,15 +44,6 @@ CPU = torch.device("cpu")
 HOW = How(smoke=True, length=Length(1, 2, 1), profiles=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models of this size are slower with more, and very much so on a machine that is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that a rehearsal of the first cell of three parts wrote."""

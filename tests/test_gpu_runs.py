@@ -32,11 +32,6 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.prepare(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture(autouse=True)
 def only_here_deterministic() -> Iterator[None]:
     """A run never takes `debug.deterministic` back."""

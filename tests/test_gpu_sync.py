@@ -1,7 +1,7 @@
 """The host never waits for the GPU in a step of training: whole runs by the real entry, with their loader, agreement,
 guard, compiled code and optimizer, while CUDA's sync debug mode makes every wait an error."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,6 @@ WAYS: dict[str, list[str]] = {
     "two passes": [*COMPILED, "optimizer", "--training.global_batch_size", "8"],
     "recorded": [*COMPILED, "optimizer", "--training.cuda_graph", "True"],
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.prepare(tmp_path_factory.mktemp("data"))
 
 
 def watched_run(words: list[str], set_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,16 +75,6 @@ def test_a_wait_in_a_step_is_noticed(data: Path, tmp_path: Path, monkeypatch: py
         watched_run(words_of(data, tmp_path / "run", 1024), torch.cuda.set_sync_debug_mode, monkeypatch)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """A model of this size is slower with more, and very much so on a machine that is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("way", ["eager", "compiled, one-pass AdamW"])
 def test_the_later_steps_are_watched_and_nothing_between_them(
     way: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

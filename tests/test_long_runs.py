@@ -29,11 +29,6 @@ from titan_fast.watchdog import Limit, Watchdog
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.prepare(tmp_path_factory.mktemp("data"))
-
-
 # The watchdog
 
 

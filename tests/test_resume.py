@@ -28,11 +28,6 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.prepare(tmp_path_factory.mktemp("data"))
-
-
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     true_step = loop.Run.step
 

@@ -27,6 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def unwritten_elements_are_nan() -> Iterator[None]:
     """Of tensors from `torch.empty`: what a kernel leaves out could else be right by chance, if a right result lay in
     the same memory before. Not without PyTorch's cache, as compute-sanitizer is run, whose initcheck sees for itself

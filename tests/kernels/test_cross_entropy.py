@@ -34,11 +34,6 @@ SIZES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def some_labels(rows: int, vocab: int, device: torch.device) -> Tensor:
     """Random labels, the first and the last column among them, every fifth row ignored."""
     labels = torch.randint(vocab, (rows,), device=device)

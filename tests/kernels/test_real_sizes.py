@@ -35,11 +35,6 @@ each_model = pytest.mark.parametrize("model", ["llama3_8b", "llama2_13b", "llama
 each_row_count = pytest.mark.parametrize("rows", [TOKENS, 1000, 5])
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def randn(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=BF16, device=DEVICE)
 

@@ -15,11 +15,6 @@ EPS = 1e-5
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def through_products(dtype: torch.dtype, count: int) -> dict[str, Result]:
     """Each result is a matrix product, or computed from one that was rounded to `dtype`: sums of signed terms, each of
     about the size 1."""

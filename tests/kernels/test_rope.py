@@ -23,11 +23,6 @@ SIZES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def tables(seq_len: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     frequency = 500_000.0 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
     angle = torch.arange(seq_len, device=device)[:, None] * frequency
