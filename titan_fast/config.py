@@ -1,9 +1,9 @@
 """Settings: frozen dataclasses, read from a TOML file and the command line. `--help` is made from the docstrings here.
 
-Tables and keys are torchtitan 0.2's where it has them, but `comm.timeout_seconds`, what `compile.components` takes, and
-`[float8]`, which there is `[quantize.linear.float8]` with a converter to be named.
-`parse` checks names, types and every rule that needs no device; what depends on the number of processes is checked by
-`mesh_degrees` as soon as that is known.
+Tables and keys are torchtitan 0.2's where it has them, except `comm.timeout_seconds`, the values of
+`compile.components`, and `[float8]`, which is `[quantize.linear.float8]` there and needs a converter to be named.
+`parse` checks names, types and every rule that needs no device; `mesh_degrees` checks what depends on the number of
+processes, as soon as that is known.
 """
 
 import dataclasses
@@ -28,13 +28,14 @@ CompileComponent = Literal["blocks", "norm", "loss", "optimizer", "model"]
 @dataclass(frozen=True)
 class Job:
     dump_folder: str = "outputs/debug"
-    """The run directory: log, metrics, checkpoints, tokenizer. Started again on the same one, a run goes on."""
+    """The run directory: log, metrics, checkpoints, tokenizer. Started on the same one again, a run continues."""
     description: str = ""
     """Free text: the title of loss_curve.png."""
     print_config: bool = False
     """Print the resolved config and stop."""
     dry_run: bool = False
-    """Go through one step's shapes as one rank of world_size GPUs, on any machine, print what a rank holds and stop."""
+    """Go through the shapes of one step as one rank of world_size GPUs, on any machine, print what a rank holds and
+    stop."""
     world_size: int | None = None
     """With dry_run: how many processes there would be. None: 1."""
 
@@ -45,8 +46,8 @@ class Model:
     """Which Llama: debug, llama2_7b, llama2_13b, llama2_70b, llama3_8b, llama3_70b, llama3.1_8b, llama3.1_70b,
     llama3.1_405b, llama3_1b or llama3_3b (the last two are the 3.2 shapes)."""
     tokenizer_path: str | None = None
-    """A sentencepiece model, a tiktoken rank file, an HF tokenizer.json, or a folder with one of them. None: that of
-    the token shards, or else a sentencepiece BPE, trained on the corpus and kept in the run directory."""
+    """A sentencepiece model, a tiktoken rank file, an HF tokenizer.json, or a folder with one of them. None: the
+    one that made the token shards, or else a sentencepiece BPE, trained on the corpus and kept in the run directory."""
     dim: int | None = None
     """Overrides the flavor's width. None: the flavor's."""
     n_layers: int | None = None
@@ -62,12 +63,12 @@ class Model:
     max_seq_len: int | None = None
     """Overrides the flavor's longest sequence."""
     rope_theta: float | None = None
-    """Overrides the flavor's base of the rotary frequencies."""
+    """Overrides the flavor's base of the rotary embedding's frequencies."""
     rope_scaling: tuple[float, float, float, int] | None = None
-    """Overrides the flavor's Llama 3.1 stretch of the rotary wavelengths: factor, low_freq_factor, high_freq_factor and
-    original_max_position_embeddings, four numbers."""
+    """Overrides how the flavor stretches the rotary wavelengths (Llama 3.1). Four numbers: factor, low_freq_factor,
+    high_freq_factor and original_max_position_embeddings."""
     norm_eps: float | None = None
-    """Overrides what the flavor's norms add to the mean square."""
+    """Overrides the flavor's epsilon, which norms add to the mean square."""
     tied: bool | None = None
     """Overrides whether the flavor's head is its embedding."""
 
@@ -85,52 +86,53 @@ class Training:
     dataset_split: str = "train"
     """The hub data set's split."""
     text_column: str = "text"
-    """The field of a row that holds the document. Of token shards it was chosen when they were prepared."""
+    """The field of a row that holds the document. For token shards it was chosen when they were prepared."""
     seq_len: int = 256
     """Tokens per sequence."""
     local_batch_size: int = 4
     """Sequences per device and forward pass."""
     global_batch_size: int = -1
-    """Sequences per optimizer step over all devices; more than one pass per device accumulates gradients. -1:
-    local_batch_size x data-parallel degree."""
+    """Sequences per optimizer step over all devices. Where that takes several passes per device, gradients are
+    accumulated. -1: local_batch_size x data-parallel degree."""
     steps: int = 200
     """Optimizer steps of the whole run."""
     max_norm: float = 1.0
     """Gradients are clipped to this global L2 norm; 0 turns clipping off."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Dtype of parameters and activations in the computation; the optimizer's are float32, unless
+    """Dtype of parameters and activations in the computation. The optimizer works in float32, unless
     parallelism.single_device is bfloat16. auto: bfloat16 on CUDA, float32 on CPU."""
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over devices."""
     enable_cpu_offload: bool = False
     """Keep sharded parameters, gradients and optimizer state in host memory."""
     gc_freq: int = 50
-    """Python's garbage is collected every so many steps, at the same step on every rank; a collection whenever one
-    rank happens to need it would stall all."""
+    """Steps between collections of Python's garbage, which happen at the same step on every rank. If each rank
+    collected when it happened to need it, all would wait every time."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a step does whose loss or gradient is not finite; it is never applied. skip: go on with the next one."""
+    """What to do after a step whose loss or gradient is not finite. It is never applied; skip: go on with the next."""
     max_skipped_steps: int = 10
-    """With skip: more such steps in a row stop the run."""
+    """With skip: more such steps than this in a row stop the run."""
     dry_step: Literal["auto", "always", "never"] = "auto"
-    """A step on random tokens, not applied, before data is read: memory that is too small shows then. auto: on CUDA."""
+    """Try a step on random tokens, without applying it, before any data is read, to find out whether memory is large
+    enough. auto: on CUDA."""
     cuda_graph: bool = False
-    """Record forward and backward of a pass once and launch them as one, for steps so short that the GPU waits for
-    Python. On one device without FSDP2."""
+    """Record forward and backward of a pass once and then launch them as one: for steps so short that the GPU waits for
+    Python. Only on one device without FSDP2."""
 
 
 @dataclass(frozen=True)
 class Loss:
     chunk_size: int = 8192
-    """Tokens per chunk of the head and cross entropy: the logits of so many exist at once. 0: of all. More than
-    two sum the head's gradient in float32, so they are slower, and unless it is made in float32 anyway
-    (parallelism.fsdp_wide_gradients) save memory only where a pass has more than about twice the model's width in
-    tokens."""
+    """Tokens per chunk of the head and cross entropy; the logits of one chunk exist at a time. 0: all tokens at once.
+    More than two chunks are slower, since the head's gradient is then summed in float32. Unless it is made in float32
+    anyway (parallelism.fsdp_wide_gradients), they save memory only where a pass has more tokens than about twice the
+    model's width."""
     z_loss: float = 0.0
     """Weight of logsumexp^2, which keeps the logits near zero (PaLM)."""
     implementation: Literal["chunked", "torch"] = "chunked"
-    """chunked: our own, with the gradient in place of the logits. torch: torch.nn.functional.linear_cross_entropy where
-    this torch has it, by its own chunks, whose logits it makes twice, for a loss summed in float32; without z_loss or
-    tensor parallelism."""
+    """chunked: our own, which overwrites the logits with their gradient. torch:
+    torch.nn.functional.linear_cross_entropy, where this torch has it. It chooses its own chunks and computes their
+    logits twice; the loss is summed in float32. Not with z_loss or tensor parallelism."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,8 @@ class Optimizer:
     decay_norms_and_embeddings: bool = True
     """Whether weight decay also applies to norm weights and the embedding."""
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
-    """Which of torch's AdamW implementations runs the step, where compile.components has no optimizer. On bfloat16
-    weights with masters it is fused."""
+    """Which of torch's AdamW implementations to use where compile.components does not include the optimizer. With
+    masters beside bfloat16 weights it is always fused."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +163,12 @@ class LrScheduler:
     total_steps: int | None = None
     """The schedule's length. None: training.steps."""
     decay_ratio: float | None = None
-    """The part of the schedule that decays, at its end; before it the rate is stable (WSD). None: all after
-    warm-up."""
+    """The fraction of the schedule, at its end, in which the rate decays; before that it is stable (WSD). None: all of
+    it after warm-up."""
     decay_type: Literal["linear", "sqrt", "cosine"] = "cosine"
     """The shape of the decay."""
     min_lr_factor: float = 0.1
-    """The last learning rate as a part of the peak."""
+    """The last learning rate as a fraction of the peak."""
 
 
 @dataclass(frozen=True)
@@ -180,26 +182,26 @@ class Parallelism:
     enable_async_tensor_parallel: bool = False
     """Let the compiler overlap tensor-parallel communication with matrix products. Needs CUDA and compile."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Whether gathered parameters are freed after their forward. default: the embedding's and those of all blocks but
-    the last, and none where data_parallel_shard_degree is 1. always: those of final norm and head too."""
+    """Whether gathered parameters are freed after their forward pass. default: those of the embedding and of all blocks
+    but the last, or none where data_parallel_shard_degree is 1. always: also those of the final norm and the head."""
     fsdp_buffers: Literal["auto", "direct", "flat"] = "auto"
-    """How FSDP2 moves a unit's weights and gradients. flat: its own way, weights copied out of one buffer and gradients
-    into one. direct: each from and to its own place, which saves those copies. auto: direct on GPUs, unless this
-    torch's FSDP2 is one that it does not know."""
+    """How FSDP2 moves weights and gradients. flat: its own way, copying weights out of one buffer and
+    gradients into another. direct: each tensor from and to its own memory, which saves those copies. auto: direct on
+    GPUs, unless this torch has an FSDP2 that we do not know."""
     fsdp_wide_gradients: bool | None = None
-    """Let matrix products write the gradients of their weights in float32, in which FSDP2 reduces them, and reduce them
-    from there, instead of in bfloat16 to be widened: a pass over all gradients less, and a rounding. For several
-    shards, bfloat16 weights and direct buffers, without tensor parallelism or a memory budget. Of all matrices but a
-    tied head.
-    A block's take 2 bytes an element more in its backward pass. So do the head's while the loss is computed, which a
-    loss.chunk_size of 2048 more than makes up for. None: wherever it can be, but not with float8, where it was not
-    timed, and in eager mode not with activation checkpointing, which would run one product of each block for
+    """Let matrix products write the gradients of their weights in float32, the dtype in which FSDP2 reduces them,
+    instead of in bfloat16 to be widened afterwards. That saves a pass over all gradients, and a rounding. It needs
+    several shards, bfloat16 weights and direct buffers, works with neither tensor parallelism nor a memory budget, and
+    covers all matrices but a tied head.
+    It takes 2 more bytes per element: of a block's weights in its backward pass, and of the head's while the loss is
+    computed, which a loss.chunk_size of 2048 more than makes up for. None: wherever possible, except with float8, where
+    it was not timed, and in eager mode with activation checkpointing, which would run one product of each block for
     nothing."""
     single_device: Literal["auto", "fsdp", "masters", "bfloat16"] = "auto"
-    """What a single device that computes in bfloat16 keeps. fsdp: float32 weights, cast by FSDP2 in every step.
-    masters: bfloat16 weights, and float32 ones that the optimizer updates and rounds into them; the same arithmetic,
-    with fewer copies. bfloat16: bfloat16 weights and moments only, which loses small updates. auto:
-    masters, but fsdp where weights are offloaded or `optimizer.implementation` is not fused."""
+    """How a single device that computes in bfloat16 keeps its weights. fsdp: in float32, cast by FSDP2 in every step.
+    masters: in bfloat16, beside float32 masters that the optimizer updates and rounds into them; the same arithmetic
+    with fewer copies. bfloat16: weights and moments in bfloat16 alone, which loses small updates. auto: masters, or
+    fsdp where weights are offloaded or `optimizer.implementation` is not fused."""
 
 
 @dataclass(frozen=True)
@@ -208,11 +210,11 @@ class ActivationCheckpoint:
     """What the backward pass computes again. none: nothing; full: each block; selective: see selective_ac_option;
     pointwise: norms, rotary embedding and SiLU x mul, no matrix product; memory_budget: the compiler's choice."""
     selective_ac_option: str = "op"
-    """With selective: an integer N (every Nth block in full), "op" (attention outputs and every second matrix product
-    are kept), or "attention" (attention's inputs and outputs are kept: less memory than op, and attention does not run
-    twice as in full)."""
+    """With selective: an integer N (every Nth block is recomputed in full), "op" (attention outputs and every second
+    matrix product are kept), or "attention" (attention's inputs and outputs are kept: less memory than op, and unlike
+    with full, attention does not run twice)."""
     memory_budget: float = 0.5
-    """With memory_budget: 0 keeps only block inputs, 1 is the compiler's own choice."""
+    """With memory_budget: 0 keeps only the blocks' inputs, 1 is what the compiler keeps by itself."""
 
 
 @dataclass(frozen=True)
@@ -220,9 +222,9 @@ class Compile:
     enable: bool = False
     """Compile what `components` names with torch.compile(fullgraph=True)."""
     components: tuple[CompileComponent, ...] = ("blocks", "norm", "loss", "optimizer")
-    """blocks: each decoder block. norm: the last norm. loss: cross entropy on a chunk of logits, where it is the
-    reference's. optimizer: clipping and AdamW, one pass over each tensor. model: the whole model with its loss as one
-    graph instead of blocks, norm and loss; without FSDP2."""
+    """blocks: each decoder block. norm: the final norm. loss: cross entropy on a chunk of logits, unless a kernel
+    computes it. optimizer: clipping and AdamW, in one pass over each tensor. model: instead of blocks, norm and loss,
+    the whole model with its loss as one graph; not with FSDP2."""
     backend: str = "inductor"
     """torch.compile's backend."""
     coordinate_descent: bool = False
@@ -230,14 +232,14 @@ class Compile:
     max_autotune: bool = False
     """Let Inductor time several kernels for each matrix product and take the fastest. The first step takes minutes."""
     cache_folder: str | None = None
-    """Where compiled code is kept for the next run, which may be on another machine of the same kind. None: torch's
-    own place, which is temporary."""
+    """Where to keep compiled code for the next run, which may be on another machine of the same kind. None: torch's
+    default, a temporary folder."""
     canary: bool = True
     """Before the run, compare the gradients of one compiled block with those of plain eager PyTorch, and stop where
     they differ."""
 
     def takes(self, *components: CompileComponent) -> bool:
-        """Whether one of them is compiled. Decoder blocks are by "blocks", and within the "model"."""
+        """Whether one of them is compiled. To ask for decoder blocks name both "blocks" and "model"."""
         return self.enable and not set(components).isdisjoint(self.components)
 
 
@@ -247,8 +249,8 @@ class Float8:
     """Compute the blocks' matrix products, forward and backward, in float8. Ada, Hopper and newer; meant for
     compile.enable. The head stays as it is, and so do weights, optimizer and checkpoints."""
     recipe_name: Literal["tensorwise", "rowwise"] = "tensorwise"
-    """How operands are scaled to float8's range. tensorwise: by one number, the fastest. rowwise: by one for each row,
-    which loses less where single tokens or channels are large."""
+    """How operands are scaled to float8's range. tensorwise: by one number, which is fastest. rowwise: by a number for
+    each row, which loses less where single tokens or channels are large."""
 
 
 @dataclass(frozen=True)
@@ -262,54 +264,55 @@ class Kernels:
     cross_entropy: KernelChoice = "auto"
     """Cross entropy and its gradient on a chunk of logits."""
     reemit: KernelChoice = "auto"
-    """Norm + projection and SwiGLU + projection as units that save less and write it again in the backward pass. With
-    pointwise recomputation, which they make needless, the down projection runs twice; auto is the reference there."""
+    """Norm + projection and SwiGLU + projection as units that save less for the backward pass and compute it again.
+    They make pointwise recomputation needless: with both, the down projection would run twice, so auto is the reference
+    there."""
     attention: Literal["auto", "cudnn", "flash", "fa3", "fa4", "efficient", "math"] = "auto"
     """Backend of scaled_dot_product_attention. auto: cuDNN first on Hopper and newer, flash first elsewhere. fa3, fa4:
     FlashAttention 3 or 4 through torch, where its package is installed."""
     carry_residual: bool | None = None
-    """Pass (branch, residual) from block to block, so that a block's last add fuses with the next one's first norm. It
-    costs memory where blocks compute again from what they were given, which is then two tensors, and the compiler a
-    graph more, of the first block. None: on GPUs, where blocks are compiled and nothing is computed again, but not with
-    float8 or tensor parallelism, with which it was not timed."""
+    """Pass (branch, residual) from block to block, so that a block's last add fuses with the next one's first norm.
+    Where blocks are recomputed this costs memory, since two tensors are kept for each instead of one; and the compiler
+    makes one more graph, for the first block. None: on GPUs where blocks are compiled and nothing is recomputed, except
+    with float8 or tensor parallelism, with which it was not timed."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     enable: bool = True
-    """Save checkpoints, and go on from the newest one at start."""
+    """Save checkpoints, and continue from the newest one at start."""
     folder: str = "checkpoint"
-    """Their folder in the run directory; every rank must see what the others write there."""
+    """The folder of the checkpoints in the run directory; every rank must see what the others write there."""
     interval: int = 500
     """Steps between saves; the last step is always saved. 0: not by steps."""
     interval_minutes: float = 0.0
     """Minutes between saves by rank 0's clock, besides `interval`. 0: not by time."""
     keep_latest_k: int = 3
-    """Checkpoints older than so many whole ones are deleted, once the next is written: the disk needs room for one
-    more. 0 keeps all."""
+    """How many whole checkpoints to keep; older ones are deleted. The disk needs room for one more, since that happens
+    after the next one is written. 0 keeps all."""
     initial_load_path: str | None = None
     """Weights to begin with, while the run has no checkpoint of its own: a folder of Hugging Face Llama safetensors,
     one of Meta's files, a checkpoint folder, or a run directory. The optimizer begins anew at step 0."""
     initial_load_changes: bool = False
-    """Accept that rope_theta, rope_scaling or norm_eps differ from those of the initial weights, as for a longer
-    context."""
+    """Accept that rope_theta, rope_scaling or norm_eps differ from those of the initial weights, as when training for a
+    longer context."""
     load_step: int = -1
-    """Go on from this step's checkpoint; later ones are renamed, not deleted. Started again by the same command, the
-    run goes on from what it has saved since. -1: the newest that is whole."""
+    """Continue from this step's checkpoint; later ones are renamed, not deleted. Started again with the same command,
+    the run continues from what it has saved since. -1: from the newest whole one."""
     save_timeout_seconds: float = 1800.0
     """How long a save may take before it counts as hanging."""
     strict: bool = False
-    """Stop where the newest checkpoint is damaged, instead of going on from the one before."""
+    """Stop where the newest checkpoint is damaged, instead of continuing from the one before it."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """async: copy to host memory and write in the background; async_with_pinned_mem: through pinned memory, which needs
-    CUDA, and which torch 2.11 pins anew for each save."""
+    """async: copy to host memory and write in the background. async_with_pinned_mem: the same through pinned memory,
+    which needs CUDA and which torch 2.11 pins anew for each save."""
     on_save_error: Literal["abort", "continue"] = "abort"
     """What a failed save does to the run. The last one and one on a signal always end it with an error."""
     max_failed_saves: int = 3
-    """With continue: more failed saves in a row end the run."""
+    """With continue: more failed saves than this in a row end the run."""
     data_state: Literal["exact", "reset"] = "exact"
-    """What to do where the saved data position cannot be continued (other data, tokenizer, seed or sequence length, or
-    a stream on another number of ranks). exact: refuse; reset: begin the data again."""
+    """What to do where the data cannot be continued from the saved position (other data, tokenizer, seed or sequence
+    length, or a stream on another number of ranks). exact: refuse; reset: begin the data again."""
 
 
 @dataclass(frozen=True)
@@ -319,8 +322,8 @@ class Validation:
     dataset_path: str | None = None
     """Local data to measure on. None: every hundredth document (by its number) of local training data is set aside."""
     freq: int = 100
-    """Steps between measurements; the last step is always measured. What a stop left out is made up for at the next
-    start."""
+    """Steps between measurements; the last step is always measured. A measurement that a stop has prevented is made up
+    for at the next start."""
     steps: int = 8
     """Batches per measurement."""
 
@@ -328,7 +331,7 @@ class Validation:
 @dataclass(frozen=True)
 class Metrics:
     log_freq: int = 10
-    """Steps between log lines. Each waits for the device, which other steps do not."""
+    """Steps between log lines. A step that is logged waits for the device, others do not."""
     enable_tensorboard: bool = True
     """Write TensorBoard events."""
     save_tb_folder: str = "tb"
@@ -358,10 +361,11 @@ class Profiling:
 @dataclass(frozen=True)
 class Comm:
     init_timeout_seconds: int = 300
-    """How long the meeting of the ranks, the first step with its compilation, a validation or a sample may take."""
+    """How long it may take the ranks to find each other, and how long the first step with its compilation, a validation
+    or a sample may take."""
     timeout_seconds: float = 100.0
-    """How long any phase of a step may take after that, waiting for data included; then the run is ended with the
-    name of the rank that hangs, its phase and its stack."""
+    """How long any phase of a later step may take, including the wait for data. After that the run is ended, naming the
+    rank that hangs, its phase and its stack."""
 
 
 @dataclass(frozen=True)
@@ -417,14 +421,14 @@ class Config:
 
 
 _Flagless = tyro.conf.FlagConversionOff[Config]
-"""Takes --table.key True, as TOML does, and no --table.key alone."""
+"""Takes `--table.key True`, as TOML does, and not `--table.key` alone."""
 
 SHAPE_KEYS = tuple(field.name for field in dataclasses.fields(ModelShape))
 """The keys of [model] that override the flavor's."""
 
 
 def model_shape(model: Model) -> ModelShape:
-    """The flavor's shape with the overrides of `[model]`; refused by ConfigError where it is no Llama."""
+    """The flavor's shape with the overrides of `[model]`; ConfigError where the result is not a valid Llama."""
     if model.flavor not in FLAVORS:
         hint = f"{did_you_mean(model.flavor, FLAVORS)}known: {', '.join(FLAVORS)}"
         raise ConfigError(f"unknown model.flavor {model.flavor!r}", hint)
@@ -438,12 +442,12 @@ def model_shape(model: Model) -> ModelShape:
 
 
 def model_of(shape: ModelShape) -> Model:
-    """The [model] table with the fewest overrides that `model_shape` makes this shape of."""
+    """The inverse of `model_shape`: the [model] table with the fewest overrides that gives this shape."""
 
     def overrides(flavor: str) -> dict[str, Any]:
         return {name: value for name, value in vars(shape).items() if getattr(FLAVORS[flavor], name) != value}
 
-    # An override can change a stretch of the wavelengths, not take it away.
+    # An override can change rope_scaling, but not remove it.
     flavors = [name for name, known in FLAVORS.items() if shape.rope_scaling or not known.rope_scaling]
     flavor = min(flavors, key=lambda name: len(overrides(name)))
     changes = overrides(flavor)
@@ -483,7 +487,7 @@ def from_options(options: dict[str, list[str]]) -> Config:
 
 
 def _expanded(path: str) -> str:
-    """With the home folder for a leading ~, for which no shell puts it behind a = or in a file."""
+    """With a leading ~ replaced by the home folder, which no shell does after a `=` or in a file."""
     is_at_home = path == "~" or path.startswith("~/")
     return os.path.expanduser(path) if is_at_home else path  # noqa: PTH111 (Path's raises where there is no home)
 
@@ -562,11 +566,11 @@ _TORCHTITANS = {
         for kind in ("pipeline", "context", "expert")
     },
 }
-"""What to do about keys that torchtitan has under another name, or that have no like here."""
+"""What to do about keys that torchtitan has under another name, or that have no counterpart here."""
 
 
 def _close_key(name: str) -> str | None:
-    """The key that is most likely meant: of this name or nearly, in this table or nearly."""
+    """The key that is most likely meant: one with this name or a similar one, in this table or a similar one."""
     table, _, leaf = name.rpartition(".")
     tables: dict[str, list[str]] = {}
     for key in known_keys():
@@ -669,7 +673,7 @@ def _value(config: Config, name: str) -> Any:
 
 @dataclass(frozen=True)
 class _Needs:
-    """Settings that do something only where another is what they need."""
+    """Settings that have an effect only where another setting has the right value."""
 
     settings: tuple[str, ...]
     """Each a `table.key`, or a `table` for all of its others."""
@@ -679,7 +683,7 @@ class _Needs:
     """None: whatever counts as true."""
 
     def lacks(self, config: Config) -> str:
-        """What stands against them; empty where they count."""
+        """Why the settings have no effect; empty where they have one."""
         found = {name: _value(config, name) for name in self.switches}
         if any(value in self.values if self.values is not None else value for value in found.values()):
             return ""
@@ -713,7 +717,7 @@ _OF_FSDP = _Needs(
 
 
 def without_effect(config: Config, sharded: bool) -> list[str]:
-    """Of every setting that is not its default's and changes nothing: its value, and what stands against it. sharded:
+    """A line for every setting that differs from its default and has no effect: its value, and why. sharded: whether
     FSDP2 is used."""
     found, defaults = [], Config()
     against = {needs: needs.lacks(config) for needs in _NEEDS}
@@ -733,12 +737,12 @@ RUN_FILES = frozenset(
         "run.lock", ".run.lock.guard", ".config.toml.tmp", "last_saved.txt", ".last_saved.txt.tmp",
     }
 )  # fmt: skip
-"""What a run directory has under these names, whatever its config."""
+"""Names in a run directory that are taken, whatever the config."""
 
 
 def _check_folders(config: Config, problems: Problems) -> None:
-    """Folders that a run writes may lie in its directory or elsewhere, but not in each other's way: a trace of a step
-    has the name of a checkpoint."""
+    """The folders that a run writes may lie in its directory or elsewhere, but not in each other: a step's trace has
+    the same name as its checkpoint."""
     run_dir = Path(os.path.normpath(Path(config.job.dump_folder).absolute()))
     taken: dict[Path, str] = {}
     for name in (
@@ -774,7 +778,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "optimizer.lr": (0, float("inf"), "0 or more"),
     "optimizer.beta1": (0, 0.9999999, "in [0, 1)"),
     "optimizer.beta2": (0, 0.9999999, "in [0, 1)"),
-    "optimizer.eps": (1e-30, float("inf"), "at least 1e-30"),  # a token not yet seen has 0 / (0 + eps)
+    "optimizer.eps": (1e-30, float("inf"), "at least 1e-30"),  # the update of a token not yet seen is 0 / (0 + eps)
     "optimizer.weight_decay": (0, float("inf"), "0 or more"),
     "lr_scheduler.warmup_steps": (0, float("inf"), "0 or more"),
     "lr_scheduler.total_steps": (1, float("inf"), "at least 1"),
