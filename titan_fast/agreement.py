@@ -1,4 +1,4 @@
-"""What ranks must decide alike, summed in the reduction that the gradient's norm needs anyway."""
+"""Decisions that all ranks must take alike, agreed in the all-reduce that the gradient's norm needs anyway."""
 
 from typing import NamedTuple
 
@@ -20,25 +20,25 @@ class Agreed(NamedTuple):
 class Agreement:
     """Asks before the reduction, answers after it.
 
-    On CUDA the answer is that of the step before: it has been copied to pinned host memory while this step was being
-    queued, so reading it waits for no more than the beginning of the device's current work.
+    On CUDA the answer is that of the step before. It was copied to pinned host memory while this step was being queued,
+    so reading it hardly waits.
     """
 
     @staticmethod
     def steps_to_stop(device: torch.device) -> int:
-        """How many steps may end between a signal and the stop: the one that is running, the one in whose reduction the
-        wish is, and on CUDA the one that is told."""
+        """How many steps may still end after a signal: the one that is running, the one whose reduction carries the
+        wish, and on CUDA the one after, which reads the answer."""
         return 3 if device.type == "cuda" else 2
 
     def __init__(self, device: torch.device) -> None:
-        self._constants = torch.tensor([0.0, 1.0], device=device)  # on the device already: asking copies nothing
+        self._constants = torch.tensor([0.0, 1.0], device=device)  # kept on the device, so that asking copies nothing
         self._on_device = device.type == "cuda"
         self._copies: list[tuple[Tensor, torch.cuda.Event]] = []
         self._unanswered = Agreed(False, False, False)
 
     def ask(self, loss: Tensor, stop: bool, save: bool, save_failed: bool) -> Tensor:
-        """[4] float32 to be summed over the ranks: this rank's part of the loss, then its wishes. A wish
-        whose answer is pending is not repeated: it would be granted twice."""
+        """[4] float32 to be summed over the ranks: this rank's part of the loss, then its wishes. A wish whose answer
+        is still pending is not repeated, or it would be granted twice."""
         wishes = Agreed(stop, save, save_failed)
         new = [wish and not said for wish, said in zip(wishes, self._unanswered, strict=True)]
         self._unanswered = Agreed(*(a or b for a, b in zip(new, self._unanswered, strict=True)))

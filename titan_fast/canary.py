@@ -1,4 +1,4 @@
-"""Before a compiled run: do compiled gradients agree with plain PyTorch's? Compilers have had silent errors there."""
+"""Before a compiled run: do compiled gradients agree with plain PyTorch's? Compilers have silently got them wrong."""
 
 import dataclasses
 import logging
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 FLOAT32_BOUND = 1e-4
 """Largest relative error (Frobenius) of a float32 gradient; a right one is about 1e-6."""
 SLACK = 3.0
-"""In a lower precision: how many times eager's own error against float32 the compiled error may be."""
+"""In a lower precision the compiled error against float32 may be this many times that of eager PyTorch."""
 
 
 def check(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegrees, device: torch.device) -> None:
-    """`check_compiled_gradients` at the run's own sizes and dtype, where the config compiles blocks and wants it. Of a
-    batch that tensor parallelism shares, a rank's part."""
+    """`check_compiled_gradients` at the run's own sizes and dtype, where the config compiles blocks and asks for it.
+    With tensor parallelism, on a rank's part of the batch."""
     training, dtype = config.training, precision(config.training, device).param
     if not (config.compile.canary and config.compile.takes("blocks", "model")):
         return
@@ -78,7 +78,7 @@ def check_compiled_gradients(
         least = torch.finfo(dtype).eps
         bounds = {name: SLACK * max(_error(eager[name], exact[name]), least) for name in exact}
     errors = {name: _error(found[name], exact[name]) for name in exact}
-    wrong = [name for name in errors if not errors[name] <= bounds[name]]  # a NaN is no less than anything
+    wrong = [name for name in errors if not errors[name] <= bounds[name]]  # `not <=`, so that NaN counts as wrong
     if wrong:
         name = max(wrong, key=lambda name: errors[name] / bounds[name])
         raise NumericsError(
@@ -93,9 +93,8 @@ def check_compiled_gradients(
 
 
 def exact_ops(device: torch.device) -> Ops:
-    """The reference, with an attention that computes float32 without the matrix of all scores: on CUDA that is the
-    memory-efficient one alone, which knows no grouped heads. (The formula would take 32 GiB a matrix for 4 x 8192
-    tokens of the 1B.)"""
+    """The reference, with an attention in float32 that does not store all scores (32 GiB for 4 x 8192 tokens of the
+    1B). On CUDA only the memory-efficient backend can do that, and it knows no grouped heads."""
     if device.type != "cuda":
         return REFERENCE
     return dataclasses.replace(REFERENCE, attention=with_equal_heads(attention_with([SDPBackend.EFFICIENT_ATTENTION])))
@@ -126,8 +125,8 @@ def _gradients(block: nn.Module, x: Tensor, dy: Tensor, rope: tuple[Tensor, Tens
 
 
 def _one_by_one(block: nn.Module, x: Tensor, dy: Tensor, rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """`_gradients`, sequence after sequence, summed in float32: eager PyTorch keeps several times as much of a batch as
-    a run that recomputes does."""
+    """`_gradients` of one sequence at a time, summed in float32: for a whole batch, eager PyTorch keeps several times
+    as much memory as a run that recomputes."""
     inputs, total = [], {}
     for one, upstream in zip(x.split(1), dy.split(1), strict=True):
         found = _gradients(block, one, upstream, rope)

@@ -1,8 +1,8 @@
 """One rank of any world on any machine: `--job.dry_run True --job.world_size 512`.
 
-The model is built and parallelized as rank 0 of that many GPUs, and goes through one step's shapes: forward, backward,
-clipping, optimizer. Tensors have no memory and collectives no partners, so nothing is computed; what cannot work in the
-cluster fails here, with the same sentence, but for data, tokenizer and kernels, which are not looked at.
+The model is built and parallelized as rank 0 of that many GPUs, and goes through the shapes of one step: forward,
+backward, clipping, optimizer. Tensors have no memory and collectives no partners, so nothing is computed. What cannot
+work in the cluster fails here with the same sentence, except for data, tokenizer and kernels, which are not checked.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from titan_fast.step import residual_is_carried, workload
 OFFLOADED = ("parameters", "optimizer state")
 """Parts of memory that `training.enable_cpu_offload` keeps in the host's; the same at every moment of a step."""
 
-# What the cluster has and this machine may not. Naming the device needs none.
+# The cluster's device. This machine need not have one to name it.
 GPU = torch.device("cuda")
 
 
@@ -54,8 +54,8 @@ def dry_run(config: Config) -> None:
 
 
 def as_on_a_gpu(config: Config, degrees: MeshDegrees) -> Config:
-    """`config` with what depends on the device resolved as the cluster resolves it, and without what only a GPU can
-    do: the operators' shapes and what they save are the same whoever computes them."""
+    """`config` with everything that depends on the device resolved as on a GPU, but with the reference for every
+    operator: shapes, and what is saved for the backward pass, are the same whatever computes them."""
     dtypes = parallel.precision(config.training, GPU)
     name = str(dtypes.param).removeprefix("torch.")
     off = "reference"
@@ -73,8 +73,8 @@ def as_on_a_gpu(config: Config, degrees: MeshDegrees) -> Config:
 
 
 def one_step(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegrees, passes: int) -> DeepStep:
-    """The step's memory; needs a process group of that size. All blocks after the first few are alike, so that a deep
-    model is not gone through block by block."""
+    """The step's memory; needs a process group of that size. All blocks after the first few are alike, so a deep model
+    need not be counted block by block."""
 
     def count(n_layers: int) -> list:
         return count_step(config, dataclasses.replace(shape, n_layers=n_layers), ops, degrees, passes)

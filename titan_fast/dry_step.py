@@ -1,4 +1,4 @@
-"""A step on random tokens before any data is read: what does not fit shows now, not after hours of preparing data."""
+"""A step on random tokens before any data is read: too little memory shows now, not after hours of preparing data."""
 
 import logging
 
@@ -22,8 +22,8 @@ def is_wanted(config: Config, device: torch.device) -> bool:
 def take(
     model: Llama, optimizer: torch.optim.Optimizer, config: Config, degrees: MeshDegrees, device: torch.device
 ) -> None:
-    """Forward and backward of full batches, twice where gradients accumulate, and the optimizer's memory. The loss is
-    scaled by 0 and no step is taken, so the model is as it was."""
+    """Forward and backward of a full batch (of two where gradients accumulate), with the optimizer's state allocated.
+    The loss is scaled by 0 and no step is taken, so the model stays as it was."""
     compiles = ", which compiles all that is left to compile" if config.compile.enable else ""
     log.info("a first step on random tokens, to see that it fits (training.dry_step)%s", compiles)
     training = config.training

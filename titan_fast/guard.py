@@ -17,8 +17,8 @@ from titan_fast.log_file import LogFile
 from titan_fast.run_history import BAD_STEPS
 
 WINDOW, LEAST, DEVIATIONS = 128, 32, 6.0
-"""A spike is this many standard deviations above the mean of the last WINDOW losses that were none, of which there must
-be LEAST. As many spikes in a row are the usual from then on."""
+"""A spike is a loss this many DEVIATIONS above the mean of the last WINDOW losses that were not spikes; there must be
+at least LEAST of those. After LEAST spikes in a row, their level is taken to be the normal one."""
 
 
 class _Step(NamedTuple):
@@ -29,14 +29,14 @@ class _Step(NamedTuple):
 
 
 class StepGuard:
-    """Decides on the device, with the norm that all ranks share; the host looks when it waits anyway."""
+    """Decides on the device, from the norm that all ranks share. The host looks at the outcome when it waits anyway."""
 
     def __init__(self, training: Training, device: torch.device, run_dir: Path, is_main: bool) -> None:
         self.limit = 0 if training.on_nonfinite == "stop" else training.max_skipped_steps
         self._file = LogFile(run_dir / BAD_STEPS)
         self.run_dir, self.is_main, self._is_stream = run_dir, is_main, is_hub(training)
         self.skipped = 0
-        """Steps of this process that were not applied, as far as the host has looked."""
+        """How many steps of this process were not applied, as far as the host has looked."""
         self.last_was_bad = False
         """Whether the last step that the host has looked at was not applied."""
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
@@ -46,8 +46,9 @@ class StepGuard:
         self._spikes: list[float] = []  # in a row
 
     def judge(self, step: int, position: dict[str, Any], loss: Tensor, norm: Tensor) -> Tensor:
-        """0-dim float32 on the device, not 0 where the step must not be applied: its norm is not finite, or the run is
-        past saving. `loss` is the global batch's, `norm` the gradient's, both 0-dim and the same on every rank."""
+        """0-dim float32 on the device, nonzero where the step must not be applied: its norm is not finite, or an
+        earlier step has already ended the run. `loss` is the global batch's, `norm` the gradient's, both 0-dim and the
+        same on every rank."""
         bad = ~torch.isfinite(norm)
         self._in_a_row = torch.where(bad, self._in_a_row + 1, 0)
         stops = (self._in_a_row > self.limit) & (self._stopped_at == 0)
@@ -56,7 +57,7 @@ class StepGuard:
         return (bad | (self._stopped_at != 0)).float()
 
     def look(self) -> list[str]:
-        """What there is to say of the steps since the last look; NumericsError where the run must stop. Waits for the
+        """Lines for the log about the steps since the last look; NumericsError where the run must stop. Waits for the
         device."""
         steps, self._unseen = self._unseen, []
         if not steps:
@@ -90,7 +91,7 @@ class StepGuard:
         return lines
 
     def close(self) -> None:
-        """Writes what a full disk has made wait."""
+        """Writes what a full disk has held up."""
         self._file.close()
 
     def _spike(self, loss: float) -> float | None:
@@ -111,7 +112,7 @@ class StepGuard:
 
     def _where(self, item: _Step) -> str:
         words = "data: " + ", ".join(f"{key} {value}" for key, value in item.position.items())
-        if self._is_stream or "last_sample" not in item.position:  # whose documents are not kept
+        if self._is_stream or "last_sample" not in item.position:  # a stream's documents are not kept
             return words
         samples = f"{item.position['first_sample']}:{item.position['last_sample']}"
         folder = shlex.quote(str(self.run_dir))

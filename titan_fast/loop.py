@@ -50,8 +50,8 @@ from titan_fast.watchdog import Limit, Watchdog
 
 
 def train(config: Config, start: StartTimes | None = None) -> None:
-    """Runs `config` to its last step. What can be refused is refused before there is a process group. start: what came
-    before this call is a part of it."""
+    """Runs `config` to its last step. Whatever can be refused is refused before there is a process group. start: the
+    times so far, of a start that began before this call."""
     start = start or StartTimes()
     degrees = mesh_degrees(config.parallelism, distributed.world_size())
     grad_accum_steps(config.training, degrees.data)
@@ -155,7 +155,7 @@ class Run:
         limit = Limit(config.comm.timeout_seconds, "comm.timeout_seconds")
         self.watchdog = Watchdog(world, limit, self.metrics.say, self.metrics.write_down)
         self.patience = Limit(config.comm.init_timeout_seconds, "comm.init_timeout_seconds")
-        self.save_is_owed = False  # one was due after a step that was not applied
+        self.save_is_owed = False  # a save was due after a step that was not applied, and is made up for
 
     def _resume(self) -> Progress:
         found = self.checkpointer.load(self.model, self.optimizer) if self.config.checkpoint.enable else None
@@ -228,7 +228,7 @@ class Run:
         finally:
             gc.enable()
             self.loader.close()
-            self.checkpointer.close()  # while the folder is still this run's, and the ranks still hear each other
+            self.checkpointer.close()  # while the run still holds its lock and its process group
             self._say_notes()
             self.compile_report.close()
             self.guard.close()
@@ -238,10 +238,10 @@ class Run:
             if not config.checkpoint.enable:
                 saved = "nothing was saved, for checkpoint.enable is False"
             self.metrics.say(f"stopped by {self.stop.received or 'a signal to another rank'}; {saved}")
-        self.world.barrier()  # a launcher may end all hosts as soon as the first is done, and rank 0 has much to say
+        self.world.barrier()  # a launcher may end all hosts when the first is done, while rank 0 is still busy
 
     def _one_step(self, step: int) -> bool:
-        """A step, and what is due after it. True where the ranks have agreed to stop before the last one, and have
+        """A step, and what is due after it. True where the ranks have agreed to stop before the last step, and have
         saved."""
         config, started = self.config, time.perf_counter()
         last = step == config.training.steps
@@ -258,7 +258,7 @@ class Run:
             must_save or agreed.save or self.save_is_owed or due(config.checkpoint.interval)
         )
         logs = due(config.metrics.log_freq) or step == self.first_step or stops
-        # Looking at the outcome waits for a GPU, so there it is done where the host waits anyway.
+        # To look at the outcome the host must wait for the GPU, so it looks only when it waits anyway.
         if saves or logs or self.world.device.type == "cpu":
             for line in self.guard.look():
                 self.metrics.say(line)
@@ -273,7 +273,7 @@ class Run:
                 extra=self._extra_metrics(),
             )
         validates = self.validation_loader is not None and due(config.validation.freq) and not stops
-        hurries = last and agreed.stop  # a save comes first, for who sent the signal may not wait
+        hurries = last and agreed.stop  # then the save comes first: whoever sent the signal may not wait
         if validates and not hurries:
             self.validate(step)
         if not last and due(config.metrics.sample_freq) and not stops:
@@ -324,8 +324,8 @@ class Run:
         return {name: value for name, value in extra.items() if value}
 
     def _owes_validation(self) -> bool:
-        """Whether the step that the run goes on from was to be measured and was not, for the process before this one
-        was told to stop, or was killed. The ranks agree."""
+        """Whether validation was due after the step that the run continues from, but the process before this one was
+        stopped or killed before it. The same on every rank."""
         step, settings = self.progress.step, self.config.validation
         if step == 0 or self.validation_loader is None or not _is_due(step, self.config.training.steps, settings.freq):
             return False
@@ -348,7 +348,7 @@ class Run:
         prompt, length = self.config.metrics.sample_prompt, self.config.metrics.sample_tokens
         if not prompt:
             return
-        if self.degrees.tensor > 1:  # which cuts sequences, and a sequence of one token cannot be cut
+        if self.degrees.tensor > 1:  # it shards sequences, and a sequence of one token cannot be sharded
             self.metrics.say("no sample: text is generated without tensor parallelism, by titan_fast.generate")
             return
         self.watchdog.at(step, "sample", self.patience)

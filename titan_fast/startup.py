@@ -1,4 +1,4 @@
-"""What a run does before anything else: where its log goes, its seeds, and what it says of itself."""
+"""What a run does first: connects its log to the console, sets seeds, and describes itself."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ from titan_fast.tokenizer import Tokenizer
 
 @contextmanager
 def logged_to_console(is_main: bool) -> Iterator[None]:
-    """Shows what the project's modules log, of other processes than the main one only errors."""
+    """Shows on the console what the project's modules log; for all but the main process, errors only."""
     logger, handler = logging.getLogger("titan_fast"), logging.StreamHandler(Console(sys.stdout))
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
@@ -52,8 +52,8 @@ def startup_lines(
     ops: Ops,
     progress: Progress,
 ) -> list[tuple[str, str]]:
-    """(label, text) of the model, the data, the mesh, the batch with its multiplication, and every choice with its
-    reason. `data` is the loader's own description."""
+    """(label, text) for the model, the data, the mesh, how the batch is made up, and every choice with its reason.
+    `data` is the loader's own description."""
     training, compiles = config.training, config.compile
     dtypes, devices = precision(training, device), degrees.data * degrees.tensor
     dtype = str(dtypes.param).removeprefix("torch.")

@@ -28,7 +28,7 @@ from titan_fast.parallel import (
 def workload(config: Config, shape: ModelShape, degrees: MeshDegrees) -> Workload:
     """What one device computes in a pass, for the choice of kernels."""
     tokens = config.training.local_batch_size * config.training.seq_len
-    gpu = torch.device("cuda")  # where choices are by measurement
+    gpu = torch.device("cuda")  # only there are kernels chosen by measurement
     return Workload(
         shape,
         tokens,
@@ -54,7 +54,7 @@ def residual_is_carried(config: Config, degrees: MeshDegrees) -> bool:
 
 
 def meta_model(config: Config, shape: ModelShape, ops: Ops) -> Llama:
-    """The whole model, without memory."""
+    """The whole model on the meta device, which takes no memory."""
     loss = torch_linear_cross_entropy
     if config.loss.implementation == "chunked":
         loss = LinearCrossEntropy(ops, config.loss.chunk_size, config.loss.z_loss)
@@ -79,8 +79,8 @@ def build_model(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegree
 
 
 def one_over_valid_tokens(batches: Sequence[Batch], degrees: MeshDegrees) -> Tensor:
-    """1 / (tokens with a label in the global batch), 0-dim float32 on the device: what makes the loss a mean however
-    unequally the ranks' batches are filled."""
+    """1 / (tokens with a label in the global batch), 0-dim float32 on the device. Scaled by it, the loss is the mean
+    over tokens, even where ranks have different numbers of labels."""
     valid = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum().float()
     dist.all_reduce(valid)
     return degrees.tensor / valid.clamp(min=1.0)

@@ -18,7 +18,7 @@ def main() -> None:
     if config.job.print_config:
         sys.stdout.write(tomli_w.dumps(to_dict(config)))
         return
-    # Read when CUDA is first used: freed memory of any size can be given to tensors of another.
+    # Read when CUDA is first used. With expandable segments freed memory can be reused by tensors of another size.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # After parsing, so that --help and a wrong key are answered before the seconds that importing torch takes.
@@ -27,7 +27,8 @@ def main() -> None:
 
         dry_run(config)
     else:
-        # Nothing that is imported is garbage. Looking for some takes a fifth of the time, and again at each later look.
+        # Nothing that is imported is garbage. Looking for garbage takes a fifth of the import time; freezing spares
+        # later collections the same objects.
         gc.disable()
         from titan_fast.loop import train
 
