@@ -17,8 +17,8 @@ from titan_fast.log_file import LogFile
 from titan_fast.run_history import BAD_STEPS
 
 WINDOW, LEAST, DEVIATIONS = 128, 32, 6.0
-"""A spike is a loss this many DEVIATIONS above the mean of the last WINDOW losses that were not spikes; there must be
-at least LEAST of those. After LEAST spikes in a row, their level is taken to be the normal one."""
+"""A spike is a loss over DEVIATIONS standard deviations above the mean of the last WINDOW losses that were not spikes;
+there must be at least LEAST of those. After LEAST spikes in a row, their level is taken to be the normal one."""
 
 
 class _Step(NamedTuple):

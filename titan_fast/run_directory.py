@@ -34,10 +34,10 @@ _TOKENIZER_KEYS = {"model": ("flavor", "vocab_size"), "training": _TEXT_KEYS, "d
 
 
 def open_run_directory(config: Config) -> Path:
-    """The folder `job.dump_folder`, made if need be and found writable; ConfigError where it is not, or where it holds
-    a run of another model or other data, or one that this config would begin over; CheckpointError where its
-    checkpoints are gone or links. Of a start that failed before it trained, only the tokenizer binds. Every process may
-    call it, before there is a process group."""
+    """The folder `job.dump_folder`, created if it does not exist. ConfigError where it is not writable, or holds a run
+    of another model or other data, or one that this config would start over; CheckpointError where its checkpoints are
+    gone or are links. If the run in it never trained a step, only its tokenizer must fit. Every process may call this,
+    before there is a process group."""
     folder = Path(config.job.dump_folder)
     if any(holding(path) for path in checkpoints(folder).values()):
         what = "job.dump_folder is a folder of checkpoints"
@@ -61,7 +61,7 @@ def open_run_directory(config: Config) -> Path:
     saved = checkpoints(kept)
     origin = saved.get(config.checkpoint.load_step, saved[max(saved)]) if saved else None
     if origin is not None:
-        with suppress(CheckpointError):  # where it is damaged the folder's is as good, and what is loaded is verified
+        with suppress(CheckpointError):  # a damaged one does not matter here: what is loaded will be verified
             before = read_config(origin)
     if not before:
         return folder
@@ -83,7 +83,7 @@ def open_run_directory(config: Config) -> Path:
 
 
 def note_saved(folder: Path, checkpoint: Path) -> None:
-    """Writes down in the run directory that there is a checkpoint. What cannot be written is left."""
+    """Notes in the run directory that there is a checkpoint, if the disk lets it."""
     with suppress(OSError):
         temporary = folder / f".{LAST_SAVED}.tmp"
         temporary.write_text(f"{checkpoint.absolute()}\n", encoding="utf-8")
@@ -94,7 +94,7 @@ def _refuse_lost_checkpoints(folder: Path, kept: Path) -> None:
     """CheckpointError where the run in `folder` has saved a checkpoint and there is none in `kept`: it would begin
     again at step 0."""
     noted = folder / LAST_SAVED
-    if not noted.exists() or checkpoints(kept) or any(kept.glob(".replaced-*")):  # which is put back
+    if not noted.exists() or checkpoints(kept) or any(kept.glob(".replaced-*")):  # that one will be put back
         return
     raise CheckpointError(
         f"the run in {folder} has saved {noted.read_text(encoding='utf-8').strip()}, and there is no checkpoint",
@@ -137,7 +137,7 @@ def write_config(config: Config, folder: Path) -> None:
 
 
 def _saved_config(path: Path) -> dict[str, dict[str, Any]]:
-    """Its tables; none where there is no run yet."""
+    """Its tables; {} where there is no run yet."""
     if not path.exists():
         return {}
     try:
@@ -149,9 +149,9 @@ def _saved_config(path: Path) -> dict[str, dict[str, Any]]:
 def differences(
     before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], checkpoint: Path | None, reset_data: bool
 ) -> list[str]:
-    """ "table.key was X and is Y" for what a run may not change between two configs, as tables; with `reset_data`,
-    without what concerns the data alone. checkpoint: what the run will go on from, if there is one: the same data may
-    then lie elsewhere."""
+    """ "table.key was X and is Y" for every change between two configs, as tables, that a run may not make; with
+    `reset_data`, changes of the data are allowed. checkpoint: what the run will continue from, if there is one; then
+    the same data may have moved."""
     fixed = {"model": tuple(before.get("model", {}) | now["model"]), **_FIXED_KEYS}
     free = _DATA_KEYS if reset_data else {}
     keys = {table: tuple(key for key in names if key not in free.get(table, ())) for table, names in fixed.items()}
@@ -173,8 +173,8 @@ def _differing(
 
 
 def _is_only_moved(key: str, before: Any, now: Any, checkpoint: Path | None) -> bool:
-    """Whether path `now` leads to what `before` led to. Token shards elsewhere are taken to be the same: the loader
-    compares their content with the checkpoint's, at once. Text would have to be tokenized first."""
+    """Whether path `now` leads to what `before` led to. Token shards in another place are assumed to be the same, since
+    the loader will compare their content with the checkpoint's. Text would have to be tokenized first."""
     if not (isinstance(before, str) and isinstance(now, str) and before and now):
         return False
     if os.path.realpath(before) == os.path.realpath(now):

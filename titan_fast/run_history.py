@@ -17,7 +17,7 @@ from titan_fast.pictures import new_figure
 Record = dict[str, Any]
 
 BAD_STEPS = "bad_steps.jsonl"
-"""Of the same kind: what guard.py writes of steps that were not applied, and of spikes."""
+"""A file of the same kind, in which guard.py notes steps that were not applied, and spikes."""
 
 
 def encode(record: Record) -> str:
@@ -31,7 +31,8 @@ def encode(record: Record) -> str:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of the file, none where there is no file. Lines that a kill or a full disk tore are left out."""
+    """The records of the file, [] where there is no file. Lines that a kill or a full disk left incomplete are
+    skipped."""
     if not path.exists():
         return []
     records = []
@@ -46,7 +47,7 @@ def read(path: Path) -> list[Record]:
 
 
 def go_on_from(path: Path, step: int) -> str:
-    """Makes the file the history of a run that goes on from `step`; what there is to say of that, or ""."""
+    """Makes the file the history of a run that continues from `step`. Returns a line for the log, or ""."""
     if step == 0:
         aside = set_aside(path)
         return f"the run begins again at step 0; {path.name} of an earlier start is now {aside.name}" if aside else ""
@@ -56,8 +57,8 @@ def go_on_from(path: Path, step: int) -> str:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Renames the history of an earlier start, of which a run that begins at step 0 writes none, to
-    `metrics-until-STEP.jsonl`, and says to what; None where there is none."""
+    """Renames the history of an earlier start to `metrics-until-STEP.jsonl`, so that a run from step 0 begins a new
+    one. Returns the new path; None where there was no history."""
     if not (records := read(path)):
         path.unlink(missing_ok=True)
         return None
@@ -67,8 +68,8 @@ def set_aside(path: Path) -> Path | None:
 
 
 def keep_until(path: Path, step: int) -> int:
-    """Cuts what comes after `step` off the file, with torn lines, so that a run that goes on from there writes one
-    history. Returns the number of lines cut. The file is replaced as a whole or not at all."""
+    """Removes incomplete lines and what comes after `step`, so that a run that continues from there writes one history.
+    Returns the number of lines removed. The file is replaced as a whole or not at all."""
     if not path.exists():
         return 0
     before = path.read_bytes()
@@ -96,8 +97,7 @@ def validations(records: Iterable[Record]) -> list[Record]:
 
 def draw_loss_curve(records: list[Record], path: Path, title: str) -> None:
     """Draws loss, and validation loss where it was measured, against tokens into a PNG at `path`."""
-
-    # From every logged step, also one whose loss was not a number.
+    # From every logged step, including those whose loss was not a number.
     tokens_at = {0: 0} | {record["step"]: record["tokens_seen"] for record in records if "tokens_seen" in record}
     figure = new_figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     from matplotlib.ticker import EngFormatter
@@ -139,7 +139,7 @@ def draw_loss_curve(records: list[Record], path: Path, title: str) -> None:
 
 
 def _tokens(step: int, tokens_at: dict[int, int]) -> float:
-    """Tokens seen at `step`, between logged steps by the straight line."""
+    """Tokens seen at `step`, interpolated between logged steps."""
     import numpy as np
 
     steps = sorted(tokens_at)

@@ -1,9 +1,9 @@
-"""One run at a time in a run directory, in a folder of checkpoints elsewhere, and where token shards are written: a
-lock that a dead run cannot leave behind.
+"""A lock that a dead run cannot leave behind: one run at a time in a run directory, in a folder of checkpoints outside
+it, and where token shards are written.
 
-`run.lock` names the process that holds it. On the same machine a dead holder is seen at once, by its process id and
-start time. From another machine (or container) it is judged by its pulse: the file's time, which the holder renews and
-which is compared with the file server's own clock, never with this machine's.
+`run.lock` names the process that holds it. On the same machine a dead holder is recognised at once, by its process id
+and start time. From another machine (or container) it is judged by its pulse: the holder keeps renewing the file's
+time, which is compared with the file server's own clock, never with this machine's.
 """
 
 import fcntl
@@ -25,13 +25,13 @@ NAME = "run.lock"
 _GUARD = f".{NAME}.guard"
 PULSE_SECONDS = 10.0
 SILENT_SECONDS = 60.0
-"""A holder elsewhere whose pulse is older than this is taken for dead."""
+"""A holder on another machine whose pulse is older than this is considered dead."""
 
 
 @contextmanager
 def locked(config: Config, run_dir: Path) -> Iterator[Callable[[], None]]:
-    """Holds the run directory and, where it lies elsewhere, the folder of checkpoints and the run directory whose own
-    that is; yields what checks that all are still held."""
+    """Locks the run directory. Where the checkpoints lie outside it, locks their folder too, and the run directory that
+    this folder belongs to, if any. Yields a function that checks that all are still held."""
     checkpoints = run_dir / config.checkpoint.folder
     folders = {"job.dump_folder": run_dir}
     if config.checkpoint.enable and not checkpoints.resolve().is_relative_to(run_dir.resolve()):
@@ -49,7 +49,7 @@ def locked(config: Config, run_dir: Path) -> Iterator[Callable[[], None]]:
 
 
 def _owner(checkpoints: Path) -> Path | None:
-    """The run directory that has these checkpoints in itself, if one has."""
+    """The run directory that these checkpoints belong to and lie in, if there is one."""
     folder = checkpoints.resolve()
     guarded = (place for place in folder.parents if (place / _GUARD).exists())
     return next((place for place in guarded if saved_checkpoint_folder(place).resolve() == folder), None)
@@ -57,8 +57,8 @@ def _owner(checkpoints: Path) -> Path | None:
 
 @contextmanager
 def without_a_run(checkpoints: Path) -> Iterator[None]:
-    """Keeps every run from a folder of checkpoints; ConfigError where one is at it. The lock is in the folder or in the
-    run directory above it, either known by the guard that the first run has left there."""
+    """Keeps runs away from a folder of checkpoints; ConfigError where one is using it. The lock is in the folder or in
+    the run directory above it, recognised by the guard file that its first run has left there."""
     folder = checkpoints.resolve()
     guarded = [place for place in (folder, *folder.parents) if (place / _GUARD).exists()]
     with ExitStack() as held:
@@ -66,7 +66,7 @@ def without_a_run(checkpoints: Path) -> Iterator[None]:
             try:
                 held.enter_context(RunLock(place, "these checkpoints"))
             except OSError as error:
-                # Who is here to make room goes on without a lock of his own, where nobody else has one.
+                # On a full disk, which pruning is to help, go on without a lock unless somebody holds one.
                 if error.errno not in NO_ROOM or (place / NAME).exists():
                     raise
         yield
@@ -102,14 +102,14 @@ class RunLock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        with suppress(OSError):  # of a disk that fails; that this process has ended is seen without
+        with suppress(OSError):  # if the disk fails: others will see without this that the process has ended
             if _read(self.path).get("token") == self._me["token"]:
                 self.path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """CheckpointError where another run has taken the folder, this one having been silent too long. A lock that
-        somebody has deleted is written again; one that cannot be read, on a file server that is away for a moment, is
-        nobody's claim."""
+        """CheckpointError where another run has taken the folder because this one was silent for too long. A lock that
+        somebody has deleted is written again; one that cannot be read, as on a file server that is away for a moment,
+        is ignored."""
         try:
             holder = json.loads(self.path.read_text())
         except FileNotFoundError:
@@ -128,7 +128,7 @@ class RunLock:
     def _try(self) -> dict[str, Any] | None:
         """None once the lock is ours, else who holds it; "may_be_dead" where only time can tell."""
         with self.path.with_name(_GUARD).open("a") as guard:
-            # For two starts at one moment. On a file system without locks the later one wins, and `check` tells.
+            # For two starts at the same moment. On a file system without locks the later one wins; `check` notices.
             with suppress(OSError):
                 fcntl.flock(guard, fcntl.LOCK_EX)
             holder = _read(self.path)
@@ -146,7 +146,7 @@ class RunLock:
             temporary.unlink(missing_ok=True)
 
     def _doubt(self, holder: dict[str, Any]) -> bool | None:
-        """None where the holder is dead, False where it lives, True where its pulse may yet turn out to have ended."""
+        """None where the holder is dead, False where it is alive, True where only more time can tell."""
         if all(holder.get(key) == self._me[key] for key in ("machine", "namespace")):
             alive = _start_time(int(holder.get("pid", 0))) == holder.get("started")
             return False if alive else None
@@ -155,7 +155,7 @@ class RunLock:
         try:
             seen = self.path.stat().st_mtime
             age = now.stat().st_mtime - seen
-        except FileNotFoundError:  # it has ended since
+        except FileNotFoundError:  # the holder has just ended
             return None
         finally:
             now.unlink()
@@ -186,8 +186,8 @@ def _identity() -> dict[str, Any]:
 
 
 def _start_time(process: int) -> str | None:
-    """The kernel's start time of a process, None where there is none: ids are used again, start times are not. A
-    zombie counts as dead."""
+    """When the kernel says that a process started, None where there is no such process. Together with the id this is
+    unique: ids alone are reused. A zombie counts as dead."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

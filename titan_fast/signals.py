@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, SIGINT and SIGUSR1 ask the run to finish its step, save and exit."""
+"""SIGTERM, SIGINT and SIGUSR1 ask the run to finish its step, save and exit."""
 
 import atexit
 import os
@@ -16,9 +16,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers the first signal from `listen` on, until it is left. Later ones change nothing, also while a run ends,
-    and the interpreter after it: torchrun sends on what the terminal has sent already, so that one Ctrl-C arrives
-    twice. SIGQUIT and SIGKILL still end the process at once."""
+    """Remembers the first signal after `listen`. Later ones change nothing, even while the run and then the interpreter
+    end, because one Ctrl-C arrives twice: from the terminal, and once more from torchrun. SIGQUIT and SIGKILL still end
+    the process at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -29,7 +29,7 @@ class StopRequest:
         return self
 
     def listen(self) -> None:
-        """From now on there is something to save; what came before had its usual effect."""
+        """From now on there is something to save. Until now signals had their usual effect."""
         self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -48,8 +48,8 @@ def _ignore() -> None:
 
 
 def resume_command() -> str:
-    """The command that started this run, without what would take it back to an earlier step; that of torchrun where
-    torchrun started it. Secrets in it are masked."""
+    """The command that started this run (torchrun's, where torchrun started it), without the option that would take it
+    back to an earlier step. Secrets in it are masked."""
     words = _command_line(os.getppid() if under_torchrun() else os.getpid())
     kept, skip = [], False
     for word in words:

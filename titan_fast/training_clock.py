@@ -10,15 +10,14 @@ import torch
 class TrainingClock:
     """Time without pauses.
 
-    On CUDA the host runs ahead, so a pause begins for the host while the device still trains. Its length is therefore
-    taken on the device's time line, between two events, and read when the device is known to be past them.
-    """
+    On CUDA the host runs ahead: when it begins a pause, the device is still training. The length of a pause is
+    therefore measured on the device, between two events, and read when the device has passed them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.began = time.perf_counter()
         self.paused_seconds = 0.0
-        """Of all pauses so far, as the host saw them."""
+        """Length of all pauses so far, as the host saw them."""
         self._pause_in_window = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._in_pause = False
@@ -56,7 +55,8 @@ class TrainingClock:
         return event
 
     def window(self) -> float:
-        """Seconds since the last window without its pauses, above 0; begins the next. Waits for the pauses' events."""
+        """Seconds since the last window, without pauses, always above 0. Begins the next window. Waits for the events
+        of the pauses."""
         pauses = self._pause_in_window
         for start, end in self._events:
             end.synchronize()
