@@ -1,9 +1,8 @@
-"""The head's matrix product and cross entropy in one, a chunk of tokens at a time: no more logits exist at once.
+"""The head's matrix product and cross entropy in one, a chunk of tokens at a time, so that only a chunk's logits exist.
 
-The gradient is made in the forward pass, in place of each chunk's logits, as soon as they are known (the idea of
-Liger and of "Cut your losses", arXiv:2411.09009); the backward pass only scales it. With tensor parallelism each rank
-holds a slice of the vocabulary, and three numbers per token are exchanged instead of its logits.
-"""
+The gradient is computed in the forward pass already, in place of each chunk's logits (the idea of Liger and of "Cut
+your losses", arXiv:2411.09009); the backward pass only scales it. With tensor parallelism each rank holds a slice of
+the vocabulary, and the ranks exchange three numbers per token instead of its logits."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,20 +28,20 @@ class LinearCrossEntropy:
     chunk_size: int = 0
     """Tokens per chunk; 0 takes all at once."""
     z_loss: float = 0.0
-    """Weight of logsumexp squared, added to a loss that is trained on; what is only evaluated is the cross entropy."""
+    """Weight of logsumexp squared, which is added in training; in evaluation the loss is the cross entropy alone."""
     vocab_group: dist.ProcessGroup | None = None
     """The ranks among which the vocabulary is split; None: not split."""
     vocab_offset: int = 0
     """This rank's first row of the whole weight."""
     port: Tensor | None = field(default=None, compare=False)
-    """Where the weight's gradient goes, in its dtype, instead of into the weight's; see wide_gradients.py."""
+    """If given, the weight's gradient goes to this tensor's `grad`, in its dtype; see wide_gradients.py."""
 
     def __call__(self, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         """x: [..., D], weight: [V, D] (a DTensor's local rows are taken), labels: [...] int64 with IGNORE_INDEX where
         there is none, scale: 0-dim float32 on x's device -> 0-dim float32."""
         if isinstance(weight, DTensor):
             weight = weight.to_local()
-        # An autograd function is not told: its needs_input_grad is that of the tensors, also under no_grad.
+        # The autograd function cannot tell: its needs_input_grad is that of the tensors even under no_grad.
         trains = torch.is_grad_enabled()
         return _LinearCrossEntropy.apply(x.flatten(0, -2), weight, self.port, labels.flatten(), scale, self, trains)
 
@@ -76,7 +75,7 @@ def has_torch_loss() -> bool:
 
 
 def torch_linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-    """What `LinearCrossEntropy` computes, by torch.nn.functional.linear_cross_entropy in chunks of its own choice."""
+    """What `LinearCrossEntropy` computes, by torch.nn.functional.linear_cross_entropy, which chooses its own chunks."""
     if isinstance(weight, DTensor):
         weight = weight.to_local()
     fused, options = F.linear_cross_entropy, nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
@@ -103,8 +102,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = loss.chunk_size or max(rows, 1)
         wants_x, wants_weight = (trains and wanted for wanted in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x) if wants_x else None
-        # More than two chunks are summed in float32, for a bfloat16 sum rounds once more with each. Of two that second
-        # rounding is left: float32 would be three times the memory traffic.
+        # More than two chunks are summed in float32, since a bfloat16 sum is rounded again with each chunk. With two,
+        # that one extra rounding is accepted: float32 would take three times the memory traffic.
         sum_dtype = torch.float32 if rows > 2 * step and weight.dtype != torch.float64 else weight.dtype
         if port is not None:
             sum_dtype = port.dtype
@@ -121,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight = product(logits.T, chunk, sum_dtype)
                 else:
                     add_product_(grad_weight, logits.T, chunk)
-            del logits  # or they would live until the next chunk's exist
+            del logits  # or they would live until the next chunk's logits are made
         if wants_weight and grad_weight is None:  # no token at all
             grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
         if grad_x is not None and loss.vocab_group is not None:
@@ -148,13 +147,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:
-    """By a kernel for lists: that of `*` does not vectorise where a factor is a 0-dim tensor of the device."""
+    """x * factor, by a kernel for lists: that of `*` is not vectorised where a factor is a 0-dim tensor on the
+    device."""
     return torch._foreach_mul([x], factor.to(x.dtype))[0]
 
 
 def root_gradient(loss: Tensor) -> Tensor:
-    """1, for `loss.backward` of a graph that is not kept. It is marked, so that the loss's backward pass multiplies
-    with nothing where it gets this very tensor, and spares a pass over the head's gradient."""
+    """1, to be passed to `loss.backward` of a graph that is not kept. It is marked: where the loss's backward pass gets
+    this very tensor, it need not multiply, which spares a pass over the head's gradient."""
     gradient = torch.ones_like(loss)
     gradient.is_one = True  # type: ignore[attr-defined]
     return gradient

@@ -1,8 +1,7 @@
 """Llama 2 and 3 in plain PyTorch: no parallelism, no compile, no choice of kernel (those come in through `ops`).
 
 Shapes: B batch, S sequence, D model width, H query heads, K key/value heads, E head dimension, F feed-forward width,
-V vocabulary. After tensor parallelism has split a projection, H, K and F are what this device holds: they are read off
-the tensors, never assumed.
+V vocabulary. With tensor parallelism H, K and F are what this device holds, so they are taken from the tensors' shapes.
 """
 
 import hashlib
@@ -56,7 +55,8 @@ class KVCache:
 
 
 class Norm(nn.Module):
-    """RMSNorm, with the residual add before it when there is one: the two are one pass over memory."""
+    """RMSNorm, together with the residual add before it where there is one: as one operator they pass over memory
+    once."""
 
     def __init__(self, dim: int, eps: float, ops: Ops) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A matrix of a block, without a bias; `ops` says in which precision it is multiplied with."""
+    """A matrix of a block, without a bias. `ops` decides in which precision it is multiplied."""
 
     def __init__(self, n_in: int, n_out: int, ops: Ops) -> None:
         super().__init__(n_in, n_out, bias=False)
@@ -84,9 +84,8 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Causal grouped-query attention.
 
-    q, k and v are one matrix. Its rows go by key/value head: that head's queries, its key, its value; so an equal cut
-    of the rows gives whole groups to each device, whatever their number.
-    """
+    q, k and v are one matrix. Its rows are grouped by key/value head: that head's queries, its key, its value. So
+    cutting the rows into equal parts gives each device whole groups."""
 
     def __init__(self, shape: ModelShape, ops: Ops) -> None:
         super().__init__()
@@ -109,7 +108,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU. Gate and up stay two matrices: packed, the compiler cannot fuse their product into the backward pass."""
+    """SwiGLU. Gate and up stay two matrices: if they were packed, the compiler could not fuse their product into the
+    backward pass."""
 
     def __init__(self, shape: ModelShape, ops: Ops) -> None:
         super().__init__()
@@ -143,7 +143,8 @@ class Block(nn.Module):
         rope: RopeTables,
         cache: KVCache | None,
     ) -> tuple[Tensor, Tensor]:
-        """The same arithmetic with each norm or product joined to the matrices after it, which then save less."""
+        """The same arithmetic, but each norm and the SwiGLU product form a unit with the matrices after it, which saves
+        less for the backward pass."""
         norm, attention = self.attention_norm, self.attention
         qkv, stream = norm_linear(x, residual, norm.weight, norm.eps, (attention.qkv.weight,))
         x = attention.attend(qkv, rope, cache)
@@ -157,7 +158,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x, residual: [B, S, D] -> the same pair for the next block, whose sum is the residual stream.
 
-        The last add is done here, or with `carry_residual` left to the next block's first norm, which reads both.
+        The last add is done here; with `carry_residual` it is left to the next block's first norm, which reads both.
         """
         if self.ops.norm_linear is not None and self.ops.swiglu_linear is not None:
             x, stream = self._forward_in_units(self.ops.norm_linear, self.ops.swiglu_linear, x, residual, rope, cache)
@@ -169,7 +170,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The last projection, and with labels the loss: the logits of a whole batch need never exist."""
+    """The last projection; with labels also the loss, so that the logits of a whole batch need never exist at once."""
 
     def __init__(self, shape: ModelShape, loss: LossFunction | None = None) -> None:
         super().__init__()
@@ -185,7 +186,7 @@ class Head(nn.Module):
 
 
 class Llama(nn.Module):
-    """Build it on the meta device for free; `init_weights` gives it memory its values."""
+    """Building it on the meta device is free. After `to_empty` has given it memory, `init_weights` fills that."""
 
     cos: Tensor
     sin: Tensor
@@ -194,7 +195,7 @@ class Llama(nn.Module):
     def __init__(
         self, shape: ModelShape, ops: Ops = REFERENCE, loss: LossFunction | None = None, max_seq_len: int | None = None
     ) -> None:
-        """max_seq_len: the length of the rotary tables, the shape's own when None."""
+        """max_seq_len: the length of the rotary tables; the shape's own if None."""
         super().__init__()
         self.shape = shape
         self.max_seq_len = max_seq_len or shape.max_seq_len
@@ -208,13 +209,13 @@ class Llama(nn.Module):
         self.init_buffers()
 
     def tie(self) -> None:
-        """Makes the embedding's parameter the head's where the shape says so. `Module.to_empty` on a meta model makes
-        two of it, as does whatever gives a module new parameters."""
+        """Makes embedding and head share one parameter where the shape says so. To be called again after `to_empty` or
+        anything else that gives modules new parameters."""
         if self.shape.tied:
             self.head.weight = cast(nn.Parameter, self.embedding.weight)
 
     def init_buffers(self) -> None:
-        """Fills the rotary tables, which memory given to a meta model leaves undefined."""
+        """Fills the rotary tables, which `to_empty` leaves uninitialised."""
         if not self.cos.is_meta:
             self.cos, self.sin = rope_tables(self.shape, self.max_seq_len, self.cos.device)
 
@@ -238,14 +239,13 @@ class Llama(nn.Module):
 
 
 def init_values(name: str, like: torch.Size, shape: ModelShape, seed: int, device: torch.device | str) -> Tensor:
-    """The whole initial float32 tensor of the parameter `name`: a function of (seed, name) alone, so that every way of
-    sharding it cuts the same tensor. Values are close to torchtitan's: normal of deviation 0.02, all cut at three
-    deviations, the two matrices that write to the residual stream scaled down with depth, the head by the width.
-    (torchtitan scales the up projection too, can scale layer by layer, and cuts only the head so.)
-    """
+    """The whole initial float32 tensor of the parameter `name`. It depends on (seed, name) alone, so every way of
+    sharding cuts the same tensor. Values are close to torchtitan's: normal with a deviation of 0.02, truncated at three
+    deviations; the two matrices that write to the residual stream are scaled down with depth, the head by the width.
+    (torchtitan also scales the up projection, can scale layer by layer, and truncates only the head in this way.)"""
     if name.endswith("norm.weight"):
         return torch.ones(like, device=device)
-    # A hash, since torch's CPU generator takes only 32 bits of its seed: each must depend on both.
+    # torch's CPU generator uses only 32 bits of its seed, so both go through a hash to reach all of them.
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest[:7], "little"))
     deviation = 0.02
@@ -261,7 +261,8 @@ def init_values(name: str, like: torch.Size, shape: ModelShape, seed: int, devic
 
 @torch.no_grad()
 def init_weights(model: Llama, seed: int) -> None:
-    """Gives every parameter its initial values, sharded (DTensor) or whole. One whole parameter at a time is held."""
+    """Gives every parameter its initial values, sharded (DTensor) or whole. Only one whole parameter exists at a
+    time."""
     for name, parameter in model.named_parameters():
         values = init_values(name, parameter.shape, model.shape, seed, parameter.device)
         copy_shard(parameter, values)

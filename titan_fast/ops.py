@@ -1,4 +1,4 @@
-"""The one door to kernels: for each operator the reference or Triton, chosen once, when the model is built."""
+"""The only door to the kernels: for each operator the reference or Triton, chosen once, when the model is built."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ _BACKENDS = {
 }
 _FLASH_VERSIONS = {"fa3": "FA3", "fa4": "FA4"}
 _FLASH_PACKAGES = {"fa3": "flash_attn_3", "fa4": "flash-attn-4==4.0.0b18"}
-"""Of the second, torch 2.11 and 2.13 can call none that is newer: its functions return two things, theirs more."""
+"""torch 2.11 and 2.13 cannot call a newer FlashAttention 4, whose functions return more than two values."""
 
 
 def linear(x: Tensor, weight: Tensor, port: Tensor | None = None) -> Tensor:
@@ -55,11 +55,11 @@ class Ops:
     cross_entropy_grad_: Callable[[Tensor, Tensor, int, Tensor, Tensor, int, float], None]
     attention: Callable[[Tensor, Tensor, Tensor], Tensor]
     norm_linear: Callable[..., tuple[Tensor, ...]] | None = None
-    """Norm and the matrices that follow it as one unit that saves no normalised activation; None: apart."""
+    """Norm and the matrices after it as one unit, which saves no normalised activation; None: as separate operators."""
     swiglu_linear: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    """SwiGLU and the down projection likewise."""
+    """The same for SwiGLU and the down projection."""
     linear: Callable[..., Tensor] = linear
-    """A block's matrix product, as `linear` has it."""
+    """A block's matrix product, with the arguments of `linear`."""
     carry_residual: bool = False
     reasons: tuple[tuple[str, str, str], ...] = ()
     """(operator, choice, reason) for the log."""
@@ -67,7 +67,7 @@ class Ops:
 
 @dataclass(frozen=True)
 class Workload:
-    """What one device computes in a pass: what a choice by measurement needs to know."""
+    """What one device computes in a pass, as far as the choice of kernels depends on it."""
 
     shape: ModelShape
     tokens: int
@@ -75,22 +75,22 @@ class Workload:
     tensor_degree: int
     loss_chunk: int
     compiled: bool
-    """Whether decoder blocks are."""
+    """Whether decoder blocks are compiled."""
     loss_compiled: bool = False
-    """Whether the loss on a chunk of logits is."""
+    """Whether the loss on a chunk of logits is compiled."""
     dtype: str = "bfloat16"
-    """Of activations on a GPU, which is where choices are by measurement."""
+    """Of activations on a GPU; only there are kernels chosen by measurement."""
     pointwise: bool = False
-    """Whether blocks compute again all but matrix products and attention."""
+    """Whether blocks recompute everything but matrix products and attention."""
     float8: str | None = None
-    """By which recipe blocks multiply in float8; None: not."""
+    """The recipe by which blocks multiply in float8; None: they do not."""
     wide_gradients: bool = False
     """Whether blocks' products write weight gradients in float32."""
     carries_residual: bool = False
-    """Whether blocks pass the residual on where `kernels.carry_residual` leaves it to a GPU."""
+    """Whether blocks on a GPU pass the residual on where `kernels.carry_residual` is None."""
 
     def sizes(self) -> dict[str, dict[str, int]]:
-        """For each operator with a switch, the sizes of a call."""
+        """The sizes of a call, for each operator with a switch."""
         shape, degree = self.shape, self.tensor_degree
         rows = max(1, self.tokens // degree)  # norms see this rank's part of each sequence
         chunk = min(self.loss_chunk or self.tokens, self.tokens)
@@ -109,12 +109,12 @@ class Workload:
 
 
 def attention_with(backends: list[SDPBackend]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Causal scaled dot-product attention by the first of `backends` that takes the inputs.
+    """Causal scaled dot-product attention by the first of `backends` that accepts the inputs.
 
     The function takes q [B, H, S, E], k and v [B, K, T, E] and returns [B, H, S, E]. With S == T it is causal; with
     S == 1 (one new token against a cache) everything is visible.
     """
-    # cuDNN makes a plan for every length of k, which takes longer than all else of a new token.
+    # cuDNN makes a plan for every length of k, which takes longer than everything else for a new token.
     for_one_token = [backend for backend in backends if backend != SDPBackend.CUDNN_ATTENTION] or backends
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def attention_with(backends: list[SDPBackend]) -> Callable[[Tensor, Tensor, Tens
 def with_equal_heads(
     attention: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """`attention` with each head of k and v, [B, K, T, E], repeated for the heads of q that share it."""
+    """`attention`, but each head of k and v, [B, K, T, E], is repeated for the heads of q that share it."""
 
     def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         times = q.shape[1] // k.shape[1]
@@ -141,9 +141,9 @@ def with_equal_heads(
 
 
 def activate_flash(version: str, group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Makes torch's flash backend FlashAttention 3 or 4 ("fa3", "fa4"), for the whole process, and tries it with
-    `group` heads of q to one of k and v. ConfigError where it is not there, or where torch and its package do not fit
-    (torch's own glue calls it by position, and packages change); the backend is then torch's own."""
+    """Makes FlashAttention 3 or 4 ("fa3", "fa4") torch's flash backend for the whole process, and tries it with `group`
+    heads of q for one of k and v. ConfigError where it is not installed, or where torch and the package do not fit
+    together (torch passes its arguments by position, and packages change); then the backend is torch's own again."""
     attention = importlib.import_module("torch.nn.attention")
     try:
         attention.activate_flash_attention_impl(_FLASH_VERSIONS[version])
@@ -160,10 +160,10 @@ def activate_flash(version: str, group: int, head_dim: int, dtype: torch.dtype, 
         ) from error
 
 
-@functools.cache  # choices are made more than once
+@functools.cache  # kernels are chosen more than once
 def _try_flash(version: str, group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    """One call and its gradients, by kernels that a run needs compiled anyway. RuntimeError where they are not those of
-    plain attention, within bfloat16's rounding."""
+    """Tries one call and its gradients; a run needs these kernels compiled anyway. RuntimeError where the results
+    differ from plain attention's by more than bfloat16's rounding."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(heads: int) -> Tensor:
@@ -171,7 +171,7 @@ def _try_flash(version: str, group: int, head_dim: int, dtype: torch.dtype, devi
 
     q, k, v, gradient = normal(group), normal(1), normal(1), normal(group)
     results = []
-    # The package restores the device that it found; of another one than this that would cost memory.
+    # The package restores the current device at its end; if that were another device, it would take memory there.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for wide, backend in ((dtype, _BACKENDS[version]), (torch.float32, SDPBackend.MATH)):
             inputs = [x.to(wide, copy=True).requires_grad_() for x in (q, k, v)]
@@ -228,7 +228,7 @@ REFERENCE = Ops(
     attention=attention_with([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]),
 )
 
-# What each switch of [kernels] exchanges: names of titan_kernels, and of Ops.
+# The functions that each switch of [kernels] replaces; they have the same names in titan_kernels and in Ops.
 _FUNCTIONS = {
     "rms_norm": ("rms_norm", "add_rms_norm"),
     "rope": ("rope",),
@@ -239,7 +239,7 @@ _FUNCTIONS = {
 
 
 def check(kernels: Kernels, tensor_degree: int) -> None:
-    """ConfigError for what no device can do."""
+    """ConfigError for what cannot work on any device."""
     if kernels.reemit == "triton" and tensor_degree > 1:
         raise ConfigError(
             f"kernels.reemit 'triton' joins a norm to the matrix after it, and tensor_parallel_degree "
@@ -249,8 +249,8 @@ def check(kernels: Kernels, tensor_degree: int) -> None:
 
 
 def build_ops(kernels: Kernels, device: torch.device, workload: Workload, architecture: str | None = None) -> Ops:
-    """The operators that `[kernels]` asks for on this device, with the reason of each choice. `architecture`: of the
-    GPU to choose for, where it is not this machine's and tensors are fake ("sm_90").
+    """The operators that `[kernels]` asks for on this device, with the reason for each choice. `architecture`
+    ("sm_90"): the GPU to choose for, where tensors are fake and the GPU is not in this machine.
 
     Raises ConfigError where "triton" or an attention backend was asked for and cannot run here."""
     check(kernels, workload.tensor_degree)
@@ -263,7 +263,7 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload, archit
         carries = architecture is not None and workload.carries_residual
         why_carried = "0.9% faster by an H100's step with the 8B" if carries else "see kernels.carry_residual"
     chosen: dict[str, Any] = {"attention": attention_with(backends), "carry_residual": carries}
-    if attention == "efficient":  # torch's takes no heads of k and v that several of q share
+    if attention == "efficient":  # torch's efficient attention does not support grouped heads
         chosen["attention"] = with_equal_heads(chosen["attention"])
     reasons = [("attention", attention, why), ("residual", "carried" if carries else "added", why_carried)]
     if workload.float8 is not None:
@@ -286,15 +286,15 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload, archit
 
 
 def _variants(workload: Workload, carries_residual: bool) -> tuple[str, ...]:
-    """Which measurements of norms and loss speak for this run, in the words of titan_kernels.choice."""
+    """Which measurements of norms and loss apply to this run, in the words of titan_kernels.choice."""
     if workload.tensor_degree > 1:
         return "sequence sharded", "vocabulary sharded"
     return "residual carried" if carries_residual else "residual not carried", "vocabulary whole"
 
 
 def kernels_on_any_device() -> AbstractContextManager[Any]:
-    """Inside, kernels can be traced on the CPU, where nothing runs them. To the compiler tensors are not fake, and it
-    would meet their refusal."""
+    """Inside, kernels can be traced on the CPU, where nothing runs them. They refuse CPU tensors that are not fake, and
+    to the compiler's tracing no tensor looks fake."""
     return mock.patch.object(validation, "is_interpreted", lambda kernel: True)
 
 
@@ -309,9 +309,8 @@ def _choose_kernel(
 ) -> Choice:
     dtype = workload.dtype
     if workload.float8 is not None and workload.compiled and operator != "cross_entropy":
-        dtype += (
-            " beside float8"  # whose casts the compiler fuses with the reference: no measurement without speaks for it
-        )
+        # The compiler fuses float8's casts with the reference, so measurements without float8 do not apply.
+        dtype += " beside float8"
     try:
         return choose(
             operator,
