@@ -1,7 +1,7 @@
-"""CUDA graphs: forward and backward of a pass are recorded once, and from then on launched as one piece of work.
+"""CUDA graphs: forward and backward of a pass are recorded once, and from then on launched as one.
 
-A step whose kernels are short waits for Python to launch them; a recorded one does not. A recording is of addresses:
-weights, inputs and gradients have to stay where they are, which they do on one device without FSDP2.
+A step with short kernels waits for Python to launch each of them; a recorded one does not. A recording refers to memory
+addresses, so weights, inputs and gradients have to stay where they are, as they do on one device without FSDP2.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,32 +16,34 @@ from titan_fast.masters import gradient_of, set_gradient
 from titan_fast.model import Llama
 
 WARM_UP_STEPS = 2
-"""Steps before the recording: code is compiled, libraries make their workspaces and plans."""
+"""Steps before the recording, in which code is compiled and libraries make their workspaces and plans."""
 
 Replay = Callable[[], None]
 
 
 class Recorder(Protocol):
-    """What runs work and records it. The tests have one for the CPU."""
+    """Runs work and records it. The tests have one for the CPU."""
 
     def run(self, work: Callable[[], Tensor]) -> Tensor:
         """Does `work` where recordings will be made."""
         ...
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """What does `work` again, and the tensor that then has its result. Whether `work` is done now is left open."""
+        """A function that does `work` again, and the tensor that its result will be in. `work` may or may not be done
+        now."""
         ...
 
 
 class CudaRecorder:
-    """Works on a stream of its own: what libraries and autograd tie to a stream at first use is then of the recording's
-    stream. Recordings share their memory, so that they must be replayed in the order in which they were made."""
+    """Works on a stream of its own, so that whatever libraries and autograd tie to the stream of their first use is
+    tied to that of the recordings. Recordings share memory, so they must be replayed in the order in which they were
+    made."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream, self._pool = torch.cuda.Stream(device), None
 
     def run(self, work: Callable[[], Tensor]) -> Tensor:
-        """`work`, in its turn with the current stream."""
+        """Does `work` after what the current stream has queued, and lets the current stream wait for it."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             result = work()
@@ -51,7 +53,8 @@ class CudaRecorder:
     def record(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """Nothing is computed until the replay."""
         graph = torch.cuda.CUDAGraph()
-        # By thread: the loader's may allocate pinned memory and NCCL's may look at its events meanwhile.
+        # Only this thread is restricted: the loader's may allocate pinned memory meanwhile, and NCCL's query its
+        # events.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = work()
         self._pool = graph.pool()
@@ -59,7 +62,7 @@ class CudaRecorder:
 
 
 class RecordedPasses:
-    """`step.forward_backward` of one model, its batches all of one size, by recordings from the third call on."""
+    """`step.forward_backward` for one model and batches of one size, replaying recordings from the third call on."""
 
     def __init__(self, model: Llama, recorder: Recorder) -> None:
         self._model, self._recorder = model, recorder
@@ -70,7 +73,7 @@ class RecordedPasses:
         self._gradients: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, batches: Sequence[Batch], scale: Tensor) -> Tensor:
-        """As `step.forward_backward`. From the recording on the gradients lie in its memory, and last until the next
+        """As `step.forward_backward`. Once there is a recording, gradients lie in its memory and last until the next
         call."""
         self._calls += 1
         if not self._inputs:
@@ -93,7 +96,7 @@ class RecordedPasses:
         return loss.detach()
 
     def _record(self, passes: int) -> None:
-        """The first pass, which makes the gradients, and where there are more, one that adds to them."""
+        """Records the first pass, which makes the gradients, and where there are more, one that adds to them."""
         self._addresses = self._weights()
         parameters = list(self._model.parameters())
         assert all(gradient_of(p) is None for p in parameters)

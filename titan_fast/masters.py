@@ -1,11 +1,11 @@
 """One device without FSDP2: bfloat16 weights, and beside them the float32 masters that the optimizer updates.
 
-FSDP2 on one device casts every float32 weight to bfloat16 in each step and every bfloat16 gradient to float32, through
-buffers of its own: about 68 bytes of traffic a parameter and step. Here the weight is bfloat16 already and its gradient
-is read as it is; of state both have 16 bytes. With `optimizer` among `compile.components` clipping and
-AdamW write master and rounded weight in one pass, 30 bytes of traffic; else torch's fused AdamW runs on gradients that
-were widened for it, about 50. The arithmetic is the same: sums, moments and masters are float32.
-"""
+On one device FSDP2 casts, in each step, every float32 weight to bfloat16 and every bfloat16 gradient to float32,
+through buffers of its own: about 68 bytes of memory traffic per parameter and step. Here the weight is bfloat16 already
+and its gradient is read as it is. With `optimizer` among `compile.components`, clipping and AdamW write master and
+rounded weight in one pass, 30 bytes of traffic; otherwise torch's fused AdamW runs on gradients that are widened for
+it, about 50. Both ways hold 16 bytes of state per parameter, and the arithmetic is the same: sums, moments and masters
+are float32."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from titan_fast.shards import local
 
 BUCKET_NUMEL = 2**27
-"""Gradients widened to float32 at a time where the update is not compiled: 512 MiB of them."""
+"""How many elements of the gradients are widened to float32 at a time where the update is not compiled: 512 MiB."""
 
 
 def narrow(model: nn.Module, kept: str, accumulates: bool) -> None:
-    """Makes the weights what `parallel.weights_kept` says: bfloat16 with masters, bfloat16 alone, or as they are."""
+    """Turns float32 weights into what `parallel.weights_kept` says: bfloat16 with masters, bfloat16 alone, or
+    unchanged."""
     if kept == "masters":
         keep_masters(model, accumulates)
     elif kept == "bfloat16":
@@ -50,30 +51,31 @@ def _sum_in_float32(parameter: Any) -> None:
 
 
 def master_of(parameter: Tensor) -> Tensor:
-    """The float32 value of a parameter; without a master, itself. Detached."""
+    """A parameter's float32 master, or itself where it has none. Detached."""
     return getattr(parameter, "master", parameter).detach()
 
 
 def gradient_of(parameter: Tensor) -> Tensor | None:
-    """The gradient of the whole step: float32 where passes were summed or the parameter is float32, else bfloat16."""
+    """The gradient of the whole step. It is float32 where passes were summed or the parameter is, else bfloat16."""
     total = getattr(parameter, "gradient_sum", None)
     return parameter.grad if total is None else total
 
 
 def round_masters(model: nn.Module) -> None:
-    """Rounds masters into the weights again; to be called after masters were written to from outside."""
+    """Rounds masters into the weights again; to be called after something else has written to the masters."""
     _round([p for p in model.parameters() if hasattr(p, "master")])
 
 
 def set_gradient(parameter: Any, gradient: Tensor) -> None:
-    """Makes `gradient` what `gradient_of` gives."""
+    """Makes `gradient` what `gradient_of` returns."""
     name = "gradient_sum" if hasattr(parameter, "gradient_sum") else "grad"
     setattr(parameter, name, gradient)
 
 
 @contextmanager
 def masters_as_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, every parameter is its float32 master, to be read or written; after it, weights are rounded from them."""
+    """Inside, every parameter is its float32 master, to be read or written. Afterwards the weights are rounded from
+    it."""
     kept = [(p, p.data) for p in model.parameters() if hasattr(p, "master")]
     for parameter, _ in kept:
         parameter.data = parameter.master  # type: ignore[attr-defined]
@@ -107,9 +109,9 @@ class OnePassAdamW(torch.optim.AdamW):
         """compiled: what compiles a function; None for none. groups, defaults: torch.optim.AdamW's."""
         super().__init__(groups, fused=True, **defaults)
         self.factor: Tensor | None = None
-        """What all gradients are multiplied with, 0-dim float32; None: nothing."""
+        """All gradients are multiplied by this, 0-dim float32; None: by nothing."""
         self.found_inf: Tensor | None = None
-        """0-dim float32; not 0: the step changes nothing. None counts as 0."""
+        """0-dim float32. If nonzero, the step changes nothing; None counts as 0."""
         self._update = compiled(update) if compiled is not None else None
 
     @torch.no_grad()
@@ -128,7 +130,7 @@ class OnePassAdamW(torch.optim.AdamW):
         self.factor = self.found_inf = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Always to None: sums of several passes too."""
+        """Always sets gradients to None, including the sums of several passes."""
         super().zero_grad(set_to_none=True)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -144,9 +146,9 @@ class OnePassAdamW(torch.optim.AdamW):
         steps = [self.state[p]["step"] for p in parameters]
         torch._foreach_add_(steps, [(bad == 0).float()] * len(steps))
         beta1, beta2 = group["betas"]
-        # One clock for all: it stands at 0 only where the very first step is not applied.
+        # The step count of one parameter serves all. It is 0 only where the very first step is not applied.
         now = steps[0].clamp(min=1.0)
-        # What differs from step to step or from group to group goes in as a tensor, or it would compile code anew.
+        # What differs between steps or groups is passed as a tensor; as a Python number it would trigger recompilation.
         rate, decay = (torch.full_like(one, group[name]) for name in ("lr", "weight_decay"))
         changing = torch.stack((factor, bad, rate, decay, 1 - beta1**now, (1 - beta2**now).sqrt()))
         assert self._update is not None
@@ -186,8 +188,8 @@ def update(
     beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
     """AdamW on one tensor, in place (Loshchilov and Hutter, arXiv:1711.05101). master, mean, square: float32; weight:
-    bfloat16 or None, gets the rounded master; gradient: either. changing, float32 [6]: the gradient's factor, whether
-    to change nothing, learning rate, weight decay, 1 - beta1^t, sqrt(1 - beta2^t)."""
+    bfloat16 or None, receives the rounded master; gradient: of either dtype. changing, float32 [6]: the gradient's
+    factor, nonzero to change nothing, learning rate, weight decay, 1 - beta1^t, sqrt(1 - beta2^t)."""
     factor, bad, rate, decay, correction1, correction2 = changing.unbind()
     g = gradient.float() * factor
     m = mean + (g - mean) * (1 - beta1)

@@ -18,8 +18,8 @@ def build_optimizer(
     model: nn.Module, settings: config.Optimizer, compiled: Callable[[Any], Any] | None = None
 ) -> torch.optim.AdamW:
     """AdamW over the model's parameters; norms and the embedding form a group of their own where they do not decay.
-    compiled: what compiles the update to one pass over each tensor, `compilation.optimizer_compiler`'s; None for none.
-    """
+    compiled: a compiler that turns the update into one pass over each tensor (`compilation.optimizer_compiler`), or
+    None."""
     decays, spared = [], []
     for name, parameter in model.named_parameters():
         spare = "norm.weight" in name or name.endswith("embedding.weight")
@@ -69,7 +69,7 @@ def rate_at(step: int, tables: dict[str, dict[str, Any]]) -> float:
 
 
 def describe_schedule(settings: config.LrScheduler, peak: float, training_steps: int) -> str:
-    """Its shape in words, and what of the warm-up does not fit."""
+    """The schedule in words, or that its warm-up is too long for it."""
     total = settings.total_steps or training_steps
     if settings.warmup_steps >= total:
         every = "all " if total >= training_steps else ""
@@ -89,8 +89,8 @@ def describe_schedule(settings: config.LrScheduler, peak: float, training_steps:
 def clip_gradients(
     optimizer: torch.optim.Optimizer, max_norm: float, loss: Tensor, summed: Tensor | None = None
 ) -> Tensor:
-    """`clip_grad_norm_` of what `optimizer` updates. One that can multiply gradients as it reads them is told to, which
-    spares a pass over all of them."""
+    """`clip_grad_norm_` for what `optimizer` updates. An optimizer that can scale gradients while it reads them is
+    given the factor instead, which spares a pass over all of them."""
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     if not isinstance(optimizer, OnePassAdamW):
         return clip_grad_norm_(parameters, max_norm, loss, summed)
@@ -102,8 +102,8 @@ def clip_gradients(
 def clip_grad_norm_(
     parameters: Iterable[Tensor], max_norm: float, loss: Tensor, summed: Tensor | None = None
 ) -> Tensor:
-    """Scales the gradients so that their global L2 norm is at most `max_norm` (0: only measures) and returns the norm
-    before that, as `global_norm` does."""
+    """Scales the gradients so that their global L2 norm is at most `max_norm` (0: only measures it). Returns the norm
+    before that; see `global_norm`."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = global_norm(gradients, loss, summed)
     if max_norm and gradients:
@@ -119,16 +119,16 @@ def _clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 def global_norm(gradients: list[Tensor], loss: Tensor, summed: Tensor | None = None) -> Tensor:
     """The L2 norm of all gradients over all ranks, 0-dim float32, the same on every rank. The host does not wait.
 
-    Works where parameters are sharded over different meshes, as FSDP with tensor parallelism has them: a gradient held
-    by several ranks counts in part on each, and one reduction over the world adds up all. `loss` is this rank's; where
-    it is not finite, the norm becomes NaN on every rank. `summed`, 1-dim float32, rides along in the reduction and is
-    replaced by its sum over the ranks.
+    This works even where parameters are sharded over different meshes, as with FSDP and tensor parallelism: a gradient
+    that several ranks hold counts in part on each of them, and one all-reduce over the world adds everything up. `loss`
+    is this rank's; where it is not finite, the norm becomes NaN on every rank. `summed`, 1-dim float32, takes part in
+    the same all-reduce and is replaced by its sum over the ranks.
     """
     by_copies: dict[int, list[Tensor]] = {}
     for gradient in gradients:
         by_copies.setdefault(copies(gradient), []).append(gradient)
     total = loss.float() * 0.0
-    # A number per group and not a tensor of numbers, which would be a copy to the device that the host waits for.
+    # Divided by a Python number for each group: a tensor of them would have to be copied to the device, with a wait.
     for number, group in by_copies.items():
         norms = torch.stack(torch._foreach_norm([local(g) for g in group], 2, torch.float32))
         total = total + (norms.square().sum() / number).to(total.device)
@@ -145,8 +145,8 @@ def step_unless(optimizer: torch.optim.AdamW, bad: Tensor) -> None:
     """One optimizer step, or none at all (neither weights nor moments nor step counts) where `bad`, a 0-dim float32
     tensor, is not zero. The fused implementation decides on the device; the others ask the host, which waits."""
     if optimizer.defaults["fused"]:
-        # How GradScaler tells a fused optimizer to skip. AdamW itself would not wait for a copy to host memory, where
-        # offloaded parameters are.
+        # This is how GradScaler tells a fused optimizer to skip a step. The copy is made here because AdamW would not
+        # wait for one to host memory, where offloaded parameters are.
         device = next(p.device for group in optimizer.param_groups for p in group["params"])
         optimizer.found_inf = bad.to(device)  # type: ignore[attr-defined]
         optimizer.step()

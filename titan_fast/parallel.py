@@ -114,8 +114,8 @@ def parallelize(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Con
     """Makes a meta-device model this rank's part of it, in place. Give it memory and values after this."""
     if mesh["tensor"].size() > 1:
         apply_tensor_parallel(model, mesh["tensor"], settings.parallelism.enable_async_tensor_parallel)
-    # To run attention again, torch.compile would keep the CPU's random state for it, and 2.13 mixes that up with the
-    # DeviceMesh that it keeps for DTensor gradients. CUDA's random state is kept another way.
+    # To recompute attention, torch.compile would save the CPU's random state, and torch 2.13 confuses that with the
+    # DeviceMesh that it saves for DTensor gradients. CUDA's random state is kept in another way.
     keeps_attention = settings.compile.enable and mesh["tensor"].size() > 1 and mesh.device_type == "cpu"
     activation_checkpoint.apply(model, settings.activation_checkpoint, settings.compile, keeps_attention)
     if settings.compile.enable:
@@ -126,15 +126,16 @@ def parallelize(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Con
 
 
 def uses_fsdp(settings: Config, world_size: int, dtypes: Precision) -> bool:
-    """A single float32 device needs nothing of FSDP; one that computes in bfloat16 keeps what `single_device` says."""
+    """Whether FSDP2 is used. A single device needs it only where it computes in bfloat16 and `single_device` says
+    so."""
     if world_size > 1 or settings.training.enable_cpu_offload:
         return True
     return dtypes.param != torch.float32 and weights_kept(settings, world_size, dtypes) == "fsdp"
 
 
 def weights_kept(settings: Config, world_size: int, dtypes: Precision) -> Literal["fsdp", "masters", "bfloat16"]:
-    """`parallelism.single_device` with auto resolved; "fsdp" also where the setting does not apply: several devices, or
-    float32."""
+    """`parallelism.single_device` with auto resolved. auto is "fsdp" also where the setting does not apply: on several
+    devices, or in float32."""
     choice = settings.parallelism.single_device
     if choice != "auto":
         return choice
@@ -143,7 +144,7 @@ def weights_kept(settings: Config, world_size: int, dtypes: Precision) -> Litera
 
 
 def saved_bytes(settings: Config, world_size: int, dtypes: Precision) -> int:
-    """Of one parameter in a checkpoint: the weight and its two moments."""
+    """Bytes of one parameter in a checkpoint: the weight and its two moments."""
     return 3 * (2 if weights_kept(settings, world_size, dtypes) == "bfloat16" else 4)
 
 
@@ -167,7 +168,7 @@ def _of_gradients(
 
 
 def check_single_device(settings: Config, degrees: MeshDegrees, dtypes: Precision) -> None:
-    """ConfigError where `single_device` asks for what is not a single bfloat16 device."""
+    """ConfigError where `single_device` asks for what only a single bfloat16 device can do."""
     choice, devices = settings.parallelism.single_device, degrees.data * degrees.tensor
     if choice in ("auto", "fsdp"):
         return
@@ -181,7 +182,7 @@ def check_single_device(settings: Config, degrees: MeshDegrees, dtypes: Precisio
 
 
 def check_optimizer(settings: Config) -> None:
-    """ConfigError where another implementation of AdamW is asked for than the one that must run."""
+    """ConfigError where `optimizer.implementation` is not the one that the other settings need."""
     asked = settings.optimizer.implementation
     if asked == "fused":
         return
@@ -197,7 +198,7 @@ def check_optimizer(settings: Config) -> None:
 
 
 def check_cuda_graph(device: torch.device, shards: bool) -> None:
-    """ConfigError where no step can be recorded."""
+    """ConfigError where steps cannot be recorded."""
     if device.type != "cuda":
         raise ConfigError(
             f"training.cuda_graph records the work of a GPU, and the device is {device.type}", "turn it off"
@@ -224,8 +225,9 @@ def check_torch_loss(loss: config.Loss, tensor_degree: int, kernel: str) -> None
     raise ConfigError(problem, "take chunked", "loss.implementation torch")
 
 
-# Tensor parallel with sequence parallel: between the marked modules each rank holds seq_len / degree positions, inside
-# them all positions and 1 / degree of the heads or features. Modules take and return plain local tensors.
+# Tensor parallel with sequence parallel: inside attention, feed-forward and head each rank has all positions and 1 /
+# degree of the heads, features or vocabulary; between them it has seq_len / degree positions. All modules take and
+# return plain local tensors.
 _SEQUENCE, _WHOLE = Shard(1), Replicate()
 
 MODEL_PLAN: dict[str, Callable[[], ParallelStyle]] = {
@@ -261,7 +263,7 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, asynchronous: bool) ->
 
 
 def overlap_collectives(mesh: DeviceMesh) -> None:
-    """Lets Inductor cut matrix products into pieces and send each while it computes the next, over symmetric memory."""
+    """Lets Inductor cut matrix products into pieces, and send each over symmetric memory while it computes the next."""
     import torch._inductor.config as inductor
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
@@ -280,15 +282,15 @@ class _Wait(torch.autograd.Function):
 
 
 def _arrived(module: nn.Module, arguments: Any, output: Any) -> Any:
-    """A forward hook for what may stand before a compiled module: torch.compile (2.13) loses the gradient of an input
-    whose collective is still under way. The next operator would have waited for it anyway."""
+    """A forward hook for modules whose output may go into a compiled one: torch.compile (2.13) loses the gradient of an
+    input whose collective is still running. The next operator would have waited for it anyway."""
     return tree_map_only(AsyncCollectiveTensor, _Wait.apply, output)
 
 
 class SequenceShardNorm(ParallelStyle):
-    """A norm on this rank's positions: no communication here; `finish_gradients` sums the ranks' weight gradients.
+    """A norm on this rank's positions. It communicates nothing; `finish_gradients` sums the ranks' weight gradients.
 
-    The operators see plain tensors: DTensor dispatch would cost more host time than the norm."""
+    The operators see plain tensors, since DTensor's dispatch would take more host time than the norm itself."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, Norm)
@@ -309,11 +311,11 @@ def _with_local_weight(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def finish_gradients(model: Llama) -> None:
-    """Sums the norms' gradients over the tensor-parallel ranks, each of which made its own from its positions. Once a
-    step, after the last backward pass and before clipping.
+    """Sums the norms' gradients over the tensor-parallel ranks, each of which has computed them from its own positions.
+    Once a step, after the last backward pass and before clipping.
 
-    All of them go in one float32 all-reduce. Declared partial instead, FSDP would reduce each one by itself in the
-    middle of the backward pass, and in the dtype of the computation, whatever its reduce_dtype.
+    All of them take one float32 all-reduce. If they were partial DTensors instead, FSDP would reduce each by itself in
+    the middle of the backward pass, in the dtype of the computation whatever its reduce_dtype.
     """
     norms = [module.weight for module in model.modules() if isinstance(module, Norm)]
     gradients = [weight.grad for weight in norms if isinstance(weight.grad, DTensor)]
@@ -326,7 +328,7 @@ def finish_gradients(model: Llama) -> None:
 
 
 class VocabularyParallelHead(ParallelStyle):
-    """The head's rows, which are the vocabulary, cut over the ranks; its loss exchanges three numbers a token."""
+    """The head's rows, that is the vocabulary, cut over the ranks. Its loss exchanges three numbers per token."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, Head)
@@ -364,27 +366,27 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Conf
     alone = degrees.data == 1
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            if not alone:  # one rank divides by nothing; told to divide by 1, it would make a divided copy
+            if not alone:  # a single rank does not divide; told to divide by 1, it would make a copy
                 module.set_gradient_divide_factor(1.0)
-            # Without this a divide factor becomes a PREMUL_SUM, which gloo does not have.
+            # Without this the factor would make FSDP2 use PREMUL_SUM, which gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
     _prefetch(model)
     if isinstance(model.embedding, FSDPModule):  # its gradient needs no weight
         model.embedding.set_unshard_in_backward(False)
-    # FSDP warns of what in-place operators would do to such an output; the model has none.
+    # FSDP warns of in-place operators on such an output; the model has none.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
 
 
 def set_fsdp_policy(model: Llama, settings: Config, degrees: MeshDegrees, device: torch.device) -> None:
-    """What of FSDP2 can be changed between steps: when gathered weights are freed, which way they and gradients go, and
-    in which dtype gradients are made."""
+    """Those settings of FSDP2 that can be changed between steps: when gathered weights are freed, through which buffers
+    weights and gradients go, and in which dtype gradients are made."""
     reshard = settings.parallelism.fsdp_reshard_after_forward
     if reshard == "default" and degrees.shard == 1:
         reshard = "never"  # nothing to gather again, only the cast would be repeated in the backward pass
     ends = (model.norm, model.head, model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # What the backward pass needs first would be gathered again at once.
+            # Freed, these would be gathered again at once: the backward pass begins with them.
             kept = module is model.blocks[-1] or module in ends
             module.set_reshard_after_forward(reshard == "always" or (reshard == "default" and not kept), recurse=False)
     direct_fsdp.use(model, buffers_are_direct(settings.parallelism, device.type))
@@ -392,23 +394,23 @@ def set_fsdp_policy(model: Llama, settings: Config, degrees: MeshDegrees, device
 
 
 def free_gathered_weights(model: nn.Module) -> None:
-    """To be called after forward passes without a backward one, which would have done it: makes every FSDP2 unit's
-    parameters the sharded ones again that the optimizer and checkpoints know."""
+    """To be called after forward passes without a backward pass: gives every FSDP2 unit its sharded parameters back,
+    which the optimizer and checkpoints know. A backward pass does this by itself."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def replicate_only_after_last(model: nn.Module, is_last: bool) -> None:
-    """With gradient accumulation, lets HSDP's replicas exchange gradients after the last pass alone. Within a replica
-    every pass reduces, so that no rank holds more than its shard of the gradient."""
+    """With gradient accumulation, lets HSDP's replicas exchange gradients only after the last pass. Within a replica
+    every pass reduces them, so that no rank holds more than its shard of the gradient."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(is_last)
 
 
 def _prefetch(model: Llama) -> None:
-    """Gathers each unit while the one before it computes, in forward and backward order, instead of leaving it to the
-    order that FSDP saw in the first step."""
+    """Gathers each unit while the one before it computes, in forward and backward order. By itself FSDP would use the
+    order that it saw in the first step."""
     ends = [] if model.shape.tied else [[model.embedding], [model.norm, model.head]]
     units = [*ends[:1], *([block] for block in model.blocks), *ends[1:]]
     first = [unit[0] for unit in units]
