@@ -384,7 +384,7 @@ def test_limits_know_attention_of_packages_where_they_are(results: Path, monkeyp
     content = json.loads((results / "limits-cpu.json").read_text())
     for backends in content["attention_by_call"].values():
         assert list(backends) == ["flash", "fa3", "fa4"]
-        assert "'fa4' cannot be had with torch" in backends["fa4"]["error"]
+        assert "'fa4' is not available with torch" in backends["fa4"]["error"]
     activated: list[tuple[Any, ...]] = []
     monkeypatch.setattr(limits, "activate_flash", lambda *of: activated.append(of))
     call = next(iter(limits.calls_of(smoke=True)[1].values()))

@@ -221,7 +221,7 @@ def test_another_flash_attention_is_tried_before_it_is_taken(
 
     monkeypatch.setattr(ops.F, "scaled_dot_product_attention", attend_otherwise)
     with pytest.raises(
-        ConfigError, match=rf"'fa4' cannot be had with torch {re.escape(torch.__version__)}: {said} flash-attn-4=="
+        ConfigError, match=rf"'fa4' is not available with torch {re.escape(torch.__version__)}: {said} flash-attn-4=="
     ):
         ops.activate_flash("fa4", 2, 16, torch.bfloat16, CPU)
     assert not activated, "torch's own is back"

@@ -225,8 +225,8 @@ def test_an_empty_folder_is_in_no_other_ones_way() -> None:
         (f"--training.global_batch_size {10**15}", "neither -1 nor between 1 and 2^40"),
         (f"--training.steps {2**63}", f"training.steps is {2**63}, not a finite number below 2^63"),
         ("--job.dry_run True --job.world_size 4294967296", "job.world_size is 4294967296, not between 1 and 2^20"),
-        ("--job.dump_folder a\0b", "job.dump_folder is 'a\\x00b', which is no text in UTF-8 without NUL"),
-        ("--job.dump_folder a\udcff", "which is no text in UTF-8 without NUL"),
+        ("--job.dump_folder a\0b", "job.dump_folder is 'a\\x00b', which is not UTF-8 text without NUL"),
+        ("--job.dump_folder a\udcff", "which is not UTF-8 text without NUL"),
     ],
 )
 def test_absurd_values(options: str, part: str) -> None:

@@ -121,8 +121,8 @@ def test_bad_json_lines_are_counted_with_their_place(tmp_path: Path) -> None:
         if reason and reason not in [earlier for _, earlier in BAD_LINES[: number - 1]]:
             assert ledger.first_place[reason] == f"rows.jsonl:{number}"
     assert ledger.rows == len(lines) - 1  # a blank line is no row
-    assert ledger.summary().startswith("9 of 31 rows passed over: 1 without 'text' (first rows.jsonl:2)")
-    assert "1 of 31 rows mended: 1 with lone surrogates replaced (first rows.jsonl:12)" in ledger.summary()
+    assert ledger.summary().startswith("9 of 31 rows skipped: 1 without 'text' (first rows.jsonl:2)")
+    assert "1 of 31 rows repaired: 1 with lone surrogates replaced (first rows.jsonl:12)" in ledger.summary()
 
 
 def test_bad_csv_rows(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_file_in_utf_16_is_passed_over(kind: str, tmp_path: Path) -> None:
     """PowerShell's > writes such."""
     content = "\n".join(["text", *['{"text": "hello"}'] * 9]).encode("utf-16")
     (tmp_path / f"a{kind}").write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
-    with pytest.raises(DataError, match=r"1 of 1 rows passed over: 1 whole file in UTF-16, not UTF-8 \(first a"):
+    with pytest.raises(DataError, match=r"1 of 1 rows skipped: 1 whole file in UTF-16, not UTF-8 \(first a"):
         read(tmp_path)
     (tmp_path / "good.txt").write_text("some text")
     texts, ledger = read(tmp_path)
@@ -410,7 +410,7 @@ def test_a_missing_column_is_said_before_everything_is_read(tmp_path: Path) -> N
 def test_mostly_bad_rows_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "good"}\n' * 9 + '{"text": null}\n' * 10)
-    assert "most rows cannot be used: 10 of 19 rows passed over: 10 null (first rows.jsonl:10)" in refused(path)
+    assert "most rows cannot be used: 10 of 19 rows skipped: 10 null (first rows.jsonl:10)" in refused(path)
     path.write_text('{"text": "good"}\n' * 10 + '{"text": null}\n' * 10)
     assert len(read(path)[0]) == 10
 
@@ -422,7 +422,7 @@ def test_empty_rows_are_usual_unless_all_are(tmp_path: Path) -> None:
     texts, ledger = read(tmp_path)
     assert texts == ["pass"] and ledger.passed_over == {"empty": 9} and ledger.rows == 10
     (tmp_path / "real.py").write_text("\n")
-    assert "most rows cannot be used: 10 of 10 rows passed over: 10 empty (first 0.py:1)" in refused(tmp_path)
+    assert "most rows cannot be used: 10 of 10 rows skipped: 10 empty (first 0.py:1)" in refused(tmp_path)
 
 
 def truncate(path: Path) -> None:

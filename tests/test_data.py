@@ -948,11 +948,11 @@ def test_a_stream_without_the_column_or_without_rows_is_refused_at_once(stream: 
 def test_bad_rows_of_a_stream(stream: Callable) -> None:
     rows = {"text": ["good one here", None, None, None, "good two here", None, " "] * 30}
     good = datasets.Dataset.from_dict({"text": ["good one here", "good two here"] * 30}).to_iterable_dataset()
-    with pytest.raises(DataError, match="most rows cannot be used: 150 of 210 rows passed over: 120 null"):
+    with pytest.raises(DataError, match="most rows cannot be used: 150 of 210 rows skipped: 120 null"):
         loader = stream(dataset=datasets.Dataset.from_dict(rows).to_iterable_dataset())
         for _ in range(100):
             next(loader)
-    with pytest.raises(DataError, match="150 of 150 rows passed over: 150 empty"):  # and not read for ever
+    with pytest.raises(DataError, match="150 of 150 rows skipped: 150 empty"):  # and not read for ever
         next(stream(dataset=datasets.Dataset.from_dict({"text": [""] * 150}).to_iterable_dataset()))
     rows["text"] += ["good one here", "good two here"] * 60
     loader, expected = stream(dataset=datasets.Dataset.from_dict(rows).to_iterable_dataset()), stream(dataset=good)

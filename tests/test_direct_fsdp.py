@@ -59,7 +59,7 @@ def test_auto_is_for_gpus(asked: str, device: str, direct: bool) -> None:
 def test_an_unknown_fsdp_is_left_alone() -> None:
     assert not parallel.buffers_are_direct(of("auto").parallelism, "cuda")
     settings = of("direct")
-    with pytest.raises(ConfigError, match=r"foreach_all_gather_copy_out is not the function that is known.*take flat"):
+    with pytest.raises(ConfigError, match=r"foreach_all_gather_copy_out is not the function that is known.*use flat"):
         parallel.check(settings, model_shape(settings.model), mesh_degrees(settings.parallelism, RANKS), CPU)
 
 
@@ -121,14 +121,14 @@ def test_units_use_what_they_are_told(found: dict[str, list[Any]]) -> None:
 def test_wrong_grouped_collectives_are_seen(found: dict[str, list[Any]]) -> None:
     assert results(found, "nothing") == ["", ""]
     for broken in ("gather", "reduce"):
-        assert all("of 2 ranks give wrong numbers; take" in words for words in results(found, broken))
-    assert all("of 2 ranks fail: no such collective; take" in words for words in results(found, "absent"))
+        assert all("of 2 ranks give wrong numbers; use" in words for words in results(found, broken))
+    assert all("of 2 ranks fail: no such collective; use" in words for words in results(found, "absent"))
 
 
 def test_a_run_checks_them_before_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def check(model: nn.Module, device: torch.device) -> None:
         assert isinstance(model, FSDPModule)
-        raise CommunicationError("grouped collectives give wrong numbers", "take flat")
+        raise CommunicationError("grouped collectives give wrong numbers", "use flat")
 
     monkeypatch.setattr(direct_fsdp, "check", check)
     more = {"training__mixed_precision_param": "bfloat16", "parallelism__single_device": "fsdp"}

@@ -58,13 +58,13 @@ def test_a_console_that_was_closed_at_the_start_is_as_good_as_any(closed: str) -
 
 def test_a_name_that_is_too_long_is_refused() -> None:
     done = run(f"open('{'x' * 300}')")
-    assert done.returncode == 2 and done.stderr.startswith("titan_fast: no such path can be: File name too long [xxx")
+    assert done.returncode == 2 and done.stderr.startswith("titan_fast: no such path: File name too long [xxx")
 
 
 @pytest.mark.parametrize(
     ("name", "status", "words"),
     [
-        ("EIO", 4, "the disk fails: Input/output error [/a/file]; mend it"),
+        ("EIO", 4, "the disk fails: Input/output error [/a/file]; fix it"),
         ("EROFS", 4, "the disk fails: Read-only file system [/a/file]"),
         ("ESTALE", 4, "the disk fails: Stale file handle [/a/file]"),
         ("EMFILE", 2, "no file can be opened: Too many open files [/a/file]; allow more (ulimit -n)"),

@@ -327,7 +327,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "no such backend": (COMPILED | {"compile.backend": "inducto"}, 1,
                         "no compile.backend 'inducto'; did you mean inductor"),
     "a backend without its package": (COMPILED | {"compile.backend": "tvm"}, 1,
-                                      "compile.backend 'tvm' needs the package tvm; install it, or take inductor"),
+                                      "compile.backend 'tvm' needs the package tvm; install it, or use inductor"),
     "tuning without Inductor": (COMPILED | {"compile.max_autotune": True}, 1, "compile.backend is 'aot_eager'"),
     "torch's loss with z": (TORCH_LOSS | {"loss.z_loss": 1e-4}, 1, "no z_loss" if has_torch_loss() else MISSING),
     "torch's loss of a slice": (TORCH_LOSS | {"parallelism.tensor_parallel_degree": 2}, 2,

@@ -118,20 +118,20 @@ def check(settings: config.ActivationCheckpoint, compiles: config.Compile, n_lay
         why = f"compile.components is {' '.join(compiles.components)}" if compiles.enable else "compile.enable is False"
         raise ConfigError(
             f"activation_checkpoint.mode 'memory_budget' is the choice of the blocks' compiler, and {why}",
-            "compile the blocks, or take pointwise, selective or full",
+            "compile the blocks, or use pointwise, selective or full",
         )
     if settings.mode == "memory_budget" and compiles.backend == "eager":
         raise ConfigError(
             "activation_checkpoint.mode 'memory_budget' is the choice of a compiler that sees the backward pass, and "
             "compile.backend is 'eager'",
-            "take inductor or aot_eager, or pointwise, selective or full",
+            "use inductor or aot_eager, or pointwise, selective or full",
         )
     option = settings.selective_ac_option
     if settings.mode == "selective" and option not in SELECTIVE and int(option) > n_layers:
         raise ConfigError(
             f"activation_checkpoint.selective_ac_option {option} is more than the model's {n_layers} blocks, so that "
             "none would be checkpointed",
-            "lower it, or take mode none",
+            "lower it, or use mode none",
         )
 
 

@@ -139,7 +139,7 @@ def read_state(path: Path) -> dict[str, Any]:
         for key in ("step", "tokens_seen", "elapsed_seconds", "data", "world_size"):
             state[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"its state.json cannot be read: {cause(error)}", "take another", str(path)) from error
+        raise CheckpointError(f"its state.json cannot be read: {cause(error)}", "use another", str(path)) from error
     return state
 
 
@@ -148,7 +148,7 @@ def read_config(path: Path) -> dict[str, dict[str, Any]]:
     try:
         return tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"its config.toml cannot be read: {cause(error)}", "take another", str(path)) from error
+        raise CheckpointError(f"its config.toml cannot be read: {cause(error)}", "use another", str(path)) from error
 
 
 def refuse_links(folder: Path) -> None:
@@ -180,7 +180,7 @@ def tokenizer_of(path: Path) -> Path:
     """The tokenizer's file in the checkpoint at `path`."""
     files = [file for file in (path / "tokenizer").glob("*") if file.name != CONFIG_BESIDE]
     if len(files) != 1:
-        raise CheckpointError("the checkpoint has no tokenizer", "take one that was saved whole", where=str(path))
+        raise CheckpointError("the checkpoint has no tokenizer", "use one that was saved whole", where=str(path))
     return files[0]
 
 

@@ -68,8 +68,8 @@ def export(path: Path, out: Path) -> list[str]:
         if problem is None:
             break
         if isinstance(problem, manifest.Unread):
-            raise CheckpointError(f"it cannot be read: {problem}", "mend that, or name another step-N", str(folder))
-        sys.stderr.write(f"{folder.name} is passed over: {problem}\n")
+            raise CheckpointError(f"it cannot be read: {problem}", "fix that, or name another step-N", str(folder))
+        sys.stderr.write(f"{folder.name} is skipped: {problem}\n")
     else:
         raise CheckpointError("no checkpoint here is whole", "restore one from a copy", str(path))
     if out.exists():

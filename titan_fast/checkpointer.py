@@ -57,7 +57,7 @@ def check(config: Config, device: torch.device) -> None:
     """ConfigError where `[checkpoint]` asks for what the device cannot do."""
     if config.checkpoint.async_mode == "async_with_pinned_mem" and device.type != "cuda":
         raise ConfigError(
-            "checkpoint.async_mode 'async_with_pinned_mem' needs CUDA, and there is none", "take 'async' or 'disabled'"
+            "checkpoint.async_mode 'async_with_pinned_mem' needs CUDA, and there is none", "use 'async' or 'disabled'"
         )
 
 

@@ -32,7 +32,7 @@ def check(settings: config.Compile, uses_fsdp: bool) -> None:
         )
     if (needs := _NEED.get(settings.backend)) and find_spec(needs) is None:
         what = f"compile.backend {settings.backend!r} needs the package {needs}"
-        raise ConfigError(what, "install it, or take inductor")
+        raise ConfigError(what, "install it, or use inductor")
     tuned = [name for name in ("coordinate_descent", "max_autotune") if getattr(settings, name)]
     if tuned and settings.backend != "inductor":
         raise ConfigError(
@@ -47,7 +47,7 @@ def check(settings: config.Compile, uses_fsdp: bool) -> None:
     if uses_fsdp:
         raise ConfigError(
             "compile.components has model, and FSDP2 gathers weights between blocks, within what would be one graph",
-            "take blocks, or on a single device parallelism.single_device masters",
+            "use blocks, or on a single device parallelism.single_device masters",
         )
 
 

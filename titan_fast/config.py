@@ -522,7 +522,7 @@ def _read_toml(words: list[str] | None) -> dict[str, list[str]]:
     except OSError as error:
         raise ConfigError(f"cannot read the config file: {error.strerror}", "check the path", str(path)) from error
     except (ValueError, RecursionError) as error:  # a ValueError also for bytes that are not UTF-8 and absurd numbers
-        raise ConfigError(f"the config file is not valid TOML: {error}", "mend it", str(path)) from error
+        raise ConfigError(f"the config file is not valid TOML: {error}", "fix it", str(path)) from error
     options, known, problems = {}, known_keys(), Problems()
     for table, keys in tables.items():
         if isinstance(keys, list) and keys and isinstance(keys[0], dict):
@@ -614,7 +614,7 @@ class Problems:
             raise ConfigError(*self._found[0])
         if self._found:
             listed = "; ".join(f"({i}) {what}: {remedy}" for i, (what, remedy) in enumerate(self._found, 1))
-            raise ConfigError(f"{len(self._found)} settings are wrong: {listed}", "mend each")
+            raise ConfigError(f"{len(self._found)} settings are wrong: {listed}", "fix each")
 
 
 def validate(config: Config) -> None:
@@ -625,7 +625,7 @@ def validate(config: Config) -> None:
         problems.add(
             f"training.seq_len {config.training.seq_len} is beyond the {shape.max_seq_len} tokens that "
             f"{config.model.flavor} is made for",
-            "lower it or take a flavor with a longer context",
+            "lower it or use a flavor with a longer context",
         )
     if config.job.world_size is not None and not config.job.dry_run:
         problems.add(
@@ -829,7 +829,7 @@ def _check_ranges(config: Config, problems: Problems) -> None:
             remedy = (
                 "change it" if coding == "utf-8" else f"words are read as {coding} here: set PYTHONUTF8=1, or change it"
             )
-            problems.add(f"{name} is {text!r}, which is no text in UTF-8 without NUL", remedy)
+            problems.add(f"{name} is {text!r}, which is not UTF-8 text without NUL", remedy)
     for name, path in (
         ("job.dump_folder", config.job.dump_folder),
         ("training.dataset_path", config.training.dataset_path),

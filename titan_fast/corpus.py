@@ -90,7 +90,7 @@ class RowLedger:
     def summary(self) -> str:
         """One line; empty when every row was good."""
         parts = []
-        for verb, counts in (("passed over", self.passed_over), ("mended", self.mended)):
+        for verb, counts in (("skipped", self.passed_over), ("repaired", self.mended)):
             if counts:
                 reasons = (f"{count} {reason} (first {self.first_place[reason]})" for reason, count in counts.items())
                 parts.append(f"{sum(counts.values())} of {self.rows} rows {verb}: {', '.join(reasons)}")
@@ -103,7 +103,7 @@ class RowLedger:
         if bad > MOST_BAD_ROWS * self.rows or 0 < self.rows <= unused:
             if self.columns and not self.has_column:
                 raise self.missing_column()
-            raise DataError(f"most rows cannot be used: {self.summary()}", "mend the data", self.name)
+            raise DataError(f"most rows cannot be used: {self.summary()}", "fix the data", self.name)
 
     def missing_column(self) -> DataError:
         """It names the first file, or row, that lacks the text column."""
@@ -252,7 +252,7 @@ def _walk(root: Path, left_out: Container[str] = ()) -> Iterator[Path]:
     directories and token shards are not entered, but yielded. DataError for a folder that cannot be read."""
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"a folder cannot be read: {error.strerror}", "mend it, or take it out", str(error.filename))
+        raise DataError(f"a folder cannot be read: {error.strerror}", "fix it, or take it out", str(error.filename))
 
     for folder, folders, names in os.walk(root, onerror=refuse):
         here = Path(folder)
@@ -422,7 +422,7 @@ def _whole_json(stream: BinaryIO, name: str, ledger: RowLedger) -> Iterator[tupl
     try:
         rows = json.loads(stream.read().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise DataError(f"the JSON file is broken: {error}", "mend it, or give one row per line", name) from error
+        raise DataError(f"the JSON file is broken: {error}", "fix it, or give one row per line", name) from error
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         ledger.count()
         yield from ((number, text) for text in row_texts(row, f"{name}:{number}", ledger))
@@ -435,7 +435,7 @@ def _csv(stream: BinaryIO, name: str, ledger: RowLedger) -> Iterator[tuple[int, 
     try:
         header = next(reader, None)
     except csv.Error as error:
-        raise DataError(f"the header of the CSV file is broken: {error}", "mend it", name) from error
+        raise DataError(f"the header of the CSV file is broken: {error}", "fix it", name) from error
     if header is None:
         return
     if ledger.column not in header:

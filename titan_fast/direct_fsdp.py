@@ -144,7 +144,7 @@ def check(model: nn.Module, device: torch.device) -> None:
             raise CommunicationError(f"grouped collectives of {group.size()} ranks give wrong numbers", _HINT)
 
 
-_HINT = "take --parallelism.fsdp_buffers flat, which sends everything in one piece, or another version of NCCL"
+_HINT = "use --parallelism.fsdp_buffers flat, which sends everything in one piece, or another version of NCCL"
 
 
 def _numbers_are_right(group: dist.ProcessGroup, device: torch.device) -> bool:

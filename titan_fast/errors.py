@@ -103,11 +103,11 @@ def reported() -> Iterator[None]:
         if error.errno in NO_ROOM:
             fail(CheckpointError(f"the disk is full: {error.strerror}", "make room and start again as before", where))
         if error.errno in _FAILING:
-            fail(CheckpointError(f"the disk fails: {error.strerror}", "mend it and start again as before", where))
+            fail(CheckpointError(f"the disk fails: {error.strerror}", "fix it and start again as before", where))
         if error.errno in _NO_HANDLE:
             fail(ConfigError(f"no file can be opened: {error.strerror}", "allow more (ulimit -n)", where))
         if error.errno in _NO_PATH and where:
-            fail(ConfigError(f"no such path can be: {error.strerror}", "name another", where))
+            fail(ConfigError(f"no such path: {error.strerror}", "name another", where))
         if isinstance(error, PermissionError) and where:
             fail(ConfigError(f"not allowed: {error.strerror}", "give this user the right, or name another path", where))
         if isinstance(error, BrokenPipeError) and _nobody_reads():  # as in `... | head`

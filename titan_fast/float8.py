@@ -139,7 +139,7 @@ def check(settings: config.Config, shape: ModelShape, tensor_degree: int, dtype:
     if settings.kernels.reemit == "triton":
         raise ConfigError(
             "kernels.reemit 'triton' joins norms and SwiGLU to products that are not float8, and float8.enable is True",
-            "take reemit auto or reference, or turn float8 off",
+            "use reemit auto or reference, or turn float8 off",
         )
     if on_gpu and dtype != torch.bfloat16:
         raise ConfigError(
@@ -163,7 +163,7 @@ def check_device(settings: config.Float8, device: torch.device) -> None:
     if device.type == "cpu" and settings.recipe_name == "rowwise" and not cpu_has_rowwise():
         raise ConfigError(
             f"float8.recipe_name 'rowwise' is not in torch {torch.__version__}'s products on a CPU",
-            "take tensorwise here, or a newer torch",
+            "use tensorwise here, or a newer torch",
         )
 
 

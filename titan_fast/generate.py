@@ -145,7 +145,7 @@ def main() -> None:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, and there is none here", "take auto or cpu")
+        raise ConfigError("--device is cuda, and there is none here", "use auto or cpu")
     device = torch.device(name)
     model, tokenizer, _ = load_model(Path(arguments.checkpoint), device)
     text = generate_text(model, tokenizer, arguments.prompt, arguments.max_new_tokens, sampling, device)

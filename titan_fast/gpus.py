@@ -220,7 +220,7 @@ def calibrated(gpu: Gpu, path: Path) -> Gpu:
         raise ConfigError(f"no calibration can be read: {type(error).__name__}: {error}", _SHAPE, where) from error
     pattern = next(peak.pattern for peak in PEAKS if peak.name == gpu.peak_name)
     if not re.match(pattern, str(device).strip()):
-        raise ConfigError(f"the calibration is of {device!r}, and --gpu is {gpu.name}", "take the GPU's own", where)
+        raise ConfigError(f"the calibration is of {device!r}, and --gpu is {gpu.name}", "use the GPU's own", where)
     times_attention, backend = not rates.keys().isdisjoint(_ATTENTION), found.get("attention", gpu.default_attention)
     if times_attention and (not isinstance(backend, str) or backend not in gpu.attention):
         raise ConfigError(f"attention is {backend!r}", f"it is one of {', '.join(gpu.attention)}", where)

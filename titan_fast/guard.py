@@ -106,7 +106,7 @@ class StepGuard:
         return NumericsError(
             f"the loss ({loss}) or the gradient (norm {norm}) of step {item.step} is not finite{in_a_row}, and was not "
             "applied",
-            "no checkpoint has anything of it; look at the data there, lower optimizer.lr or clip harder",
+            "no checkpoint contains it; look at the data there, lower optimizer.lr or clip harder",
             where=f"step {item.step}, {self._where(item)}",
         )
 

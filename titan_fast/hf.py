@@ -214,7 +214,7 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Mode
     theta, scaling = _rope(config, where)
     shape = ModelShape(**found, rope_theta=theta, rope_scaling=scaling, tied=tied)
     if problems := shape.problems():
-        raise ConfigError("; ".join(problems), "it describes no Llama", where)
+        raise ConfigError("; ".join(problems), "it does not describe a Llama", where)
     if config.get("head_dim") is not None:
         _refuse_unless(config, "head_dim", (shape.head_dim,), where)
     return shape
@@ -224,7 +224,7 @@ def _refuse_unless(config: Mapping[str, Any], key: str, values: tuple[Any, ...],
     value = config.get(key)
     if value not in values:
         words = " or ".join(repr(each) for each in values if each is not None) or "nothing"
-        raise ConfigError(f"{key} is {value!r}, and this project knows only {words}", "take another model", where)
+        raise ConfigError(f"{key} is {value!r}, and this project knows only {words}", "use another model", where)
 
 
 def _number(config: Mapping[str, Any], key: str, kind: type[int] | type[float], default: Any, where: str) -> Any:
@@ -232,7 +232,7 @@ def _number(config: Mapping[str, Any], key: str, kind: type[int] | type[float], 
     if value is None and default is not ...:
         return default
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-        raise ConfigError(f"{key} is {value!r}, not {'an integer' if kind is int else 'a number'}", "mend it", where)
+        raise ConfigError(f"{key} is {value!r}, not {'an integer' if kind is int else 'a number'}", "fix it", where)
     return kind(value)
 
 
@@ -241,7 +241,7 @@ def _rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | N
     old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     for key, table in (("rope_scaling", old), ("rope_parameters", new)):
         if not isinstance(table, Mapping):
-            raise ConfigError(f"{key} is {table!r}, not a table", "mend it", where)
+            raise ConfigError(f"{key} is {table!r}, not a table", "fix it", where)
     if old and new and dict(old) != {key: new.get(key) for key in old}:
         raise ConfigError(f"rope_scaling {dict(old)} and rope_parameters {dict(new)} differ", "remove one", where)
     table = dict(new or old)

@@ -89,11 +89,11 @@ class HuggingFaceFolder:
             return {}
         index = read_json(self.path / INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
-            raise CheckpointError("weight_map is not a table of tensors and files", "mend it", str(self.path / INDEX))
+            raise CheckpointError("weight_map is not a table of tensors and files", "fix it", str(self.path / INDEX))
         for name, file in index.items():
             if Path(file).name != file:
                 raise CheckpointError(
-                    f"{name} would be in {file!r}, which is not a file's plain name", "mend it", str(self.path / INDEX)
+                    f"{name} would be in {file!r}, which is not a file's plain name", "fix it", str(self.path / INDEX)
                 )
             if not (self.path / file).is_file():
                 raise CheckpointError(
@@ -106,7 +106,7 @@ class HuggingFaceFolder:
     def _known_dtype(self, name: str, dtype: str) -> torch.dtype:
         if dtype not in _DTYPES:
             raise CheckpointError(
-                f"{name} is {dtype}, not one of {', '.join(_DTYPES)}", "take unquantized weights", where=str(self.path)
+                f"{name} is {dtype}, not one of {', '.join(_DTYPES)}", "use unquantized weights", where=str(self.path)
             )
         return _DTYPES[dtype]
 
@@ -153,9 +153,9 @@ def read_json(path: Path) -> dict[str, Any]:
             f"there is no {path.name}", "give a folder that has one", where=str(path.parent)
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error}", "mend it", where=str(path)) from error
+        raise CheckpointError(f"{path.name} cannot be read: {error}", "fix it", where=str(path)) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object", "mend it", where=str(path))
+        raise CheckpointError(f"{path.name} is not a JSON object", "fix it", where=str(path))
     return content
 
 

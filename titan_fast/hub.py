@@ -184,7 +184,7 @@ class StreamSource:
             return f"{order}, {self._files // share.dp_degree} for each of {share.dp_degree} data-parallel ranks"
         return (
             f"{order}; WARNING: {self._files} files do not divide by {share.dp_degree} data-parallel ranks, so each "
-            f"rank reads all of them and keeps every {share.dp_degree}th row: take a degree that divides, or prepare "
+            f"rank reads all of them and keeps every {share.dp_degree}th row: use a degree that divides, or prepare "
             "the data"
         )
 

@@ -92,7 +92,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp.load(wanted, storage_reader=self._reader, no_dist=True)
         except (dcp.api.CheckpointException, RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"cannot be loaded: {cause(error)}", "take another", str(self.path)) from error
+            raise CheckpointError(f"cannot be loaded: {cause(error)}", "use another", str(self.path)) from error
 
 
 class _CachedReader(SafeReader):

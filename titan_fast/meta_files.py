@@ -160,7 +160,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     floating = torch.float32, torch.bfloat16, torch.float16, torch.float64
     if quantized := [name for name, tensor in tensors.items() if tensor.dtype not in floating]:
         raise CheckpointError(
-            f"{some(quantized)} is {tensors[quantized[0]].dtype}", "take unquantized weights", where=str(path)
+            f"{some(quantized)} is {tensors[quantized[0]].dtype}", "use unquantized weights", where=str(path)
         )
     return tensors
 
@@ -171,7 +171,7 @@ def _shape(params: dict[str, Any], sizes: dict[str, torch.Size], tied: bool, pat
     where = str(path / PARAMS)
     if unknown := sorted(params.keys() - _KNOWN_PARAMS):
         raise ConfigError(f"{unknown[0]} is {params[unknown[0]]!r}, and this project knows no such key",
-                          "take a Llama 2 or 3 text model", where)  # fmt: skip
+                          "use a Llama 2 or 3 text model", where)  # fmt: skip
     for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
         if len(sizes.get(name, ())) != 2:
             raise CheckpointError(f"{name} missing or not a matrix", "give Meta's consolidated files", where=str(path))
@@ -181,7 +181,7 @@ def _shape(params: dict[str, Any], sizes: dict[str, torch.Size], tied: bool, pat
         theta, eps = float(params.get("rope_theta", 10_000.0)), float(params["norm_eps"])
         vocab_size = _integer({"vocab_size": -1} | params, "vocab_size")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"a key is missing or no number: {error}", "mend it", where) from error
+        raise ConfigError(f"a key is missing or no number: {error}", "fix it", where) from error
     rows = sizes["tok_embeddings.weight"][0]
     if vocab_size not in (-1, rows):
         what = f"vocab_size is {vocab_size}, and the embedding has {rows} rows"
@@ -192,7 +192,7 @@ def _shape(params: dict[str, Any], sizes: dict[str, torch.Size], tied: bool, pat
         scaling, max_seq_len = released_scaling((dim, n_layers, n_heads, n_kv_heads, ffn_dim), where)
     shape = ModelShape(dim, n_layers, n_heads, n_kv_heads, ffn_dim, rows, max_seq_len, theta, scaling, eps, tied)
     if problems := shape.problems():
-        raise ConfigError("; ".join(problems), "it describes no Llama", where)
+        raise ConfigError("; ".join(problems), "it does not describe a Llama", where)
     return shape
 
 

@@ -155,8 +155,8 @@ def activate_flash(version: str, group: int, head_dim: int, dtype: torch.dtype, 
             attention.restore_flash_attention_impl()
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
-            f"kernels.attention {version!r} cannot be had with torch {torch.__version__}: {first}",
-            f"install {_FLASH_PACKAGES[version]}, or take auto",
+            f"kernels.attention {version!r} is not available with torch {torch.__version__}: {first}",
+            f"install {_FLASH_PACKAGES[version]}, or use auto",
         ) from error
 
 
@@ -191,12 +191,12 @@ def _choose_attention(
         if setting in ("cudnn", "efficient", *_FLASH_VERSIONS) and device.type != "cuda":
             raise ConfigError(
                 f"kernels.attention {setting!r} exists on CUDA only and this device is {device.type}",
-                "take auto, flash or math",
+                "use auto, flash or math",
             )
         if dtype == "float32" and device.type == "cuda" and setting not in ("efficient", "math"):
             raise ConfigError(
                 f"kernels.attention {setting!r} takes no float32 on CUDA, in which this run computes",
-                "take auto, efficient or math, or --training.mixed_precision_param bfloat16",
+                "use auto, efficient or math, or --training.mixed_precision_param bfloat16",
             )
         if setting in _FLASH_VERSIONS:
             group = shape.n_heads // shape.n_kv_heads
@@ -244,7 +244,7 @@ def check(kernels: Kernels, tensor_degree: int) -> None:
         raise ConfigError(
             f"kernels.reemit 'triton' joins a norm to the matrix after it, and tensor_parallel_degree "
             f"{tensor_degree} puts a gather between them",
-            "take reemit reference, or no tensor parallelism",
+            "use reemit reference, or no tensor parallelism",
         )
 
 

@@ -84,7 +84,7 @@ def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: tor
     compilation.check(settings.compile, shards)
     check_optimizer(settings)
     if settings.parallelism.fsdp_buffers == "direct" and (problem := direct_fsdp.unsupported()):
-        raise ConfigError(problem, "take flat", "parallelism.fsdp_buffers direct")
+        raise ConfigError(problem, "use flat", "parallelism.fsdp_buffers direct")
     float8.check(settings, shape, tensor, precision(settings.training, device).param, device.type == "cuda")
     wide_gradients.check(*_of_gradients(settings, degrees, device))
     if settings.training.cuda_graph:
@@ -126,8 +126,8 @@ def parallelize(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Con
 
 
 def uses_fsdp(settings: Config, world_size: int, dtypes: Precision) -> bool:
-    """Whether FSDP2 is used. A single device needs it only where it computes in bfloat16 and `single_device` says
-    so."""
+    """Whether FSDP2 is used: on several devices, with offloading, and on a single device that computes in bfloat16
+    where `single_device` says so."""
     if world_size > 1 or settings.training.enable_cpu_offload:
         return True
     return dtypes.param != torch.float32 and weights_kept(settings, world_size, dtypes) == "fsdp"
@@ -172,7 +172,7 @@ def check_single_device(settings: Config, degrees: MeshDegrees, dtypes: Precisio
     choice, devices = settings.parallelism.single_device, degrees.data * degrees.tensor
     if choice in ("auto", "fsdp"):
         return
-    where, hint = f"parallelism.single_device {choice}", "take fsdp"
+    where, hint = f"parallelism.single_device {choice}", "use fsdp"
     if devices > 1:
         raise ConfigError(f"{choice} is for one device, and there are {devices}", hint, where)
     if dtypes.param == torch.float32:
@@ -192,9 +192,7 @@ def check_optimizer(settings: Config) -> None:
         why, other = "compile.components with optimizer", "components without it"
     else:
         return
-    raise ConfigError(
-        f"optimizer.implementation is {asked}, and {why} has a step of its own", f"take fused, or {other}"
-    )
+    raise ConfigError(f"optimizer.implementation is {asked}, and {why} has a step of its own", f"use fused, or {other}")
 
 
 def check_cuda_graph(device: torch.device, shards: bool) -> None:
@@ -206,7 +204,7 @@ def check_cuda_graph(device: torch.device, shards: bool) -> None:
     if shards:
         raise ConfigError(
             "training.cuda_graph needs weights that stay where they are, and FSDP2 gathers them anew in every step",
-            "turn it off, or on a single device take parallelism.single_device masters",
+            "turn it off, or on a single device use parallelism.single_device masters",
         )
 
 
@@ -222,7 +220,7 @@ def check_torch_loss(loss: config.Loss, tensor_degree: int, kernel: str) -> None
         problem = "torch's linear_cross_entropy takes no kernel of ours, and kernels.cross_entropy is 'triton'"
     else:
         return
-    raise ConfigError(problem, "take chunked", "loss.implementation torch")
+    raise ConfigError(problem, "use chunked", "loss.implementation torch")
 
 
 # Tensor parallel with sequence parallel: inside attention, feed-forward and head each rank has all positions and 1 /

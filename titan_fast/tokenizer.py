@@ -127,7 +127,7 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
     if tokenizer.vocab_size > model_vocab_size:
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model's vocabulary {model_vocab_size}",
-            "set model.vocab_size to at least that, or take another tokenizer",
+            "set model.vocab_size to at least that, or use another tokenizer",
             str(tokenizer.path),
         )
 
@@ -290,11 +290,11 @@ def read_ranks(content: bytes, path: Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise DataError("a line is not base64 and a rank", "mend the rank file", f"{path}:{number}") from error
+            raise DataError("a line is not base64 and a rank", "fix the rank file", f"{path}:{number}") from error
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise DataError(f"the {len(ranks)} ranks are not 0 to {len(ranks) - 1}", "mend the rank file", str(path))
+        raise DataError(f"the {len(ranks)} ranks are not 0 to {len(ranks) - 1}", "fix the rank file", str(path))
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise DataError(f"{len(missing)} of the 256 single bytes have no rank", "mend the rank file", str(path))
+        raise DataError(f"{len(missing)} of the 256 single bytes have no rank", "fix the rank file", str(path))
     return ranks
 
 
@@ -312,7 +312,7 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # tokenizers raises bare Exception
-            raise DataError(f"the tokenizer.json cannot be used: {error}", "mend it", str(path)) from error
+            raise DataError(f"the tokenizer.json cannot be used: {error}", "fix it", str(path)) from error
         self._tokenizer.no_truncation()  # either may be saved in the file, and would lose or add tokens
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # in text, they are text
@@ -356,7 +356,7 @@ class HuggingFaceTokenizer:
             if {self.bos_id, self.eos_id} & set(self.encode(name)):
                 raise DataError(
                     f"a text can end or begin a document: {name!r} in it is read as one of the tokens that do",
-                    "take another tokenizer, or name other ends in a tokenizer_config.json beside it",
+                    "use another tokenizer, or name other ends in a tokenizer_config.json beside it",
                     str(self.path),
                 )
 
@@ -368,7 +368,7 @@ class HuggingFaceTokenizer:
         name = names[key]
         if name is not None and name not in ids:
             raise DataError(
-                f"tokenizer_config.json's {key} {name!r} is not in the vocabulary", "mend it", str(self.path)
+                f"tokenizer_config.json's {key} {name!r} is not in the vocabulary", "fix it", str(self.path)
             )
         return None if name is None else ids[name]
 
@@ -395,10 +395,10 @@ def _special_names(path: Path) -> tuple[dict[str, str | None], dict[str, bytes]]
         found = {key: config[key] for key in ("bos_token", "eos_token") if key in config}
         names = {key: name["content"] if isinstance(name, dict) else name for key, name in found.items()}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DataError(f"{CONFIG_BESIDE} cannot be read", "mend or remove it", str(path)) from error
+        raise DataError(f"{CONFIG_BESIDE} cannot be read", "fix or remove it", str(path)) from error
     for key, name in names.items():
         if not isinstance(name, str | None):
-            raise DataError(f"{CONFIG_BESIDE}'s {key} is {name!r}, not a text", "mend or remove it", str(path))
+            raise DataError(f"{CONFIG_BESIDE}'s {key} is {name!r}, not a text", "fix or remove it", str(path))
     return names, {CONFIG_BESIDE: content}
 
 

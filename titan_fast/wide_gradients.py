@@ -76,28 +76,28 @@ def _obstacles(
     found = (
         (bool(unknown), f"needs FSDP2's {' and '.join(unknown)}, which torch {torch.__version__} lacks", "turn it off"),
         (shards == 1, "needs several shards", "turn it off"),
-        (tensor_degree > 1, f"cannot be with tensor_parallel_degree {tensor_degree}", "take one of them"),
+        (tensor_degree > 1, f"does not work with tensor_parallel_degree {tensor_degree}", "use one of them"),
         (
             param == torch.float32 or reduce != "float32",
             f"has nothing to widen where a run {dtypes}",
             "turn it off, or compute in bfloat16 and reduce in float32",
         ),
-        (not direct, "needs direct buffers, and they are flat", "take --parallelism.fsdp_buffers direct"),
+        (not direct, "needs direct buffers, and they are flat", "use --parallelism.fsdp_buffers direct"),
         (
             settings.float8.enable and settings.float8.recipe_name == "rowwise",
-            "cannot be with float8.recipe_name rowwise, whose products are bfloat16",
-            "take tensorwise, or turn one of them off",
+            "does not work with float8.recipe_name rowwise, whose products are bfloat16",
+            "use tensorwise, or turn one of them off",
         ),
         (
             settings.activation_checkpoint.mode == "memory_budget",
-            "cannot be with activation_checkpoint.mode memory_budget, whose compiler would charge the budget for the "
-            "places that gradients leave through",
-            "take another mode, or turn it off",
+            "does not work with activation_checkpoint.mode memory_budget, since the compiler would count the places "
+            "that gradients leave through against the budget",
+            "use another mode, or turn it off",
         ),
         (
             settings.kernels.reemit == "triton",
-            "cannot be with kernels.reemit 'triton', which has products of its own",
-            "take one of them",
+            "does not work with kernels.reemit 'triton', which has products of its own",
+            "use one of them",
         ),
     )
     return [(problem, hint) for wrong, problem, hint in found if wrong]
