@@ -16,8 +16,8 @@ _aten = torch.ops.aten
 
 _PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default, _aten._scaled_mm.default})
 _PRODUCTS_OF_A_BLOCK = 5
-"""qkv, attention output, gate, up, down. The result of the last one goes into the block's output alone: nothing in the
-block's backward pass reads it, so to keep it would be waste, and torch stops a recomputation before it."""
+"""qkv, attention output, gate, up, down. Nothing in the block's backward pass reads the result of the last one, so it
+is never worth keeping, and torch stops recomputing before it."""
 _ATTENTION = frozenset(
     {
         _aten._scaled_dot_product_flash_attention.default,
@@ -28,15 +28,15 @@ _ATTENTION = frozenset(
         _aten.bmm.default,  # attention by its formula, where no fused one takes the inputs
     }
 )
-# What tensor parallelism sends between ranks and is small: to repeat it costs more than to keep its result. The
-# gathered sequence is not small, and is gathered again.
+# Collectives of tensor parallelism with small results, which are cheaper to keep than to repeat. The gathered sequence
+# is not small, and is gathered again.
 _COLLECTIVES = frozenset(
     {
         torch.ops._c10d_functional.reduce_scatter_tensor.default,
         torch.ops._c10d_functional.all_reduce.default,
     }
 )
-# Norms, rotary embedding and SwiGLU, torch's or titan_kernels', are in no list: every policy repeats them.
+# Norms, rotary embedding and SwiGLU (torch's or titan_kernels') are in none of these lists: every policy repeats them.
 
 Policy = Callable[..., CheckpointPolicy]
 
@@ -44,7 +44,7 @@ Policy = Callable[..., CheckpointPolicy]
 def _keeping(products: Iterable[int]) -> Policy:
     """Keeps attention outputs and the products with these numbers, counted from 1 in the order of the block.
 
-    A forward pass and its recomputation are counted apart, both from 1, so that both mean the same products."""
+    The forward pass and its recomputation are counted separately, so that a number means the same product in both."""
     kept, seen = frozenset(products), {False: 0, True: 0}
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -80,13 +80,13 @@ def attention_alone() -> Policy:
 
 
 def nothing() -> Policy:
-    """`full` in compiled blocks. Without a policy torch 2.11's compiler repeats nothing that stands in a
+    """`full` in compiled blocks. Without a policy torch 2.11's compiler would not repeat what is in a
     `torch.autograd.Function`: products in float8, or with gradients in float32."""
     return lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE
 
 
 SELECTIVE = {"op": every_second_product, "attention": attention_whole}
-"""Policies by the `selective_ac_option` that means them; other options are numbers."""
+"""Policies by `selective_ac_option`; other options are numbers."""
 
 
 def _contexts(make_policy: Callable[[], Policy]) -> Any:
@@ -94,19 +94,19 @@ def _contexts(make_policy: Callable[[], Policy]) -> Any:
 
 
 def checkpoint_block(block: Block, make_policy: Callable[[], Policy] | None = None) -> None:
-    """Makes the block's forward a checkpoint, in place and without a wrapper that would change parameter names: what
-    the policy keeps is kept, the rest is computed again in the backward pass; without a policy, all of it."""
+    """Checkpoints the block's forward, in place, since a wrapper would change parameter names. What the policy keeps is
+    kept, the rest is computed again in the backward pass; without a policy, everything is."""
     context_fn: dict[str, Any] = {}
     if make_policy is not None:
-        # Of a closure the compiler guards the code alone, and models of one process with different policies would share
-        # the first one's graph; a partial is guarded with its arguments. It has no `cache_hash`, by which torch would
-        # find the graph in a later process: under tensor parallelism that key would not tell ranks apart.
+        # A partial, because the compiler guards it together with its arguments. Of a closure it guards only the code,
+        # so models with different policies would share the first one's graph. It has no `cache_hash`, with which torch
+        # would find the graph again in a later process: with tensor parallelism that key is the same on all ranks.
         context_fn = {"context_fn": functools.partial(_contexts, make_policy)}
     inner = block.forward
 
-    # A function of this module and not a partial of torch's: the compiler starts at a frame that is not torch's own.
+    # A function of this module, not a partial of torch's: the compiler ignores frames that are torch's own.
     def forward(*args: Any) -> Any:
-        # There is no dropout, so no random state to put back.
+        # There is no dropout, so no random state to restore.
         return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **context_fn)
 
     block.forward = forward  # type: ignore[method-assign]
@@ -136,19 +136,20 @@ def check(settings: config.ActivationCheckpoint, compiles: config.Compile, n_lay
 
 
 def _not_about_in_place(record: logging.LogRecord) -> bool:
-    """A log filter: torch.compile asks to make sure that nothing is changed in place in a checkpoint; nothing is."""
+    """A log filter for a warning of torch.compile about in-place operators in a checkpoint; there are none."""
     return "Detected that context_fn is passed" not in record.getMessage()
 
 
 def apply(
     model: Llama, settings: config.ActivationCheckpoint, compiles: config.Compile, keeps_attention: bool = False
 ) -> None:
-    """Applies `[activation_checkpoint]` to every block. keeps_attention: whole blocks, too, keep attention's output."""
+    """Applies `[activation_checkpoint]` to every block. keeps_attention: even blocks that are recomputed in full keep
+    attention's output."""
     import torch._functorch.config as functorch
 
     functorch.activation_memory_budget = settings.memory_budget if settings.mode == "memory_budget" else 1.0
     if hasattr(functorch, "unsafe_treat_script_objects_as_zero_size"):  # torch 2.13
-        functorch.unsafe_treat_script_objects_as_zero_size = True  # a mesh, in graphs of DTensors, has no size to weigh
+        functorch.unsafe_treat_script_objects_as_zero_size = True  # meshes, in graphs of DTensors
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(_not_about_in_place)
     whole = attention_alone if keeps_attention else nothing if compiles.takes("blocks", "model") else None
     for i, block in enumerate(cast(Iterable[Block], model.blocks)):

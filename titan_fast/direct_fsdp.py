@@ -1,15 +1,14 @@
-"""FSDP2 without its copies: every weight is gathered into its place, every gradient reduced from where it is in the
-reduction's dtype.
+"""FSDP2 without its copies: every weight is gathered right into its place, and every gradient that has the reduction's
+dtype is reduced from its place.
 
-FSDP2 gathers a unit's weights into one buffer, in which what belongs to a rank lies together, and copies them out of it
-weight by weight; gradients it copies together the other way round, with a kernel that reaches half of the memory's
-bandwidth. All of that holds up the computation. Here each weight has a collective of its own, and a unit's go to the
-backend as one group, which NCCL runs as one kernel, so that small ones cost nothing extra. A weight's rows lie in the
-order of the ranks that keep them, so what arrives is the weight.
+FSDP2 by itself gathers the weights of a unit into one buffer, ordered by rank, and copies them out of it weight by
+weight. Gradients it copies into one buffer, with a kernel that reaches half of the memory's bandwidth. The computation
+waits for both. Here each weight has a collective of its own, and those of a unit go to the backend as one group, which
+NCCL runs as one kernel, so small weights cost nothing extra. Ranks hold consecutive rows of a weight, so what arrives
+is the weight.
 
-Three functions of FSDP2 are exchanged for this, which are not public: `unsupported` compares them with those of torch
-2.11 to 2.15. Units whose collectives are FSDP2's own go on as before.
-"""
+This replaces three functions of FSDP2 that are not public; `unsupported` compares them with those of torch 2.11 to
+2.15. Units that use FSDP2's own collectives work as before."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,7 @@ _flat: dict[str, Any] = {name: getattr(collectives, name, None) for name in _EXC
 
 
 def unsupported() -> str:
-    """Why this torch's FSDP2 cannot be changed so; "" where it can."""
+    """Why this torch's FSDP2 cannot be changed in this way; "" if it can."""
     for name, parameters in _EXCHANGED.items():
         if _flat[name] is None or _parameters(_flat[name]) != parameters:
             return f"torch {torch.__version__} has another FSDP2: {name} is not the function that is known"
@@ -47,7 +46,7 @@ def unsupported() -> str:
 
 
 def _parameters(function: Any) -> tuple[str, ...]:
-    """Without those that torch 2.15 added for its own way, with defaults."""
+    """Names of the parameters, without one with a default that torch 2.15 added for FSDP2's own way."""
     found = inspect.signature(function).parameters.values()
     return tuple(one.name for one in found if one.name != "all_gather_output_fn")
 
@@ -56,7 +55,8 @@ class DirectAllGather(collectives.DefaultAllGather):
     """FSDP2's `AllGather` of a unit whose weights are gathered one by one."""
 
     def gather_each(self, outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup) -> None:
-        """outputs[i]: [ranks * n_i], the ranks' inputs[i], [n_i], in their order. On the current stream."""
+        """Fills outputs[i], [ranks * n_i], with all ranks' inputs[i], [n_i], in order of rank. On the current
+        stream."""
         options = AllgatherOptions()
         options.asyncOp = False
         _finish(group.allgather_into_tensor_coalesced(outputs, inputs, options))
@@ -65,8 +65,8 @@ class DirectAllGather(collectives.DefaultAllGather):
 class DirectReduceScatter(collectives.DefaultReduceScatter):
     """FSDP2's `ReduceScatter` of a unit whose gradients are reduced one by one.
 
-    FSDP2 asks for memory for the input, has it filled by `_copy_in`, and asks for memory for the output. What it gets
-    for the input has a single element, and the gradients as `parts`."""
+    FSDP2 asks for memory for the input, lets `_copy_in` fill it, and asks for memory for the output. The input it gets
+    here is a stand-in with a single element of memory, which holds the gradients in its attribute `parts`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,8 @@ class DirectReduceScatter(collectives.DefaultReduceScatter):
         self.reduce_each(list(outputs), parts, group, op)
 
     def reduce_each(self, outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup, op: Any) -> None:
-        """outputs[i]: [n_i], the own part of the sum over ranks of inputs[i], [ranks * n_i]. On the current stream."""
+        """Fills outputs[i], [n_i], with this rank's part of the sum over ranks of inputs[i], [ranks * n_i]. On the
+        current stream."""
         options = ReduceScatterOptions()
         options.reduceOp, options.asyncOp = op, False
         _finish(group.reduce_scatter_tensor_coalesced(outputs, inputs, options))
@@ -100,8 +101,8 @@ def _finish(work: dist.Work | None) -> None:
 
 
 def use(model: nn.Module, direct: bool) -> None:
-    """Makes every FSDP2 unit of `model` that several ranks share gather and reduce so, or as FSDP2 does. RuntimeError
-    for direct where torch is `unsupported`."""
+    """Makes every FSDP2 unit of `model` that is sharded over several ranks gather and reduce in this way, or in FSDP2's
+    own. RuntimeError if direct is asked for and torch is `unsupported`."""
     if direct and (problem := unsupported()):
         raise RuntimeError(problem)
     if direct:
@@ -116,13 +117,13 @@ def use(model: nn.Module, direct: bool) -> None:
 
 
 def _ranks_of(module: FSDPModule) -> int:
-    """Over how many ranks a unit's weights are cut; 0 where it has none of its own."""
+    """Over how many ranks a unit's weights are sharded; 0 where it has none of its own."""
     unit: Any = module._get_fsdp_state()._fsdp_param_group
     return 0 if unit is None else unit._all_gather_process_group.size()
 
 
 def direct_units(model: nn.Module) -> Iterator[tuple[FSDPModule, Any]]:
-    """(module, FSDP2's own record of it) of every unit of `model` that gathers and reduces so."""
+    """(module, FSDP2's record of it) for every unit of `model` that gathers and reduces in this way."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             unit = module._get_fsdp_state()._fsdp_param_group
@@ -131,8 +132,8 @@ def direct_units(model: nn.Module) -> Iterator[tuple[FSDPModule, Any]]:
 
 
 def check(model: nn.Module, device: torch.device) -> None:
-    """CommunicationError where the backend's grouped collectives do not give what they should, on numbers that are
-    known. Of every rank; nothing happens where nothing is gathered so."""
+    """CommunicationError where the backend's grouped collectives give wrong results on known numbers. Every rank calls
+    it; it does nothing where no unit gathers in this way."""
     for group in {unit._all_gather_process_group for _, unit in direct_units(model)}:
         if group.size() == 1:
             continue
@@ -151,7 +152,7 @@ def _numbers_are_right(group: dist.ProcessGroup, device: torch.device) -> bool:
     size, rank = group.size(), group.rank()
     lengths = (1000, 1, 3)  # as in a unit: few are large
 
-    def known(n: int, of_rank: int) -> Tensor:  # so small that float32 adds up those of 60,000 ranks without rounding
+    def known(n: int, of_rank: int) -> Tensor:  # small enough for float32 to add up 60,000 ranks without rounding
         return ((torch.arange(n, device=device) + 10 * of_rank) % 251).float()
 
     own = [known(n, rank) for n in lengths]
@@ -174,8 +175,8 @@ def _gather(
     device: torch.device,
     all_gather_comm: Any,
 ) -> Any:
-    """Begins to gather a unit's weights. Their memory is the current stream's, as it is when they are freed, so nothing
-    is written before that has come to here."""
+    """Begins to gather a unit's weights. Their memory is allocated and freed on the current stream, so the gather waits
+    until that stream has reached this point."""
     streams = (all_gather_copy_in_stream, all_gather_stream)
     if not isinstance(all_gather_comm, DirectAllGather):
         return _flat["foreach_all_gather"](fsdp_params, group, async_op, *streams, device, all_gather_comm)
@@ -192,18 +193,18 @@ def _gather(
     with handle.stream(all_gather_stream), torch.autograd._unsafe_preserve_version_counter(_counted(outputs)):
         all_gather_comm.gather_each(outputs, shards, group)
         event = all_gather_stream.record_event()
-    # FSDP2 keeps this until the computation has come to where it needs the weights: so long the shards must live.
+    # FSDP2 keeps this result until the computation needs the weights, and the shards must live until then.
     kept: Any = shards
     return collectives.AllGatherResult(kept, event, None, [], [], [])
 
 
 def _counted(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Those whose changes autograd counts."""
+    """The tensors whose changes autograd counts."""
     return tuple(tensor for tensor in tensors if not tensor.is_inference())
 
 
 def _arrive(all_gather_result: Any, fsdp_params: list[Any], group: dist.ProcessGroup, **options: Any) -> None:
-    """Makes the computation wait for what `_gather` began. options: of FSDP2's own way."""
+    """Makes the computation wait for what `_gather` began. options: for FSDP2's own way."""
     if all_gather_result.all_gather_input_split_sizes:
         _flat["foreach_all_gather_copy_out"](all_gather_result, fsdp_params, group, **options)
         return
@@ -212,8 +213,8 @@ def _arrive(all_gather_result: Any, fsdp_params: list[Any], group: dist.ProcessG
 
 
 def _copy_in(unsharded_grads: list[Tensor], reduce_scatter_input: Tensor, world_size: int) -> None:
-    """Fills `parts` with the gradients to be reduced, flat, in the buffer's dtype, padded with zeros to a multiple of
-    the ranks: one that is so already is taken as it is, the others are copied, one after another, into a new buffer."""
+    """Fills `parts` with the gradients to be reduced: flat, in the buffer's dtype, padded with zeros to a multiple of
+    the ranks. A gradient that is like that already is taken as it is; the others are copied into one new buffer."""
     parts = getattr(reduce_scatter_input, "parts", None)
     if parts is None:
         _flat["foreach_reduce_scatter_copy_in"](unsharded_grads, reduce_scatter_input, world_size)

@@ -1,13 +1,13 @@
-"""Weight gradients that leave their matrix product in the dtype in which FSDP2 reduces them.
+"""Weight gradients that come out of their matrix product in the dtype in which FSDP2 reduces them.
 
     dW = dy^T x
 
-is summed in float32 by the tensor cores. Written in the weight's bfloat16 it is rounded, and read and written once
-more to be widened for the reduction: of a Llama 3 8B block 436 MB written, 436 read and 872 written. Here the product
+is summed in float32 by the tensor cores. Written in the weight's bfloat16 it is rounded, and then read and written once
+more to be widened for the reduction: for a Llama 3 8B block 436 MB written, 436 read and 872 written. Here the product
 writes float32, and `direct_fsdp` reduces from there: 872 MB written.
 
-Autograd gives a tensor only a gradient of its own dtype. So each matrix has a port beside it: a leaf of its shape and
-of the wide dtype, without memory of its own, through which the gradient comes out.
+Autograd only accepts gradients of a tensor's own dtype. So each matrix has a "port" beside it: a leaf of the same shape
+and the wide dtype, which takes no memory and receives the gradient.
 """
 
 import dataclasses
@@ -26,27 +26,27 @@ from titan_fast.loss import LinearCrossEntropy
 from titan_fast.model import Head, Linear, Llama
 
 _KEPT_APART = hasattr(FSDPParam, "to_accumulated_grad_if_needed")
-"""Whether FSDP2 keeps gradients of the reduction's dtype in a place of its own. From torch 2.15 on a parameter's own
-gradient may be of that dtype."""
+"""Whether FSDP2 keeps gradients of the reduction's dtype in a separate attribute. From torch 2.15 on, a parameter's
+`grad` itself may have that dtype."""
 _USED = (
     (FSDPParamGroup, "post_backward"),
     (FSDPParam, "to_accumulated_grad_if_needed" if _KEPT_APART else "unsharded_grad_dtype"),
 )
-"""Of FSDP2, which are not public."""
+"""Parts of FSDP2 that are used here and are not public."""
 
 
 class WideLinear(Linear):
-    """`Linear`, whose weight's gradient is left in `port.grad`."""
+    """A `Linear` that leaves its weight's gradient in `port.grad`."""
 
     port: Tensor
-    """[out, in] in the gradient's dtype; every element is the same one."""
+    """[out, in] in the gradient's dtype; an expanded scalar."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.linear(x, self.weight, self.port)
 
 
 def check(settings: config.Config, shards: int, tensor_degree: int, param: torch.dtype, direct: bool) -> None:
-    """ConfigError where `parallelism.fsdp_wide_gradients` asks for what cannot be, or would change nothing."""
+    """ConfigError where `parallelism.fsdp_wide_gradients` is True and cannot work, or would change nothing."""
     found = _obstacles(settings, shards, tensor_degree, param, direct)
     if settings.parallelism.fsdp_wide_gradients and found:
         problem, hint = found[0]
@@ -54,9 +54,9 @@ def check(settings: config.Config, shards: int, tensor_degree: int, param: torch
 
 
 def wanted(settings: config.Config, shards: int, tensor_degree: int, param: torch.dtype, direct: bool) -> bool:
-    """`parallelism.fsdp_wide_gradients` with None resolved. A `torch.autograd.Function` saves its input when it is
-    done, so that a checkpoint in eager mode stops one product later than it would: that costs more than is won. With
-    float8 it has not been timed."""
+    """`parallelism.fsdp_wide_gradients` with None resolved. A `torch.autograd.Function` saves its inputs after it has
+    run, so in eager mode recomputation would have to run one more product of a block, which costs more than is gained.
+    With float8 it has not been timed."""
     if settings.parallelism.fsdp_wide_gradients is not None:
         return settings.parallelism.fsdp_wide_gradients
     if settings.float8.enable:
@@ -69,7 +69,7 @@ def wanted(settings: config.Config, shards: int, tensor_degree: int, param: torc
 def _obstacles(
     settings: config.Config, shards: int, tensor_degree: int, param: torch.dtype, direct: bool
 ) -> list[tuple[str, str]]:
-    """(why gradients cannot be made wide, what to do about it), each."""
+    """(why gradients cannot be wide, what to do about it), for each reason."""
     reduce = settings.training.mixed_precision_reduce
     dtypes = f"computes in {str(param).removeprefix('torch.')} and reduces in {reduce}"
     unknown = [f"{kind.__name__}.{name}" for kind, name in _USED if not hasattr(kind, name)]
@@ -119,7 +119,7 @@ def _new_port(weight: Tensor, dtype: torch.dtype, device: torch.device | str) ->
 
 
 def narrow(module: nn.Module) -> None:
-    """Takes back what `widen` did."""
+    """Undoes `widen`."""
     for matrix in module.modules():
         if isinstance(matrix, WideLinear):
             matrix.__class__ = Linear  # type: ignore[assignment]
@@ -129,15 +129,14 @@ def narrow(module: nn.Module) -> None:
 
 
 def gradients(block: nn.Module) -> dict[str, Tensor | None]:
-    """Of every parameter of `block`, by its name: a matrix's from its port, if it has one."""
+    """The gradient of every parameter of `block`, by name; from its port, where it has one."""
     found = {name: parameter.grad for name, parameter in block.named_parameters()}
     return found | {f"{name}.weight": m.port.grad for name, m in block.named_modules() if isinstance(m, WideLinear)}
 
 
 def use(model: Llama, dtype: torch.dtype | None, device: torch.device | str) -> None:
-    """Makes the blocks of `model` and its head, where they are FSDP2 units, get their matrices' gradients in `dtype`;
-    with None as autograd makes them. A head that shares its weight with the embedding, or whose loss is torch's, stays
-    as it is."""
+    """Makes the blocks of `model` and its head, where they are FSDP2 units, compute their matrices' gradients in
+    `dtype`; None: as autograd does. A head that is tied to the embedding, or whose loss is torch's, stays as it is."""
     for module in (*model.blocks, model.head):
         if not isinstance(module, FSDPModule):
             continue
@@ -151,8 +150,8 @@ def use(model: Llama, dtype: torch.dtype | None, device: torch.device | str) -> 
 
 
 def _post_backward(unit: Any, *unused: Any) -> None:
-    """FSDP2's own, after the unit's gradients are where it keeps those that are of the reduction's dtype: all of them
-    where that is apart."""
+    """Runs FSDP2's own `post_backward`, after moving the gradients in the ports to where it expects gradients of the
+    reduction's dtype. Where that is a separate attribute, it expects all of the unit's gradients there."""
     assert unit.reduce_grads, "what an earlier pass left would be lost"
     for parameter in unit.fsdp_params:
         port = _port(parameter._module_info.module)
@@ -166,7 +165,7 @@ def _post_backward(unit: Any, *unused: Any) -> None:
 
 
 def _port(module: nn.Module) -> Tensor | None:
-    """Of a matrix whose gradient is made wide."""
+    """The port of a matrix whose gradient is wide, else None."""
     if isinstance(module, Head):
         return module.loss.port if isinstance(module.loss, LinearCrossEntropy) else None
     return module.port if isinstance(module, WideLinear) else None

@@ -1,9 +1,9 @@
-"""Products of bfloat16 matrices in float32, in which tensor cores sum them: written, or added up, without rounding.
+"""Products of bfloat16 matrices in float32, the dtype in which tensor cores sum: written, or added up, without
+rounding.
 
-On a GPU they are torch's `mm` and `addmm` with an `out_dtype`. Those do not exist for a CPU, Inductor cannot compile
-them for one, and torch 2.11 cannot tell the shape of `addmm`'s result; so they are operators of their own here, which
-run, compile and are counted alike everywhere.
-"""
+On a GPU they are torch's `mm` and `addmm` with an `out_dtype`. Those do not exist on a CPU, Inductor cannot compile
+them for one, and torch 2.11 cannot infer the shape of `addmm`'s result. So they are wrapped in operators of our own,
+which run, compile and are counted in the same way everywhere."""
 
 from typing import Any
 
