@@ -68,7 +68,7 @@ def arguments(settings: config.Compile) -> dict[str, Any]:
 
 
 def optimizer_compiler(settings: config.Compile) -> Callable[[Any], Any] | None:
-    """What compiles the optimizer's update, None where it is not to be."""
+    """What compiles the optimizer's update; None where it is not to be compiled."""
     return compiler(settings) if settings.takes("optimizer") else None
 
 
@@ -80,7 +80,7 @@ def compile_model(model: Llama, settings: config.Compile) -> None:
             model.head.loss = dataclasses.replace(model.head.loss, ops=ops)
         model.compile(**arguments(settings))
     if "blocks" in settings.components:
-        for block in model.blocks:  # of one shape, and so of one graph
+        for block in model.blocks:  # all of one shape, so they share one graph
             block.compile(**arguments(settings))
     if "norm" in settings.components:
         model.norm.compile(**arguments(settings))
@@ -90,12 +90,12 @@ def compile_model(model: Llama, settings: config.Compile) -> None:
 
 
 def keep_code(settings: config.Compile, tensor_degree: int) -> None:
-    """Lets Inductor and Triton read and write compiled code in `cache_folder`, where there is one: both look at the
-    environment for it. To be called before anything is compiled."""
+    """Lets Inductor and Triton keep compiled code in `cache_folder`, if one is set; both find it through the
+    environment. To be called before anything is compiled."""
     if settings.enable and tensor_degree == 1:
-        # A graph with attention would be traced anew at each start, since by its list torch knows no more of these two
-        # than that they are private: they name a backend and choose it. What they choose is looked up again with
-        # another cuDNN. The keys of graphs with tensor parallelism do not tell its ranks apart.
+        # torch does not cache graphs that call private functions unless it is told that this is safe, and attention
+        # calls these two, which name a backend and choose it. The choice depends on cuDNN's version, which therefore
+        # goes into the key. With tensor parallelism the keys would not tell the ranks' graphs apart.
         inductor.unsafe_marked_cacheable_functions = {
             f"torch.nn.attention.{name}": f"cudnn {torch.backends.cudnn.version()}"
             for name in ("_backend_from_string", "_sdpa_kernel")
@@ -114,8 +114,8 @@ def keep_code(settings: config.Compile, tensor_degree: int) -> None:
 
 
 def compiled_cross_entropy(ops: Ops, compile_function: Callable[[Any], Any]) -> Ops:
-    """`ops` with the reference's cross entropy in the form that a compiler can fuse, and `compile_function` of it;
-    kernels that are not the reference's stay as they are."""
+    """`ops` with the reference's cross entropy replaced by a form that a compiler can fuse, passed through
+    `compile_function`. Kernels that are not the reference's stay as they are."""
     changes = {}
     if ops.cross_entropy_with_grad_ is REFERENCE.cross_entropy_with_grad_:
         changes["cross_entropy_with_grad_"] = compile_function(cross_entropy_with_grad_)
@@ -135,8 +135,9 @@ def cross_entropy_grad_(
     ignore_index: int = -100,
     z_loss: float = 0.0,
 ) -> None:
-    """titan_kernels.reference.cross_entropy_grad_ without its scatter, which a compiler cannot fuse: it would write the
-    gradient in float32 and read it again. Compiled, this reads the logits and writes the gradient, once each."""
+    """titan_kernels.reference.cross_entropy_grad_ without its scatter, which a compiler cannot fuse, so that the
+    gradient would be written in float32 and read again. Compiled, this reads the logits and writes the gradient, once
+    each."""
     columns = torch.arange(logits.shape[-1], device=logits.device) + vocab_offset
     weight = torch.where(labels != ignore_index, scale, 0.0).to(logsumexp.dtype)[:, None]
     probability = torch.exp(logits.to(logsumexp.dtype) - logsumexp[:, None])

@@ -1,4 +1,4 @@
-"""What torch.compile did during a run: how many graphs, how long it took, and what made it compile again."""
+"""What torch.compile did during a run: how many graphs it made, how long that took, and why it compiled again."""
 
 import time
 from typing import Any
@@ -11,12 +11,12 @@ SETTLED_AFTER = 3
 
 
 class CompileReport:
-    """Listens from its making until `close`. A graph is a forward pass with its backward pass."""
+    """Listens from its creation until `close`. A graph is a forward pass with its backward pass."""
 
     def __init__(self) -> None:
         self.graphs = 0
         self.seconds = 0.0
-        """Of wall time, forward and backward graphs together."""
+        """Wall time, of forward and backward graphs together."""
         self._began: float | None = None
         self._open = 0
         self._reported = 0
@@ -24,7 +24,7 @@ class CompileReport:
         callback_handler.register_end_callback(self._end)
 
     def close(self) -> None:
-        """Listens no more; a second time does nothing."""
+        """Stops listening. May be called more than once."""
         for callbacks, own in (
             (callback_handler.start_callbacks, self._start),
             (callback_handler.end_callbacks, self._end),
@@ -49,12 +49,12 @@ class CompileReport:
         return f"compiled {self.graphs} graph{'s' * (self.graphs != 1)} in {self.seconds:.1f} s"
 
     def expect(self) -> None:
-        """Graphs built so far are not reported, as those of the first validation, which has no backward pass."""
+        """Graphs built so far were expected, as those of the first validation, and are not reported by `again`."""
         self._reported = self.graphs
 
     def again(self, step: int) -> list[str]:
-        """A line for each graph built since the last call, with the guard that the ones before it failed; nothing in
-        the first steps. A comparison of two numbers where nothing was compiled."""
+        """A line for each graph built since the last call, with the reason that torch gives; none in the first steps.
+        Costs only a comparison where nothing was compiled."""
         fresh, self._reported = self.graphs - self._reported, self.graphs
         if not fresh or step <= SETTLED_AFTER:
             return []

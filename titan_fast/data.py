@@ -32,12 +32,12 @@ log = logging.getLogger(__name__)
 HOLD_OUT_EVERY = 100
 """Documents 0, 100, 200, ... are for validation when no other data is."""
 LARGE_HOLD_OUT = 0.05
-"""Part of the tokens from which on a run says how much that is."""
+"""Where more than this part of the tokens is held out, a run says how much it is."""
 
 
 class TokenSource:
-    """Steps out of token shards: step t is the global samples from t x global batch on; pass by pass, in each pass
-    rank by rank."""
+    """Steps out of token shards. Step t has the global samples from t x global batch on, dealt out pass by pass, and
+    within a pass rank by rank."""
 
     def __init__(self, order: SampleOrder, share: Share, vocab_size: int, name: str, held_out: int = 0) -> None:
         self._order, self._share, self._vocab_size, self._name = order, share, vocab_size, name
@@ -87,9 +87,9 @@ class TokenSource:
 
 
 def check(config: Config) -> None:
-    """DataError for local data that is not there or of no known kind, for token shards of another text column, and for
-    a tokenizer that is not there or too large; nothing is read but names, the shards' index and the tokenizer. For the
-    process that prepares the data."""
+    """DataError for local data that is missing or of no known kind, for token shards of another text column, and for a
+    tokenizer that is missing or too large. Reads only names, the shards' index and the tokenizer. For the process that
+    prepares the data."""
     training, validation = config.training, config.validation
     other = [validation.dataset_path] if validation.enable and validation.dataset_path is not None else []
     paths = ([] if is_hub(training) else [training.dataset_path]) + other
@@ -105,7 +105,7 @@ def check(config: Config) -> None:
 
 
 def _check_column(training: Training, folder: Path) -> None:
-    """DataError where another text column is asked for than the shards were made of, which they cannot follow."""
+    """DataError where the shards were made of another text column than the one that is asked for."""
     made_of = PreparedTokens(folder).index["source"].get("text_column", training.text_column)
     if training.text_column not in (made_of, Training.text_column):
         raise DataError(
@@ -116,7 +116,7 @@ def _check_column(training: Training, folder: Path) -> None:
 
 
 def check_column_is_read(training: Training, corpora: Iterable[Corpus]) -> None:
-    """DataError where a text column is asked for, and all of the data are texts, which have none."""
+    """DataError where a text column is asked for, but all of the data is plain text, which has no columns."""
     if training.text_column != Training.text_column and not any(corpus.has_rows for corpus in corpora):
         raise DataError(
             f"training.text_column is {training.text_column!r}, and the data has no columns: "
@@ -141,8 +141,8 @@ class DataRank:
 
 
 def build_tokenizer(config: Config, rank: DataRank) -> Tokenizer:
-    """The tokenizer of the config, of the prepared data, or one trained on the corpus and kept in the run directory;
-    until there is a checkpoint it is trained again when the corpus changes.
+    """The tokenizer that the config names, or that of the prepared data, or one trained on the corpus and kept in the
+    run directory. Until there is a checkpoint, that one is trained again when the corpus changes.
 
     DataError when there is none, or the model's vocabulary is too small for it. Every rank calls it.
     """
@@ -198,7 +198,7 @@ def build_loader(config: Config, tokenizer: Tokenizer, rank: DataRank) -> Loader
     if is_hub(training):
         from titan_fast.hub import hub_source
 
-        patience = 0.8 * config.comm.timeout_seconds  # after all of it the waiting ranks would end the run as hanging
+        patience = 0.8 * config.comm.timeout_seconds  # at the whole of it the waiting ranks would see a hang
         return Loader(hub_source(training, tokenizer, share, config.debug.seed, patience), rank.device)
     tokens = _open_tokens(config, training.dataset_path, tokenizer, rank, "training")
     order = training_order(config, tokens)
@@ -277,7 +277,7 @@ def _open_tokens(
 ) -> PreparedTokens:
     """The shards of a prepared folder or of a corpus, checked against the run's tokenizer and vocabulary.
 
-    `quietly`: they were opened before, and are neither verified nor reported on again.
+    `quietly`: they were opened before, so they are neither verified nor reported on again.
     """
 
     def prepare_once() -> str:
@@ -323,7 +323,7 @@ def _check_tokenizer(tokens: PreparedTokens, tokenizer: Tokenizer) -> None:
 
 
 def _prepare_in(run_dir: Path, corpus: Corpus, name: str, tokenizer: Tokenizer, verify: bool) -> PreparedTokens:
-    """The corpus's shards in the run directory, written unless they are there, whole and this tokenizer's."""
+    """The corpus's shards in the run directory; written unless they are there already, whole and of this tokenizer."""
     key = hashlib.sha256(json.dumps([corpus.fingerprint(), tokenizer.fingerprint, FORMAT_VERSION]).encode())
     folder = run_dir / "data" / key.hexdigest()[:16]
     if folder.exists():
@@ -344,7 +344,8 @@ def _prepare_in(run_dir: Path, corpus: Corpus, name: str, tokenizer: Tokenizer, 
 
 
 def _decided_by_main(rank: DataRank, name: str, decide: Callable[[], str]) -> str:
-    """What `decide` returns on the main rank, on every rank, by way of a file; a DataError is raised on every rank."""
+    """Calls `decide` on the main rank and returns its result on every rank, through a file. A DataError is raised on
+    every rank too."""
     path = rank.run_dir / "data" / f"{name}.json"
     if rank.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)

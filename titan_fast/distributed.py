@@ -16,8 +16,8 @@ from titan_fast.config import Comm
 from titan_fast.errors import CommunicationError, ConfigError, TitanFastError
 
 SPARE_SECONDS = 30
-"""How much longer a collective may take than any phase it may be in, so that the watchdog, which knows more, is first.
-"""
+"""How much longer a collective may take than the phase that it is in, so that the watchdog, which knows more about it,
+notices a hang first."""
 _PATIENCE = timedelta(days=7)
 _POLL_SECONDS = 0.2
 _LINGER_SECONDS = 3.0
@@ -42,17 +42,16 @@ class World:
     size: int
     device: torch.device
     store: dist.Store = field(default_factory=dist.HashStore, compare=False)
-    """What the ranks met at."""
+    """The store through which the ranks found each other."""
     patient: dist.ProcessGroup | None = field(default=None, compare=False)
-    """The ranks as a group whose collectives may take as long as they like; None: the default group."""
+    """All ranks as a group whose collectives have no time limit; None: the default group."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Returns when all ranks are here, which may be after hours of tokenizing on one of them. A rank that is lost
-        ends the wait."""
+        """Waits for all ranks, for hours if one of them is tokenizing. Ends with an error if a rank is lost."""
         if self.size > 1:
             dist.barrier(self.patient)
 
@@ -95,8 +94,8 @@ def local_device() -> torch.device:
 def start(comm: Comm, device: torch.device) -> Iterator[World]:
     """Joins the processes that torchrun started (or makes a world of one) and leaves them at the end.
 
-    CommunicationError names the ranks that did not come within `comm.init_timeout_seconds`, and later the one that was
-    lost when a collective fails."""
+    CommunicationError names the ranks that did not arrive within `comm.init_timeout_seconds`, and later, when a
+    collective fails, the rank that was lost."""
     rank, size, port = _integer("RANK", 0), world_size(), _integer("MASTER_PORT", 0)
     if rank >= size:
         raise ConfigError(f"environment variable RANK is {rank}, and WORLD_SIZE {size}", "start with torchrun")
@@ -134,8 +133,8 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
 
 
 def _stay_on_this_machine(size: int) -> None:
-    """Where all processes are known to be on one machine, gloo listens on the loopback interface alone, unless told
-    otherwise."""
+    """If all processes are known to be on one machine, lets gloo listen on the loopback interface alone, unless the
+    environment says otherwise."""
     if size == 1 or _integer("LOCAL_WORLD_SIZE", 0) == size:
         names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
         if names:
@@ -143,12 +142,12 @@ def _stay_on_this_machine(size: int) -> None:
 
 
 def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """Where the ranks meet: at rank 0, or under torchrun at its agent."""
+    """The store where the ranks meet: rank 0's, or with torchrun its agent's."""
     if size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _integer("MASTER_PORT", 29500)
     try:
-        # Not waiting for the others here: torch would only count them, and `_meet` names those that are missing.
+        # Does not wait for the others: torch would only count them, while `_meet` names those that are missing.
         return dist.TCPStore(host, port, size, _hosts_store(rank), timeout, wait_for_workers=False, multi_tenant=True)
     except RuntimeError as error:
         raise CommunicationError(
@@ -159,17 +158,18 @@ def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
 
 
 def _hosts_store(rank: int) -> bool:
-    """Whether the store ends with this process; torchrun's agent says where it has it."""
+    """Whether the store ends with this process. torchrun's agent says if the store is its own."""
     return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def _meet(store: dist.Store, rank: int, size: int, limit_seconds: float) -> dist.Store:
-    """Returns when all ranks are here, with a part of the store that is this meeting's alone; CommunicationError with
-    the numbers of those that are not here within the limit. The first rank to give up tells the others.
+    """Waits for all ranks and returns a part of the store that belongs to this meeting alone. CommunicationError with
+    the ranks that did not arrive within the limit; the first rank to give up tells the others.
 
-    torchrun keeps one store over restarts, with all that dead processes wrote, and hosts need not agree on how often
-    they were started: only the one that lost a process counts that. So each process comes with a new token. Rank 0
-    answers it with its own, which names the meeting, each confirms the answer, and when all have, the meeting begins.
+    torchrun keeps one store over restarts, with everything that dead processes wrote, and hosts may not agree on how
+    often they were started, since only the one that lost a process counts that. So each process brings a new token.
+    Rank 0 answers it together with its own token, which names the meeting; each rank confirms the answer; and when all
+    have done so, the meeting begins.
     """
     own = secrets.token_hex(8)
     store.set(f"here/{rank}", own)
@@ -204,13 +204,13 @@ def _meet(store: dist.Store, rank: int, size: int, limit_seconds: float) -> dist
 
 
 def _missing(store: dist.Store, meeting: str, size: int) -> str:
-    """Who has not confirmed; what the first to ask found stands for all."""
+    """The ranks that have not confirmed. What the first rank to ask has found is returned to all."""
     absent = [r for r, answer in enumerate(_read(store, "confirmed", range(size))) if answer.split(" ")[0] != meeting]
     return store.compare_set(f"missing/{meeting}", "", ", ".join(map(str, absent))).decode()
 
 
 def _read(store: dist.Store, name: str, ranks: Sequence[int]) -> list[str]:
-    """What each of `ranks` has under `name`, empty where nothing."""
+    """What each of `ranks` has written under `name`; "" where nothing."""
     keys = [f"{name}/{rank}" for rank in ranks]
     if store.check(keys):  # at once, for many ranks
         return [value.decode() for value in store.multi_get(keys)]
@@ -218,8 +218,7 @@ def _read(store: dist.Store, name: str, ranks: Sequence[int]) -> list[str]:
 
 
 def _name_the_lost(store: dist.Store, rank: int, size: int, error: BaseException) -> None:
-    """Tells the others why this rank leaves. Where it does because of them, raises CommunicationError that says who was
-    first."""
+    """Tells the others why this rank leaves. If another rank is the reason, raises CommunicationError that names it."""
     is_victim = isinstance(error, RuntimeError) and any(word in str(error) for word in _BROKEN_CONNECTION)
     try:
         store.set(f"left/{rank}", "" if is_victim else f"{type(error).__name__}: {error}".splitlines()[0])
@@ -248,7 +247,7 @@ def _name_the_lost(store: dist.Store, rank: int, size: int, error: BaseException
 
 
 def new_group(comm: Comm, timeout: timedelta) -> dist.ProcessGroup:
-    """The ranks as a further group, on CPUs, whose collectives may take `timeout`; to meet for it they have
+    """Another group of all ranks, on CPUs, whose collectives may take `timeout`. Its creation may take
     `comm.init_timeout_seconds`."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=comm.init_timeout_seconds))
     assert isinstance(group, dist.ProcessGroup)
@@ -257,13 +256,13 @@ def new_group(comm: Comm, timeout: timedelta) -> dist.ProcessGroup:
 
 
 def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
-    """By torch's public function, which it has from 2.14 on."""
+    """By torch's public function, where it has one (2.14 and newer)."""
     (getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout)(timeout, group)
 
 
 def limit_collectives(world: World, comm: Comm) -> None:
-    """Gives every collective of the groups that there are now, those of the mesh too (which come with a time of
-    torch's), as long as the longest phase of a step and `SPARE_SECONDS`; the patient group keeps its own time."""
+    """Limits the collectives of all groups that exist now to the longest phase of a step plus `SPARE_SECONDS`,
+    including those of the mesh, to which torch gave a limit of its own. The patient group keeps its limit."""
     longest = max(comm.init_timeout_seconds, comm.timeout_seconds)
     for group in dist.distributed_c10d._world.pg_map:
         if group is not world.patient:

@@ -1,8 +1,8 @@
 """Streams from the hub: each data-parallel rank reads its own part, and its state is exact after every step.
 
-The state is the data set's own, as of the last document that was read, and the tokens of documents that were read but
-not yet trained on. The order of the files is shuffled, not their rows: what a shuffle buffer holds cannot be saved. A
-rank reads one file after another.
+The state is the data set's own after the last document that was read, together with the tokens that were read but not
+yet trained on. The order of the files is shuffled, not their rows, because the content of a shuffle buffer cannot be
+saved. A rank reads one file after another.
 """
 
 import copy
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 KNOWN_NAMES = {"c4": ("allenai/c4", "en")}
 """Short names: the hub's name and the configuration that is the default here."""
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 60, 60, 120, 120)
-"""Waits before a broken stream is tried again, as far as patience goes; a document read starts them anew."""
-_OLDEST_DATASETS = (5, 1)  # before it a shuffle held back a row even with a buffer of one, and did not save it
+"""Waits before a broken stream is tried again, as long as patience lasts. They start anew after each document read."""
+_OLDEST_DATASETS = (5, 1)  # earlier ones held back a row when shuffling, even with a buffer of one, and did not save it
 _ROWS_TOGETHER = 32  # tokenized in one call
 _TOKEN = np.dtype("<i4")
 
@@ -54,8 +54,8 @@ class StreamState(NamedTuple):
 def hub_source(
     training: Training, tokenizer: Tokenizer, share: Share, seed: int, patience: float = float("inf")
 ) -> "StreamSource":
-    """The configured hub data set as a source; DataError when it cannot be reached or has no such column. patience:
-    seconds for which a connection that broke is tried again, while the other ranks wait."""
+    """The configured hub data set as a source; DataError when it cannot be reached or has no such column. patience: for
+    how many seconds a broken connection is tried again, while the other ranks wait."""
     dataset = in_shuffled_files(open_stream(training), seed)
     name = stream_name(training)
     return StreamSource(dataset, name, training.text_column, tokenizer, share, training.seq_len, seed, patience)
@@ -73,7 +73,7 @@ def _name_and_config(training: Training) -> tuple[str, str | None]:
 
 
 def open_stream(training: Training) -> datasets.IterableDataset:
-    """The hub data set, unshuffled and undivided; DataError with a sentence when it cannot be had."""
+    """The hub data set, neither shuffled nor divided; DataError when it cannot be opened."""
     name, config = _name_and_config(training)
     try:
         return datasets.load_dataset(name, config, split=training.dataset_split, streaming=True)
@@ -206,7 +206,7 @@ class StreamSource:
         used = share.passes * per_pass
         parts, held = [state.left_over], len(state.left_over)
         reading = _Progress(state.epoch, state.rows, state.stream)
-        while held <= used:  # one more than is used: the last label
+        while held <= used:  # one token more than is used, for the last label
             for tokens in self._read_documents(reading, stopping):
                 parts.append(tokens)
                 held += len(tokens)
@@ -231,7 +231,7 @@ class StreamSource:
     def _next_row(self, reading: "_Progress", stopping: threading.Event) -> Any:
         """The next row of this rank's part, in the next epoch at its end; a broken connection is made again."""
         waits, empty_epochs, broke_at = iter(RETRY_SECONDS), 0, None
-        while empty_epochs < 2:  # one is no row only when a state from its very end was loaded
+        while empty_epochs < 2:  # an epoch without rows is normal once: where the loaded state was its very end
             try:
                 if self._rows_iterator is None:
                     self._dataset.set_epoch(reading.epoch)
@@ -307,5 +307,5 @@ def _not_of_the_buffer(record: logging.LogRecord) -> bool:
 
 
 def fingerprint(training: Training, most: int | None) -> str:
-    """What a prepared copy of the stream is known by."""
+    """Identifies a prepared copy of the stream."""
     return json.dumps([stream_name(training), training.text_column, most])

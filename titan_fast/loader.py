@@ -1,4 +1,4 @@
-"""The loop's view of data: steps of batches on the device, read ahead by one thread, with the state of the last one."""
+"""The loop's view of data: steps of batches on the device, read ahead by one thread."""
 
 import queue
 import threading
@@ -14,7 +14,7 @@ from torch import Tensor
 from titan_fast.errors import CheckpointError
 
 STEPS_AHEAD = 2
-"""Steps that are kept ready."""
+"""How many steps are kept ready."""
 
 
 class Batch(NamedTuple):
@@ -39,7 +39,7 @@ class Source(Protocol):
     """Where steps come from. Only one thread uses it at a time."""
 
     identity: dict[str, Any]
-    """What has to be equal for a state to be continued from; JSON. It has a `rank` where each data-parallel rank has a
+    """What must be equal for a saved state to be continued; JSON. It has a `rank` where each data-parallel rank has a
     state of its own."""
 
     def describe(self) -> str:
@@ -51,7 +51,7 @@ class Source(Protocol):
         ...
 
     def state(self) -> Any:
-        """What the next step follows from; not changed by later steps."""
+        """The position after the last step. Later steps do not change the returned object."""
         ...
 
     def load_state(self, state: Any) -> None:
@@ -89,7 +89,7 @@ class Loader:
 
     @property
     def fingerprint(self) -> str | None:
-        """Of its tokens; None for a stream."""
+        """Fingerprint of the tokens; None for a stream."""
         return self._source.identity.get("fingerprint")
 
     def describe(self) -> str:
@@ -109,7 +109,7 @@ class Loader:
         return [Batch(*(part.to(self._device, non_blocking=True) for part in parts)) for parts in passes]
 
     def position(self) -> dict[str, int]:
-        """Of the last step handed out: epoch, and first and last global sample. Empty before the first."""
+        """Epoch, first and last global sample of the last step handed out. Empty before the first step."""
         return dict(self._position)
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Loader:
         return identity | state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state`; CheckpointError naming what differs when it is of other data."""
+        """Continues from `state`. CheckpointError, naming what differs, if it belongs to other data."""
         wanted = self._source.identity
         if differing := [key for key in wanted if state.get(key) != wanted[key] and not _is_unsaid(key, state)]:
             values = ", ".join(f"{key} was {state.get(key)!r} and is {wanted[key]!r}" for key in differing)
@@ -149,12 +149,13 @@ class Loader:
 
 
 def _is_unsaid(key: str, state: dict[str, Any]) -> bool:
-    """Whether `state` is of an older version, which did not save this."""
+    """Whether `state` was saved by an older version, which did not save this key."""
     return key == "bos_and_eos" and key not in state
 
 
 class _Reader:
-    """The thread. It holds no reference to the loader, so that a forgotten loader ends it, as the interpreter does."""
+    """The thread. It holds no reference to the loader, so it ends when the loader is garbage-collected, or with the
+    interpreter."""
 
     def __init__(self, source: Source, device: torch.device) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(STEPS_AHEAD)
