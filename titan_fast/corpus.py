@@ -1,8 +1,8 @@
-"""Documents out of local files, one at a time, with every row that cannot be used counted and said.
+"""Documents out of local files, one at a time. Rows that cannot be used are counted and reported.
 
-A row is a document; in .txt, .md and .py the file is, or where files are few a part of it. What is wrong with one row
-never stops a run and never passes silently: it goes into a `RowLedger`. What is wrong with a whole file (missing,
-truncated, the only one and without a text column) is a DataError.
+A row is a document; a .txt, .md or .py file is one too, or is cut into several where there are few files. A bad row
+never stops a run and is never dropped silently: it goes into a `RowLedger`. A bad file (missing, truncated, or the only
+one and without the text column) is a DataError.
 """
 
 import codecs
@@ -24,15 +24,16 @@ from titan_fast.errors import DataError
 from titan_fast.tokenizer import valid_unicode
 
 LONGEST_DOCUMENT = 4 * 1024 * 1024
-"""Characters (bytes, in text files) after which a document is cut in two, so that memory stays bounded."""
+"""Longer documents are cut, so that memory stays bounded. Characters; in text files bytes."""
 _MANY_FILES = 100
-"""From so many on, a text file is a document."""
+"""If there are at least so many files, each text file is one document."""
 LONGEST_ROW = 256 * 1024 * 1024
-"""Bytes of one line that are read into memory; a longer one is passed over."""
+"""Longer lines are skipped instead of being read into memory. Bytes."""
 MOST_BAD_ROWS = 0.5
-"""The part of the rows that may be bad before the data is refused; empty ones are not, for they are usual."""
+"""If more than this part of the rows is bad, the data is refused. Empty rows do not count as bad, since they are
+common."""
 _EMPTY = "empty"
-_ROWS_TO_JUDGE = 10_000  # rows after which data without its text column, or mostly bad, is refused without reading on
+_ROWS_TO_JUDGE = 10_000  # after so many rows, data that is mostly bad or lacks its text column is refused at once
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -49,7 +50,8 @@ class Document(NamedTuple):
 
 @dataclass
 class RowLedger:
-    """Counts rows: the good, the passed over and the mended, by reason and with the first place of each."""
+    """Counts rows: all that were read, and those that were skipped or repaired, by reason, with the first place of
+    each."""
 
     name: str = ""
     """The data set, for messages."""
@@ -67,7 +69,7 @@ class RowLedger:
     """Whole files without the text field."""
 
     def count(self, rows: int = 1) -> None:
-        """Rows that were read; DataError when after many of them it is plain that the data is of no use."""
+        """Counts rows that were read. DataError once it is clear, after many of them, that the data is of no use."""
         self.rows += rows
         if self.rows >= _ROWS_TO_JUDGE and self.rows % 1000 == 0:
             self.check()
@@ -77,7 +79,7 @@ class RowLedger:
         self.first_place.setdefault(reason, place)
 
     def pass_over_file(self, columns: Iterable[str], name: str) -> None:
-        """A table of these columns, of which the text column is none."""
+        """Skips a table of these columns, which lacks the text column."""
         self.columns.update(columns)
         self.files_without.append(name)
         self.count()
@@ -106,7 +108,7 @@ class RowLedger:
             raise DataError(f"most rows cannot be used: {self.summary()}", "fix the data", self.name)
 
     def missing_column(self) -> DataError:
-        """It names the first file, or row, that lacks the text column."""
+        """An error that names the first file or row without the text column."""
         place = next(place for reason, place in self.first_place.items() if f"without {self.column!r}" in reason)
         return missing_column(
             self.column, self.columns, place, "most of the data lacks" if self.has_column else "no row has"
@@ -123,7 +125,8 @@ def missing_column(column: str, columns: Iterable[str], name: str, lacks: str = 
 
 
 def usable_texts(value: Any, place: str, ledger: RowLedger) -> Iterator[str]:
-    """The document in a row's text field: none when it is unusable, several when it is over `LONGEST_DOCUMENT`."""
+    """The document in a row's text field; nothing if it is unusable, several if it is longer than
+    `LONGEST_DOCUMENT`."""
     if value is None:
         ledger.pass_over("null", place)
     elif not isinstance(value, str):
@@ -164,8 +167,8 @@ class Corpus:
     files: tuple[Path, ...]
     text_column: str = "text"
     other_files: int = 0
-    """What is in the folder and is not read: files of other kinds, links to folders, to nothing or to what is read
-    anyway, run directories, token shards, and the like."""
+    """How many things in the folder are not read: files of other kinds, broken links, links to folders or to files that
+    are read anyway, run directories, token shards."""
 
     def fingerprint(self) -> str:
         """sha256 of the files' names, sizes and times, and of what decides how they are read."""
@@ -183,12 +186,12 @@ class Corpus:
 
     @property
     def has_rows(self) -> bool:
-        """Whether any file is of rows with columns."""
+        """Whether any file has rows with columns."""
         return any(_kind(path) in ROW_SUFFIXES for path in self.files)
 
     def documents(self, ledger: RowLedger, files: Iterable[Path] | None = None) -> Iterator[Document]:
-        """Every usable document; DataError when a file cannot be read, or too little of it can be used. Tables without
-        the text column are passed over where they are the smaller part."""
+        """Every usable document. DataError when a file cannot be read, or too little of the data can be used. Tables
+        without the text column are skipped if they are the smaller part of the data."""
         ledger.name, ledger.column = self.name, self.text_column
         longest = self._longest_text()
         for path in self.files if files is None else files:
@@ -203,8 +206,8 @@ class Corpus:
         return len(self.files) < _MANY_FILES
 
     def _longest_text(self) -> int:
-        """Bytes per document of a text file. Few files are cut into about a hundred documents and more, so that they
-        can be shared out and some of them, not a third, held back."""
+        """Longest document of a text file, in bytes. Few files are cut into a hundred documents or more, so that there
+        are enough to share between ranks, and one in a hundred can be held out for validation."""
         if not self._few:
             return LONGEST_DOCUMENT
         return min(LONGEST_DOCUMENT, max(2048, self._bytes() // 100))
@@ -233,7 +236,7 @@ def open_corpus(path: Path, text_column: str) -> Corpus:
 
 
 def _each_once(files: Iterable[Path]) -> tuple[Path, ...]:
-    """Without links to a file that is read anyway: text that is held out must not be trained on under another name."""
+    """Drops links to files that are read anyway, or held-out text might be trained on under another name."""
     files = tuple(files)
     links = [file for file in files if file.is_symlink()]
     if not links:
@@ -248,8 +251,8 @@ def _each_once(files: Iterable[Path]) -> tuple[Path, ...]:
 
 
 def _walk(root: Path, left_out: Container[str] = ()) -> Iterator[Path]:
-    """What is under `root` and not a folder, except hidden things; linked folders, which may lead back, run
-    directories and token shards are not entered, but yielded. DataError for a folder that cannot be read."""
+    """Everything under `root` that is not a folder, except hidden things. Linked folders (which may form a loop), run
+    directories and token shards are not entered; they are yielded themselves. DataError for an unreadable folder."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"a folder cannot be read: {error.strerror}", "fix it, or take it out", str(error.filename))
@@ -263,8 +266,8 @@ def _walk(root: Path, left_out: Container[str] = ()) -> Iterator[Path]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether it is a run directory, whose logs and checkpoints are no documents and change while it is trained on, or
-    a folder of token shards."""
+    """Whether it is a folder of token shards or a run directory, whose files are not documents and change during a
+    run."""
     begun = any((folder / name).exists() for name in ("run.lock", "metrics.jsonl"))
     has_shards = all((folder / name).is_file() for name in ("index.json", "offsets.bin", "origins.bin"))
     return has_shards or (begun and (folder / "config.toml").is_file())
@@ -281,7 +284,7 @@ def stdlib_corpus() -> Corpus:
 
 
 def _kind(path: Path) -> str:
-    """The suffix that says how a file is read, without compression; empty for an unknown one."""
+    """The suffix, without that of a compression, that decides how a file is read; "" if it is unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -292,7 +295,7 @@ def _documents_of(path: Path, name: str, longest_text: int, ledger: RowLedger) -
     with _reading(path), _open(path) as stream:
         kind = _kind(path)
         if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # type: ignore[attr-defined]  # buffered
-            ledger.count()  # most of its bytes would pass for UTF-8, with zeros between the letters
+            ledger.count()  # most of its bytes would be valid UTF-8, with NULs between the letters
             ledger.pass_over("whole file in UTF-16, not UTF-8", name)
             return
         if kind in TEXT_SUFFIXES:
@@ -309,7 +312,7 @@ def _documents_of(path: Path, name: str, longest_text: int, ledger: RowLedger) -
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What is wrong with the file as a whole, as a DataError that names it."""
+    """Turns errors of the file as a whole into a DataError that names it."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -330,7 +333,7 @@ def _open(path: Path) -> BinaryIO:
     if path.suffix.lower() == ".gz":
         return cast(BinaryIO, gzip.open(path))
     if path.suffix.lower() == ".zst":
-        import pyarrow  # zstandard's own reader takes a truncated file for a whole one
+        import pyarrow  # zstandard's own reader does not notice a truncated file
 
         return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(path, compression="zstd")))
     return path.open("rb")
@@ -365,7 +368,7 @@ def _pieces(stream: BinaryIO, longest: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _bytes_missing(block: bytes) -> int:
-    """How many bytes the UTF-8 character that `block` ends in still lacks."""
+    """How many bytes of its last UTF-8 character `block` still lacks."""
     for seen, byte in enumerate(reversed(block[-3:]), start=1):
         if byte >= 0xC0:
             length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
@@ -376,7 +379,7 @@ def _bytes_missing(block: bytes) -> int:
 
 
 def _lines(stream: BinaryIO, name: str, ledger: RowLedger) -> Iterator[tuple[int, str]]:
-    """(number, text) of lines that are not blank and can be decoded; the others go into the ledger."""
+    """(number, text) of lines that can be decoded and are not blank; those that cannot go into the ledger."""
     number = 0
     while line := stream.readline(LONGEST_ROW):
         number += 1
@@ -414,7 +417,7 @@ def _json(stream: BinaryIO, name: str, ledger: RowLedger, may_be_whole: bool) ->
 
 
 def _is_open_object(head: bytes) -> bool:
-    """Whether the first line is only the beginning of an object, as in indented JSON."""
+    """Whether the first line is just an opening brace, as in indented JSON."""
     return head.lstrip().split(b"\n", 1)[0].strip() == b"{"
 
 
@@ -494,7 +497,8 @@ def _parquet(path: Path, stream: BinaryIO, name: str, ledger: RowLedger) -> Iter
 
 
 def _arrow_values(values: Any) -> Iterator[Any]:
-    """Python values; a string that is not UTF-8 becomes its error, for arrow does not check what it reads."""
+    """Python values. Arrow does not check that strings are UTF-8: one that is not is yielded as its
+    UnicodeDecodeError."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(values.type):

@@ -2,8 +2,8 @@
 
 A folder holds `tokens-NNNNN.bin` (little-endian uint16 or uint32, documents one after another, each BOS, text, EOS),
 `offsets.bin` (int64, where each document begins), `origins.bin` (the file and line of each), a copy of the tokenizer,
-and `index.json`. It is written beside its place, by one process at a time, and renamed, so a folder of the right name
-is whole.
+and `index.json`. It is written under another name, by one process at a time, and then renamed, so a folder with the
+right name is whole.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 FORMAT = "titan_fast tokens"
 FORMAT_VERSION = 1
 SHARD_TOKENS = 2**28
-"""Most tokens of a shard, unless one document alone has more."""
+"""The most tokens of a shard, unless a single document has more."""
 VERIFIED_BYTES = 64 * 2**30
-"""Up to this size the shards' sha256 is checked at start (about a second per 1.5 GB and core); beyond it their size."""
-_BATCH_CHARACTERS = 2_000_000  # tokenized together: enough for every core, little enough memory
+"""Up to this size the shards' sha256 is checked at start (about a second per 1.5 GB and core); beyond it only sizes."""
+_BATCH_CHARACTERS = 2_000_000  # tokenized together: enough work for every core in little memory
 _BATCH_DOCUMENTS = 4096
 _SECONDS_BETWEEN_LINES = 10.0
 _ORIGIN = np.dtype([("file", "<u4"), ("line", "<u8")])
@@ -85,7 +85,7 @@ def prepare(
 
 
 def check_empty(folder: Path) -> None:
-    """DataError when there is something where shards are to be written, or they cannot be."""
+    """DataError where shards cannot be written to `folder`, or something is there already."""
     if folder.exists() and not folder.is_dir():
         raise DataError("the folder for the token shards is a file", "name another, or remove it", str(folder))
     if folder.exists() and any(folder.iterdir()):
@@ -270,11 +270,10 @@ class PreparedTokens:
 class SampleOrder:
     """Samples of `seq_len` + 1 tokens over chosen documents: sample g is a pure function of (seed, g).
 
-    In each epoch the documents are permuted, joined, and cut into windows that start `seq_len` apart: each token but
-    the first is a label once. What is left at the end, less than a sequence, is dropped. Epoch g // samples_per_epoch.
-    The windows are taken in strides over the whole epoch, since neighbours often come from one long document, and a
-    batch of them says less than one of strangers.
-    """
+    In each epoch, which is g // samples_per_epoch, the documents are permuted, joined, and cut into windows that start
+    `seq_len` apart, so that each token but the first is a label once. What is left at the end, less than a sequence, is
+    dropped. The windows are visited in strides over the whole epoch: neighbours often come from one long document, and
+    a batch of them would be less varied."""
 
     def __init__(self, tokens: PreparedTokens, documents: np.ndarray, seq_len: int, seed: int) -> None:
         # Every rank holds these: 4 bytes a document here, and 12 in the order of an epoch.
@@ -284,11 +283,11 @@ class SampleOrder:
         self.samples_per_epoch = max(0, self.tokens_per_epoch - 1) // seq_len
         self.dropped_tokens = self.tokens_per_epoch - min(self.tokens_per_epoch, self.samples_per_epoch * seq_len + 1)
         self._stride = _coprime_near(0.618034 * self.samples_per_epoch, self.samples_per_epoch)
-        self._epoch = lru_cache(maxsize=1)(self._permute)  # samples are asked for in their order
+        self._epoch = lru_cache(maxsize=1)(self._permute)  # samples are read in order, so one epoch is enough
 
     def _permute(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(documents in the epoch's order, where each begins and the last ends)."""
-        # Raw Philox output is fixed for ever; what Generator.permutation makes of it may change with numpy's version.
+        # Philox's raw output never changes; that of Generator.permutation may change with numpy's version.
         keys = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.documents))
         documents = self.documents[np.argsort(keys, kind="stable")]
         bounds = np.zeros(len(documents) + 1, np.int64)
@@ -311,7 +310,7 @@ class SampleOrder:
         return epoch, index * self._stride % self.samples_per_epoch
 
     def _fill(self, rows: list[np.ndarray], epoch: int, starts: np.ndarray) -> None:
-        """Copies the tokens from each of `starts` of the epoch on into its row."""
+        """Fills each row with the epoch's tokens from its start on."""
         documents, bounds = self._epoch(epoch)
         width = self.seq_len + 1
         places = np.searchsorted(bounds, starts, side="right") - 1
@@ -330,7 +329,7 @@ class SampleOrder:
             assert filled == width
 
     def pieces(self, sample: int) -> Iterator[tuple[int, int, int]]:
-        """(document, first token in it, number of tokens) of what a sample's tokens are made of."""
+        """(document, first token in it, number of tokens) of each piece that a sample is made of."""
         epoch, window = self._place(sample)
         documents, bounds = self._epoch(epoch)
         start, end = window * self.seq_len, (window + 1) * self.seq_len
@@ -343,8 +342,7 @@ class SampleOrder:
 
 
 def _coprime_near(value: float, modulus: int) -> int:
-    """The first whole number from `value` on that has no factor in common with `modulus`, so that its multiples visit
-    every residue."""
+    """The first integer from `value` on that is coprime to `modulus`, so that its multiples visit every residue."""
     number = max(1, round(value))
     while math.gcd(number, modulus) > 1:
         number += 1

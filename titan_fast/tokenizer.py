@@ -1,8 +1,7 @@
 """Text to token ids and back: sentencepiece (Llama 2), tiktoken ranks (Llama 3) and HF tokenizer.json, one protocol.
 
-`load_tokenizer` tells the three apart by what the file holds. `encode` never adds BOS or EOS, and never reads the name
-of a special token in the text as that token: what a document says cannot end it.
-"""
+`load_tokenizer` tells the three apart by the file's content. `encode` never adds BOS or EOS, and never turns the name
+of a special token in the text into that token: a document cannot end itself by what it says."""
 
 import base64
 import binascii
@@ -60,8 +59,8 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file, in a folder that holds one of `NAMES_IN_FOLDER`, or in a checkpoint; DataError where it
-    is none."""
+    """The tokenizer in a file, in a folder that holds one of `NAMES_IN_FOLDER`, or in a checkpoint; DataError where
+    there is none."""
     path = _tokenizer_file(Path(path))
     try:
         content = path.read_bytes()
@@ -88,11 +87,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 CONFIG_BESIDE = "tokenizer_config.json"
-"""What names the special tokens of the tokenizer.json beside it."""
+"""Names the special tokens of the tokenizer.json beside it."""
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """Writes the tokenizer's files into `folder`, made if need be; their names."""
+    """Writes the tokenizer's files into `folder`, which is created if it does not exist. Returns their names."""
     folder.mkdir(exist_ok=True)
     for name, content in tokenizer.files.items():
         (folder / name).write_bytes(content)
@@ -100,7 +99,7 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
 
 
 def is_same(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether both make the same tokens of a document. A tokenizer.json's ends are not in its fingerprint."""
+    """Whether both turn a document into the same tokens. BOS and EOS of a tokenizer.json are not in its fingerprint."""
     return (one.fingerprint, one.bos_id, one.eos_id) == (other.fingerprint, other.bos_id, other.eos_id)
 
 
@@ -147,7 +146,7 @@ def available_processors() -> int:
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model. Llama 2's own keeps its usual manners (a space is put before the text); for one of ours,
+    """A sentencepiece model. Llama 2's works as usual (it puts a space before the text). For those trained here,
     decoding gives back exactly what was encoded."""
 
     kind = "sentencepiece"
@@ -166,8 +165,9 @@ class SentencePieceTokenizer:
         self._space_bytes = self._bytes_of_space_symbol()
 
     def _bytes_of_space_symbol(self) -> list[int] | None:
-        """sentencepiece writes a space as U+2581, so that a real U+2581 would come back as a space. Its three bytes as
-        byte pieces do not; None for models that normalise anyway, where we keep to what everyone's encoder does."""
+        """sentencepiece writes a space as U+2581, so a real U+2581 in a text would come back as a space. Spelled as
+        three byte pieces, which this returns, it does not. None for models that normalise anyway; for those we do what
+        every encoder does."""
         first = self._processor.id_to_piece(self._processor.encode("a")[:1])
         pieces = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
         if first == ["a"] and all(self._processor.is_byte(piece) for piece in pieces):
@@ -227,8 +227,8 @@ class TiktokenTokenizer:
 
     kind = "tiktoken"
 
-    # Llama 3's own encoder cuts text there, for tiktoken's sake: its regular expression overflows a stack on millions
-    # of characters, and its merging is quadratic in a run without a boundary.
+    # Llama 3's own encoder cuts text at these lengths too. tiktoken's regular expression overflows the stack on
+    # millions of characters, and its merging takes quadratic time in a run without a boundary.
     _MOST_CHARACTERS = 400_000
     _LONGEST_RUN = 25_000
 
@@ -266,7 +266,8 @@ class TiktokenTokenizer:
         return [part for start in starts for part in self._cut_runs(text[start : start + self._MOST_CHARACTERS])]
 
     def _cut_runs(self, text: str) -> list[str]:
-        """`text` cut so that no part has more than `_LONGEST_RUN` of either kind, space or not, in a row."""
+        """`text` cut so that no part has more than `_LONGEST_RUN` characters in a row that are all spaces or all
+        not."""
         words = text.split()
         longest, spaces = max(map(len, words), default=0), len(text) - sum(map(len, words))
         if longest <= self._LONGEST_RUN and spaces <= self._LONGEST_RUN:
@@ -313,9 +314,9 @@ class HuggingFaceTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # tokenizers raises bare Exception
             raise DataError(f"the tokenizer.json cannot be used: {error}", "fix it", str(path)) from error
-        self._tokenizer.no_truncation()  # either may be saved in the file, and would lose or add tokens
+        self._tokenizer.no_truncation()  # both may be set in the file, and would lose or add tokens
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # in text, they are text
+        self._tokenizer.encode_special_tokens = True  # in a text, their names are only text
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
         names, beside = _special_names(path.with_name(CONFIG_BESIDE))
@@ -334,9 +335,9 @@ class HuggingFaceTokenizer:
         self._read_special_names_as_text()
 
     def _read_special_names_as_text(self) -> None:
-        """`encode_special_tokens` keeps a name whole from the search for special tokens, but the model may have it
-        among its own pieces. It never sees one whole when what it is given is cut after the name's first character.
-        DataError where the ends still come out of a text."""
+        """`encode_special_tokens` turns off the search for special tokens, but the model may also have their names
+        among its own pieces. Cutting the text after a name's first character prevents that it ever sees a whole name.
+        DataError if BOS or EOS can still come out of a text."""
         names = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
         found = [self._tokenizer.id_to_token(id) for id in (self.bos_id, self.eos_id) if id is not None]
         ends = [name for name in found if name is not None]
@@ -405,17 +406,16 @@ def _special_names(path: Path) -> tuple[dict[str, str | None], dict[str, bytes]]
 TRAINING_CHARACTERS = 2_000_000
 """`train_sentencepiece` learns from at most so many characters: half a second on one core."""
 _POOL_CHARACTERS = 32_000_000
-_LONGEST_LINE = 4_000  # characters; sentencepiece passes longer ones over, and counts in bytes
+_LONGEST_LINE = 4_000  # characters; sentencepiece skips longer ones, counting in bytes
 _FEWEST_PIECES = 3 + 256  # unknown, BOS, EOS and the byte pieces
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path, seed: int) -> None:
     """Learns a BPE with byte fallback from `texts` and writes it to `path`: the same file for the same texts and seed.
 
-    It loses nothing: no normalisation, all whitespace kept, anything unknown spelled in bytes. The documents to learn
-    from are drawn from the first 32 million characters. DataError with both numbers when they cannot fill the
-    vocabulary.
-    """
+    The tokenizer is lossless: no normalisation, all whitespace kept, anything unknown spelled in bytes. The documents
+    to learn from are drawn from the first 32 million characters. DataError with both numbers when they cannot fill the
+    vocabulary."""
     if vocab_size <= _FEWEST_PIECES:
         raise DataError(
             f"a vocabulary of {vocab_size} has no room for {_FEWEST_PIECES} bytes and special pieces and one more",
