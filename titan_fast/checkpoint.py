@@ -1,11 +1,11 @@
-"""What a checkpoint holds, and how tensors come out of it. Saving and choosing is in checkpointer.py.
+"""What a checkpoint holds, and how it is read. Saving and choosing are in checkpointer.py.
 
 A checkpoint is the folder `step-N`:
     *.distcp, .metadata     weights and moments, each rank's shards (any other mesh can load them)
     rng-R.safetensors       rank R's random state
     state.json              step, tokens, data position, versions
     config.toml             the resolved config
-    tokenizer/              the tokenizer's file as the run read it, so that the folder alone can speak
+    tokenizer/              the tokenizer's file as the run read it, so that the folder alone can generate text
     MANIFEST.json           size and sha256 of every file; what does not match it is not loaded (manifest.py)
 """
 
@@ -46,8 +46,8 @@ class Progress:
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
-    """Every weight (its float32 master, where it has one) as "model.NAME", and every moment and count of steps as
-    "optimizer.NAME.MOMENT"; those that do not exist yet are made, zero, for a checkpoint to be loaded into."""
+    """Every weight (its float32 master, where it has one) as "model.NAME", and every moment and step count as
+    "optimizer.NAME.MOMENT". Moments that do not exist yet are created, zero, for a checkpoint to be loaded into."""
     tensors: dict[str, Tensor] = {}
     owned = {parameter for group in optimizer.param_groups for parameter in group["params"]} if optimizer else set()
     for name, parameter in model.named_parameters():
@@ -61,7 +61,7 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
 
 def load_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Fills `tensors` in place from the checkpoint at `path`, resharding where the meshes differ. CheckpointError where
-    names, shapes or dtypes differ, or the folder holds what no checkpoint of ours does."""
+    names, shapes or dtypes differ, or the folder holds something that our checkpoints never do."""
     check_tensors(tensors, path)
     try:
         with warnings.catch_warnings():
@@ -91,7 +91,7 @@ def check_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     shapes and dtypes. DCP alone would silently leave extra names unread and cast dtypes."""
     saved = saved_tensors(path)
     kinds = {name.partition(".")[0] for name in tensors}
-    # As an imported model is saved.
+    # Imported models are saved without optimizer state.
     stateless = "optimizer" in kinds and not any(name.startswith("optimizer.") for name in saved)
     missing = [name for name in tensors if name not in saved and not (stateless and name.startswith("optimizer."))]
     differing = [f"{name} is missing" for name in missing]
@@ -152,8 +152,8 @@ def read_config(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def refuse_links(folder: Path) -> None:
-    """CheckpointError where the newest checkpoint in `folder` is a symbolic link, around which a run would save and
-    delete. An older one is passed over, as other names are."""
+    """CheckpointError where the newest checkpoint in `folder` is a symbolic link: a run would ignore it, save others
+    and delete them. Older links are ignored, like other names."""
     found, own = links(folder), checkpoints(folder)
     if found and max(found) > max(own, default=-1):
         names = ", ".join(path.name for path in list(found.values())[-3:])
@@ -185,8 +185,8 @@ def tokenizer_of(path: Path) -> Path:
 
 
 def gather_data_state(state: dict[str, Any], world: World) -> dict[str, Any]:
-    """The loader's state as it is saved: as it is where it is the same on every rank, else that of every data-parallel
-    rank, in order."""
+    """The loader's state in the form that is saved: unchanged if it is the same on every rank, otherwise those of all
+    data-parallel ranks, in order."""
     if "rank" not in state or world.size == 1:
         return state
     ranks: list[Any] = [None] * world.size
@@ -196,7 +196,7 @@ def gather_data_state(state: dict[str, Any], world: World) -> dict[str, Any]:
 
 
 def own_data_state(state: dict[str, Any], dp_rank: int, dp_degree: int) -> dict[str, Any]:
-    """The inverse of `gather_data_state` on one data-parallel rank; CheckpointError where there are not as many."""
+    """The inverse of `gather_data_state` on one data-parallel rank. CheckpointError for another number of ranks."""
     ranks = state.get("ranks", [state] if "rank" in state else None)
     if ranks is None:
         return state

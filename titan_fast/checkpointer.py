@@ -1,7 +1,7 @@
 """Saving and choosing the checkpoints of a run, all ranks together.
 
-Nothing appears under its final name before it is whole and on the disk, and nothing is loaded that does not match its
-manifest. Each stage ends with an exchange: where one rank failed, every rank raises the same error.
+Nothing gets its final name before it is whole and on the disk, and nothing is loaded that does not match its manifest.
+After each stage the ranks exchange results: where one failed, all raise the same error.
 """
 
 import errno
@@ -47,7 +47,7 @@ from titan_fast.signals import may_wait_longer, seconds_to_stop
 from titan_fast.tokenizer import Tokenizer, copy_tokenizer
 
 WENT_BACK = "went_back.json"
-"""In the folder of checkpoints: to which `load_step` the run has gone back."""
+"""A file in the folder of checkpoints that notes to which `load_step` the run has gone back."""
 _SPARE_BYTES = 2**20  # beyond the tensors: the metadata, states, tokenizer
 
 T = TypeVar("T")
@@ -62,13 +62,13 @@ def check(config: Config, device: torch.device) -> None:
 
 
 def check_start(config: Config, run_dir: Path, saved_bytes: int) -> list[str]:
-    """CheckpointError where what the run is to begin from, a step or other weights, is not there or of another model,
-    or where the disk has no room for one checkpoint of `saved_bytes` a parameter. Returns a warning where it has none
-    for all that it will hold. For one process, and as long as nothing is loaded."""
+    """CheckpointError where the step or the weights that the run is to begin from are missing or of another model, or
+    where the disk has no room for one checkpoint of `saved_bytes` per parameter. Returns a warning where it has no room
+    for all the checkpoints that it will hold. For one process, before anything is loaded."""
     settings, shape = config.checkpoint, model_shape(config.model)
     folder = run_dir / settings.folder
     found = manifest.checkpoints(folder) if settings.enable else {}
-    # A run that went back before and has come further may have lost that step since, and goes on.
+    # A run that went back at an earlier start may have deleted that step since; it simply continues.
     goes_on = (folder / WENT_BACK).exists()
     if settings.load_step != -1 and settings.load_step not in found and not goes_on:
         raise _no_such_step(settings.load_step, list(found), folder)
@@ -101,7 +101,8 @@ def check_start(config: Config, run_dir: Path, saved_bytes: int) -> list[str]:
 
 
 def _checkpoints_to_hold(config: Config, first: int, kept: int) -> int:
-    """How many checkpoints the disk will hold at once, besides `kept` ones, while a run goes on after step `first`."""
+    """How many checkpoints the disk will have to hold at once, besides the `kept` ones, while a run continues after
+    step `first`."""
     settings, steps = config.checkpoint, config.training.steps
     interval = settings.interval or steps
     to_come = math.ceil(steps / interval) - first // interval
@@ -112,7 +113,7 @@ def _checkpoints_to_hold(config: Config, first: int, kept: int) -> int:
 
 
 def _room(settings: Checkpoint) -> str:
-    """What to do where there is none."""
+    """What to do where the disk has no room."""
     key = "checkpoint.folder" if Path(settings.folder).is_absolute() else "job.dump_folder"
     return f"make room or choose another --{key}"
 
@@ -126,7 +127,7 @@ def _no_such_step(wanted: int, found: Sequence[int], folder: Path) -> Checkpoint
 
 
 class _Writer(FileSystemWriter):
-    """Which says what the disk says. torch's own error for a write that fails is of what it had left to write then."""
+    """Raises the disk's own error where a write fails; torch's only says what it still had to write."""
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future[list]:
         try:
@@ -138,8 +139,8 @@ class _Writer(FileSystemWriter):
 
 
 class Checkpointer:
-    """Saves and loads the checkpoints of one run. Every method is called by every rank at the same step, but for those
-    that say otherwise."""
+    """Saves and loads the checkpoints of one run. Every rank calls every method at the same step, unless its docstring
+    says otherwise."""
 
     def __init__(
         self,
@@ -154,16 +155,17 @@ class Checkpointer:
         self.folder, self.tokenizer = run_dir / config.checkpoint.folder, tokenizer
         self.run_dir = run_dir
         self.check_lock = check_lock
-        # Its own group: a save in the background must not meet the step's collectives.
+        # A group of its own: a save in the background must not interfere with the step's collectives.
         timeout = timedelta(seconds=self.settings.save_timeout_seconds + distributed.SPARE_SECONDS)
-        world.barrier()  # waits for one whose set-up takes longer, and not for one that is lost
+        world.barrier()  # waits for a rank whose set-up takes longer, but not for one that is lost
         self.group = distributed.new_group(config.comm, timeout)
         self.saved_step = -1
-        """Of the last save that was begun, or of what was loaded."""
+        """The step of the last save that was begun, or of the checkpoint that was loaded."""
         self.step_seconds = 0.0
-        """Of a step, as the caller has seen it: what a run told to stop finishes before its last save."""
+        """How long a step takes, set by the caller. A run that is told to stop finishes its step before the last
+        save."""
         self.stall_seconds = 0.0
-        """How long saves have kept their caller, since the last `take_stall_seconds`."""
+        """How long saves have blocked their caller since the last `take_stall_seconds`."""
         self._goes_back = False  # to checkpoint.load_step
         self._passed_over: set[int] = set()  # steps that were found damaged
         self._last_save = time.monotonic()
@@ -179,16 +181,16 @@ class Checkpointer:
             self._thread = ThreadPoolExecutor(1, "titan_fast checkpoint", initializer=first)
 
     def note(self, text: str) -> None:
-        """Adds to what `notes` will give."""
+        """Adds a line to what `notes` will return."""
         self._notes.append(text)
 
     def take_stall_seconds(self) -> float:
-        """How long saves have kept their caller since the last call."""
+        """How long saves have blocked their caller since the last call."""
         seconds, self.stall_seconds = self.stall_seconds, 0.0
         return seconds
 
     def notes(self) -> list[str]:
-        """What has happened since the last call, in words. Any rank, any time."""
+        """Lines about what has happened since the last call. Any rank, any time."""
         return [self._notes.popleft() for _ in range(len(self._notes))]
 
     # Saving
@@ -196,8 +198,8 @@ class Checkpointer:
     def save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, must_succeed: bool = False
     ) -> None:
-        """Writes `step-N`, or with an async mode copies what is to be written and lets a thread do it. A failure is
-        raised or noted as `on_save_error` says; with `must_succeed`, raised, and the thread is waited for."""
+        """Writes `step-N`; in an async mode copies what is to be written, for a thread to write. A failure is raised or
+        noted, as `on_save_error` says. With `must_succeed` it is raised, and the thread is waited for."""
         started = time.monotonic()
         self.settle()
         self._last_save = started
@@ -220,21 +222,21 @@ class Checkpointer:
             self._stager = DefaultStager(StagingOptions(pinned, False, False, use_non_blocking_copy=pinned))
         staged = self._stager.stage(tensors)
         assert isinstance(staged, dict)
-        # torch 2.11's closes itself after each use, and fails in the next.
+        # torch 2.11's stager closes itself after each use, and would fail in the next.
         if not getattr(getattr(self._stager, "_state_dict_stager", None), "_deepcopy_dispatch", True):
             self._stager = None
         return staged
 
     @property
     def is_time(self) -> bool:
-        """Whether `interval_minutes` have gone by since the last save. Rank 0's answer counts."""
+        """Whether `interval_minutes` have passed since the last save; False on all ranks but 0."""
         minutes = self.settings.interval_minutes
         return self.world.is_main and minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
 
     @property
     def has_failed(self) -> bool:
-        """Whether a save in the background has failed here and is not settled. Ranks may learn of it at different
-        steps: agree before acting. Any rank, any time."""
+        """Whether a save in the background has failed on this rank and is not settled. Ranks may notice at different
+        steps, so they must agree before they act. Any rank, any time."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def settle(self, must_succeed: bool = False) -> None:
@@ -244,7 +246,7 @@ class Checkpointer:
             self._finish(pending.result, must_succeed)
 
     def close(self) -> None:
-        """Waits for the thread without asking what became of its save. Any rank, any time."""
+        """Waits for the thread, whether or not its save succeeds. Any rank, any time."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
 
@@ -263,7 +265,7 @@ class Checkpointer:
             )
 
     def _refuse_non_finite(self, tensors: dict[str, Tensor], step: int) -> None:
-        """A checkpoint with a NaN or an infinity would be the one that everything goes on from."""
+        """NumericsError for a NaN or an infinity: every later start would continue from such a checkpoint."""
         by_device: dict[torch.device, list[str]] = {}
         for name, tensor in tensors.items():  # some implementations of AdamW count their steps in host memory
             if tensor.is_floating_point():
@@ -272,7 +274,7 @@ class Checkpointer:
         for names in by_device.values():
             norms = torch.stack([norm.float() for norm in torch._foreach_norm([local(tensors[n]) for n in names])])
             suspect = [name for name, ok in zip(names, torch.isfinite(norms).tolist(), strict=True) if not ok]
-            # The norm of finite numbers may be beyond float32.
+            # The norm of finite numbers may overflow float32.
             bad += [n for n in suspect if not torch.stack(local(tensors[n]).aminmax()).isfinite().all()]
         if found := [name for rank in self._together(lambda: bad) for name in rank]:
             raise NumericsError(
@@ -282,7 +284,7 @@ class Checkpointer:
             )
 
     def _small_files(self, progress: Progress) -> dict[str, bytes]:
-        """This rank's files that are no tensors of the model, as they are at this moment."""
+        """This rank's files besides the tensors, with their content at this moment."""
         files = {f"rng-{self.world.rank}.safetensors": safetensors.torch.save(_rng_state(self.world.device))}
         if self.world.is_main:
             state = {**asdict(progress), "world_size": self.world.size, "torch": torch.__version__}
@@ -295,7 +297,7 @@ class Checkpointer:
         started = time.perf_counter()
         final = manifest.folder_of(self.folder, step)
         temporary = manifest.writing(final)
-        # What several ranks hold is written by one of them.
+        # What several ranks hold is written by only one of them.
         own = sum(local(t).nbytes // copies(t) for t in tensors.values()) + sum(map(len, files.values()))
         need = sum(self._together(lambda: own)) + _SPARE_BYTES
         try:
@@ -314,7 +316,7 @@ class Checkpointer:
         self.check_lock()
         if not self.folder.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "the run directory is gone", str(self.folder.parent))
-        manifest.clean(self.folder)  # what a failed save has left takes the room that this one needs
+        manifest.clean(self.folder)  # leftovers of a failed save take room that this one needs
         temporary.mkdir(parents=True)
         free = shutil.disk_usage(temporary).free
         if free < need:
@@ -364,7 +366,7 @@ class Checkpointer:
             )
 
     def _translated(self, error: OSError | CheckpointError, need: int) -> CheckpointError:
-        """The error with need, have and path, which a full disk's own message lacks."""
+        """The error with bytes needed, bytes free and path, which the message of a full disk lacks."""
         what = error.what if isinstance(error, CheckpointError) else cause(error)
         try:
             have = f"{shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free:,}"
@@ -378,7 +380,7 @@ class Checkpointer:
         return CheckpointError(what, f"{fix or 'see what is wrong there'}; {self._newest()}", str(self.folder))
 
     def _newest(self) -> str:
-        """What there is to go on from, in words."""
+        """From what a run could continue, in words."""
         try:
             found = manifest.checkpoints(self.folder)
             problems = {step: manifest.problem(path, contents=False) for step, path in found.items()}
@@ -390,7 +392,8 @@ class Checkpointer:
         return f"that of step {unread[-1]} cannot be read" if unread else "there is no checkpoint yet"
 
     def _together(self, action: Callable[[], T]) -> list[T]:
-        """What `action` returns on every rank, in order; where it raised an OSError on one, CheckpointError on all."""
+        """The results of `action` on all ranks, in order. Where it raised OSError or CheckpointError on one rank,
+        raises CheckpointError on all."""
         outcome: tuple[Any, str, str]
         try:
             outcome = action(), "", ""
@@ -432,7 +435,7 @@ class Checkpointer:
         return Progress(**{item.name: state[item.name] for item in fields(Progress) if item.name in state})
 
     def _check_shared(self) -> None:
-        """CheckpointError where a rank does not see in its folder what rank 0 writes into its own."""
+        """CheckpointError where another rank does not see in its folder what rank 0 writes into its own."""
         if self.world.size == 1:
             return
         probe = self.folder / self._from_main(f".shared-{secrets.token_hex(8)}")
@@ -483,7 +486,7 @@ class Checkpointer:
             )
 
     def _compare_initial_weights(self, path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-        """Notes initial weights that are named and not loaded."""
+        """Notes that the initial weights that the config names are not loaded."""
         was, given = (tables.get("checkpoint", {}).get("initial_load_path") for tables in (before, now))
         if given is not None and given != was:
             self._notes.append(
@@ -494,7 +497,8 @@ class Checkpointer:
             self._notes.append(f"goes on from {path.name}; checkpoint.initial_load_path is not read again")
 
     def _compare_schedules(self, step: int, before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> None:
-        """Notes a learning rate that jumps: a longer run by the same shape of schedule begins higher up on it."""
+        """Notes a jump of the learning rate: with more steps, the same schedule is higher at the step to continue
+        from."""
         if step == 0:  # an imported model, trained by no schedule
             return
         was, would_be = (rate_at(step, tables) for tables in (before, now))
@@ -508,7 +512,7 @@ class Checkpointer:
         )
 
     def _choose(self) -> Path | None:
-        """The checkpoint that every rank will load: the main rank names candidates, all check them."""
+        """The checkpoint that every rank will load. The main rank names candidates, and all ranks check them."""
         wanted = self._from_main(self._wanted_step())
         candidates: list[int] = []
         if self.world.is_main:
@@ -546,8 +550,8 @@ class Checkpointer:
         return self.folder / WENT_BACK
 
     def _wanted_step(self) -> int:
-        """`load_step`, -1 where this run has gone back to it already and has saved since: a job that is started again
-        by the same command goes on, and does not lose what it has done. The main rank's answer counts."""
+        """`load_step`; but -1 where this run has already gone back to it and has saved since, so that a job that is
+        started again with the same command continues and loses nothing. The main rank's answer counts."""
         wanted = self.settings.load_step
         if wanted == -1:
             return -1
@@ -565,7 +569,7 @@ class Checkpointer:
         return -1
 
     def _problem(self, path: Path) -> str | None:
-        """What is wrong with the checkpoint, the same answer on every rank; each hashes its part of the files."""
+        """What is wrong with the checkpoint; the same answer on every rank. Each hashes a part of the files."""
         seen = self._from_main(_fingerprint(path))
         own = _fingerprint(path)
         reason = manifest.problem(path, part=(self.world.rank, self.world.size))
@@ -587,8 +591,8 @@ class Checkpointer:
         return next(iter(reasons), None)
 
     def begin(self) -> None:
-        """Takes later steps out of the way of a run that goes back, without deleting them. To be called when all is
-        loaded: a start that is refused before changes nothing."""
+        """Renames later checkpoints where the run goes back. To be called after everything is loaded, so that a start
+        that is refused changes nothing."""
         if not (self._goes_back and self.world.is_main):
             return
         for later, path in manifest.checkpoints(self.folder).items():
@@ -605,7 +609,7 @@ class Checkpointer:
 
 
 def _global_batch_size(tables: dict[str, dict[str, Any]], world_size: int) -> int:
-    """Sequences per optimizer step of a config, as tables, on so many processes."""
+    """Sequences per optimizer step, for a config as tables on `world_size` processes."""
     training = tables["training"]
     if (asked := training["global_batch_size"]) != -1:
         return asked
@@ -613,12 +617,12 @@ def _global_batch_size(tables: dict[str, dict[str, Any]], world_size: int) -> in
 
 
 def _measured_at_once(tables: dict[str, dict[str, Any]], world_size: int) -> int:
-    """Sequences of a validation batch of a config, as tables, on so many processes: accumulation has no part in it."""
+    """Sequences per validation batch, which has no accumulation, for a config as tables on `world_size` processes."""
     return tables["training"]["local_batch_size"] * world_size // tables["parallelism"]["tensor_parallel_degree"]
 
 
 def _keeps(sequences: int, tables: dict[str, dict[str, Any]], world_size: int) -> str:
-    """How so many processes take so many sequences a step."""
+    """The settings with which `world_size` processes train on `sequences` per step."""
     batch = tables["training"]["local_batch_size"]
     ranks = _measured_at_once(tables, world_size) // batch
     fitting = [each for each in range(1, batch + 1) if sequences % (each * ranks) == 0]

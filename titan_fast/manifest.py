@@ -1,7 +1,7 @@
 """Folders that are whole or not there: written under another name, made durable, listed with sizes and sha256, renamed.
 
-A folder `step-N` with a MANIFEST.json was once complete on the disk. `problem` says what has happened to it since.
-The digests find accidents; whoever can write the folder can write the manifest too.
+A folder `step-N` with a MANIFEST.json was once complete on the disk. `problem` says what is wrong with it now. The
+digests protect against accidents, not against attackers: whoever can write the folder can write the manifest too.
 """
 
 import errno
@@ -24,7 +24,7 @@ from titan_fast.errors import CheckpointError
 NAME = "MANIFEST.json"
 FORMAT = 1
 LATE_SECONDS = 10.0
-"""A network file system may show one host so much later what another has written."""
+"""So long it may take a network file system to show one host what another has written."""
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 _LEFTOVER = re.compile(r"\.(writing|deleting|replaced)-(step-(?:0|[1-9][0-9]{0,17}))")
 
@@ -52,7 +52,7 @@ def checkpoints(parent: Path) -> dict[int, Path]:
 
 
 def links(parent: Path) -> dict[int, Path]:
-    """What has the name of a checkpoint in `parent` and is a symbolic link, wherever that leads, by step in order."""
+    """Symbolic links in `parent` that have the name of a checkpoint, wherever they lead, by step in order."""
     return {step: path for step, path in _named(parent).items() if path.is_symlink()}
 
 
@@ -62,21 +62,21 @@ def _named(parent: Path) -> dict[int, Path]:
 
 
 def holding(path: Path) -> Path | None:
-    """The published folder that `path` is or lies in: nothing may be added to it."""
+    """The published folder that `path` is or lies in, if any. Nothing may be added to such a folder."""
     places = (path.absolute(), *path.absolute().parents)
     return next((place for place in places if _STEP.fullmatch(place.name) and (place / NAME).exists()), None)
 
 
 def would_be_taken_for_one(path: Path) -> bool:
-    """Whether a folder made there has the name of a checkpoint and lies among some."""
+    """Whether a folder at `path` would have the name of a checkpoint and lie among checkpoints."""
     return bool(_STEP.fullmatch(path.name)) and any(
         (other / NAME).exists() for other in checkpoints(path.parent).values()
     )
 
 
 def obstacle(folder: Path) -> str:
-    """Why nothing can be written in a folder that is there or is yet to be made, as far as names and rights tell; empty
-    where nothing stands in the way."""
+    """Why nothing can be written into a folder, which need not exist yet, judging by names and permissions; "" if
+    nothing stands in the way."""
     if checkpoint := holding(folder):
         return f"{checkpoint} is a checkpoint, to which nothing may be added"
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -130,15 +130,15 @@ def digests(folder: Path, names: Iterable[str] | None = None) -> dict[str, Diges
 
 
 def unseen(folder: Path, sizes: dict[str, int]) -> str | None:
-    """The first of the files (name to bytes) that other processes have written and that is not to be seen in `folder`
-    with its size, after LATE_SECONDS; None when all are."""
+    """The first of the files (name to bytes) of other processes that does not appear in `folder` with its size within
+    LATE_SECONDS; None when all do."""
     give_up = time.monotonic() + LATE_SECONDS
     while sizes := {name: size for name, size in sizes.items() if not _has_size(folder / name, size)}:
         if time.monotonic() >= give_up:
             return min(sizes)
         time.sleep(0.2)
         with suppress(OSError):
-            list(folder.iterdir())  # for which a network file system asks its server again
+            list(folder.iterdir())  # makes a network file system ask its server again
     return None
 
 
@@ -150,12 +150,11 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def publish(temporary: Path, final: Path, known: dict[str, Digest] | None = None, **about: Any) -> None:
-    """Makes `temporary` durable and renames it to `final`, whose place an older folder may hold until then.
+    """Makes `temporary` durable and renames it to `final`, replacing an older folder of that name.
 
-    `known`: digests that other processes have made already of files that they made durable; the rest is done here.
-    `about`: JSON values to keep in the manifest. OSError where the disk refuses, CheckpointError where what others have
-    written is not here.
-    """
+    `known`: digests of files that other processes have already made durable; the rest is done here. `about`: JSON
+    values to store in the manifest. OSError where the disk refuses, CheckpointError where files of other processes are
+    not visible here."""
     files = dict(known or {})
     if missing := unseen(temporary, {name: digest.size for name, digest in files.items()}):
         raise CheckpointError(
@@ -181,8 +180,9 @@ def publish(temporary: Path, final: Path, known: dict[str, Digest] | None = None
 
 
 def read(folder: Path) -> dict[str, Digest]:
-    """The files that the manifest lists. ValueError, in words, where there is no manifest or it is none of ours."""
-    if (folder / NAME).is_fifo():  # which would be waited for
+    """The files that the manifest lists. ValueError that says why, where there is no manifest or it is not one of
+    ours."""
+    if (folder / NAME).is_fifo():  # reading it would wait for a writer
         raise ValueError(f"{NAME} is damaged")
     try:
         manifest = json.loads((folder / NAME).read_bytes())
@@ -201,14 +201,14 @@ def read(folder: Path) -> dict[str, Digest]:
 
 
 class Unread(str):
-    """A problem that says nothing of what the folder holds: it may be whole, and cannot be read by this process now."""
+    """A problem that says nothing about the content: the folder may be whole, but this process cannot read it now."""
 
 
 def _unread(name: str, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return f"{name}: missing"
     words = f"{name}: {error.strerror}"
-    return words if error.errno == errno.EIO else Unread(words)  # by which a disk says that it is damaged
+    return words if error.errno == errno.EIO else Unread(words)  # EIO means that the disk is damaged
 
 
 def problem(folder: Path, contents: bool = True, part: tuple[int, int] = (0, 1)) -> str | None:
@@ -250,9 +250,10 @@ def _changed(folder: Path, files: dict[str, Digest]) -> str | None:
 def prune(
     parent: Path, keep: int, always: int | None = None, contents: bool = True, damaged: Collection[int] = ()
 ) -> tuple[list[int], list[Path]]:
-    """Deletes the folders of steps before the `keep` newest whole ones; returns those steps, and what of them could not
-    be deleted. 0 keeps all. Whole is judged by manifest, sizes and (with `contents`) sha256, and not of the steps
-    `damaged`. What is not whole counts for nothing; the step `always` and what has no manifest are left alone."""
+    """Deletes the folders of steps before the `keep` newest whole ones (0 keeps all). Returns the deleted steps, and
+    what could not be deleted. A folder is whole by its manifest, sizes and (with `contents`) sha256, unless its step is
+    in `damaged`. Folders that are not whole do not count; the step `always` and folders without a manifest are left
+    alone."""
     found = checkpoints(parent)
     newest_first = (step for step in reversed(found) if step not in damaged)
     whole = list(islice((step for step in newest_first if problem(found[step], contents) is None), keep))
@@ -264,8 +265,8 @@ def prune(
 
 
 def delete(folder: Path) -> Path | None:
-    """Takes a published folder away: first its name, at once, then its files. Returns what could not be deleted, of
-    this folder or of an earlier one by its name, if anything: it raises nothing where a disk refuses."""
+    """Deletes a published folder: renames it first, in one step, then deletes its files. Raises nothing where the disk
+    refuses, but returns what is left of this folder or of an earlier one with its name, if anything."""
     doomed = folder.with_name(f".deleting-{folder.name}")
     with suppress(OSError):
         shutil.rmtree(doomed, ignore_errors=True)
@@ -277,7 +278,7 @@ def delete(folder: Path) -> Path | None:
 
 
 def leftover_bytes(parent: Path) -> int:
-    """Of what `clean` would delete, and may. A run that is still going on may be at it too."""
+    """Size of what `clean` would and may delete. A run that is still going on may be deleting it at the same time."""
     total = 0
     for folder in parent.glob(".*"):
         match = _LEFTOVER.fullmatch(folder.name)
@@ -290,9 +291,9 @@ def leftover_bytes(parent: Path) -> int:
 
 
 def clean(parent: Path) -> list[str]:
-    """Ends what a killed process had begun: puts back a folder that was being replaced and has no successor, deletes
-    what was being written or deleted. Says what it did or could not; what cannot be deleted gives its name free, which
-    the next save of that step needs. Only for the one process that owns `parent`."""
+    """Cleans up after a killed process: puts back a folder that was being replaced and has no successor, and deletes
+    what was being written or deleted. Returns lines about what it did or could not do. What cannot be deleted is
+    renamed, since the next save of that step needs its name. Only for the one process that owns `parent`."""
     done = []
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
         match = _LEFTOVER.fullmatch(path.name)
