@@ -1,4 +1,4 @@
-"""Command lines that refuse as everything here does: one sentence and exit status 2, no usage text, no boxes."""
+"""Command lines whose errors look like all others here: one sentence and exit status 2, no usage text, no boxes."""
 
 import argparse
 import io
@@ -20,8 +20,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def read(kind: type[T], argv: list[str] | None, prog: str) -> T:
-    """What `argv` (None: the process's own) says, as a dataclass or a union of subcommands. ConfigError where it cannot
-    be read; `--help` prints the manual and exits with status 0."""
+    """Parses `argv` (None: the process's own) into a dataclass or one of a union of subcommands. ConfigError where that
+    is not possible; `--help` prints the manual and exits with status 0."""
     try:
         with redirect_stderr(io.StringIO()):
             return tyro.cli(kind, prog=prog, args=argv, use_underscores=True)
@@ -34,7 +34,7 @@ def read(kind: type[T], argv: list[str] | None, prog: str) -> T:
 
 
 def _refusal(kind: type[T], argv: list[str] | None, prog: str) -> str:
-    """tyro's words, on a terminal so wide that it breaks no line within a value."""
+    """tyro's error message, as for a terminal that is wide enough not to break lines within a value."""
     captured, columns = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100000"
     try:
@@ -48,14 +48,14 @@ def _refusal(kind: type[T], argv: list[str] | None, prog: str) -> str:
     return captured.getvalue()
 
 
-# The manual, and the parts of a union that did not match either.
+# What follows is the manual, or the other members of a union, which did not match either.
 _MORE = re.compile(r"Argument helptext|For full helptext|Got errors:")
 _RULE = re.compile("[\u2500\u2570\u256f+-]*")
 
 
 def _sentence(refusal: str) -> str:
-    """tyro's words, which stand in a box with a title, without either, colours and manual. Its sections become parts of
-    a sentence, their items a list; what is said of an item stands further to the right, and is left out."""
+    """tyro's error message as a sentence, without its box, title, colours and manual. Sections become parts of the
+    sentence, their items a list; explanations of items, which are indented further, are left out."""
     parts, margin = [""], 0
     for line in re.sub(r"\x1b\[[0-9;]*m|\[/?bold\](?=FLOAT|`)", "", refusal).strip().splitlines()[1:]:
         inside = line.replace("\u2502", " ").rstrip()

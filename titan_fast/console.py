@@ -1,4 +1,4 @@
-"""What a run tells on standard output, without ever waiting for who reads it."""
+"""Standard output that never makes a run wait for its reader."""
 
 import select
 import threading
@@ -7,15 +7,15 @@ from typing import TextIO
 
 _PATIENCE_SECONDS = 1.0
 _MOST_BYTES = 10
-"""Of a character, where a console that is not UTF-8 shows it as an escape."""
+"""The most bytes of a character, where a console that is not UTF-8 shows it as an escape."""
 _TERMINAL_ROOM = 128
-"""Bytes that a terminal has room for, twice for carriage returns, if it has room at all."""
+"""A terminal that has room at all has room for this many bytes, even if carriage returns double them."""
 
 
 class Console:
-    """As `stream`, for `print`, logging and rich. Text that it has no room for, for nobody reads (a paused pager,
-    Ctrl-S), is left out; how many lines were is said before the next one that it takes. One that becomes full is
-    waited for, a second once. A file, and what is no file at all, takes everything."""
+    """Behaves as `stream` for `print`, logging and rich. When the stream is full because nobody reads it (a paused
+    pager, Ctrl-S), text is left out, and before the next line that it takes it is said how many lines were. When it
+    becomes full there is one wait, of a second. A file, or an object that is no file at all, takes everything."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -31,10 +31,10 @@ class Console:
         return self._stream.isatty()
 
     def flush(self) -> None:
-        """Nothing: what was written has been flushed."""
+        """Does nothing: `write` flushes."""
 
     def write(self, text: str) -> int:
-        """Raises the OSError of a stream that has gone."""
+        """Raises OSError if the stream is gone."""
         with self._lock:
             note = f"\n({self._left_out} lines were left out while nobody read; train.log has the steps)\n"
             if not self._left_out or self._show(note) == len(note):
@@ -44,7 +44,7 @@ class Console:
         return len(text)
 
     def _show(self, text: str) -> int:
-        """Writes pieces that cannot block where there is room; how many characters it came to."""
+        """Writes pieces that are too small to block as long as there is room. Returns how many characters it wrote."""
         size = max(1, (_TERMINAL_ROOM if self.isatty() else select.PIPE_BUF) // _MOST_BYTES)
         give_up = time.monotonic() + (0.0 if self._is_full else _PATIENCE_SECONDS)
         for begin in range(0, len(text), size):

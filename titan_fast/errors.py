@@ -18,17 +18,17 @@ from typing import NoReturn, ParamSpec
 P = ParamSpec("P")
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""What a disk says that is full, or as good as that for this user or file."""
+"""Errors of a disk that is full, or has no room for this user or file."""
 
 _FAILING = frozenset({errno.EIO, errno.ESTALE, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO})
-"""What a disk or a file server says that is going away."""
+"""Errors of a disk or file server that is failing."""
 _NO_HANDLE = frozenset({errno.EMFILE, errno.ENFILE})
 _NO_PATH = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP})
 
 
 class TitanFastError(Exception):
-    """A failure that the user can act on. `what` went wrong with its value, `fix` what to do, `where` the path, rank,
-    step or key."""
+    """A failure that the user can do something about. what: what went wrong, with the values. fix: what to do. where:
+    the path, rank, step or key."""
 
     exit_status = 1
 
@@ -89,8 +89,8 @@ def fail(error: TitanFastError) -> NoReturn:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turns a TitanFastError raised inside into its line and its exit status, and so a disk that is full or fails, or a
-    path that this user may not use, all of which may show anywhere; anything else keeps its traceback."""
+    """Turns a TitanFastError raised inside into its line and exit status. Does the same for a disk that is full or
+    fails and for a path that this user may not use, which can happen anywhere. Other errors keep their traceback."""
     try:
         yield
     except TitanFastError as error:
@@ -117,7 +117,7 @@ def reported() -> Iterator[None]:
 
 
 def _nobody_reads() -> bool:
-    """Whether standard output is a pipe whose reader has gone; a BrokenPipeError may be of some connection too."""
+    """Whether standard output is a pipe whose reader is gone. A BrokenPipeError may also come from a connection."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
@@ -127,7 +127,7 @@ def _nobody_reads() -> bool:
 
 
 def leave_console() -> None:
-    """From now on what is written to standard output goes nowhere, and to standard error too where it is the same."""
+    """Redirects standard output to nowhere, and standard error too if it is the same file."""
     with suppress(OSError):  # it is no file
         gone, null = os.fstat(sys.stdout.fileno()), os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
@@ -137,8 +137,8 @@ def leave_console() -> None:
 
 
 def command(main: Callable[P, None]) -> Callable[P, None]:
-    """For the `main` of a command line. A console that is not UTF-8 shows the rest as escapes, and one that was closed
-    at the start shows nothing."""
+    """Decorates the `main` of a command line. A console that is not UTF-8 shows other characters as escapes; one that
+    was closed before the start shows nothing."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -147,7 +147,7 @@ def command(main: Callable[P, None]) -> Callable[P, None]:
                 setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
-        # Else the interpreter looks for garbage among all of torch's objects on its way out, for 1 to 2 s.
+        # Otherwise the interpreter looks for garbage among all of torch's objects at its end, which takes 1 to 2 s.
         atexit.register(gc.freeze)
         with reported():
             main(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""A file of lines that a run adds to, and that a failing disk does not end the run by."""
+"""A file of lines that a run adds to, and whose disk may fail without ending the run."""
 
 import logging
 from contextlib import suppress
@@ -13,9 +13,8 @@ _MOST_WAITING = 2**26  # bytes
 class LogFile:
     """Lines at the end of the file at `path`, each on its way to the disk when `write` returns.
 
-    What the disk refuses waits in memory, the newest 64 MiB of it, and is written with the first line that it takes
-    again. The console is told of both.
-    """
+    What the disk refuses waits in memory (the newest 64 MiB) and is written as soon as the disk takes a line again.
+    Both are reported on the console."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,7 +23,7 @@ class LogFile:
         self._told = False
 
     def write(self, text: str) -> None:
-        """Adds `text`, whole lines."""
+        """Adds `text`, which is whole lines."""
         self._waiting = (self._waiting + text.encode("utf-8", "backslashreplace"))[-_MOST_WAITING:]
         try:
             self._file = self._file or FileIO(self.path, "a")

@@ -1,6 +1,6 @@
-"""What a run tells: console, train.log, metrics.jsonl, TensorBoard, and at the end a summary and the loss curve.
+"""What a run reports: console, train.log, metrics.jsonl, TensorBoard, and at the end a summary and the loss curve.
 
-Rank 0 speaks; on the others every method does nothing. Only `log` may wait for the device.
+Only rank 0 reports; on other ranks every method does nothing. Only `log` may wait for the device.
 """
 
 import atexit
@@ -38,7 +38,7 @@ GIB = 1024**3
 
 
 def aligned(lines: list[tuple[str, str]]) -> str:
-    """Labels in one column, values in the next; a value's further lines stand under its first."""
+    """Labels in one column, values in the next; further lines of a value are aligned with its first."""
     width = max((len(label) for label, _ in lines), default=0)
     newline = "\n" + " " * (width + 2)
     return "\n".join(f"{label:<{width}}  {value}".rstrip().replace("\n", newline) for label, value in lines)
@@ -53,12 +53,12 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Sampled text without the control characters that would steer the reader's terminal."""
+    """Sampled text without control characters, which could do anything to the reader's terminal."""
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: on CUDA the most that torch's allocator held since the last call, on CPU the most that ever was resident."""
+    """GiB: on CUDA the most that torch's allocator held since the last call, on CPU the most that was ever resident."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -69,7 +69,7 @@ def peak_memory(device: torch.device) -> float:
 
 @dataclass
 class _Totals:
-    """Of this process, over the windows between log lines; the first one has compilation and warm-up in it."""
+    """Totals of this process over the windows between log lines. The first window includes compilation and warm-up."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -87,12 +87,12 @@ class _Totals:
         self.seconds += seconds
 
     def seconds_per_step(self) -> float:
-        """Without the first window where there are more."""
+        """Excludes the first window if there are others."""
         steps, seconds = self.steps - self.first_steps, self.seconds - self.first_seconds
         return seconds / steps if steps else self.seconds / max(self.steps, 1)
 
     def seconds_left(self, steps: int) -> float:
-        """For so many more, with pauses as there were so far."""
+        """Expected time for so many more steps, with pauses as often as so far."""
         return steps * (self.seconds_per_step() + self.pause_seconds / max(self.steps - self.first_steps, 1))
 
 
@@ -100,8 +100,8 @@ _other_threads: list[Callable[[threading.ExceptHookArgs], Any]] = []
 
 
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:
-    """No traceback of TensorBoard's thread where the disk has refused: it keeps the error, which the next event meets
-    and is told of in a sentence."""
+    """Suppresses the traceback of TensorBoard's thread where the disk has refused. The thread keeps the error, and the
+    next event raises it, to be reported in a sentence."""
     if not (isinstance(ended.exc_value, OSError) and getattr(ended.thread, "exception", None) is ended.exc_value):
         _other_threads[-1](ended)
 
@@ -124,16 +124,16 @@ class MetricsLogger:
         elapsed_before: float = 0.0,
         began: float | None = None,
     ) -> None:
-        """tokens_per_step: of all devices together. start_step, tokens_seen, elapsed_before: where a resumed run goes
-        on; what metrics.jsonl says of later steps is cut off, and a run from step 0 sets all of it aside. began: when
-        the process did, by time.perf_counter (None: now)."""
+        """tokens_per_step: of all devices together. start_step, tokens_seen, elapsed_before: where a resumed run
+        continues; later steps are removed from metrics.jsonl, and a run from step 0 sets the whole file aside. began:
+        when the process started, by time.perf_counter (None: now)."""
         self.config, self.run_dir, self.is_main, self.device = config, run_dir, is_main, device
         self.n_devices, self.tokens_per_step = n_devices, tokens_per_step
         self.start_step = self.last_step = start_step
         self.tokens_seen, self.elapsed_before = tokens_seen, elapsed_before
         self.began = time.perf_counter() if began is None else began
         self.started = self.began
-        """When the start was over."""
+        """When the first step began."""
         self.clock = TrainingClock(device if is_main else torch.device("cpu"))
         self.totals = _Totals()
         self.flops_per_token = flops.flops_per_token(shape, config.training.seq_len, MFU_FORMULA)
@@ -149,7 +149,7 @@ class MetricsLogger:
 
     def _open(self) -> None:
         atexit.register(self.close)
-        if self.start_step > 0:  # what was done after it took its time too
+        if self.start_step > 0:  # time that was spent on steps after it counts too
             said = [record.get("elapsed_seconds") or 0.0 for record in run_history.read(self.metrics_path)]
             self.elapsed_before = max([self.elapsed_before, *said])
         for path in (self.metrics_path, self.run_dir / run_history.BAD_STEPS):
@@ -157,7 +157,7 @@ class MetricsLogger:
                 self.say(said_of_it)
 
     def _peak(self) -> tuple[float | None, str]:
-        """The device's peak, if MFU means something here, and the sentence about it."""
+        """The device's peak, or None where MFU means nothing, and a sentence about it."""
         if self.device.type != "cuda":
             return None, "no MFU: a CPU has no peak listed"
         name = torch.cuda.get_device_name(self.device)
@@ -173,11 +173,11 @@ class MetricsLogger:
 
     @property
     def elapsed_seconds(self) -> float:
-        """Wall time of the whole run: of each process that had a part in it, from its beginning on, with all pauses."""
+        """Wall time of the whole run: of every process that took part in it from its beginning on, with all pauses."""
         return self.elapsed_before + time.perf_counter() - self.began
 
     def say(self, text: str) -> None:
-        """A line, or several, to the console, and to train.log with the time."""
+        """Writes one or several lines to the console, and with the time to train.log."""
         if not self.is_main:
             return
         text = redact(text)
@@ -192,7 +192,7 @@ class MetricsLogger:
         self._to_log_file(text)
 
     def write_down(self, text: str) -> None:
-        """What the console is told by others, to train.log alone."""
+        """Writes to train.log alone what something else tells the console."""
         if self.is_main:
             self._to_log_file(redact(text))
 
@@ -201,12 +201,12 @@ class MetricsLogger:
         self._log_file.write("".join(f"{stamp} {line}\n" for line in text.split("\n")))
 
     def _leave_console(self, error: OSError) -> None:
-        """Neither a reader that has gone nor a terminal that was closed ends a run."""
+        """A reader that is gone or a terminal that was closed does not end a run."""
         leave_console()
         self._to_log_file(f"WARNING: the console is gone: {error.strerror}; the run goes on, and tells this file alone")
 
     def start(self, lines: list[tuple[str, str]]) -> None:
-        """The start-up block: `lines` (label, value), then what the numbers of the log lines mean. The first window
+        """Prints the start-up block: `lines` (label, value), then what the numbers in log lines mean. The first window
         begins here."""
         if not self.is_main:
             return
@@ -316,7 +316,7 @@ class MetricsLogger:
         self._to_tensorboard(add)
 
     def _to_tensorboard(self, add: Callable[["SummaryWriter"], None]) -> None:
-        """A disk that refuses ends what TensorBoard shows of this process, not the process."""
+        """A disk that refuses ends TensorBoard's events, not the process."""
         if not self._writes_tensorboard:
             return
         try:
@@ -330,8 +330,8 @@ class MetricsLogger:
             )
 
     def _tensorboard(self) -> "SummaryWriter":
-        """The writer, made when first needed: its import takes 0.2 s, from a cold disk 1.6 s, which the first line need
-        not wait for and no step is charged with."""
+        """The writer, created when first needed: its import takes 0.2 s, from a cold disk 1.6 s. The first log line
+        does not wait for that, and it counts as a pause."""
         if self._writer is None:
             if threading.excepthook is not _thread_ended:
                 _other_threads.append(threading.excepthook)
@@ -347,14 +347,14 @@ class MetricsLogger:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Validation, checkpoints and sampling go inside: not training time, but in the summary."""
+        """For validation, checkpoints and sampling: not training time, but included in the summary."""
         began = time.perf_counter()
         with self.clock.pause():
             yield
         self.totals.pause_seconds += time.perf_counter() - began
 
     def has_validation(self, step: int) -> bool:
-        """Whether the loss on held-out text after `step` is in metrics.jsonl. To be asked of the main process."""
+        """Whether metrics.jsonl has the loss on held-out text after `step`. For the main process."""
         return any(r["step"] == step and "validation_loss" in r for r in run_history.read(self.metrics_path))
 
     def validation(self, step: int, loss: float) -> None:
@@ -372,20 +372,21 @@ class MetricsLogger:
         self._to_tensorboard(lambda writer: writer.add_text("sample", _code(text), step))
 
     def finish(self, failed: bool = False) -> None:
-        """Draws loss_curve.png, says the summary and closes everything. failed: an error has ended the run."""
+        """Draws loss_curve.png, prints the summary and closes everything. failed: whether an error has ended the
+        run."""
         if not self.is_main:
             return
         self._stop_progress()
         try:
             records = run_history.read(self.metrics_path)
-        except OSError as error:  # which must not stand in for what has ended the run
+        except OSError as error:  # which must not hide the error that has ended the run
             records = []
             self.say(f"WARNING: {self.metrics_path} cannot be read: {error.strerror}; the summary lacks its losses")
         if run_history.losses(records):
             title = self.config.job.description or self.config.model.flavor
             try:
                 run_history.draw_loss_curve(records, self.run_dir / LOSS_CURVE, title)
-            except Exception as error:  # a picture is not worth the run's own end
+            except Exception as error:  # a picture must not make a run fail
                 why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
                 self.say(f"WARNING: {LOSS_CURVE} cannot be written: {why}")
         self.say(aligned(self._summary(records, failed)))
@@ -454,7 +455,7 @@ class MetricsLogger:
             self._writer = None
 
     def close(self) -> None:
-        """Puts the terminal in order and closes the files; also at the process's end, whatever ended it."""
+        """Restores the terminal and closes the files. Also called at the process's end, whatever the reason."""
         self._stop_progress()
         self._close_tensorboard()
         self._log_file.close()
@@ -463,5 +464,5 @@ class MetricsLogger:
 
 
 def _code(text: str) -> str:
-    """As TensorBoard's Markdown shows it unchanged."""
+    """`text` as a Markdown code block, so that TensorBoard shows it unchanged."""
     return "".join(f"    {line}\n" for line in text.split("\n"))

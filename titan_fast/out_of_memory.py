@@ -1,4 +1,4 @@
-"""When a device's memory is not enough: what takes how much, and what to change, the cheapest first."""
+"""When a device runs out of memory: what takes how much, and what to change, cheapest first."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from titan_fast.parallel import gradients_are_wide, precision, weights_kept
 
 GIB = 1024**3
 SMALL_CHUNK = 2048
-"""Tokens whose logits are few, and still enough for the head's product to be fast."""
+"""Tokens per chunk: their logits are small, and the head's product is still fast."""
 _OVER_ALL = " --parallelism.data_parallel_shard_degree -1"
 _NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
@@ -28,7 +28,7 @@ def explained(config: Config, shape: ModelShape, degrees: MeshDegrees, device: t
     try:
         yield
     except RuntimeError as error:
-        # On a GPU a class of its own; what the host cannot give is told from other errors by torch's words alone.
+        # On a GPU it has a class of its own; for host memory only torch's words tell it from other errors.
         if not isinstance(error, torch.OutOfMemoryError) and _NO_HOST_MEMORY not in str(error):
             raise
         state, lines = state_text(config, shape, degrees, device), advice(config, shape, degrees, device)
@@ -51,11 +51,11 @@ def _figures(device: torch.device) -> str:
 
 
 def state_bytes(config: Config, degrees: MeshDegrees, device: torch.device) -> int:
-    """Of a parameter: weight, gradient and two moments, which no batch size changes."""
+    """Bytes per parameter for weight, gradient and two moments, which do not depend on the batch."""
     kept = weights_kept(config, degrees.data * degrees.tensor, precision(config.training, device))
     if kept == "bfloat16":
         return 8
-    # Beside a float32 sum a bfloat16 gradient exists for a moment only.
+    # Where gradients are summed in float32, bfloat16 ones exist only for a moment.
     sums = kept == "masters" and grad_accum_steps(config.training, degrees.data) > 1
     return 18 if sums else 16
 
@@ -71,13 +71,13 @@ def state_text(config: Config, shape: ModelShape, degrees: MeshDegrees, device: 
 
 
 def advice(config: Config, shape: ModelShape, degrees: MeshDegrees, device: torch.device) -> list[str]:
-    """What to change for this config, in order of what it costs in speed."""
+    """What to change in this config, in order of what it costs in speed."""
     training, lines = config.training, []
     batch, tokens = training.local_batch_size, training.local_batch_size * training.seq_len
     chunk = min(config.loss.chunk_size or tokens, tokens)
     wide = gradients_are_wide(config, degrees, device)
-    # More than two chunks cost a float32 sum of the head's gradient, which fewer tokens than that do not win back where
-    # the gradient is not float32 anyway.
+    # More than two chunks need a float32 sum of the head's gradient. Unless that gradient is float32 anyway, this takes
+    # more memory than it saves with fewer tokens.
     worth_it = wide or tokens > 2 * shape.dim
     if config.loss.implementation == "chunked" and chunk > SMALL_CHUNK and worth_it:
         logits = precision(training, device).param.itemsize * chunk * shape.vocab_size / degrees.tensor
@@ -114,7 +114,7 @@ def advice(config: Config, shape: ModelShape, degrees: MeshDegrees, device: torc
 
 
 def _recomputes_more(now: ActivationCheckpoint) -> str:
-    """The option that keeps less than these; empty where nothing does."""
+    """The option with which less is kept than now; "" where there is none."""
     if now.mode == "memory_budget":
         lower = now.memory_budget / 2 if now.memory_budget > 0.1 else 0
         return f"--activation_checkpoint.memory_budget {lower:g} (now {now.memory_budget:g})" * (now.memory_budget > 0)

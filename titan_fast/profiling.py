@@ -25,7 +25,7 @@ SNAPSHOT_EVENTS = 100_000  # allocations and frees, the newest
 
 
 def check_profiling(profiling: Profiling, device: torch.device) -> None:
-    """ConfigError where what `profiling` asks for cannot be had on `device`."""
+    """ConfigError where `device` cannot do what `profiling` asks for."""
     if profiling.enable_memory_snapshot and device.type != "cuda":
         raise ConfigError(
             f"profiling.enable_memory_snapshot records CUDA's allocator, and this run is on {device.type}",
@@ -36,7 +36,7 @@ def check_profiling(profiling: Profiling, device: torch.device) -> None:
 class Profiler:
     """Around the loop, with `step()` after every step; every `profile_freq`th step is traced.
 
-    A step that is traced is slower than others, and so is what its log line says of it.
+    A step that is traced is slower than others, and its log line shows that.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Profiler:
         return ProfilerAction.WARMUP if steps_left <= WARM_UP_STEPS else ProfilerAction.NONE
 
     def _trace_ready(self, trace: profile) -> None:
-        if self._in_traced_step:  # else the run ended within a step to be traced, and there is nothing in it
+        if self._in_traced_step:  # otherwise the run ended within a step to be traced, and the trace is empty
             self._write_trace(trace)
 
     def __enter__(self) -> "Profiler":
@@ -116,12 +116,12 @@ class Profiler:
 
 @contextmanager
 def memory_history(profiling: Profiling, run_dir: Path, rank: int, where: Callable[[], str]) -> Iterator[None]:
-    """Records CUDA's allocations, where `[profiling]` wants them; when memory runs out inside, they are written under
-    the name that `where` gives."""
+    """Records CUDA's allocations, if `[profiling]` asks for that. When memory runs out inside, they are written under
+    the name that `where` returns."""
     if not profiling.enable_memory_snapshot:
         yield
         return
-    # Python's frames alone: naming those of C++ took others minutes a snapshot, and can fail.
+    # Python's frames only: others have seen naming those of C++ take minutes per snapshot, or fail.
     torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS, stacks="python")
     try:
         yield

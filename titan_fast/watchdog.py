@@ -1,10 +1,9 @@
-"""A thread that knows where the step is: it names the rank that hangs, and the one that holds the others up.
+"""A thread that watches the step: it names a rank that hangs, and one that holds the others up.
 
-The loop marks each phase. A rank whose phase takes too long writes its stack to the store, reads what the others wrote,
-and the rank with the fewest marks, or without a sign of life, is the one that all wait for. Marks are in the program's
-order, the same on every rank, so they compare ranks without clocks. Time in which the thread itself could not run, as
-in a process that was stopped and goes on, is not the phase's.
-"""
+The loop marks each phase. A rank whose phase takes too long writes its stack to the store and reads what the others
+wrote. The rank with the fewest marks, or without a sign of life, is the one that all wait for: every rank makes the
+same marks in the same order, so counting them compares ranks without clocks. Time in which the thread itself could not
+run, because the process was stopped and continued, does not count."""
 
 import json
 import os
@@ -26,11 +25,11 @@ from titan_fast.errors import CommunicationError
 TICK_SECONDS = 0.1
 STRAGGLER_RATIO = 2.0
 STRAGGLER_SECONDS = 5.0
-"""How long a window must be before ranks are compared in it."""
+"""Ranks are compared over windows of at least this length."""
 _WAITING = (
     "distributed_c10d.py", "_functional_collectives.py", "_fsdp_collectives.py", "_fsdp_param_group.py",
     "titan_fast/direct_fsdp.py",
-    "cuda/streams.py",  # for the device, and with it for the other ranks' devices
+    "cuda/streams.py",  # waits for the device, and so for the other ranks' devices
 )  # fmt: skip
 _REPEAT_SECONDS = 60.0
 
@@ -45,16 +44,16 @@ class Limit(NamedTuple):
 
 @dataclass
 class Report:
-    """What a rank tells the others of itself."""
+    """What a rank tells the others about itself."""
 
     rank: int
     marks: int
     step: int
     phase: str
     age: float
-    """Seconds in this phase, without those in which the process was stopped."""
+    """Seconds in this phase, not counting those in which the process was stopped."""
     busy: float
-    """Seconds so far in which the main thread was not waiting for other ranks."""
+    """Seconds in which the main thread was not waiting for other ranks, in all."""
     alive: int
     """Grows with every report."""
     allowed: float
@@ -75,8 +74,8 @@ class Watchdog:
         write_down: Callable[[str], None],
         leave: Callable[[int], None] = os._exit,
     ) -> None:
-        """limit: of a phase, unless `at` says otherwise. say: for the straggler line. write_down: for the log, how the
-        run ended. leave: ends the process, whose main thread cannot be reached."""
+        """limit: of a phase, unless `at` gives another. say: prints the line about a straggler. write_down: logs how
+        the run ended. leave: ends the process, since the main thread cannot be reached."""
         self.world, self.limit, self.say, self.write_down, self.leave = world, limit, say, write_down, leave
         # A connection of its own: the main thread may be waiting on the other one.
         self._store = _connection(world.store) if world.size > 1 else world.store
@@ -159,7 +158,7 @@ class Watchdog:
 
     def _judge(self, frame: FrameType | None, beat: float) -> bool:
         """Collects the others' reports, says who hangs and ends the process. Of the ranks whose time is up, only the
-        lowest speaks. False where the main thread went on meanwhile, after all."""
+        lowest reports. Returns False if the main thread has gone on meanwhile."""
         stack = _stack(frame)
         mine = self._own.marks
         self._publish("hang", stack)
@@ -182,13 +181,12 @@ class Watchdog:
         if self.world.rank == min((self.world.rank, *hung)):
             self._tell(verdict(reports), _stacks(reports))
         else:
-            time.sleep(1.0)  # the speaker first: torchrun ends all when one has left
+            time.sleep(1.0)  # lets the reporting rank finish: torchrun ends all when one has left
         self.leave(CommunicationError.exit_status)
         return True
 
     def _leave_alone(self, frame: FrameType | None) -> None:
-        """Ends a process that stands still where there is nobody left to ask: started without torchrun, nobody else
-        would."""
+        """Ends a process that hangs when the store is gone too: without torchrun nobody else would."""
         error = CommunicationError(
             f"rank 0 or torchrun, where the ranks met, has been gone for {self.limit.seconds:.0f} s, and this rank is "
             f"where it was",
@@ -205,7 +203,7 @@ class Watchdog:
         words = f"ended by {CommunicationError.__name__}: {why}"
         writing = threading.Thread(target=self.write_down, args=(words,), daemon=True)
         writing.start()
-        writing.join(2.0)  # no longer: a disk that hangs may be why all this is
+        writing.join(2.0)  # no longer, since a hanging disk may be the cause of all this
 
     # A straggler
 
@@ -226,8 +224,8 @@ class Watchdog:
 
 
 def straggler(busy: dict[int, float], steps: int) -> str | None:
-    """The line about the rank whose host works STRAGGLER_RATIO times as long as the median of the others, if one does.
-    A GPU that is slower than the others does not show: all wait for the same collective."""
+    """A line about the rank whose host works STRAGGLER_RATIO times as long as the median of the others, if there is
+    one. A slow GPU does not show up here: all ranks wait in the same collective."""
     slow = max(busy, key=lambda rank: busy[rank])
     others = median(seconds for rank, seconds in busy.items() if rank != slow)
     ratio = busy[slow] / max(others, 1e-3)
@@ -277,13 +275,13 @@ def _stacks(reports: dict[int, Report]) -> str:
 
 
 def _connection(store: dist.Store) -> dist.Store:
-    clone = getattr(store, "clone", None)  # a TCPStore and what stands on one has it; torch's stubs do not know
+    clone = getattr(store, "clone", None)  # a TCPStore, or a store on top of one, has it; torch's stubs do not say so
     assert clone is not None, f"ranks met at a {type(store).__name__}, which has no second connection"
     return clone()
 
 
 def _waits_for_others(frame: FrameType | None) -> bool:
-    """Whether the innermost Python functions are torch's collectives."""
+    """Whether one of the innermost Python functions waits for other ranks."""
     depth = 0
     while frame is not None and depth < 3:
         if frame.f_code.co_filename.endswith(_WAITING):
