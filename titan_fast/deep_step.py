@@ -1,8 +1,8 @@
 """The step of a deep model from the steps of two shallow ones.
 
-All blocks but the first and the last ones do the same, so operators of the middle are repeated, and memory at every
-place grows by the same amount with each block. That is checked, not assumed: a third depth is counted too, and what
-the first two say of it must agree, but for the allocator's rounding of many small pieces.
+All blocks but the first and the last ones do the same, so the middle's operators are repeated, and memory grows by the
+same amount with each block. That is checked, not assumed: a third depth is counted too, and must agree with what the
+first two predict, except for the allocator's rounding of many small pieces.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class DeepStep:
 
 
 def period(settings: ActivationCheckpoint) -> int:
-    """After how many blocks the pattern repeats: with every Nth one recomputed, N."""
+    """After how many blocks the pattern repeats: N, where every Nth one is recomputed."""
     option = settings.selective_ac_option
     return int(option) if settings.mode == "selective" and option.isdecimal() else 1
 
@@ -68,7 +68,7 @@ def _close(ours: float, theirs: float) -> bool:
 
 
 TOLERANCE, ROUNDING = 1e-5, 65_536.0
-"""How far a third depth may be from what the first two say: a part, and bytes."""
+"""How far the third depth may be from what the first two predict: a fraction, and bytes."""
 
 
 def _block(segment: Segment) -> int | None:
@@ -99,7 +99,7 @@ def _twin(first: list[Segment], segment: Segment, shift: int) -> Segment:
 
 
 def _grown_run(first: list[Segment], run: list[Segment], depth: int, step: int, n_layers: int) -> list[Segment]:
-    """Blocks of one direction: the first `step` and the last ones are their own, the middle is repeated."""
+    """The blocks of one direction: the first and the last ones as they are, and the middle repeated."""
     if not run:
         return []
     deep, extra = depth + step, n_layers - depth - step
@@ -129,14 +129,15 @@ def _mix(low: float, high: float, part: float) -> float:
 
 
 def _grown(shallow: Segment, deep: Segment, more: int) -> Segment:
-    """`deep`, and `more` times what it has over `shallow`."""
+    """`deep`, plus `more` times its difference from `shallow`."""
     parts = {name: _mix(shallow.peak.parts[name], deep.peak.parts[name], more + 1) for name in PARTS}
     total = _mix(shallow.peak.total, deep.peak.total, more + 1)
     return dataclasses.replace(deep, peak=Peak(total, parts), operations=_grown_operations(shallow, deep, more))
 
 
 def _grown_operations(shallow: Segment, deep: Segment, more: int) -> list[Operation]:
-    """Operators of one kind that grow with the depth, as the optimizer's over all parameters, summed up."""
+    """The operators of `deep`, extrapolated. Where their number grows with the depth, as the optimizer's over all
+    parameters does, those of one kind are summed up."""
     if [o.nbytes for o in shallow.operations] == [o.nbytes for o in deep.operations]:
         return deep.operations
     if len(shallow.operations) == len(deep.operations):

@@ -2,14 +2,14 @@
 
     y = x W^T,  dx = dy W,  dw = dy^T x
 
-All three are `product(a, b) = a b^T`, and float8 tensor cores want both operands with the inner dimension contiguous;
-so x, W and dy are each rounded in two layouts. Before it is rounded an operand is multiplied with a scale that brings
-its largest magnitude to the format's largest, found anew each time; sums are float32, and the scales are divided out
-of the result. By `recipe_name` the scale is one number, or one for every row (Micikevicius et al. 2022,
-arXiv:2209.05433; the recipes are torchao's). Weights, gradients and all that is not a block's product stay as they are.
+All three are `product(a, b) = a b^T`, and float8 tensor cores need the inner dimension of both operands contiguous, so
+x, W and dy are each rounded in two layouts. Before it is rounded, an operand is multiplied by a scale that brings its
+largest magnitude, found anew each time, to the format's largest. Sums are float32, and the result is divided by the
+scales. Depending on `recipe_name` the scale is one number, or one for every row (Micikevicius et al. 2022,
+arXiv:2209.05433; the recipes are torchao's). Weights, gradients and everything else stay as they are.
 
-The casts are plain PyTorch, for the compiler to fuse with what makes their input: uncompiled each is several passes
-over memory, in float32.
+The casts are plain PyTorch, for the compiler to fuse with the operators before them. Uncompiled, each takes several
+passes over memory, in float32.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,12 @@ from titan_fast.flavors import ModelShape
 
 FORWARD = torch.float8_e4m3fn
 GRADIENT = {"tensorwise": torch.float8_e5m2, "rowwise": torch.float8_e4m3fn}
-"""The dtype of dy. One scale for a whole tensor leaves small gradients below e4m3's range; e5m2 has 2^14 times more."""
+"""The dtype of dy. With one scale for a whole tensor small gradients would be below e4m3's range; e5m2's is 2^14 times
+larger."""
 MULTIPLE = 16
 """What every size of a product must be divisible by: cuBLAS and CUTLASS read 16 bytes at a time."""
 LEAST_CAPABILITY = (8, 9)
-_WIDE = 8192  # columns, from which on rows are reduced one by one
+_WIDE = 8192  # with at least so many columns, rows are reduced one by one
 _TINY = 1e-12  # in place of the largest magnitude of a tensor of zeros
 
 
@@ -53,12 +54,12 @@ class Rounded(NamedTuple):
     values: Tensor
     """[rows, columns] float8, contiguous."""
     scale: Tensor
-    """What they were multiplied with: float32, 0-dim, or [rows, 1] if rowwise."""
+    """What the values were multiplied by: float32, 0-dim, or [rows, 1] if rowwise."""
 
 
 def rounded(x: Tensor, dtype: torch.dtype, recipe: str, scale: Tensor | None = None) -> Rounded:
-    """x [rows, columns] in `dtype`, with the scale that brings its largest magnitude to that of `dtype`, or with the
-    one that is given. What is not finite becomes NaN, and so reaches the guard of bad steps."""
+    """x [rows, columns] in `dtype`, with the given scale, or the one that brings its largest magnitude to that of
+    `dtype`. Values that are not finite become NaN, so that the guard of bad steps sees them."""
     most = torch.finfo(dtype).max
     if scale is None:
         largest = _largest(x) if recipe == "tensorwise" else x.abs().amax(1, keepdim=True)
@@ -67,9 +68,9 @@ def rounded(x: Tensor, dtype: torch.dtype, recipe: str, scale: Tensor | None = N
 
 
 def _largest(x: Tensor) -> Tensor:
-    """The largest magnitude of x [rows, columns], 0-dim. Of wide rows one by one first: Inductor cuts a whole tensor
-    into parts that may begin at odd places (16384 x 8192 into 528), whose loads are no vectors. Narrow rows it had
-    better cut itself, for a reduction each is too small."""
+    """The largest magnitude of x [rows, columns], 0-dim. Wide rows are reduced one by one first, because Inductor cuts
+    a whole tensor into parts that may begin at odd places (16384 x 8192 into 528), where loads cannot be vectorised. A
+    reduction for each narrow row would be too small, so there Inductor cuts."""
     magnitude = x.abs()
     return magnitude.amax(1).amax() if x.shape[1] >= _WIDE else magnitude.amax()
 
@@ -82,7 +83,7 @@ def product(a: Rounded, b: Rounded, dtype: torch.dtype, fast: bool = False) -> T
 
 
 class _Float8Linear(torch.autograd.Function):
-    """Saves its inputs, and the scales where they are one number a tensor, which serves both of its layouts."""
+    """Saves its inputs, and where a tensor has one scale, which serves both of its layouts, the scales too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, port: Tensor | None, recipe: str) -> Tensor:
@@ -108,8 +109,8 @@ class _Float8Linear(torch.autograd.Function):
 
 
 def _on_shards(x: DTensor, weight: DTensor, recipe: str) -> DTensor:
-    """The same under tensor parallelism, each rank with the scales of its own shards: rows of the weight cut, the
-    output is cut; columns cut, outputs are summed."""
+    """The same with tensor parallelism; each rank has the scales of its own shards. If the weight is cut by rows, so is
+    the output; if by columns, the ranks' outputs are to be summed."""
     (placement,), mesh = weight.placements, weight.device_mesh
     last = Shard(x.ndim - 1)
     of_gradient, of_output = (Partial(), last) if placement == Shard(0) else (last, Partial())
@@ -150,7 +151,7 @@ def check(settings: config.Config, shape: ModelShape, tensor_degree: int, dtype:
 
 
 def check_device(settings: config.Float8, device: torch.device) -> None:
-    """ConfigError for a device without the products; a CPU has slow ones, for trying things."""
+    """ConfigError for a device without float8 products. CPUs have slow ones, for trying things out."""
     if not settings.enable:
         return
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:

@@ -42,7 +42,7 @@ Window = tuple[slice, ...]
 
 
 class Weights(Protocol):
-    """The weights of a model under Hugging Face's names, wherever they lie, read piece by piece."""
+    """The weights of a model under Hugging Face's names, wherever they are stored, read piece by piece."""
 
     path: Path
     shape: ModelShape
@@ -50,7 +50,7 @@ class Weights(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, name: str, window: Window) -> Tensor:
-        """That part of the tensor, perhaps a view of a mapped file: to be copied, not kept."""
+        """This part of the tensor. It may be a view of a mapped file, so copy it and do not keep it."""
         ...
 
 
@@ -80,7 +80,7 @@ def our_sizes(shape: ModelShape) -> Mapping[str, torch.Size]:
 
 
 def hf_names(name: str) -> tuple[str, ...]:
-    """Hugging Face's name of our parameter; of the packed projection, the three names that it is made of."""
+    """Hugging Face's name for our parameter; for the packed projection, the names of the three that it is made of."""
     if name in _TOP:
         return (_TOP[name],)
     blocks, layer, rest = name.split(".", 2)
@@ -107,8 +107,8 @@ def to_hf(weights: Mapping[str, Tensor], shape: ModelShape) -> Iterator[tuple[st
 
 
 def read_parameter(weights: Weights, name: str, window: Window | None = None) -> Tensor:
-    """Our parameter `name`, or a part of it, from Hugging Face's tensors; of the packed projection no more is read than
-    the groups that the part touches. CheckpointError where q, k and v differ in dtype (packed, one would change) and
+    """Our parameter `name`, or a part of it, from Hugging Face's tensors. Of the packed projection only the groups that
+    the part touches are read. CheckpointError where q, k and v differ in dtype, since packing would convert some, and
     where a value is not finite."""
     names = hf_names(name)
     if window is None:
@@ -173,7 +173,8 @@ def hf_config(shape: ModelShape) -> dict[str, Any]:
     return config
 
 
-# What this project has no place for: key -> the values that mean it is not used. The first is the key's default.
+# Features that this project does not have: key -> the values with which they are unused. The first is the key's
+# default.
 _UNUSED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
@@ -198,7 +199,7 @@ _NUMBERS: dict[str, tuple[str, type[int] | type[float], Any]] = {
 def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
     """The shape that a config.json describes, of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
 
-    ConfigError names the key and the value where it is none that this project can represent, or is missing.
+    ConfigError names the key and the value that this project cannot represent, or the key that is missing.
     """
     _refuse_unless(config, "model_type", ("llama",), where)
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
@@ -237,7 +238,7 @@ def _number(config: Mapping[str, Any], key: str, kind: type[int] | type[float], 
 
 
 def _rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """theta and scaling, from wherever this version of transformers has put them."""
+    """theta and scaling, from where the transformers version at hand has put them."""
     old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     for key, table in (("rope_scaling", old), ("rope_parameters", new)):
         if not isinstance(table, Mapping):

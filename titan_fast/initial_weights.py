@@ -1,6 +1,6 @@
-"""Weights for a model from what lies on disk: a checkpoint of ours, a Hugging Face folder, or Meta's files.
+"""Weights for a model from a checkpoint of ours, a Hugging Face folder, or Meta's files.
 
-Each process reads its own part of each tensor, one tensor after another; there is no communication but about errors.
+Each process reads its own part of each tensor, one tensor after another. They communicate only about errors.
 """
 
 import pickle
@@ -29,7 +29,8 @@ from titan_fast.safe_unpickle import SafeReader
 from titan_fast.shards import local, window
 from titan_fast.tokenizer import NAMES_IN_FOLDER, Tokenizer, is_same, load_tokenizer
 
-# With another of these the same weights are another function. The rest of a shape decides the sizes, or is max_seq_len.
+# A change of these changes what the same weights compute. The other fields of a shape, besides max_seq_len, decide
+# sizes.
 _SAME_SIZES = ("rope_theta", "rope_scaling", "norm_eps")
 
 
@@ -41,9 +42,9 @@ def foreign_weights(path: Path) -> Weights | None:
 
 
 def checkpoint_folder(path: Path, part: tuple[int, int] | None = (0, 1)) -> Path:
-    """The checkpoint at `path`: itself a step-N folder, or the newest in a run directory or in its checkpoint folder.
-    CheckpointError where there is none, or it is not what its manifest says. `part` (i, n): this process is the i-th of
-    n that share the hashing; None: only names and sizes are compared."""
+    """The checkpoint at `path`: `path` itself if it is a step-N folder, or the newest in a run directory or checkpoint
+    folder. CheckpointError where there is none, or it does not match its manifest. `part` (i, n): this process is the
+    i-th of n that share the hashing; None: only names and sizes are compared."""
     candidates = [path] if (path / "state.json").is_file() else list(checkpoints_of(path).values())
     if not candidates:
         raise CheckpointError("no checkpoint here", "give a run directory or one of its step-N folders", str(path))
@@ -56,10 +57,10 @@ def checkpoint_folder(path: Path, part: tuple[int, int] | None = (0, 1)) -> Path
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
-    """The weights of a checkpoint of ours, by our names in the model's order; each is read when it is asked for."""
+    """The weights of a checkpoint of ours, by our names in the model's order. Each is read when it is accessed."""
 
     def __init__(self, path: Path) -> None:
-        """CheckpointError where it cannot be read, or its tensors are not those of its own config."""
+        """CheckpointError where it cannot be read, or its tensors do not match its own config."""
         self.path = path
         self.shape = model_shape(from_dict(read_config(path)).model)
         self._reader = _CachedReader(path)
@@ -85,7 +86,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
         return tensor
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Reads into `tensors`, whole or sharded, by our names. Values become the tensor's dtype."""
+        """Fills `tensors`, whole or sharded, by our names. Values are converted to the tensor's dtype."""
         wanted = {f"model.{name}": tensor.detach() for name, tensor in tensors.items()}
         try:
             with warnings.catch_warnings():
@@ -107,8 +108,8 @@ class _CachedReader(SafeReader):
 
 
 def check_initial_weights(path: Path, shape: ModelShape, allow_changes: bool, names_tokenizer: bool) -> None:
-    """CheckpointError where `load_initial_weights` would refuse, as far as names, configs and headers tell, and where a
-    model of others that has a tokenizer would be trained on a new one. For one process, and before there is a model."""
+    """CheckpointError where `load_initial_weights` would refuse, as far as names, configs and headers show, and where
+    weights that came with a tokenizer would be trained with a new one. For one process, before there is a model."""
     weights = _open(path, part=None)
     _compare_shapes(weights, shape, allow_changes)
     folder = _tokenizer_folder(weights)
@@ -122,13 +123,13 @@ def check_initial_weights(path: Path, shape: ModelShape, allow_changes: bool, na
 
 
 def _tokenizer_folder(weights: Weights | CheckpointWeights) -> Path | None:
-    """Where the tokenizer lies that came with the weights, if one did."""
+    """The folder of the tokenizer that came with the weights, if one did."""
     folder = weights.path / "tokenizer" if isinstance(weights, CheckpointWeights) else weights.path
     return folder if any((folder / name).is_file() for name in NAMES_IN_FOLDER) else None
 
 
 def _was_trained_by_run(weights: Weights | CheckpointWeights) -> bool:
-    """Whether their tokenizer is one that a run trained on its text, as another run on the same text would."""
+    """Whether a run trained the tokenizer on its text, as another run on the same text would do again."""
     if not isinstance(weights, CheckpointWeights):
         return False
     is_imported = read_state(weights.path)["tokens_seen"] == 0
@@ -139,13 +140,12 @@ def _was_trained_by_run(weights: Weights | CheckpointWeights) -> bool:
 def load_initial_weights(
     model: Llama, path: Path, shape: ModelShape, allow_changes: bool = False, tokenizer: Tokenizer | None = None
 ) -> str:
-    """Fills the model, sharded or whole, and says in words what with, and whether it came with another tokenizer than
-    `tokenizer`. Every rank calls it.
+    """Fills the model, sharded or whole. Returns a description of the weights, with a warning if they came with another
+    tokenizer than `tokenizer`. Every rank calls it.
 
-    CheckpointError on every rank where the weights are damaged, incomplete, of other sizes, not finite, of a dtype with
-    values that the model's cannot hold, or made for another rotary embedding or norm epsilon (which `allow_changes`
-    accepts).
-    """
+    CheckpointError on every rank where the weights are damaged, incomplete, of other sizes, not finite, of a dtype
+    whose values the model's dtype cannot hold, or made for another rotary embedding or norm epsilon (`allow_changes`
+    accepts the last)."""
     with _raised_together():
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         weights = _open(path, (rank, size))
@@ -159,7 +159,7 @@ def load_initial_weights(
 
 
 def _other_tokenizer(weights: Weights | CheckpointWeights, tokenizer: Tokenizer | None) -> str:
-    """A warning, where a tokenizer came with the weights and another one is in use."""
+    """A warning if a tokenizer came with the weights and another one is in use; else ""."""
     folder = _tokenizer_folder(weights)
     if tokenizer is None or folder is None:
         return ""
@@ -236,8 +236,8 @@ def _fill(model: Llama, weights: Weights | CheckpointWeights) -> set[torch.dtype
 
 @contextmanager
 def _raised_together() -> Iterator[None]:
-    """Raises the first CheckpointError that any rank has inside, on every rank, so that none waits for one that has
-    stopped."""
+    """If any rank has a CheckpointError inside, raises the first one on every rank, so that none waits for a rank that
+    has stopped."""
     error: CheckpointError | None = None
     try:
         yield

@@ -31,8 +31,8 @@ PARTS: tuple[str, ...] = (
 
 
 def is_on_device(value: Any) -> bool:
-    """Whether this is a tensor with memory of the device. A fake tensor with a `constant` is a number of the host's, as
-    the optimizer's step count, and to ask for its storage frees the memory of that number (torch 2.13)."""
+    """Whether this is a tensor in the device's memory. A fake tensor with a `constant` is a number in host memory, like
+    the optimizer's step count, and asking for its storage frees that number's memory (torch 2.13)."""
     return isinstance(value, Tensor) and getattr(value, "constant", None) is None
 
 
@@ -42,7 +42,7 @@ def _rounded(nbytes: int) -> int:
 
 @dataclass
 class Allocation:
-    """One piece of memory. `part` is a fixed one of PARTS, or empty while it follows from where it was made."""
+    """One piece of memory. `part` is one of PARTS, or empty if it is to be derived from where the memory was made."""
 
     nbytes: int
     phase: str
@@ -80,8 +80,8 @@ class MemoryCounter:
         ] = {}  # address of a storage -> (index, weak reference that notices its end)
 
     def see(self, tree: Any, part: str = "", override: bool = False) -> list[Allocation]:
-        """Notices the tensors in `tree`, new ones as made here and now. `part`: what they are for, where that is not
-        settled yet or `override` says so."""
+        """Notes the tensors in `tree`; those not seen before count as made now. `part`: what they are for, unless that
+        is known already and `override` is False."""
         seen = []
         for tensor in tree_iter(tree):
             if not is_on_device(tensor):
@@ -97,7 +97,7 @@ class MemoryCounter:
         return seen
 
     def pulse(self, nbytes: int, at: int | None = None) -> None:
-        """Memory that an operator takes and gives back before it ends, now or before the event number `at`."""
+        """Memory that an operator takes and frees before it ends, now or before event number `at`."""
         if nbytes > 0:
             position = len(self.events) if at is None else at
             self.allocations.append(Allocation(_rounded(nbytes), self.phase, self.unit, "temporaries"))
@@ -108,7 +108,7 @@ class MemoryCounter:
         return address in self._live
 
     def keep(self) -> None:
-        """Marks all that lives and was made in a forward pass as kept for the backward pass."""
+        """Marks everything that was made in a forward pass and is still alive as kept for the backward pass."""
         for index, _ in self._live.values():
             self.allocations[index].is_saved = self.allocations[index].phase == "forward"
 
@@ -147,7 +147,7 @@ class MemoryCounter:
             self.events.append((index, change))
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
-        """FSDP frees a gathered parameter by giving its storage no bytes, and brings it back the same way."""
+        """FSDP frees a gathered parameter by resizing its storage to 0 bytes, and brings it back in the same way."""
         known = self._live.get(storage._cdata)
         if known is not None:
             index, reference = known
@@ -158,7 +158,7 @@ class MemoryCounter:
 
     @contextmanager
     def watching_resizes(self) -> Iterator[None]:
-        """Storages are resized without an operator that a dispatch mode could see."""
+        """Notices when storages are resized, for which there is no operator that a dispatch mode could see."""
         resize = torch.UntypedStorage.resize_
 
         def watched(storage: torch.UntypedStorage, size: int) -> Any:

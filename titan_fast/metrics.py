@@ -133,7 +133,7 @@ class MetricsLogger:
         self.tokens_seen, self.elapsed_before = tokens_seen, elapsed_before
         self.began = time.perf_counter() if began is None else began
         self.started = self.began
-        """When the first step began."""
+        """When the start-up ended."""
         self.clock = TrainingClock(device if is_main else torch.device("cpu"))
         self.totals = _Totals()
         self.flops_per_token = flops.flops_per_token(shape, config.training.seq_len, MFU_FORMULA)

@@ -1,10 +1,10 @@
-"""How long a step takes: the operators of titan_fast.step_record one after another, on clocks one can follow.
+"""How long a step takes: a simulation of the operators of titan_fast.step_record, one after another.
 
-Four clocks run: the host that issues, the GPU that computes, FSDP's collectives (over the network), and those of tensor
-parallelism (within the node). A matrix product takes its FLOPs at the GPU's rate for its shape, attention its own at
-its backend's, all else its bytes at the GPU's bandwidth, a collective alpha + bytes / beta. A gather is waited for
-where its weights are needed, as FSDP2 does it; what of it the computation did not hide is shown as such.
-"""
+There are four clocks: the host that launches, the GPU that computes, FSDP's collectives (over the network), and those
+of tensor parallelism (within the node). A matrix product takes its FLOPs at the GPU's rate for its shape, attention its
+FLOPs at its backend's rate, everything else its bytes at the GPU's bandwidth, a collective alpha + bytes / beta. As
+with FSDP2, the computation waits for a gather where it needs the weights; the part that it did not hide is listed as
+exposed."""
 
 import math
 from collections import deque
@@ -16,14 +16,14 @@ from titan_fast.step_record import Group, Operation, Segment
 
 @dataclass(frozen=True)
 class Fitted:
-    """The three constants that were fitted, to the eight published runs on 64 A100 (benchmarks/estimate_errors.py),
-    which do not tell them well apart: without one of them interference is between 0.25 and 0.5, and the others follow.
-    """
+    """The three constants that were fitted to the eight published runs on 64 A100 (benchmarks/estimate_errors.py).
+    These runs do not determine them well: without one run, interference is between 0.25 and 0.5, and the others change
+    with it."""
 
     gemm: float = 0.80
-    """Part of the best measured matrix product rate that long runs of many shapes sustain."""
+    """The fraction of the best measured matrix product rate that long runs with many shapes sustain."""
     bandwidth: float = 0.75
-    """Part of a large copy's bandwidth that eager operators reach."""
+    """The fraction of a large copy's bandwidth that eager operators reach."""
     interference: float = 0.40
     """By how much the computation slows down while a collective runs beside it."""
 
@@ -89,7 +89,8 @@ class StepTime:
 
     @property
     def communication(self) -> float:
-        """Part of the step that communication costs, 0 to 1: what is exposed, and what it slows while it is hidden."""
+        """The fraction of the step that communication costs, 0 to 1: where it is exposed, and where, hidden, it slows
+        the computation."""
         return sum(value for name, value in self.parts.items() if "communication" in name) / self.seconds
 
 
@@ -109,8 +110,8 @@ def _best_rate(element_size: int, gpu: Gpu) -> float:
 
 
 def _filled(rows: int, columns: int, sms: int) -> float:
-    """Part of the multiprocessors that have a tile to work on, with the better of cuBLAS's large tiles; the smallest
-    of them, which a full wave of costs a little, is taken where the larger leave too many idle."""
+    """The fraction of multiprocessors that have a tile to work on, with the best of cuBLAS's large tiles. The smallest
+    of these is a little slower, but wins where the larger ones leave too many multiprocessors idle."""
     best = 0.0
     for height, width, cost in ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.94)):
         tiles = math.ceil(rows / height) * math.ceil(columns / width)
@@ -120,7 +121,7 @@ def _filled(rows: int, columns: int, sms: int) -> float:
 
 
 def compute_seconds(operation: Operation, gpu: Gpu, backend: str, fitted: Fitted) -> float:
-    """Of an operator that runs on the GPU's own."""
+    """Time of an operator on the GPU, apart from collectives."""
     if operation.kind == "gemm":
         return gemm_seconds(operation, gpu, fitted)
     if operation.kind == "attention":
@@ -131,8 +132,8 @@ def compute_seconds(operation: Operation, gpu: Gpu, backend: str, fitted: Fitted
 
 
 def collective_seconds(operation: Operation, gpu: Gpu, network: Network) -> float:
-    """A ring over the group: within nodes over NVLink, between them over every member's part of the network. Of every
-    node that it crosses it has as many members; estimate.check refuses other layouts."""
+    """Time of a ring over the group: within nodes over NVLink, between them over every member's share of the network.
+    It has equally many members in each of its nodes; estimate.check refuses other layouts."""
     group = operation.group
     per_node = max(1, min(group.size, network.gpus_per_node // max(1, group.stride)))
     nodes = group.size // per_node
@@ -161,12 +162,12 @@ class _Clocks:
         self.result = StepTime()
 
     def begin(self, segment: Segment) -> None:
-        """The host comes to a unit."""
+        """The host arrives at a unit."""
         if segment.phase in ("forward", "backward") and any(one.compiled for one in segment.operations):
             self.host += self._of_host(segment, UNIT_HOST)
 
     def _of_host(self, segment: Segment, seconds: float) -> float:
-        """A CUDA graph replays both passes without the host."""
+        """`seconds` of the host's time, or none in the passes that a CUDA graph replays."""
         return 0.0 if self.recorded and segment.phase in ("forward", "backward") else seconds
 
     def run(self, segment: Segment, operation: Operation) -> None:
@@ -185,8 +186,8 @@ class _Clocks:
             self._compute(segment, operation)
 
     def _beside(self, operation: Operation) -> None:
-        """A collective that starts when all before it is done and does not hold up the computation, but for the one
-        reduction that FSDP2 lets be under way at a time."""
+        """A collective that starts when everything before it is done, and runs beside the computation. Only for a
+        reduction the computation waits until the one before is done, as FSDP2 does."""
         if operation.kind == "reduce":
             self._wait(self.reduced, "exposed FSDP communication")
         seconds = collective_seconds(operation, self.gpu, self.network)
@@ -219,7 +220,7 @@ class _Clocks:
         self.result.parts["slowed by communication"] += slowed
 
     def end_of_backward(self) -> None:
-        """FSDP2 waits for the last reduction; a gather nobody took is forgotten."""
+        """FSDP2 waits for the last reduction. Gathers whose weights nobody used are forgotten."""
         self._wait(self.fsdp, "exposed FSDP communication")
         self.gathers.clear()
 
@@ -253,8 +254,9 @@ def step_time(
     tensor_degree: int = 1,
     recorded: bool = False,
 ) -> StepTime:
-    """The time of a step of `passes`. Of two that were counted the second stands for all between, too, but for what
-    replicas exchange, which FSDP2 does in the last pass alone. recorded: forward and backward are a CUDA graph."""
+    """The time of a step of `passes`. Where two passes were counted, the second also stands for all between them,
+    without the exchange between replicas, which FSDP2 does only in the last pass. recorded: forward and backward are a
+    CUDA graph."""
     clocks = _Clocks(gpu, backend, network, fitted, tensor_degree, recorded)
     last_batch = max(segment.batch for segment in segments)
     in_passes = [segment for segment in segments if segment.phase in ("forward", "backward")]
@@ -263,7 +265,7 @@ def step_time(
         replace(segment, operations=[one for one in segment.operations if one.kind != "replicas"])
         for segment in last_pass
     ]
-    for _ in range(2):  # the step after the first one, whose host has come to it while the GPU was at the one before
+    for _ in range(2):  # the second time counts: its host has run ahead during the step before, as in a real run
         clocks.result = StepTime()
         _run_all(clocks, [segment for segment in in_passes if segment.batch < last_batch])
         for _ in range(passes - 1 - last_batch):
