@@ -295,7 +295,7 @@ def test_one_scale_for_a_tensor_is_a_pass_of_its_own(recipe: str, passes: int) -
     x, weight = torch.ones(64, 32, dtype=torch.bfloat16), torch.ones(48, 32).to(FORWARD)
     scale = torch.ones(()) if recipe == "tensorwise" else torch.ones(1, 48)
     graph = make_fx(cast_and_multiply, tracing_mode="fake")(x, weight, scale)
-    moved = sum(o.nbytes for o in compiled_graph.Plan.of(graph, backward=False).operations if o.kind == "memory")
+    moved = sum(o.nbytes for o in compiled_graph.GraphPlan.of(graph, backward=False).operations if o.kind == "memory")
     assert moved == pytest.approx(passes * x.nbytes + x.numel(), abs=3 * 4 * 64)  # and the scales, 4 bytes each
 
 

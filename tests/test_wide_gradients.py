@@ -61,7 +61,7 @@ def test_the_gradient_is_the_product_unrounded() -> None:
 def test_it_can_be_taken_back() -> None:
     linear = Linear(4, 4, REFERENCE).bfloat16()
     wide_gradients.widen(linear, torch.float32, CPU)
-    wide_gradients.narrow(linear)
+    wide_gradients.unwiden(linear)
     linear(torch.ones(1, 4).bfloat16()).sum().backward()
     assert linear.weight.grad is not None and not hasattr(linear, "port")
 

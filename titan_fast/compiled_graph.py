@@ -63,7 +63,7 @@ def _partition(graph: GraphModule, inputs: Any, **arguments: Any) -> tuple[Graph
 
 def _count_graph(counter: Counter, backward: bool, graph: GraphModule, inputs: Sequence[Any]) -> Any:
     _forget_random_state(graph)
-    plan = Plan.of(graph, backward)
+    plan = GraphPlan.of(graph, backward)
 
     def call(arguments: list[Any]) -> Any:
         taken = list(arguments)
@@ -102,7 +102,7 @@ def _forget_random_state(graph: GraphModule) -> None:
     graph.recompile()
 
 
-def _run(recorder: StepRecorder, plan: "Plan", graph: GraphModule, arguments: list[Any]) -> Any:
+def _run(recorder: StepRecorder, plan: "GraphPlan", graph: GraphModule, arguments: list[Any]) -> Any:
     memory = recorder.memory
     if recorder.paused:
         return graph(*arguments)
@@ -139,7 +139,7 @@ class _Kernel:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GraphPlan:
     """The kernels of a graph, and its need of memory."""
 
     operations: list[Operation]
@@ -159,7 +159,7 @@ class Plan:
         return highest
 
     @classmethod
-    def of(cls, graph: GraphModule, backward: bool) -> "Plan":
+    def of(cls, graph: GraphModule, backward: bool) -> "GraphPlan":
         analysis = _Analysis(graph, backward)
         return cls(analysis.operations(), *analysis.lifetimes())
 
@@ -255,7 +255,7 @@ class _Analysis:
         return found
 
     def lifetimes(self) -> tuple[list[tuple[int, tuple[int, ...]]], list[int], dict[int, int]]:
-        """(steps, frees, input_bytes) of Plan. A kernel's inputs live until its result is made."""
+        """(steps, frees, input_bytes) of GraphPlan. A kernel's inputs live until its result is made."""
         last: dict[Node, int] = {}
         made = [node for node in self.calls if node in self.kept]
         for position, node in enumerate(made):

@@ -17,7 +17,7 @@ from titan_fast.compiled_graph import Counter
 from titan_fast.config import Config, MeshDegrees
 from titan_fast.flavors import ModelShape
 from titan_fast.loader import Batch
-from titan_fast.masters import gradient_of, master_of, narrow
+from titan_fast.masters import gradient_of, keep_weights, master_of
 from titan_fast.model import Llama
 from titan_fast.ops import Ops, kernels_on_any_device
 from titan_fast.optim import build_optimizer, clip_gradients
@@ -80,7 +80,7 @@ def count_step(
         model.to_empty(device=_CPU)
         model.tie()
         model.init_buffers()
-        narrow(model, weights_kept(config, degrees.data * degrees.tensor, dtypes), accumulates=passes > 1)
+        keep_weights(model, weights_kept(config, degrees.data * degrees.tensor, dtypes), accumulates=passes > 1)
         mark_units(model, units_of(model), recorder)
         optimizer = build_optimizer(model, config.optimizer, optimizer_compiler(config.compile))
         size = (config.training.local_batch_size, config.training.seq_len)

@@ -20,7 +20,7 @@ BUCKET_NUMEL = 2**27
 """How many elements of the gradients are widened to float32 at a time where the update is not compiled: 512 MiB."""
 
 
-def narrow(model: nn.Module, kept: str, accumulates: bool) -> None:
+def keep_weights(model: nn.Module, kept: str, accumulates: bool) -> None:
     """Turns float32 weights into what `parallel.weights_kept` says: bfloat16 with masters, bfloat16 alone, or
     unchanged."""
     if kept == "masters":

@@ -10,7 +10,7 @@ from titan_fast.config import Config, MeshDegrees, grad_accum_steps
 from titan_fast.flavors import ModelShape
 from titan_fast.loader import Batch
 from titan_fast.loss import IGNORE_INDEX, LinearCrossEntropy, root_gradient, torch_linear_cross_entropy
-from titan_fast.masters import narrow
+from titan_fast.masters import keep_weights
 from titan_fast.model import Llama, init_weights
 from titan_fast.ops import Ops, Workload
 from titan_fast.parallel import (
@@ -74,7 +74,7 @@ def build_model(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegree
     init_weights(model, config.debug.seed)
     model.cos, model.sin = model.cos.to(device), model.sin.to(device)  # offloading is for parameters only
     kept = weights_kept(config, degrees.data * degrees.tensor, dtypes)
-    narrow(model, kept, accumulates=grad_accum_steps(config.training, degrees.data) > 1)
+    keep_weights(model, kept, accumulates=grad_accum_steps(config.training, degrees.data) > 1)
     return model
 
 

@@ -118,7 +118,7 @@ def _new_port(weight: Tensor, dtype: torch.dtype, device: torch.device | str) ->
     return torch.zeros((), dtype=dtype, device=device).expand(weight.shape).requires_grad_()
 
 
-def narrow(module: nn.Module) -> None:
+def unwiden(module: nn.Module) -> None:
     """Undoes `widen`."""
     for matrix in module.modules():
         if isinstance(matrix, WideLinear):
@@ -145,7 +145,7 @@ def use(model: Llama, dtype: torch.dtype | None, device: torch.device | str) -> 
             widen(cast(nn.Module, module), dtype, device)
             unit.post_backward = functools.partial(_post_backward, unit)
         else:
-            narrow(cast(nn.Module, module))
+            unwiden(cast(nn.Module, module))
             vars(unit).pop("post_backward", None)
 
 
