@@ -629,6 +629,24 @@ def test_a_window_system_that_is_not_there_is_not_asked_for(tmp_path: Path) -> N
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
+def test_a_long_history_is_gone_through_once_and_not_for_every_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of a million steps has a hundred thousand lines and a thousand validations."""
+    looked: list[int] = []
+    interpolate = np.interp
+
+    def counted(steps: Any, logged: list[int], tokens: list[int]) -> Any:
+        looked.append(len(logged))
+        return interpolate(steps, logged, tokens)
+
+    monkeypatch.setattr(np, "interp", counted)
+    records = [{"step": step, "loss": 2.0, "tokens_seen": 10 * step} for step in range(1, 101)]
+    records += [{"step": step, "validation_loss": 2.0} for step in range(10, 101, 10)]
+    run_history.draw_loss_curve(records, tmp_path / "curve.png", "a run")
+    assert looked == [101]
+
+
 def test_a_curve_that_cannot_be_drawn_does_not_hide_how_the_run_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

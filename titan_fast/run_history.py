@@ -97,8 +97,6 @@ def validations(records: Iterable[Record]) -> list[Record]:
 
 def draw_loss_curve(records: list[Record], path: Path, title: str) -> None:
     """Draws loss, and validation loss where it was measured, against tokens into a PNG at `path`."""
-    # From every logged step, including those whose loss was not a number.
-    tokens_at = {0: 0} | {record["step"]: record["tokens_seen"] for record in records if "tokens_seen" in record}
     figure = new_figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     from matplotlib.ticker import EngFormatter
 
@@ -114,7 +112,7 @@ def draw_loss_curve(records: list[Record], path: Path, title: str) -> None:
     )
     if held_out:
         axes.plot(
-            [_tokens(record["step"], tokens_at) for record in held_out],
+            _tokens_at([record["step"] for record in held_out], records),
             [record["validation_loss"] for record in held_out],
             color="#c4561b",
             linestyle="none",
@@ -138,9 +136,11 @@ def draw_loss_curve(records: list[Record], path: Path, title: str) -> None:
         replacement.unlink(missing_ok=True)
 
 
-def _tokens(step: int, tokens_at: dict[int, int]) -> float:
-    """Tokens seen at `step`, interpolated between logged steps."""
+def _tokens_at(steps: list[int], records: list[Record]) -> list[float]:
+    """Tokens seen at each of `steps`, interpolated between logged steps."""
     import numpy as np
 
-    steps = sorted(tokens_at)
-    return float(np.interp(step, steps, [tokens_at[known] for known in steps]))
+    # From every logged step, including those whose loss was not a number.
+    seen = {0: 0} | {record["step"]: record["tokens_seen"] for record in records if "tokens_seen" in record}
+    logged = sorted(seen)
+    return np.interp(steps, logged, [seen[step] for step in logged]).tolist()
