@@ -517,6 +517,58 @@ def test_damaged_shards_are_named(name: str, damage: str, tokenizer: Tokenizer, 
     assert name in str(caught.value)
 
 
+@pytest.fixture
+def many_shards(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """A folder of more shards than a process has open."""
+    folder = tmp_path / "prepared"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titan_fast.prepared.SHARD_TOKENS", 50)
+        prepare([Document(t, "rows", 1) for t in texts(200)], tokenizer, folder, source={}, ledger=RowLedger())
+    return folder
+
+
+def test_a_process_has_few_shards_open_at_a_time(many_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a file descriptor, and 15T tokens are 55,000 shards."""
+    monkeypatch.setattr("titan_fast.prepared.OPEN_SHARDS", 4, raising=False)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    tokens = PreparedTokens(many_shards)
+    assert len(tokens.index["shards"]) > 40
+    for _ in range(2):
+        read = [len(document) for document in tokens.read_documents(np.arange(200))]
+    assert read == tokens.lengths(np.arange(200)).tolist()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1 + 4 + 2
+
+
+def test_one_rank_looks_at_every_shard_and_the_others_at_their_names(
+    many_shards: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    true_stat = Path.stat
+
+    def stat(self: Path, **options: Any) -> os.stat_result:
+        looked.append(self.name)
+        return true_stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    make_loader(make_config(many_shards), tokenizer, tmp_path, dp_rank=0, dp_degree=2)
+    names = {path.name for path in many_shards.glob("tokens-*.bin")}
+    assert len(names) > 40 and names <= set(looked)
+    looked.clear()
+    make_loader(make_config(many_shards), tokenizer, tmp_path, dp_rank=1, dp_degree=2)
+    assert not names.intersection(looked)
+    (many_shards / min(names)).unlink()
+    with pytest.raises(DataError, match="is missing"):
+        make_loader(make_config(many_shards), tokenizer, tmp_path, dp_rank=1, dp_degree=2)
+
+
+def test_a_shard_that_is_cut_off_on_one_host_is_seen_when_it_is_read(many_shards: Path) -> None:
+    tokens = PreparedTokens(many_shards, sizes=False)
+    with (many_shards / "tokens-00001.bin").open("ab") as file:
+        file.truncate(10)
+    with pytest.raises(DataError, match="has 10 bytes"):
+        list(tokens.read_documents(np.arange(200)))
+
+
 def test_nothing_half_written_is_left(tokenizer: Tokenizer, tmp_path: Path) -> None:
     def interrupted() -> Iterator[Document]:
         yield Document("text", "rows", 1)
@@ -683,12 +735,14 @@ def test_a_forgotten_loader_ends_its_thread(corpus_file: Path, tokenizer: Tokeni
     assert len(reading_threads()) == before
 
 
-def test_an_error_in_the_thread_surfaces_at_next_again_and_again(make: Callable) -> None:
+def test_an_error_in_the_thread_surfaces_at_next_again_and_again(
+    make: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loader = make()
     order = order_of(loader)
     next(loader)
     loader.close()
-    order.tokens._shards[0] = np.full_like(order.tokens._shards[0], 400)
+    monkeypatch.setattr(order.tokens, "_shard", lambda number: np.full(10**4, 400))
     for _ in range(2):
         with pytest.raises(DataError, match="token id 400 is beyond the model's vocabulary of 400"):
             for _ in range(5):

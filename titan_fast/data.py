@@ -293,7 +293,7 @@ def _open_tokens(
         return str(tokens.folder.absolute())
 
     source, vocab_size = dataset_path or "stdlib", model_shape(config.model).vocab_size
-    tokens = PreparedTokens(Path(_decided_by_main(rank, name, prepare_once)))
+    tokens = PreparedTokens(Path(_decided_by_main(rank, name, prepare_once)), sizes=False)
     _check_tokenizer(tokens, tokenizer)
     if tokens.index["vocab_size"] > vocab_size:
         raise DataError(

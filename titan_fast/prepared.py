@@ -35,6 +35,8 @@ SHARD_TOKENS = 2**28
 """The most tokens of a shard, unless a single document has more."""
 VERIFIED_BYTES = 64 * 2**30
 """Up to this size the shards' sha256 is checked at start (about a second per 1.5 GB and core); beyond it only sizes."""
+OPEN_SHARDS = 256
+"""How many shards a process has mapped at most. Each takes a file descriptor, of which a process usually has 1024."""
 _BATCH_CHARACTERS = 2_000_000  # tokenized together: enough work for every core in little memory
 _BATCH_DOCUMENTS = 4096
 _SECONDS_BETWEEN_LINES = 10.0
@@ -202,8 +204,10 @@ class _ShardWriter:
 class PreparedTokens:
     """A folder written by `prepare`, open for reading. Nothing is read until it is asked for."""
 
-    def __init__(self, folder: Path, verify: bool = False) -> None:
-        """DataError when the folder is not whole, or (with `verify`) a byte of it has changed."""
+    def __init__(self, folder: Path, verify: bool = False, sizes: bool = True) -> None:
+        """DataError when the folder is not whole, or (with `verify`) a byte of it has changed. Without `sizes` only the
+        names are looked for, and a shard's size when it is first read: for the many ranks beside the one that has
+        looked at every file, on a file system that all share."""
         self.folder = folder
         try:
             self.index: dict[str, Any] = json.loads((folder / "index.json").read_bytes())
@@ -214,25 +218,34 @@ class PreparedTokens:
             raise DataError(
                 f"the shards are of the format {found}, not {FORMAT} {FORMAT_VERSION}", "prepare it again", str(folder)
             )
-        self._check_files(verify)
+        self._check_files(verify, sizes)
         self.documents: int = self.index["documents"]
         self.tokens: int = self.index["tokens"]
         self.fingerprint: str = self.index["fingerprint"]
         self.offsets = self._map("offsets.bin", "<i8")
-        self._shards = [self._map(shard["name"], self.index["dtype"]) for shard in self.index["shards"]]
-        self._shard_starts = np.cumsum([0] + [len(shard) for shard in self._shards])[:-1]
+        self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._map_shard)
+        self._shard_starts = np.cumsum([0] + [shard["tokens"] for shard in self.index["shards"]])[:-1]
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
+        self._check_size(name)
         return np.asarray(np.memmap(self.folder / name, np.dtype(dtype).newbyteorder("<"), mode="r"))
 
-    def _check_files(self, verify: bool) -> None:
+    def _map_shard(self, number: int) -> np.ndarray:
+        return self._map(self.index["shards"][number]["name"], self.index["dtype"])
+
+    def _check_size(self, name: str) -> None:
+        path, size = self.folder / name, self.index["sizes"][name]
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes, not {size}"
+            raise DataError(f"a file of the token shards {what}", "prepare the data again", str(path))
+
+    def _check_files(self, verify: bool, all_sizes: bool) -> None:
         sizes = self.index["sizes"]
-        for name, size in sizes.items():
-            path = self.folder / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                what = "is missing" if found is None else f"has {found} bytes, not {size}"
-                raise DataError(f"a file of the token shards {what}", "prepare the data again", str(path))
+        names = set() if all_sizes else {path.name for path in self.folder.iterdir()}
+        for name in sizes:
+            if name not in names:
+                self._check_size(name)
         if not verify:
             return
         if sum(sizes.values()) > VERIFIED_BYTES:
@@ -259,7 +272,7 @@ class PreparedTokens:
         shards = np.searchsorted(self._shard_starts, starts, side="right") - 1
         before = self._shard_starts[shards]
         for shard, start, end in zip(shards, starts - before, ends - before, strict=True):
-            yield self._shards[shard][start:end]
+            yield self._shard(int(shard))[start:end]
 
     def origin(self, number: int) -> str:
         """`file:line` of a document."""
