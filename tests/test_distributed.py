@@ -18,7 +18,7 @@ from worlds import CPU, Task, free_port, results, run_world
 from titan_fast import distributed
 from titan_fast.config import Comm, MeshDegrees
 from titan_fast.distributed import World, start
-from titan_fast.errors import ConfigError, reported
+from titan_fast.errors import CommunicationError, ConfigError, reported
 from titan_fast.parallel import build_mesh
 
 SIZE, LIMIT_SECONDS = 3, 5
@@ -156,3 +156,33 @@ def test_hosts_that_count_restarts_differently_meet_again(lost: int, tmp_path: P
         assert [(status, output.strip()[-13:]) for status, output in found] == [(0, "left in peace")] * SIZE
         counts[lost] += 1
     del agents
+
+
+class CountedStore(dist.HashStore):
+    """Counts what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def check(self, keys: list[str]) -> bool:
+        self.asked += 1
+        return super().check(keys)
+
+
+def test_of_a_thousand_ranks_one_looks_who_is_lost_and_the_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_LINGER_SECONDS", 0.0)
+    store, size = CountedStore(), 1024
+    for rank in range(size):
+        if rank != 700:
+            store.set(f"left/{rank}", "")
+    asked = []
+    for rank in (3, 2):
+        store.asked = 0
+        with pytest.raises(CommunicationError, match=f"rank 700 of {size} is gone without a word"):
+            distributed._name_the_lost(store, rank, size, RuntimeError("Connection closed by peer"))
+        asked.append(store.asked)
+    assert asked[0] < 40 and asked[1] < 4, asked
+    distributed._name_the_lost(store, 700, size, OSError("the disk is full"))
+    with pytest.raises(CommunicationError, match=f"rank 700 of {size} failed: OSError: the disk is full"):
+        distributed._name_the_lost(store, 1, size, RuntimeError("Connection closed by peer"))

@@ -161,6 +161,80 @@ def test_waiting_for_a_slow_store_is_time_of_the_phase(monkeypatch: pytest.Monke
         assert one._age() > 200.0 and not left
 
 
+class CountedStore(dist.HashStore):
+    """Counts what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def check(self, keys: Any) -> bool:
+        self.asked += 1
+        return super().check(keys)
+
+    def get(self, key: str) -> bytes:
+        self.asked += 1
+        return super().get(key)
+
+
+def test_a_thousand_ranks_do_not_ask_the_store_a_thousand_times_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They hang at the same time, and have half a minute before a collective ends the run."""
+    store, size, busy = CountedStore(), 1024, 1000
+    left: list[int] = []
+    monkeypatch.setattr(watchdog, "_connection", lambda _: store)
+    ranks = [Watchdog(World(r, size, CPU, store), Limit(5.0, "x"), print, print, left.append) for r in range(size)]
+
+    def others(seconds: float) -> None:
+        for each in ranks[busy:]:
+            each._publish("beat", "its stack")
+        for each in ranks[:busy]:
+            each._publish("hang", "")
+
+    monkeypatch.setattr(watchdog.time, "sleep", others)
+    for each in ranks:
+        each.at(1, "data")
+        each._publish("beat", "")
+    for each in ranks[:busy]:
+        each.at(1, "forward and backward")
+    asked: list[int] = []
+    for rank in (3, 2, 0):
+        store.asked = 0
+        assert ranks[rank]._judge(None, 0.0)
+        asked.append(store.asked)
+    assert left == [6] * 3 and max(asked) < 100 and asked[1] < 5, asked
+    said = capsys.readouterr().err
+    assert said.count("hang") == 1 and "rank 1000, 1001, " in said and "1015 and 8 more hangs" in said
+    assert "[rank 1000, step 1, phase 'data']" in said and "its stack" in said
+
+
+def test_another_speaks_where_the_first_goes_on(
+    stores: dist.Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left: list[int] = []
+    first, other = (
+        Watchdog(World(rank, 3, CPU, stores), Limit(2.0, "x"), print, print, left.append) for rank in (1, 2)
+    )
+    judged: list[bool] = []
+
+    def meanwhile(seconds: float) -> None:
+        if not judged:
+            judged.append(True)
+            assert not other._judge(None, 0.0), "the first is to speak"
+        else:
+            first.at(2, "data")
+            monkeypatch.setattr(watchdog.time, "sleep", lambda seconds: None)
+            stores.set(watchdog._SPEAKER, "")
+
+    first.at(1, "data")
+    other.at(1, "data")
+    monkeypatch.setattr(watchdog.time, "sleep", meanwhile)
+    assert not first._judge(None, 0.0) and not left
+    assert other._judge(None, 0.0) and left == [6]
+    assert "hangs" in capsys.readouterr().err
+
+
 class GoneStore(dist.HashStore):
     """Of a rank 0 that has ended, or a torchrun."""
 

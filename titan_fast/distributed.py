@@ -205,45 +205,82 @@ def _meet(store: dist.Store, rank: int, size: int, limit_seconds: float) -> dist
 
 def _missing(store: dist.Store, meeting: str, size: int) -> str:
     """The ranks that have not confirmed. What the first rank to ask has found is returned to all."""
+    if store.check([f"missing/{meeting}"]):
+        return store.get(f"missing/{meeting}").decode()
     absent = [r for r, answer in enumerate(_read(store, "confirmed", range(size))) if answer.split(" ")[0] != meeting]
-    return store.compare_set(f"missing/{meeting}", "", ", ".join(map(str, absent))).decode()
+    return store.compare_set(f"missing/{meeting}", "", listed(absent)).decode()
 
 
 def _read(store: dist.Store, name: str, ranks: Sequence[int]) -> list[str]:
     """What each of `ranks` has written under `name`; "" where nothing."""
+    found = written(store, name, ranks)
+    return [found.get(rank, "") for rank in ranks]
+
+
+def written(store: dist.Store, name: str, ranks: Sequence[int]) -> dict[int, str]:
+    """What each of `ranks` has written under `name`, without those that have written nothing. It takes few requests,
+    since thousands of ranks may be asking; but one request for thousands of values is slower than several."""
+    if not ranks:
+        return {}
     keys = [f"{name}/{rank}" for rank in ranks]
-    if store.check(keys):  # at once, for many ranks
-        return [value.decode() for value in store.multi_get(keys)]
-    return [store.get(key).decode() if store.check([key]) else "" for key in keys]
+    if store.check(keys):
+        parts = (store.multi_get(keys[begin : begin + 256]) for begin in range(0, len(keys), 256))
+        return dict(zip(ranks, (value.decode() for part in parts for value in part), strict=True))
+    if len(ranks) == 1:
+        return {}
+    half = len(ranks) // 2
+    return written(store, name, ranks[:half]) | written(store, name, ranks[half:])
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """Ranks as a list in words, cut after the first 16."""
+    more = f" and {len(ranks) - 16} more" if len(ranks) > 16 else ""
+    return ", ".join(map(str, ranks[:16])) + more
 
 
 def _name_the_lost(store: dist.Store, rank: int, size: int, error: BaseException) -> None:
     """Tells the others why this rank leaves. If another rank is the reason, raises CommunicationError that names it."""
     is_victim = isinstance(error, RuntimeError) and any(word in str(error) for word in _BROKEN_CONNECTION)
+    first, silent = "", []
     try:
-        store.set(f"left/{rank}", "" if is_victim else f"{type(error).__name__}: {error}".splitlines()[0])
+        store.set(f"left/{rank}", "")
         if not is_victim:
+            store.compare_set("culprit", "", f"{rank} {type(error).__name__}: {error}".splitlines()[0])
             return
-        deadline = time.monotonic() + _LINGER_SECONDS
-        silent = list(range(size))
-        while time.monotonic() < deadline and silent:
-            silent = [other for other in silent if not store.check([f"left/{other}"])]
-            time.sleep(_POLL_SECONDS)
-        reasons = {other: store.get(f"left/{other}").decode() for other in range(size) if other not in silent}
+        if _appears(store, "culprit"):
+            first = store.get("culprit").decode()
+        else:
+            silent = _silent(store, rank, size)
         if _hosts_store(rank):
             time.sleep(_LINGER_SECONDS)  # others may have noticed later
     except RuntimeError:  # the store is gone, and with it rank 0 or torchrun
-        silent, reasons = [0], {}
-    first = {other: reason for other, reason in reasons.items() if reason}
+        silent = [0]
     if first:
-        culprit, reason = next(iter(first.items()))
+        culprit, _, reason = first.partition(" ")
         what = f"rank {culprit} of {size} failed: {reason}"
     elif silent:
         several = "one of " if len(silent) > 1 else ""  # others may be busy, and not know yet
-        what = f"{several}rank {', '.join(map(str, silent))} of {size} is gone without a word"
+        what = f"{several}rank {listed(silent)} of {size} is gone without a word"
     else:
         what = f"the ranks lost each other: {str(error).splitlines()[0]}"
     raise CommunicationError(what, "look at the log of the rank that ended first", where=f"rank {rank}") from error
+
+
+def _appears(store: dist.Store, key: str) -> bool:
+    """Whether some rank writes `key` within `_LINGER_SECONDS`."""
+    deadline = time.monotonic() + _LINGER_SECONDS
+    while not (is_there := store.check([key])) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    return is_there
+
+
+def _silent(store: dist.Store, rank: int, size: int) -> list[int]:
+    """The ranks that have not said that they leave. The first rank to ask looks, and tells the others."""
+    looks = store.compare_set("looks", "", str(rank)) == str(rank).encode()
+    if looks or not _appears(store, "silent"):
+        left = written(store, "left", range(size))
+        store.set("silent", " ".join(str(other) for other in range(size) if other not in left))
+    return [int(word) for word in store.get("silent").decode().split()]
 
 
 def new_group(comm: Comm, timeout: timedelta) -> dist.ProcessGroup:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from titan_fast.distributed import World
+from titan_fast.distributed import World, listed, written
 from titan_fast.errors import CommunicationError
 
 TICK_SECONDS = 0.1
@@ -32,6 +32,8 @@ _WAITING = (
     "cuda/streams.py",  # waits for the device, and so for the other ranks' devices
 )  # fmt: skip
 _REPEAT_SECONDS = 60.0
+_SPEAKER = "watchdog/speaker"
+"""Holds the rank that will report the hang unless rank 0 does; empty if that rank has gone on since."""
 
 
 class Limit(NamedTuple):
@@ -147,29 +149,40 @@ class Watchdog:
             self._store.set(f"watchdog/{kind}/{self.world.rank}", json.dumps(asdict(self._own) | {"stack": stack}))
 
     def _reports(self, kind: str) -> dict[int, Report]:
-        found = {}
-        for rank in range(self.world.size) if self.world.size > 1 else ():
-            key = f"watchdog/{kind}/{rank}"
-            if self._store.check([key]):
-                found[rank] = Report(**json.loads(self._store.get(key)))
-        return found
+        ranks = range(self.world.size) if self.world.size > 1 else ()
+        said = written(self._store, f"watchdog/{kind}", ranks)
+        return {rank: Report(**json.loads(words)) for rank, words in said.items()}
 
     # A hang
 
     def _judge(self, frame: FrameType | None, beat: float) -> bool:
-        """Collects the others' reports, says who hangs and ends the process. Of the ranks whose time is up, only the
-        lowest reports. Returns False if the main thread has gone on meanwhile."""
+        """Collects the others' reports, says who hangs and ends the process. Of the ranks whose time is up only one
+        speaks: rank 0, which has the log, or else the first. Only these two read what all others have written, since
+        where one rank hangs all do, and there may be thousands. Returns False if the main thread has gone on
+        meanwhile, or that of the rank that was to speak."""
         stack = _stack(frame)
         mine = self._own.marks
         self._publish("hang", stack)
-        reports = {self.world.rank: replace(self._own, stack=stack)}
-        before = self._reports("beat")
-        time.sleep(max(2 * beat, min(0.15 * self._own.allowed, 2 * beat + 1.0)))
-        after, hung = self._reports("beat"), self._reports("hang")
+        reports, me = {self.world.rank: replace(self._own, stack=stack)}, str(self.world.rank)
+        reads = self.world.is_main or self._store.compare_set(_SPEAKER, "", me) == me.encode()
+        before = self._reports("beat") if reads else {}
+        pause = max(2 * beat, min(0.15 * self._own.allowed, 2 * beat + 1.0))
+        time.sleep(pause)
         if self._own.marks != mine:
             if self.world.size > 1:
                 self._store.delete_key(f"watchdog/hang/{self.world.rank}")
+            if reads and not self.world.is_main:
+                self._store.set(_SPEAKER, "")
             return False
+        main_speaks = not self.world.is_main and self._store.check(["watchdog/hang/0"])
+        if not main_speaks and not reads and not self._store.get(_SPEAKER):
+            return False
+        if main_speaks or not reads:
+            # The speaker goes first, since torchrun ends all when one has left. Rank 0 may have begun after this rank.
+            time.sleep(1.0 + (pause if main_speaks else 0.0))
+            self.leave(CommunicationError.exit_status)
+            return True
+        after, hung = self._reports("beat"), self._reports("hang")
         for rank in range(self.world.size):
             if rank in hung:
                 reports[rank] = hung[rank]
@@ -178,10 +191,7 @@ class Watchdog:
                 reports[rank].stack = "no sign of life: the process is gone, stopped, or blocks Python's lock"
             elif rank in after:
                 reports[rank] = after[rank]
-        if self.world.rank == min((self.world.rank, *hung)):
-            self._tell(verdict(reports), _stacks(reports))
-        else:
-            time.sleep(1.0)  # lets the reporting rank finish: torchrun ends all when one has left
+        self._tell(verdict(reports), _stacks(reports))
         self.leave(CommunicationError.exit_status)
         return True
 
@@ -254,8 +264,7 @@ def verdict(reports: dict[int, Report]) -> str:
     else:
         waits = f"; the others wait in phase '{next(iter(waiting.values())).phase}'" if waiting else ""
         error = CommunicationError(
-            f"rank {', '.join(map(str, behind))} hangs: {where.age:.0f} s in one phase of at most {where.allowed:.0f} s"
-            f"{waits}",
+            f"rank {listed(behind)} hangs: {where.age:.0f} s in one phase of at most {where.allowed:.0f} s{waits}",
             f"see its stack below; raise {where.setting} if it is only slow",
             where=f"rank {behind[0]}, {place}",
         )
