@@ -151,6 +151,31 @@ def test_ranks_look_at_every_file_between_them(data: Path, tmp_path: Path) -> No
         assert f"step-4 is not loaded ({path.name}: sha256 mismatch" in output, output
 
 
+def test_a_rank_of_many_looks_at_its_own_part_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand that looked at two files of each other would ask a file server for millions."""
+    temporary, final = tmp_path / "temporary", tmp_path / "step-1"
+    temporary.mkdir()
+    for rank in range(64):
+        (temporary / f"__{rank:02}_0.distcp").write_bytes(b"shard")
+    manifest.publish(temporary, final)
+    looked: list[str] = []
+    for name in ("stat", "lstat", "scandir"):
+        true = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda path, *a, _true=true, **k: (looked.append(str(path)), _true(path, *a, **k))[1]
+        )
+    parts = []
+    for rank in range(16):
+        looked.clear()
+        assert manifest.problem(final, part=(rank, 16)) is None
+        parts.append({path for path in looked if path.endswith(".distcp")})
+    assert [len(part) for part in parts[1:]] == [4] * 15 and len(set().union(*parts)) == 64
+    (final / "__17_0.distcp").unlink()
+    (final / "more").touch()
+    said = [problem for rank in range(16) if (problem := manifest.problem(final, part=(rank, 16)))]
+    assert said == ["more: not in MANIFEST.json", "__17_0.distcp: missing"]
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
 def test_what_cannot_be_read_now_is_not_taken_for_damaged(
     number: int, data: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
