@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -200,6 +201,29 @@ def test_epochs_and_seeds_reshuffle(shards: PreparedTokens) -> None:
     assert all(sorted(order) == list(range(120)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
     assert all(not np.array_equal(order, np.arange(120)) for order in orders)
+
+
+def test_the_order_of_an_epoch_takes_twenty_bytes_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the ranks of a host holds it, and a trillion tokens are a billion documents."""
+    monkeypatch.setattr("titan_fast.prepared._LENGTHS_TOGETHER", 1000, raising=False)
+    count = 200_000
+    tokens = SimpleNamespace(documents=count, offsets=np.arange(count + 1) * 5)
+    tokens.lengths = lambda numbers: PreparedTokens.lengths(tokens, numbers)  # type: ignore[arg-type]
+    config, trained_on = make_config(None), np.flatnonzero(np.arange(count) % data.HOLD_OUT_EVERY)
+    tracemalloc.start()
+    try:
+        order = data.training_order(config, tokens)  # type: ignore[arg-type]
+        made, most = (size / count for size in tracemalloc.get_traced_memory())
+        assert made < 4.5 and most < 14
+        for epoch in (0, 1):
+            tracemalloc.reset_peak()
+            documents, bounds = order._epoch(epoch)
+            assert tracemalloc.get_traced_memory()[1] / count < 4 + 20 + 1
+            assert (np.sort(documents) == trained_on).all()
+            assert (bounds == np.arange(len(documents) + 1) * 5).all()
+            del documents, bounds
+    finally:
+        tracemalloc.stop()
 
 
 def test_pieces_say_what_a_sample_is_made_of(shards: PreparedTokens) -> None:

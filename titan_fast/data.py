@@ -210,8 +210,9 @@ def build_loader(config: Config, tokenizer: Tokenizer, rank: DataRank) -> Loader
 
 def training_order(config: Config, tokens: PreparedTokens) -> SampleOrder:
     """The samples that are trained on: all documents but those held out for validation."""
-    numbers = np.arange(tokens.documents)
-    documents = numbers[numbers % HOLD_OUT_EVERY != 0] if _holds_out(config) else numbers
+    documents = np.arange(tokens.documents, dtype=np.uint32 if tokens.documents < 2**32 else np.int64)
+    if _holds_out(config):
+        documents = np.delete(documents, np.s_[::HOLD_OUT_EVERY])
     return SampleOrder(tokens, documents, config.training.seq_len, config.debug.seed)
 
 

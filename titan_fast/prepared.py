@@ -39,6 +39,7 @@ OPEN_SHARDS = 256
 """How many shards a process has mapped at most. Each takes a file descriptor, of which a process usually has 1024."""
 _BATCH_CHARACTERS = 2_000_000  # tokenized together: enough work for every core in little memory
 _BATCH_DOCUMENTS = 4096
+_LENGTHS_TOGETHER = 2**20
 _SECONDS_BETWEEN_LINES = 10.0
 _ORIGIN = np.dtype([("file", "<u4"), ("line", "<u8")])
 
@@ -289,10 +290,10 @@ class SampleOrder:
     a batch of them would be less varied."""
 
     def __init__(self, tokens: PreparedTokens, documents: np.ndarray, seq_len: int, seed: int) -> None:
-        # Every rank holds these: 4 bytes a document here, and 12 in the order of an epoch.
-        self.documents = documents.astype(np.uint32 if tokens.documents < 2**32 else np.int64)
+        # Every rank holds these: 4 bytes a document here, and 12 in the order of an epoch, 20 while it is made.
+        self.documents = documents.astype(np.uint32 if tokens.documents < 2**32 else np.int64, copy=False)
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self.tokens_per_epoch = int(tokens.lengths(self.documents).sum())
+        self.tokens_per_epoch = sum(int(lengths.sum()) for _, lengths in self._lengths(self.documents))
         self.samples_per_epoch = max(0, self.tokens_per_epoch - 1) // seq_len
         self.dropped_tokens = self.tokens_per_epoch - min(self.tokens_per_epoch, self.samples_per_epoch * seq_len + 1)
         self._stride = _coprime_near(0.618034 * self.samples_per_epoch, self.samples_per_epoch)
@@ -300,12 +301,22 @@ class SampleOrder:
 
     def _permute(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(documents in the epoch's order, where each begins and the last ends)."""
+        self._epoch.cache_clear()  # one epoch in memory at a time
         # Philox's raw output never changes; that of Generator.permutation may change with numpy's version.
         keys = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.documents))
-        documents = self.documents[np.argsort(keys, kind="stable")]
+        order = np.argsort(keys, kind="stable")
+        del keys
+        documents = self.documents[order]
+        del order
         bounds = np.zeros(len(documents) + 1, np.int64)
-        np.cumsum(self.tokens.lengths(documents), out=bounds[1:])
-        return documents, bounds
+        for begin, lengths in self._lengths(documents):
+            bounds[begin + 1 : begin + 1 + len(lengths)] = lengths
+        return documents, np.cumsum(bounds, out=bounds)
+
+    def _lengths(self, documents: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(position, lengths from there on) of `documents`, in parts, so that they take little memory."""
+        for begin in range(0, len(documents), _LENGTHS_TOGETHER):
+            yield begin, self.tokens.lengths(documents[begin : begin + _LENGTHS_TOGETHER])
 
     def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, labels) of samples `first` to `first + count`, int64 [count, seq_len] each."""
