@@ -909,6 +909,18 @@ def test_a_stream_resumed_twice_equals_the_uninterrupted_one(stream: Callable) -
         assert got == steps
 
 
+def test_the_tokens_that_a_stream_holds_are_saved_as_one_text_and_read_as_a_list_too(stream: Callable) -> None:
+    loader, new, old = stream(), stream(), stream()
+    next(loader)
+    saved = json.loads(json.dumps(loader.state_dict()))
+    assert isinstance(saved["left_over"], str)
+    new.load_state_dict(saved)
+    held = new._source.state().left_over
+    assert len(held) and held.tolist() == loader._state.left_over.tolist()
+    old.load_state_dict({**saved, "left_over": held.tolist()})
+    assert rows_of(next(old)) == rows_of(next(new)) == rows_of(next(loader))
+
+
 def test_a_stream_at_the_end_of_its_epoch(stream: Callable, stream_files: list[str]) -> None:
     """The state exactly after the last document of an epoch was read goes on with the next epoch's first."""
     whole = stream(passes=1)

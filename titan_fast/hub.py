@@ -5,6 +5,7 @@ yet trained on. The order of the files is shuffled, not their rows, because the 
 saved. A rank reads one file after another.
 """
 
+import base64
 import copy
 import itertools
 import json
@@ -192,11 +193,14 @@ class StreamSource:
         return self._state
 
     def state_to_json(self, state: StreamState) -> dict[str, Any]:
-        return {**state._asdict(), "left_over": state.left_over.tolist()}
+        # As text, for the numbers of a thousand ranks one by one take a save and every start many seconds.
+        return {**state._asdict(), "left_over": base64.b64encode(state.left_over.tobytes()).decode()}
 
     def load_state(self, state: Any) -> None:
         if isinstance(state, dict):
-            state = StreamState(**{**state, "left_over": np.array(state["left_over"], _TOKEN)})
+            held = state["left_over"]  # a list where an older version has saved it
+            tokens = np.frombuffer(base64.b64decode(held), _TOKEN) if isinstance(held, str) else np.array(held, _TOKEN)
+            state = StreamState(**{**state, "left_over": tokens})
         self._state = state
         self._rows_iterator = None
 
