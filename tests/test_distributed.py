@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -186,3 +187,15 @@ def test_of_a_thousand_ranks_one_looks_who_is_lost_and_the_others_are_told(monke
     distributed._name_the_lost(store, 700, size, OSError("the disk is full"))
     with pytest.raises(CommunicationError, match=f"rank 700 of {size} failed: OSError: the disk is full"):
         distributed._name_the_lost(store, 1, size, RuntimeError("Connection closed by peer"))
+
+
+def test_a_process_may_have_as_many_connections_as_the_machine_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1000, before[1]), before[1]))
+    try:
+        with start(Comm(), CPU):
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

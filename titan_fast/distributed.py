@@ -1,11 +1,12 @@
 """The process group: the only reader of torchrun's environment."""
 
 import os
+import resource
 import secrets
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -108,6 +109,7 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
     timeout = timedelta(seconds=comm.init_timeout_seconds)
     late = timedelta(seconds=comm.init_timeout_seconds + SPARE_SECONDS)
     _stay_on_this_machine(size)
+    _allow_many_files()
     try:
         store = _meet(_store(rank, size, timeout), rank, size, comm.init_timeout_seconds)
         dist.init_process_group(
@@ -139,6 +141,14 @@ def _stay_on_this_machine(size: int) -> None:
         names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
         if names:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
+
+
+def _allow_many_files() -> None:
+    """Raises the process's limit of open files, often 1024, to what it may be: gloo connects each rank with every other
+    in each of three groups, so that 350 ranks need more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS has a lower one beside it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
