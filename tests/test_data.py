@@ -205,7 +205,7 @@ def test_epochs_and_seeds_reshuffle(shards: PreparedTokens) -> None:
 
 def test_the_order_of_an_epoch_takes_twenty_bytes_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the ranks of a host holds it, and a trillion tokens are a billion documents."""
-    monkeypatch.setattr("titan_fast.prepared._LENGTHS_TOGETHER", 1000, raising=False)
+    monkeypatch.setattr("titan_fast.prepared._LENGTHS_TOGETHER", 1000)
     count = 200_000
     tokens = SimpleNamespace(documents=count, offsets=np.arange(count + 1) * 5)
     tokens.lengths = lambda numbers: PreparedTokens.lengths(tokens, numbers)  # type: ignore[arg-type]
@@ -553,7 +553,7 @@ def many_shards(tokenizer: Tokenizer, tmp_path: Path) -> Path:
 
 def test_a_process_has_few_shards_open_at_a_time(many_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is a file descriptor, and 15T tokens are 55,000 shards."""
-    monkeypatch.setattr("titan_fast.prepared.OPEN_SHARDS", 4, raising=False)
+    monkeypatch.setattr("resource.getrlimit", lambda which: (16, 16))
     before = len(list(Path("/proc/self/fd").iterdir()))
     tokens = PreparedTokens(many_shards)
     assert len(tokens.index["shards"]) > 40

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import resource
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -35,8 +36,7 @@ SHARD_TOKENS = 2**28
 """The most tokens of a shard, unless a single document has more."""
 VERIFIED_BYTES = 64 * 2**30
 """Up to this size the shards' sha256 is checked at start (about a second per 1.5 GB and core); beyond it only sizes."""
-OPEN_SHARDS = 256
-"""How many shards a process has mapped at most. Each takes a file descriptor, of which a process usually has 1024."""
+_MOST_MAPPED = 16384  # shards; a process may have 65,530 mappings on Linux
 _BATCH_CHARACTERS = 2_000_000  # tokenized together: enough work for every core in little memory
 _BATCH_DOCUMENTS = 4096
 _LENGTHS_TOGETHER = 2**20
@@ -202,6 +202,13 @@ class _ShardWriter:
             self._file.close()
 
 
+def _may_be_mapped() -> int:
+    """How many shards may be mapped at a time: each takes a file descriptor, and training and validation data share
+    what the process may open."""
+    may_open, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(may_open // 4, _MOST_MAPPED) if may_open > 0 else _MOST_MAPPED  # RLIM_INFINITY is -1
+
+
 class PreparedTokens:
     """A folder written by `prepare`, open for reading. Nothing is read until it is asked for."""
 
@@ -224,7 +231,7 @@ class PreparedTokens:
         self.tokens: int = self.index["tokens"]
         self.fingerprint: str = self.index["fingerprint"]
         self.offsets = self._map("offsets.bin", "<i8")
-        self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._map_shard)
+        self._shard = lru_cache(maxsize=_may_be_mapped())(self._map_shard)
         self._shard_starts = np.cumsum([0] + [shard["tokens"] for shard in self.index["shards"]])[:-1]
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
