@@ -540,7 +540,13 @@ def test_a_mistake_is_one_line_and_status_2() -> None:
     ],
 )  # fmt: skip
 def test_settings_without_effect_are_told(options: str, said: list[str]) -> None:
-    assert without_effect(parse(options.split()), sharded=False) == said
+    assert without_effect(parse(options.split()), shards=0) == said
+
+
+def test_buffers_without_effect_where_nothing_is_gathered() -> None:
+    config = parse(["--parallelism.fsdp_buffers", "direct"])
+    said = "parallelism.fsdp_buffers 'direct': the shard degree is 1, so that no weight is gathered"
+    assert without_effect(config, shards=1) == [said] and not without_effect(config, shards=2)
 
 
 def test_every_switch_of_a_setting_is_one() -> None:
@@ -548,9 +554,9 @@ def test_every_switch_of_a_setting_is_one() -> None:
     tables = {key.partition(".")[0] for key in keys}
     for needs in (*settings._NEEDS, settings._OF_FSDP):
         assert set(needs.settings) <= keys.keys() | tables and set(needs.switches) <= keys.keys()
-    assert not without_effect(parse(["--parallelism.fsdp_buffers", "flat"]), sharded=True)
+    assert not without_effect(parse(["--parallelism.fsdp_buffers", "flat"]), shards=2)
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.toml")), ids=lambda p: p.stem)
 def test_no_config_sets_what_has_no_effect(path: Path) -> None:
-    assert not without_effect(parse(["--config", str(path)]), sharded=True)
+    assert not without_effect(parse(["--config", str(path)]), shards=2)

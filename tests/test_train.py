@@ -296,6 +296,10 @@ def test_help_is_a_manual_and_quick_to_come() -> None:
             ["--training.mixed_precision_param", "bfloat16", "--parallelism.single_device", "fsdp"],
             "float32 shards, gathered as bfloat16 by FSDP2 through flat buffers",
         ),
+        (
+            ["--training.enable_cpu_offload", "True", "--parallelism.fsdp_buffers", "direct"],
+            "float32 shards, gathered as float32 by FSDP2 through flat buffers",
+        ),
     ],
 )
 def test_the_first_lines_say_what_is_kept_of_weights(

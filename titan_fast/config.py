@@ -714,15 +714,17 @@ _OF_FSDP = _Needs(
     (*(f"parallelism.{key.name}" for key in dataclasses.fields(Parallelism) if key.name.startswith("fsdp_")),
      "training.mixed_precision_reduce"), (),
 )  # fmt: skip
+_OF_SHARDS = _Needs(("parallelism.fsdp_buffers",), ())
 
 
-def without_effect(config: Config, sharded: bool) -> list[str]:
-    """A line for every setting that differs from its default and has no effect: its value, and why. sharded: whether
-    FSDP2 is used."""
+def without_effect(config: Config, shards: int) -> list[str]:
+    """A line for every setting that differs from its default and has no effect: its value, and why. shards: over how
+    many devices FSDP2 cuts a copy of the weights; 0 without FSDP2."""
     found, defaults = [], Config()
     against = {needs: needs.lacks(config) for needs in _NEEDS}
     against[_OF_THE_HUB] = "" if is_hub(config.training) else "the data does not come from the hub"
-    against[_OF_FSDP] = "" if sharded else "a single device without FSDP2"
+    against[_OF_FSDP] = "" if shards else "a single device without FSDP2"
+    against[_OF_SHARDS] = "the shard degree is 1, so that no weight is gathered" if shards == 1 else ""
     for needs, lacks in against.items():
         for name in known_keys() if lacks else ():
             concerns = name in needs.settings or name.partition(".")[0] in needs.settings

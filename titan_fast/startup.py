@@ -58,7 +58,8 @@ def startup_lines(
     dtypes, devices = precision(training, device), degrees.data * degrees.tensor
     dtype = str(dtypes.param).removeprefix("torch.")
     sharded = uses_fsdp(config, devices, dtypes)
-    buffers = "direct" if buffers_are_direct(config.parallelism, device.type) else "flat"
+    direct = degrees.shard > 1 and buffers_are_direct(config.parallelism, device.type)
+    buffers = "direct" if direct else "flat"  # FSDP2's own, too, where nobody is to be gathered from
     shards = f"float32 shards, gathered as {dtype} by FSDP2 through {buffers} buffers"
     if gradients_are_wide(config, degrees, device):
         shards += ", the matrices' gradients made in float32"
@@ -91,7 +92,7 @@ def startup_lines(
     for operator, choice, reason in ops.reasons:
         without_ours = torch_loss and operator == "cross_entropy"
         lines.append((operator, "torch: loss.implementation asks for it" if without_ours else f"{choice}: {reason}"))
-    lines += [("without effect", text) for text in without_effect(config, sharded)]
+    lines += [("without effect", text) for text in without_effect(config, degrees.shard if sharded else 0)]
     lines.append(("run directory", str(Path(config.job.dump_folder))))
     if progress.step:
         lines.append(("goes on", f"after step {progress.step:,}, {progress.tokens_seen:,} tokens"))
