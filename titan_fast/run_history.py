@@ -33,17 +33,16 @@ def encode(record: Record) -> str:
 def read(path: Path) -> list[Record]:
     """The records of the file, [] where there is no file. Lines that a kill or a full disk left incomplete are
     skipped."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
+    lines = path.read_bytes().splitlines() if path.exists() else ()
+    return [record for line in lines if (record := _record(line)) is not None]
+
+
+def _record(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def go_on_from(path: Path, step: int) -> str:
@@ -73,8 +72,9 @@ def keep_until(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     before = path.read_bytes()
-    kept = [record for record in read(path) if record["step"] <= step]
-    after = "".join(encode(record) for record in kept).encode()
+    lines = before.splitlines()
+    kept = [line for line in lines if (record := _record(line)) is not None and record["step"] <= step]
+    after = b"".join(line + b"\n" for line in kept)
     if after != before:
         replacement = path.with_name(path.name + ".new")
         with replacement.open("wb") as file:
@@ -82,7 +82,7 @@ def keep_until(path: Path, step: int) -> int:
             file.flush()
             os.fsync(file.fileno())
         replacement.replace(path)
-    return len(before.splitlines()) - len(kept)
+    return len(lines) - len(kept)
 
 
 def losses(records: Iterable[Record]) -> list[Record]:
