@@ -148,7 +148,7 @@ def _write(
         "shards": shards.index,
         "files": list(files),
         "sizes": {name: (folder / name).stat().st_size for name in names},
-        "sha256": {name: sha256(folder / name) for name in names},
+        "sha256": {name: shards.sha256.get(name) or sha256(folder / name) for name in names},
     }
     content = [index["dtype"], *(index["sha256"][name] for name in names[: len(shards.index) + 1])]
     index["fingerprint"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -185,21 +185,28 @@ class _ShardWriter:
         self.folder, self.dtype = folder, dtype
         self.tokens = 0
         self.index: list[dict[str, Any]] = []
+        self.sha256: dict[str, str] = {}
+        """Of every closed shard, by name."""
         self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
 
     def write(self, tokens: np.ndarray) -> None:
         if not self.index or self.index[-1]["tokens"] + len(tokens) > SHARD_TOKENS:
             self.close()
             self.index.append({"name": f"tokens-{len(self.index):05d}.bin", "tokens": 0})
             self._file = (self.folder / self.index[-1]["name"]).open("wb")
+            self._digest = hashlib.sha256()
         assert self._file is not None
-        self._file.write(tokens.tobytes())
+        content = tokens.tobytes()
+        self._file.write(content)
+        self._digest.update(content)
         self.index[-1]["tokens"] += len(tokens)
         self.tokens += len(tokens)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+            self.sha256[self.index[-1]["name"]] = self._digest.hexdigest()
 
 
 def _may_be_mapped() -> int:
