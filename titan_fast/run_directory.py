@@ -1,6 +1,7 @@
 """The run directory: one run's config, log, data and checkpoints, and no other run's."""
 
 import os
+import secrets
 import tomllib
 from contextlib import suppress
 from pathlib import Path
@@ -118,7 +119,7 @@ def _check_writable(folder: Path, key: str) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
+        probe = folder / f".writable-{secrets.token_hex(8)}"
         try:
             probe.write_bytes(bytes(4096))  # a full disk takes a name and no content
         finally:
