@@ -208,7 +208,8 @@ def _check_dtypes(weights: Weights | CheckpointWeights, model: Llama) -> None:
         if torch.promote_types(dtype, parameter.dtype) != parameter.dtype:
             raise CheckpointError(
                 f"{name} is {dtype} there and {parameter.dtype} here, which cannot hold every value",
-                "convert the weights first",
+                "convert the weights first: python -m titan_fast.hf export STEP_FOLDER --out DIR "
+                f"--dtype {str(parameter.dtype).removeprefix('torch.')} does that for a checkpoint",
                 str(weights.path),
             )
 
