@@ -58,8 +58,8 @@ def startup_lines(
     dtypes, devices = precision(training, device), degrees.data * degrees.tensor
     dtype = str(dtypes.param).removeprefix("torch.")
     sharded = uses_fsdp(config, devices, dtypes)
-    direct = degrees.shard > 1 and buffers_are_direct(config.parallelism, device.type)
-    buffers = "direct" if direct else "flat"  # FSDP2's own, too, where nobody is to be gathered from
+    direct = degrees.shard > 1 and buffers_are_direct(config.parallelism, device.type)  # one shard gathers nothing
+    buffers = "direct" if direct else "flat"
     shards = f"float32 shards, gathered as {dtype} by FSDP2 through {buffers} buffers"
     if gradients_are_wide(config, degrees, device):
         shards += ", the matrices' gradients made in float32"
