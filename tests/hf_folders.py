@@ -33,8 +33,10 @@ def hf_folder(shape: ModelShape, folder: Path, dtype: torch.dtype = torch.float3
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor in the folder's safetensors files, read by their own library."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    """Every tensor in the folder's safetensors files, read by their own library. Older versions of it give tensors that
+    lie in the files, which may be written anew."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor.clone() for file in files for name, tensor in load_file(file).items()}
 
 
 def edit_json(path: Path, **changes: object) -> None:
