@@ -124,7 +124,10 @@ def test_blocks_with_wide_gradients_do_not_reemit(monkeypatch: pytest.MonkeyPatc
         ("True", ("reemit", "reference", "its products do not write gradients in float32")),
     ):
         config = config_of(parallelism__fsdp_wide_gradients=wide)
-        assert found in build_ops(config.kernels, CPU, workload(config, LLAMA3, ONE), "sm_99").reasons
+        built = build_ops(config.kernels, CPU, workload(config, LLAMA3, ONE), "sm_99")
+        assert found in built.reasons
+        unused = ("swiglu", "triton", "not called: reemit's units have a SwiGLU of their own") in built.reasons
+        assert unused == (built.swiglu_linear is not None)
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,9 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload, archit
         reasons.append((operator, choice.implementation, choice.reason))
         if choice.implementation == "triton":
             chosen |= {name: getattr(titan_kernels, name) for name in _FUNCTIONS[operator]}
+            if operator == "reemit":
+                unused = "not called: reemit's units have a SwiGLU of their own"
+                reasons = [(name, picked, unused if name == "swiglu" else why) for name, picked, why in reasons]
     return dataclasses.replace(REFERENCE, **chosen, reasons=tuple(reasons))
 
 
