@@ -501,7 +501,7 @@ def test_search_lists_what_fits_best_first(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_search_whose_process_is_killed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("titan_fast.advice._end_when_interrupted", functools.partial(os._exit, 9))
-    with pytest.raises(TitanFastError, match=r"was killed, perhaps for want of memory.*; search on fewer processors"):
+    with pytest.raises(TitanFastError, match=r"was killed, perhaps out of memory.*; search on fewer processors"):
         search(plan(SMALL), processes=2)
 
 

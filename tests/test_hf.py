@@ -244,7 +244,7 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "damaged or not safetensors"),
     (truncated, "damaged or not safetensors"),
     (without(NORM), f"{NORM} missing"),
-    (lambda folder: rewritten(folder, lambda held: held.update(more=torch.ones(1))), "more not known to this model"),
+    (lambda folder: rewritten(folder, lambda held: held.update(more=torch.ones(1))), "more unknown to this model"),
     (
         lambda folder: rewritten(folder, lambda held: held.update({QUERY: held[QUERY][1:].clone()})),
         f"{QUERY} of another size than the config's: [63, 64], not [64, 64]",
@@ -260,9 +260,9 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda folder: rewritten(folder, lambda held: held[NORM][1].fill_(math.nan)), f"{NORM} has values that"),
     (lambda folder: edit_json(folder / "config.json", num_hidden_layers=10**9), "n_layers 1000000000 is more than"),
     (lambda folder: (folder / "generation_config.json").write_text("[]"), "generation_config.json is not a JSON"),
-    (indexed({NORM: "model-2.safetensors"}), f"{NORM} would be in model-2.safetensors, and there is no such file"),
-    (indexed({NORM: "../model.safetensors"}), "not a file's plain name"),
-    (indexed({"ghost": "model.safetensors"}), "ghost would be in model.safetensors, which has no such tensor"),
+    (indexed({NORM: "model-2.safetensors"}), f"{NORM} should be in model-2.safetensors, and there is no such file"),
+    (indexed({NORM: "../model.safetensors"}), "not a plain file name"),
+    (indexed({"ghost": "model.safetensors"}), "ghost is in model.safetensors, which has no such tensor"),
     (indexed([]), "weight_map is not a table"),
 ]  # fmt: skip
 
@@ -305,7 +305,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     import_model(source, tmp_path / "ours")
     with pytest.raises(CheckpointError, match="there is a checkpoint already"):
         import_model(source, tmp_path / "ours")
-    with pytest.raises(CheckpointError, match="the place is taken"):
+    with pytest.raises(CheckpointError, match="it already exists"):
         export_checkpoint(tmp_path / "ours", source, None, BIG)
 
 
@@ -371,7 +371,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     (tmp_path / "saves" / "step-5" / manifest.NAME).touch()
     edit_json(source / "config.json", hidden_act="silu")
     assert run_command(monkeypatch, "import", source, "--out", tmp_path / "saves" / "step-6") == 4
-    assert "it has the name of a checkpoint" in capsys.readouterr().err
+    assert "beside checkpoints it would be taken for one" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "saves").iterdir()] == ["step-5"]
 
 

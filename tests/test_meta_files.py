@@ -134,10 +134,10 @@ def test_what_cannot_be_represented_is_refused(tmp_path: Path) -> None:
         ({"n_heads": 7}, "dim 64 is not divisible by n_heads 7"),
         ({"vocab_size": 99}, "vocab_size is 99, and the embedding has 128 rows"),
         ({"dim": ...}, "'dim'"),
-        ({"dim": math.inf}, "a key is missing or no number"),
+        ({"dim": math.inf}, "a key is missing or not a number"),
         ({"n_layers": 2.5}, "n_layers is 2.5"),
         ({"n_layers": 10**12}, "n_layers 1000000000000 is more than 10,000"),
-        ({"norm_eps": 10**400}, "a key is missing or no number"),
+        ({"norm_eps": 10**400}, "a key is missing or not a number"),
     ):
         before = (folder / "params.json").read_text()
         edit_json(folder / "params.json", **changes)

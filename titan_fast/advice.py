@@ -1,5 +1,5 @@
-"""What to change: every combination of batch, recomputation, tensor parallelism and resharding that fits; and how a
-config does on more GPUs."""
+"""What to change: all combinations of batch, recomputation, tensor parallelism and resharding that fit; and how fast a
+config is on more GPUs."""
 
 import dataclasses
 import itertools
@@ -25,9 +25,9 @@ _RECOMPUTE: tuple[dict[str, str], ...] = (
     {"mode": "full"},
 )
 _WORTH_DOUBLING = 1.01
-"""How much faster than those of half its size a batch must be for the next one to be looked at."""
+"""How many times as fast as the best of half its size or less a batch must be for a larger one to be tried."""
 COSTS_NOTHING = 0.05
-"""Part of the step above which communication counts as no longer hidden."""
+"""Fraction of the step above which communication counts as no longer hidden."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Option:
     """One combination that fits."""
 
     changes: dict[str, Any]
-    """By the trainer's keys."""
+    """The trainer's keys and their values."""
     tokens_per_second: float
     mfu_titan: float
     device_memory_gib: float
@@ -45,7 +45,7 @@ class Option:
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
-    """`config` with other values of some keys."""
+    """`config` with other values for some keys."""
     tables: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         table, _, key = name.partition(".")
@@ -57,11 +57,11 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
 def search(
     plan: Plan, processes: int = 1, tell: Callable[[str], None] = lambda text: None
 ) -> tuple[list[Option], list[str]]:
-    """What fits of local batch x recomputation x tensor-parallel degree x resharding, best tokens/s first; and why
-    combinations that the trainer would refuse are left out, each reason once.
+    """The combinations of local batch, recomputation, tensor-parallel degree and resharding that fit, best tokens/s
+    first; and each reason, once, for which the trainer would refuse others.
 
-    Batches are doubled until one does not fit or brings less than 1%, and the config's own is counted. Keeping gathered
-    weights is left out where nothing is gathered. `tell` is given a line of progress.
+    Batches are doubled until one does not fit or brings less than 1%; the config's own is counted too. Keeping gathered
+    weights is not tried where nothing is gathered. `tell` is given lines of progress.
     """
     series = [
         (degree, recompute, reshard)
@@ -79,17 +79,17 @@ def search(
             return _best_first(future.result() for future in futures)
         except BrokenProcessPool as error:
             raise TitanFastError(
-                "a process that counts batches was killed, perhaps for want of memory: each takes half a gigabyte",
+                "a process that counts batches was killed, perhaps out of memory: each needs half a gigabyte",
                 "search on fewer processors, with `taskset -c 0-3` before the command",
             ) from error
         except BaseException:
-            for worker in multiprocessing.active_children():  # else the pool waits for all that it has begun
+            for worker in multiprocessing.active_children():  # else the pool waits for all that were begun
                 worker.terminate()
             raise
 
 
 def _end_when_interrupted() -> None:
-    """A worker without a word, as what it says would be a traceback of each; not where the planner does not end."""
+    """A worker ends silently, without a traceback. Not if the planner ignores interrupts."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -105,7 +105,7 @@ def _tensor_degrees(plan: Plan) -> list[int]:
 
 
 def _batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -> tuple[list[Option], str]:
-    """A series of batches, and why it ended, or never began, where that was a refusal."""
+    """A series of batches, and the refusal that ended it, or ""."""
     parallelism, own = plan.config.parallelism, plan.config.training.local_batch_size
     changes: dict[str, Any] = {
         "parallelism.tensor_parallel_degree": degree,
@@ -115,7 +115,7 @@ def _batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -
     if parallelism.data_parallel_shard_degree != -1:
         changes["parallelism.data_parallel_shard_degree"] = -1  # as many as the tensor-parallel degree leaves
     if degree > 1 and parallelism.fsdp_wide_gradients:
-        changes["parallelism.fsdp_wide_gradients"] = None  # the two cannot be together
+        changes["parallelism.fsdp_wide_gradients"] = None  # they exclude each other
     plan = dataclasses.replace(plan, config=changed(plan.config, changes))
     found: dict[int, Option] = {}
     ended = False
@@ -138,7 +138,7 @@ def _batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -
 
 
 def _local_batches(plan: Plan) -> list[int]:
-    """Powers of two, or where the global batch is set the next lower numbers that divide it; and the config's own."""
+    """Powers of two, or if the global batch is set the next lower numbers that divide it; and the config's own."""
     training, doubled = plan.config.training, [2**doublings for doublings in range(21)]
     if training.global_batch_size == -1:
         return sorted({*doubled, training.local_batch_size})
@@ -163,14 +163,14 @@ class ScalingPoint:
     device_memory_gib: float
     fits: bool
     hidden: float
-    """Part of FSDP's communication that the computation hides."""
+    """Fraction of FSDP's communication that is hidden behind computation."""
     communication: float
-    """Part of the step that communication costs (StepTime.communication)."""
+    """Fraction of the step that communication costs (StepTime.communication)."""
 
 
 def scaling(plan: Plan, sizes: tuple[int, ...] = SIZES) -> list[ScalingPoint]:
-    """Per-GPU speed of `plan`'s config, batch per GPU unchanged, with one copy over all GPUs and with copies over the
-    fewest nodes, a power of two, that have room for one. Of `plan.gpus` it takes no notice."""
+    """Per-GPU speed of `plan`'s config, batch per GPU unchanged, with one copy over all GPUs, and with copies over the
+    fewest nodes, a power of two, in which one fits. `plan.gpus` is ignored."""
     points = []
     for size in sizes:
         points.append(_point(plan, "FSDP", size, 1))

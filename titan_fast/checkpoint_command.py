@@ -75,7 +75,7 @@ def export(path: Path, out: Path) -> list[str]:
     if out.exists():
         raise ConfigError("the file to write exists", "name another with --out", str(out))
     if manifest.holding(out):
-        raise ConfigError("a checkpoint takes nothing more", "name another place with --out", str(out))
+        raise ConfigError("nothing may be added to a checkpoint", "choose another --out", str(out))
     model = read_config(folder).get("model", {})
     flavor = model.get("flavor") if isinstance(model, dict) else None
     tensors = {

@@ -1,8 +1,8 @@
-"""What a compiled block does: the graphs that Dynamo, AOTAutograd and Inductor's partitioner make of it, counted.
+"""Counts what a compiled block does, from the graphs that Dynamo, AOTAutograd and Inductor's partitioner make of it.
 
 What is saved for the backward pass is the partitioner's own choice. What Inductor then fuses is estimated by a rule: a
-value gets memory when a matrix product, attention, a collective, an opaque operator or the caller reads it, and all
-else is computed inside the kernel that needs it; kernels between the same two such operators are one where they share
+value gets memory if a matrix product, attention, a collective, an opaque operator or the caller reads it; everything
+else is computed inside the kernel that needs it. Kernels between the same two such operators are one if they share
 something. benchmarks/results/inductor_bytes.json has the bytes of the code that Inductor really generates.
 """
 
@@ -39,7 +39,7 @@ _OPAQUE = (
 
 class Counter:
     """A backend for torch.compile that adds to `recorder` what each call of a graph would do, fused as by Inductor.
-    One object serves many steps, so that a graph that came up before is not traced again."""
+    One object serves many steps, so that no graph is traced twice."""
 
     def __init__(self) -> None:
         self.recorder = StepRecorder()
@@ -48,7 +48,7 @@ class Counter:
             bw_compiler=functools.partial(_count_graph, self, True),
             partition_fn=_partition,
             decompositions=select_decomp_table(),
-            keep_inference_input_mutations=True,  # as Inductor: what is written in place stays in the graph
+            keep_inference_input_mutations=True,  # as Inductor: writes in place stay in the graph
         )
 
     def __call__(self, graph: GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -56,7 +56,7 @@ class Counter:
 
 
 def _partition(graph: GraphModule, inputs: Any, **arguments: Any) -> tuple[GraphModule, GraphModule]:
-    """As Inductor does it: its passes over the joint graph, then the minimum cut."""
+    """Like Inductor: its passes over the joint graph, then the minimum cut."""
     joint_graph_passes(graph)
     return min_cut_rematerialization_partition(graph, inputs, compiler="inductor", **arguments)
 
@@ -70,14 +70,13 @@ def _count_graph(counter: Counter, backward: bool, graph: GraphModule, inputs: S
         arguments.clear()
         return _run(counter.recorder, plan, graph, taken)
 
-    call._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd then gives up its own references
+    call._boxed_call = True  # type: ignore[attr-defined]  # so that AOTAutograd drops its own references
     return call
 
 
 def _forget_random_state(graph: GraphModule) -> None:
-    """Attention that runs again is put by the partitioner into operators that keep and restore the CPU's random state,
-    for the dropout that there is not; here it is called directly, as CUDA, which keeps random state outside, calls it.
-    """
+    """The partitioner wraps recomputed attention into operators that keep and restore the CPU's random state, for a
+    dropout that there is not. This calls it directly, as on CUDA, where random state is kept outside."""
     for node in list(graph.graph.nodes):
         position = {"run_and_save_rng_state": 0, "run_with_rng_state": 1}.get(str(node.target))
         if node.op != "call_function" or position is None:
@@ -89,7 +88,7 @@ def _forget_random_state(graph: GraphModule) -> None:
             plain.meta = {**node.meta, "val": inner(*values[0], **values[1])}
             if position == 1:
                 node.replace_all_uses_with(plain)
-            else:  # it returns (state, results); the state goes to the backward graph, which will not look at it
+            else:  # it returns (state, results); the state goes to the backward graph, which will not use it
                 for user in list(node.users):
                     replacement = plain
                     if user.args[1] == 0:
@@ -129,7 +128,7 @@ def _run(recorder: StepRecorder, plan: "GraphPlan", graph: GraphModule, argument
 
 @dataclass
 class _Kernel:
-    """Fused nodes: what it reads and writes are nodes that have memory."""
+    """Fused nodes. It reads and writes nodes that have memory."""
 
     depth: int
     numel: int
@@ -140,17 +139,17 @@ class _Kernel:
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """The kernels of a graph, and its need of memory."""
+    """The kernels of a graph, and the memory it needs."""
 
     operations: list[Operation]
     steps: list[tuple[int, tuple[int, ...]]]
-    """In order: bytes that a node takes, and indices of graph inputs whose last use it was."""
+    """In order: the bytes that a node needs, and the indices of the graph inputs that it is the last to use."""
     frees: list[int]
-    """Bytes of the graph's own values that end after each of the steps."""
+    """After each of the steps, the bytes of the graph's own values that are freed."""
     input_bytes: dict[int, int]
 
     def highest(self, ended: set[int]) -> int:
-        """The most bytes above those at the start, where the inputs in `ended` are given up after their last use."""
+        """The peak in bytes above the start, if the inputs in `ended` are freed after their last use."""
         total = highest = 0
         for (taken, inputs), freed in zip(self.steps, self.frees, strict=True):
             total += taken
@@ -165,8 +164,6 @@ class GraphPlan:
 
 
 class _Analysis:
-    """One graph."""
-
     def __init__(self, graph: GraphModule, backward: bool) -> None:
         self.nodes = list(graph.graph.nodes)
         self.inputs = [node for node in self.nodes if node.op == "placeholder"]
@@ -181,7 +178,7 @@ class _Analysis:
         self.from_gradient = self._reached_from_gradients() if backward else set(self.nodes)
 
     def _reached_from_gradients(self) -> set[Node]:
-        """What the incoming gradients decide; the rest of a backward graph is computed again."""
+        """The nodes that depend on incoming gradients; the rest of a backward graph is recomputation."""
         reached = {node for node in self.inputs if node.name.startswith("tangents")}
         for node in self.nodes:
             if any(source in reached for source in node.all_input_nodes):
@@ -189,7 +186,7 @@ class _Analysis:
         return reached
 
     def operations(self) -> list[Operation]:
-        """Opaque operators as they are; the rest as fused kernels, each where its first result is made."""
+        """Opaque operators as they are, and the rest as fused kernels, each at the place of its first result."""
         depths = self._depths()
         kernels: list[_Kernel] = []
         order: list[tuple[Node, _Kernel | None]] = []
@@ -215,7 +212,7 @@ class _Analysis:
         return replace(operation, compiled=True, recomputed=node not in self.from_gradient)
 
     def _depths(self) -> dict[Node, int]:
-        """How many operators in a row, opaque or to be done before the next begins, lie before each node."""
+        """For each node the longest chain of opaque operators and barriers that ends with it."""
         depths: dict[Node, int] = {}
         for node in self.nodes:
             above = max((depths[source] for source in node.all_input_nodes), default=0)
@@ -223,10 +220,10 @@ class _Analysis:
         return depths
 
     def _fuse(self, node: Node, depths: dict[Node, int], kernels: list[_Kernel]) -> _Kernel:
-        """The kernel that makes `node`: an earlier one of the same place and size that shares something, or its own."""
+        """The kernel that makes `node`: an earlier one of equal depth and size that shares something, or a new one."""
         reads = self._reads(node)
         numel = max((_numel(source) for source in reads | {node}), default=0)
-        depth = depths[node] - (node in self.barriers)  # with what it needs; what needs it comes after
+        depth = depths[node] - (node in self.barriers)  # a barrier can be fused with its inputs, not with its users
         fresh = _Kernel(depth, numel, reads, {node}, node not in self.from_gradient)
         for kernel in kernels:
             shares = kernel.reads & reads or kernel.writes & reads
@@ -238,7 +235,7 @@ class _Analysis:
         return fresh
 
     def _reads(self, node: Node) -> set[Node]:
-        """The values with memory that computing `node` needs."""
+        """The values with memory from which `node` is computed."""
         found: set[Node] = set()
         seen: set[Node] = set()
         sources = node.all_input_nodes[1:] if _writes_to_input(node) else node.all_input_nodes
@@ -255,7 +252,7 @@ class _Analysis:
         return found
 
     def lifetimes(self) -> tuple[list[tuple[int, tuple[int, ...]]], list[int], dict[int, int]]:
-        """(steps, frees, input_bytes) of GraphPlan. A kernel's inputs live until its result is made."""
+        """GraphPlan's steps, frees and input_bytes. A kernel's inputs live until its result is made."""
         last: dict[Node, int] = {}
         made = [node for node in self.calls if node in self.kept]
         for position, node in enumerate(made):
@@ -291,8 +288,8 @@ def _is_opaque(node: Node) -> bool:
 
 
 def _is_largest_of_rows(node: Node) -> bool:
-    """A largest value over several rows, as float8 is scaled by: a kernel that needs it begins when it is there, and
-    computes again what it was found in. Within a row both are one kernel."""
+    """Whether this is a maximum over several rows, such as float8's scales need. A kernel that uses it has to wait for
+    it, and recomputes its input. A maximum within a row is fused with its users."""
     if node.target is not _ATEN.amax.default:
         return False
     x = _value(node.args[0])
@@ -305,7 +302,7 @@ def _is_result_of(node: Node, producers: set[Node]) -> bool:
 
 
 def _writes_to_input(node: Node) -> bool:
-    """A result that goes into the memory of one of the graph's inputs."""
+    """Whether the result goes into the memory of one of the graph's inputs."""
     return node.target is _ATEN.copy_.default and node.args[0].op == "placeholder"  # type: ignore[union-attr]
 
 
@@ -317,7 +314,7 @@ def _is_view(node: Node) -> bool:
 
 
 def _base(node: Node) -> Node:
-    """The node that made the memory which `node` is a view of; one of several results of an operator is its own."""
+    """The node whose memory `node` is a view of. One of several results of an operator is its own."""
     while node.op == "call_function" and _is_view(node):
         if _is_result_of(node, {node.args[0]}) and not _is_view(node.args[0]):  # type: ignore[arg-type]
             break
@@ -326,7 +323,7 @@ def _base(node: Node) -> Node:
 
 
 def _owner(node: Node) -> Node:
-    """The call that made it."""
+    """The call that made `node`."""
     return node.all_input_nodes[0] if node.target is operator.getitem else node
 
 

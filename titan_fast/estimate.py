@@ -2,9 +2,9 @@
 
     python -m titan_fast.estimate --config configs/llama3_70b.toml --gpu a100-80gb --gpus 64
 
-Everything that is not the planner's own option is the trainer's (`--activation_checkpoint.mode full`). Memory is
-counted from the trainer's own model and step on fake tensors (counted_step.py); time is a model (step_time.py) on a
-table of rates (gpus.py). How far both are off is in benchmarks/results/estimate_errors.json.
+All options but the planner's own are the trainer's (`--activation_checkpoint.mode full`). Memory is counted from the
+trainer's own model and step on fake tensors (counted_step.py); time is a model (step_time.py) with a table of rates
+(gpus.py). How far off both are is in benchmarks/results/estimate_errors.json.
 """
 
 import argparse
@@ -30,27 +30,27 @@ SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)
 
 _GIB = 2**30
 
-# What torch does not count. NCCL: up to 32 channels with a 4 MiB buffer (NCCL_BUFFSIZE) to send and one to receive make
-# 256 MiB per communicator, and its own tables come on top.
+# What torch does not count. NCCL: up to 32 channels, each with 4 MiB (NCCL_BUFFSIZE) to send and 4 MiB to receive, make
+# 256 MiB per communicator, plus its own tables.
 NCCL_BYTES_PER_COMMUNICATOR = 0.3 * _GIB
-# The caching allocator keeps pieces that fit nothing. An estimate for expandable segments, of what is made and freed in
-# a step; parameters and optimizer state are laid out once and lose nothing.
+# Fragmentation in the caching allocator, as a fraction of what is made and freed in a step: an estimate for expandable
+# segments. Parameters and optimizer state are allocated once and lose nothing.
 ALLOCATOR_SLACK = 0.04
-# torch's default workspace of cuBLAS (CUBLAS_WORKSPACE_CONFIG), which it does count.
+# torch's default workspace for cuBLAS (CUBLAS_WORKSPACE_CONFIG), which it does count.
 CUBLAS_BYTES = {"sm_80": 8.125 * 2**20}
 CUBLAS_BYTES_NEWER = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked: a config on GPUs."""
+    """The question: a config on GPUs."""
 
     config: Config
     gpu: Gpu
     gpus: int
     network: Network
     whole: bool = False
-    """Count every block instead of continuing from the first ones."""
+    """Count every block instead of extrapolating."""
 
     @property
     def shape(self) -> ModelShape:
@@ -73,7 +73,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The answer. Memory in bytes, of the GPU that is rank 0."""
+    """The answer. Memory in bytes, on rank 0's GPU."""
 
     plan: Plan
     segments: list[Segment]
@@ -86,7 +86,7 @@ class Estimate:
 
     @property
     def memory_parts(self) -> dict[str, float]:
-        """At the fullest moment, what torch.cuda.max_memory_allocated would say, by part."""
+        """torch.cuda.max_memory_allocated, by part."""
         cublas = CUBLAS_BYTES.get(self.plan.gpu.architecture, CUBLAS_BYTES_NEWER)
         return self.fullest.peak.parts | {"cuBLAS workspace": cublas}
 
@@ -96,7 +96,7 @@ class Estimate:
 
     @property
     def beside_torch(self) -> dict[str, float]:
-        """What the device holds besides."""
+        """The device's memory that torch does not count, by part."""
         degrees, parts = self.plan.degrees, self.fullest.peak.parts
         communicators = sum(d > 1 for d in (degrees.replicate, degrees.shard, degrees.tensor)) + (self.plan.gpus > 1)
         passing = self.peak_memory - parts["parameters"] - parts["optimizer state"]
@@ -154,7 +154,7 @@ class Estimate:
 
 
 def check(plan: Plan) -> None:
-    """Everything that the trainer would refuse, in its words, and what only a plan can have wrong."""
+    """ConfigError for all that the trainer would refuse, in its words, and for what only a plan can get wrong."""
     import torch
 
     from titan_fast import parallel
@@ -175,7 +175,7 @@ def check(plan: Plan) -> None:
         )
     if plan.config.training.mixed_precision_param == "float32":
         raise ConfigError(
-            "training.mixed_precision_param is 'float32', and the planner knows rates of bfloat16 and float8 alone",
+            "training.mixed_precision_param is 'float32', and the planner only knows rates of bfloat16 and float8",
             "plan for bfloat16; on a GPU float32 takes many times as long",
         )
     if plan.config.float8.enable and plan.gpu.float8 is None:
@@ -193,7 +193,7 @@ def check(plan: Plan) -> None:
 
 
 def _check_groups(plan: Plan) -> None:
-    """ConfigError where a ring would cross nodes with unequal parts of them, which step_time has no time for."""
+    """ConfigError if a ring would have unequal parts in its nodes, which step_time cannot time."""
     degrees, node = plan.degrees, plan.network.gpus_per_node
     groups = {
         "each tensor-parallel group": ("tensor_parallel_degree", degrees.tensor),
@@ -219,7 +219,7 @@ def estimate(plan: Plan, check_depth: bool = True) -> Estimate:
     from titan_fast.step_time import step_time
 
     config, shape, degrees = plan.config, plan.shape, plan.degrees
-    kernels = dataclasses.replace(config.kernels, attention="flash")  # the CPU's, which saves what the GPU's do
+    kernels = dataclasses.replace(config.kernels, attention="flash")  # the CPU's, which saves the same as the GPU's
     ops = build_ops(kernels, torch.device("cpu"), workload(config, shape, degrees), plan.gpu.architecture)
 
     def count(n_layers: int) -> list[Segment]:
@@ -240,7 +240,7 @@ def estimate(plan: Plan, check_depth: bool = True) -> Estimate:
 
 
 def on_gpu(config: Config) -> Config:
-    """The config with `auto` as a GPU resolves it."""
+    """`config` with mixed_precision_param `auto` resolved as on a GPU."""
     if config.training.mixed_precision_param != "auto":
         return config
     return dataclasses.replace(config, training=dataclasses.replace(config.training, mixed_precision_param="bfloat16"))
@@ -253,24 +253,24 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the whole run")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs that share NVLink (8)")
     parser.add_argument(
-        "--nic-gbps", type=float, help="network of one GPU, Gbit/s in one direction; the table's if not given"
+        "--nic-gbps", type=float, help="network of one GPU, Gbit/s in one direction; default: the table's"
     )
-    parser.add_argument("--calibrate", type=Path, help="rates measured on a device, in place of the table's")
+    parser.add_argument("--calibrate", type=Path, help="rates measured on a device, instead of the table's")
     parser.add_argument(
         "--search",
         action="store_true",
-        help="list what fits, best first, when up to 48 series of batches are counted on all CPUs, which takes about "
-        "half a minute of one for each series of the 8B",
+        help="list what fits, best first; counts up to 48 series of batches on all CPUs, each of which takes about "
+        "half a CPU minute for the 8B",
     )
     parser.add_argument("--scaling", action="store_true", help="tokens/s on 256 to 16,384 GPUs, FSDP and HSDP")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", type=Path, help="write pictures into this folder")
-    parser.add_argument("--all-blocks", action="store_true", help="count every block, not the first ones alone")
+    parser.add_argument("--all-blocks", action="store_true", help="count every block, not only the first ones")
     return parser.parse_known_args(argv)
 
 
 def plan_of(argv: list[str]) -> tuple[Plan, argparse.Namespace]:
-    """The plan that a command line asks for, checked, and the folder for its pictures made."""
+    """The plan that a command line asks for, checked. Makes the folder for pictures."""
     own, rest = _arguments(argv)
     gpu = known_gpu(own.gpu)
     if own.calibrate is not None:
@@ -317,7 +317,7 @@ def main() -> None:
     from titan_fast import estimate_report as report
 
     def show(lines: list[str]) -> None:
-        """At once: what follows may take long, or fail."""
+        """Flushes, because what follows may take long, or fail."""
         if not own.json:
             print("\n".join(lines), flush=True)  # noqa: T201
 

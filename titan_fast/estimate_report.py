@@ -1,4 +1,4 @@
-"""An estimate as text and as pictures."""
+"""An estimate as text and pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ _GIB = 2**30
 
 
 def table(found: Estimate) -> list[str]:
-    """The answer, for people."""
+    """The answer as text."""
     plan, degrees = found.plan, found.plan.degrees
     room = plan.gpu.memory.value
     training = plan.config.training
@@ -42,11 +42,11 @@ def table(found: Estimate) -> list[str]:
         f"counted: {found.how}",
     ]
     if plan.config.compile.enable:
-        lines.append("compiled blocks: saved activations are the partitioner's own; what Inductor fuses is estimated")
+        lines.append("compiled blocks: saved activations are the partitioner's own; Inductor's fusion is estimated")
         if "model" in plan.config.compile.components:
             lines.append("compile.components model: counted as blocks, norm and loss, each compiled by itself")
     if plan.config.parallelism.enable_async_tensor_parallel:
-        lines.append("parallelism.enable_async_tensor_parallel: timed as without it; how much it hides is not known")
+        lines.append("parallelism.enable_async_tensor_parallel: timed as without it; how much it hides is unknown")
     return lines
 
 
@@ -63,7 +63,7 @@ def _rows(values: dict[str, float], unit: str, digits: int) -> list[str]:
 
 
 def limits(found: Estimate) -> list[str]:
-    """What holds the run back, and what to change."""
+    """What limits the run, and what to change."""
     parts, lines, config = found.time.parts, [], found.plan.config
     seconds = found.time.seconds
     if not found.fits:
@@ -83,12 +83,12 @@ def limits(found: Estimate) -> list[str]:
     for name in sorted(hints, key=lambda key: -parts[key]):
         if parts[name] > 0.04 * seconds:
             lines.append(f"limit: {name} is {parts[name] / seconds:.0%} of the step; {hints[name]}")
-    return lines or ["limit: matrix products and attention; there is nothing large beside them"]
+    return lines or ["limit: matrix products and attention; nothing else is large"]
 
 
 def _memory_hint(found: Estimate, largest: str) -> str:
     if largest == "logits and loss":
-        return "set loss.chunk_size lower"
+        return "lower loss.chunk_size"
     if largest in ("parameters", "optimizer state", "unsharded parameters", "collective buffers"):
         return "shard over more GPUs, or tensor parallelism"
     return "recompute more (selective, full), a smaller local batch, or tensor parallelism; --search lists what fits"
@@ -97,11 +97,11 @@ def _memory_hint(found: Estimate, largest: str) -> str:
 def options_table(options: Sequence[Option], refusals: Sequence[str], config: Config) -> list[str]:
     """The result of a search."""
     if not options and refusals:
-        return [f"no combination fits that is not refused; the first refusal: {refusals[0]}"]
+        return [f"every combination is refused or does not fit; the first refusal: {refusals[0]}"]
     if not options:
-        return ["nothing fits: no local batch, recomputation, tensor parallelism up to a node or resharding is enough"]
+        return ["nothing fits, whatever the local batch, recomputation, resharding and tensor parallelism up to a node"]
     lines = [
-        f"{len(options)} combinations fit, best first (batches doubled while that brings 1%, and the config's own):",
+        f"{len(options)} combinations fit, best first (batches doubled while that gains 1%, and the config's own):",
         f"{'tokens/s':>9} {'MFU titan':>9} {'GiB':>6}  settings",
     ]
     for option in options:
@@ -135,7 +135,7 @@ def scaling_table(points: Sequence[ScalingPoint], config: Config) -> list[str]:
 
 
 def plots(found: Estimate, folder: Path) -> list[Path]:
-    """Writes memory.png (timeline by part) and step.png (time by part); their paths."""
+    """Writes memory.png (timeline by part) and step.png (time by part); returns their paths."""
     segments = [s for s in found.segments if s.phase != "end"]
     places = range(len(segments))
     figure = new_figure(figsize=(11, 5), layout="constrained")
@@ -167,7 +167,7 @@ def _title(found: Estimate) -> str:
 
 
 def _mark_phases(axes: Any, segments: list[Segment]) -> None:
-    """The first unit of each phase under the axis, a line above it."""
+    """A tick at the first unit of forward and backward passes, and a line where a phase begins."""
     starts = [i for i, s in enumerate(segments) if i == 0 or s.phase != segments[i - 1].phase]
     for start in starts[1:]:
         axes.axvline(start - 0.5, color="grey", linewidth=0.6)
@@ -190,7 +190,7 @@ def _step_plot(found: Estimate, folder: Path) -> Path:
 
 
 def scaling_plot(points: Sequence[ScalingPoint], folder: Path) -> Path:
-    """Writes scaling.png; its path."""
+    """Writes scaling.png; returns its path."""
     figure = new_figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for kind in ("FSDP", "HSDP"):

@@ -1,9 +1,9 @@
-"""Parameters and floating point operations of a Llama, peaks of known GPUs, model FLOPs utilisation (MFU).
+"""Parameters and FLOPs of a Llama, peaks of known GPUs, and model FLOPs utilisation (MFU).
 
     python -m titan_fast.flops --model llama3_8b --seq-len 8192 --tokens-per-second 2904 --peak-tflops 312
 
-MFU figures compare only under the same formula, so there is none here without its formula's name. All formulas leave
-out what a run recomputes (activation checkpointing, flash attention's backward): that is work, not progress.
+MFU figures can only be compared if their formula is the same, so here each is named with its formula. No formula counts
+what a run recomputes (activation checkpointing, flash attention's backward): that is work, not progress.
 """
 
 import argparse
@@ -21,14 +21,14 @@ FORMULAS: tuple[Formula, ...] = get_args(Formula)
 
 EXPLANATION: dict[Formula, str] = {
     "palm": "6 x all parameters + 12 x layers x heads x head dimension x sequence (PaLM, appendix B)",
-    "titan": "palm without the input embedding, a look-up (torchtitan, but that a tied one, the head too, stays)",
-    "titan_causal": "titan with half the attention term: what causal attention computes",
+    "titan": "palm without the input embedding, a look-up; a tied one is kept, as the head (unlike in torchtitan)",
+    "titan_causal": "titan with half the attention term, as causal attention computes",
 }
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Where the parameters of a Llama are."""
+    """The parameters of a Llama, by part."""
 
     embedding: int
     block_matrices: int
@@ -39,7 +39,7 @@ class Parameters:
     norm: int
     """The last one, before the head."""
     head: int
-    """0 when it is the embedding's matrix."""
+    """0 if it is the embedding's matrix."""
 
     @property
     def total(self) -> int:
@@ -47,7 +47,7 @@ class Parameters:
 
     @property
     def without_lookup(self) -> int:
-        """Without an embedding that is only looked up. A tied one is multiplied with in the head, and stays."""
+        """Without an embedding that is only looked up. A tied one is counted, as the head multiplies by it."""
         return self.total - (self.embedding if self.head else 0)
 
 
@@ -64,7 +64,7 @@ def parameters(shape: ModelShape) -> Parameters:
 
 
 def parameter_count(shape: ModelShape) -> int:
-    """All parameters, a tied matrix counted once."""
+    """All parameters; a tied matrix is counted once."""
     return parameters(shape).total
 
 
@@ -92,18 +92,18 @@ def flops_per_token(shape: ModelShape, seq_len: int, formula: Formula) -> int:
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak: float) -> float:
-    """Part of the peak (1.0 is all of it) that one device's tokens/s amount to; `peak` in FLOP/s."""
+    """Fraction of the peak that one device's tokens/s amount to; `peak` in FLOP/s."""
     return tokens_per_second * flops_per_token / peak
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Dense bf16 tensor-core FLOP/s, accumulated in fp32, at the boost clock. Data sheets that print the rate with
-    structured sparsity print twice this."""
+    """Dense bf16 tensor-core FLOP/s, accumulated in fp32, at the boost clock. Data sheets that give the rate with
+    structured sparsity give twice this."""
 
     name: str
     pattern: str
-    """Matches the name that torch.cuda.get_device_name gives, from its start."""
+    """Matches the start of the name from torch.cuda.get_device_name."""
     flops: float
     source: str
 
@@ -125,13 +125,13 @@ PEAKS: tuple[Peak, ...] = (
 
 
 def known_peak(device_name: str) -> Peak | None:
-    """The entry of PEAKS for a name as torch.cuda.get_device_name gives it. None for an unknown one, and for a MIG
-    slice ("NVIDIA H100 80GB HBM3 MIG 1g.10gb"), whose peak is a part of its GPU's."""
+    """The entry of PEAKS for a name from torch.cuda.get_device_name. None if it is unknown, and for a MIG slice
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb"), whose peak is a fraction of its GPU's."""
     return next((peak for peak in PEAKS if re.match(peak.pattern, device_name.strip())), None)
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of the device, None when it is not known."""
+    """Dense bf16 FLOP/s of the device, or None if unknown."""
     peak = known_peak(device_name)
     return peak.flops if peak else None
 
@@ -158,7 +158,7 @@ def _peak(arguments: argparse.Namespace) -> tuple[float, str] | None:
         known = ", ".join(entry.name for entry in PEAKS)
         raise ConfigError(
             f"unknown device {arguments.device!r}",
-            f"give --peak-tflops, or the full name that torch has for one of {known}",
+            f"give --peak-tflops, or torch's full name for one of {known}",
         )
     return peak.flops, peak.source
 
@@ -170,11 +170,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         epilog="Formulas: " + "; ".join(f"{name}: {text}" for name, text in EXPLANATION.items()) + ".",
     )
     parser.add_argument("--model", required=True, help=f"one of {', '.join(FLAVORS)}")
-    parser.add_argument("--seq-len", type=int, help="tokens per sequence; the model's longest when not given")
-    parser.add_argument("--tokens-per-second", type=float, help="of one device; MFU is printed when given")
+    parser.add_argument("--seq-len", type=int, help="tokens per sequence; default: the model's longest")
+    parser.add_argument("--tokens-per-second", type=float, help="of one device; prints MFU")
     parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of one device, in TFLOP/s")
-    parser.add_argument("--device", help='instead of --peak-tflops: its name, as "NVIDIA H100 80GB HBM3"')
-    parser.add_argument("--formula", choices=FORMULAS, help="whose MFU to print; every formula's when not given")
+    parser.add_argument("--device", help='instead of --peak-tflops: its name, like "NVIDIA H100 80GB HBM3"')
+    parser.add_argument("--formula", choices=FORMULAS, help="for the MFU to print; default: all")
     arguments = parser.parse_args(argv)
     if arguments.peak_tflops is not None and arguments.device is not None:
         raise ConfigError("both --peak-tflops and --device are given", "give one of them")

@@ -1,7 +1,7 @@
-"""What a GPU achieves, not what its data sheet promises: one table of rates, each with its source.
+"""What GPUs achieve, not what their data sheets promise: one table of rates, each with its source.
 
-A new GPU is a new entry of GPUS. Rates that nobody has published are marked "estimate" with the reasoning, and
-`python -m titan_fast.estimate --calibrate results.json` replaces any of them by what was measured on a device.
+A new GPU is a new entry of GPUS. Rates that nobody has published are marked "estimate", with the reasoning.
+`python -m titan_fast.estimate --calibrate results.json` replaces any of them by measurements on a device.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class Rate:
 
 @dataclass(frozen=True)
 class AttentionRate:
-    """FLOP/s of causal attention at head dimension 128 and 4096 tokens or more, counting the unmasked half alone, a
-    backward pass as 2.5 forward passes."""
+    """FLOP/s of causal attention at head dimension 128 and 4096 tokens or more. Only the unmasked half is counted, and
+    a backward pass as 2.5 forward passes."""
 
     forward: float
     backward: float
@@ -40,16 +40,16 @@ class Gpu:
     name: str
     architecture: str
     peak_name: str
-    """Its entry of flops.PEAKS, for the peak and for the name that torch gives it."""
+    """Its entry in flops.PEAKS, with the peak and torch's name for it."""
     sms: int
     memory: Rate
-    """What torch can have, as total_memory of torch.cuda.get_device_properties."""
+    """Available to torch: total_memory of torch.cuda.get_device_properties."""
     gemm: Rate
-    """The best bf16 matrix product that was measured."""
+    """The best bf16 matrix product measured."""
     float8: Rate | None
-    """The best float8 one, without the casts to it; None where the GPU has none."""
+    """The best float8 one, without casts; None if the GPU has none."""
     bandwidth: Rate
-    """Bytes read plus bytes written per second of a large copy."""
+    """Bytes read plus bytes written per second by a large copy."""
     attention: dict[str, AttentionRate]
     """By backend, as in `[kernels] attention`."""
     nvlink: Rate
@@ -57,7 +57,7 @@ class Gpu:
     nic: Rate
     """Line rate of one GPU's share of the node's network, one direction."""
     context: Rate
-    """CUDA context with the kernels that a run loads; it is not in torch's count."""
+    """The CUDA context with the kernels that a run loads, which torch does not count."""
 
     @property
     def peak(self) -> float:
@@ -65,7 +65,7 @@ class Gpu:
 
     @property
     def default_attention(self) -> str:
-        """What `[kernels] attention = "auto"` means on it."""
+        """What `[kernels] attention = "auto"` means on this GPU."""
         return "flash" if int(self.architecture.removeprefix("sm_")) < 90 else "cudnn"
 
 
@@ -180,7 +180,7 @@ def known_gpu(name: str) -> Gpu:
     if name not in GPUS:
         words = name.lower()
         close = [known for known in GPUS if known.startswith(words)]
-        if not close and not any(part in words for part in ("nvl", "pcie")):  # slower ones of the same names
+        if not close and not any(part in words for part in ("nvl", "pcie")):  # slower variants
             close = [known for known in GPUS if words.startswith(known) or known == _by_device(name)]
             close = close or [words]
         hint = did_you_mean(close[0], GPUS) if close else ""
@@ -193,7 +193,7 @@ def known_gpu(name: str) -> Gpu:
 
 
 def _by_device(device: str) -> str:
-    """The entry of the GPU that torch calls `device`; empty where there is none."""
+    """The name in GPUS of the GPU that torch calls `device`, or ""."""
     peak = known_peak(device)
     return next((gpu.name for gpu in GPUS.values() if peak is not None and gpu.peak_name == peak.name), "")
 
@@ -208,16 +208,16 @@ _SHAPE = (
 
 
 def calibrated(gpu: Gpu, path: Path) -> Gpu:
-    """`gpu` with the rates that were measured on a device, from a file as the end-to-end benchmark writes it.
+    """`gpu` with the rates measured on a device, from a file as the end-to-end benchmark writes it.
 
-    ConfigError where the file cannot be read, is of another device, or holds what is no rate of it.
+    ConfigError if the file cannot be read, is of another device, or has an unknown or impossible rate.
     """
     where = str(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         device, rates = found["device"], dict(found["rates"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"no calibration can be read: {type(error).__name__}: {error}", _SHAPE, where) from error
+        raise ConfigError(f"cannot read the calibration: {type(error).__name__}: {error}", _SHAPE, where) from error
     pattern = next(peak.pattern for peak in PEAKS if peak.name == gpu.peak_name)
     if not re.match(pattern, str(device).strip()):
         raise ConfigError(f"the calibration is of {device!r}, and --gpu is {gpu.name}", "use the GPU's own", where)
@@ -242,8 +242,8 @@ def calibrated(gpu: Gpu, path: Path) -> Gpu:
 
 
 def _believed(gpu: Gpu, name: str, backend: str) -> tuple[float, float]:
-    """The least and the most that a rate can have been measured to be. The least tells units apart: 1% of the table's,
-    and 0.1% where a whole node shares an old network. The most is the peak, or else twice the table's."""
+    """The least and the most that a measured rate can be. The least catches wrong units: 1% of the table's, or for the
+    network 0.1%, since a whole node may share an old one. The most is the peak, or else twice the table's."""
     if name in _ATTENTION:
         return 0.01 * getattr(gpu.attention[backend], name.removeprefix("attention_")), gpu.peak
     table = getattr(gpu, name).value

@@ -1,6 +1,6 @@
-"""Checkpoints out of Hugging Face's or Meta's folders, and Hugging Face's folders out of checkpoints.
+"""Converts Hugging Face's or Meta's folders to checkpoints, and checkpoints to Hugging Face's folders.
 
-Both go tensor by tensor: of the model, no more is in memory than one tensor or one file.
+Both work tensor by tensor, so no more than one tensor or one file of the model is in memory.
 """
 
 import json
@@ -40,7 +40,7 @@ from titan_fast.tokenizer import (
 )
 
 KEPT = "hf"
-"""The folder in an imported checkpoint that holds the source's own small files, for an export to give them back."""
+"""The folder in an imported checkpoint with the source's own small files, which an export writes again."""
 
 GENERATION = "generation_config.json"
 _TOKENIZER_FILES = (
@@ -51,15 +51,15 @@ _SPARE_BYTES = 2**20
 
 
 def import_model(folder: Path, out: Path, tokenizer_path: Path | None = None) -> list[str]:
-    """Writes `out`/step-0 with the weights in `folder`, in their own dtypes, and says in lines what was done.
+    """Writes `out`/step-0 with the weights in `folder`, in their own dtypes, and returns lines that say what was done.
 
-    Raises what reading raises, and CheckpointError where step-0 is there already or the disk refuses.
+    Raises what reading raises, and CheckpointError if step-0 exists or writing fails.
     """
     weights = foreign_weights(folder)
     if weights is None:
         raise CheckpointError("neither config.json nor params.json is there", "give a model's folder", str(folder))
     if (folder / GENERATION).is_file():
-        read_json(folder / GENERATION)  # which an export reads from the checkpoint, where nothing can be mended
+        read_json(folder / GENERATION)  # an export reads its copy in the checkpoint, where it could not be fixed
     tokenizer = _find_tokenizer(folder, tokenizer_path)
     if tokenizer is not None:
         check_vocabulary(tokenizer, weights.shape.vocab_size)
@@ -79,7 +79,7 @@ def import_model(folder: Path, out: Path, tokenizer_path: Path | None = None) ->
 
 
 class _SourcePlanner(DefaultSavePlanner):
-    """Reads each tensor when DCP is about to write it; what DCP was given to plan with has no memory."""
+    """Reads each tensor when DCP is about to write it. The tensors that DCP plans with have no memory."""
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def _write_dcp(weights: Weights, folder: Path) -> None:
         f"model.{name}": torch.empty(size, dtype=weights.dtype(hf_names(name)[0]), device="meta")
         for name, size in our_sizes(weights.shape).items()
     }
-    # A file per tensor: DCP holds a file's tensors until it is written.
+    # A file per tensor, because DCP holds a file's tensors until it is written.
     writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=True, overwrite=False)
     try:
         with warnings.catch_warnings():
@@ -116,7 +116,7 @@ def _write_small_files(shape: ModelShape, folder: Path) -> None:
 
 
 def _keep_files(source: Path, folder: Path, with_tokenizer: bool) -> None:
-    """Copies what an export could not make again. A tokenizer without its config is not complete for transformers."""
+    """Copies what an export could not make again; tokenizer files only with the config that transformers needs."""
     names = [GENERATION]
     if with_tokenizer and (source / CONFIG_BESIDE).is_file():
         names += _TOKENIZER_FILES
@@ -136,7 +136,7 @@ def _import_lines(final: Path, weights: Weights, tokenizer: Tokenizer | None) ->
     shape, table = weights.shape, to_dict(replace(Config(), model=model_of(weights.shape)))["model"]
     arguments = " ".join(f"--model.{key} {_words(value)}" for key, value in table.items())
     if tokenizer is None:
-        spoken = "no tokenizer: without one it is good for training and export only; --tokenizer names one"
+        spoken = "no tokenizer, so it can only be trained and exported; --tokenizer names one"
     else:
         spoken = f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} pieces"
         arguments += f" --model.tokenizer_path {shlex.quote(str(final / 'tokenizer'))}"
@@ -158,12 +158,12 @@ def _described(shape: ModelShape, dtypes: set[torch.dtype]) -> str:
 
 
 def export_checkpoint(path: Path, out: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> list[str]:
-    """Writes a checkpoint as a Hugging Face folder, in `dtype` or (None) its own, and says in lines what was done.
+    """Writes a checkpoint as a Hugging Face folder, in `dtype` or (None) its own; returns lines that say what was done.
 
-    CheckpointError where the checkpoint is not whole, `out` is there already, or the disk refuses.
+    CheckpointError if the checkpoint is not whole, `out` exists, or writing fails.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError("the place is taken", "choose another --out", str(out))
+        raise CheckpointError("it already exists", "choose another --out", str(out))
     _refuse_name(out)
     weights = CheckpointWeights(checkpoint_folder(path))
     shape, before = weights.shape, set(weights.dtypes.values())
@@ -183,14 +183,14 @@ def export_checkpoint(path: Path, out: Path, dtype: torch.dtype | None, max_shar
 
 
 def _hf_bytes(weights: CheckpointWeights, dtype: torch.dtype | None) -> dict[str, int]:
-    """The bytes of each tensor of Hugging Face's, in the order in which ours are read."""
+    """The bytes of each of Hugging Face's tensors, in the order in which ours are read."""
     numbers = {name: size.numel() for name, size in hf_sizes(weights.shape).items()}
     widths = {name: (dtype or own).itemsize for name, own in weights.dtypes.items()}
     return {theirs: numbers[theirs] * widths[name] for name in weights for theirs in hf_names(name)}
 
 
 def _write_configs(weights: CheckpointWeights, dtypes: set[torch.dtype], folder: Path) -> str:
-    """config.json, generation_config.json and the tokenizer; says what became of the tokenizer."""
+    """Writes config.json, generation_config.json and the tokenizer; says what became of the tokenizer."""
     config = hf_config(weights.shape) | {"bos_token_id": None, "eos_token_id": None}
     generation: dict[str, Any] = {}
     has_tokenizer = (weights.path / "tokenizer").is_dir()
@@ -219,7 +219,7 @@ def _write_configs(weights: CheckpointWeights, dtypes: set[torch.dtype], folder:
 
 def _refuse_name(out: Path) -> None:
     if manifest.would_be_taken_for_one(out):
-        raise CheckpointError("it has the name of a checkpoint, among checkpoints", "choose another --out", str(out))
+        raise CheckpointError("beside checkpoints it would be taken for one", "choose another --out", str(out))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -228,9 +228,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 @contextmanager
 def _written(final: Path, temporary: Path, need: int) -> Iterator[Path]:
-    """An empty folder to write into, removed when that fails; a full disk is found before it is written to."""
+    """An empty folder to write into, removed if that fails. Disk space is checked first."""
     if checkpoint := manifest.holding(final.parent):
-        raise CheckpointError("a checkpoint takes nothing more", "choose another --out", str(checkpoint))
+        raise CheckpointError("nothing may be added to a checkpoint", "choose another --out", str(checkpoint))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Hugging Face's folders on disk: config.json and safetensors, read piece by piece and written shard by shard.
+"""Hugging Face's folders: config.json and safetensors, read piece by piece and written shard by shard.
 
 Nothing is unpickled, and nothing outside the folder is read.
 """
@@ -24,17 +24,17 @@ SINGLE = "model.safetensors"
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# Constants that old versions of transformers saved with the weights; they follow from config.json.
+# Constants that follow from config.json, but which old versions of transformers saved with the weights.
 _DERIVED = "rotary_emb.inv_freq"
 
 
 class HuggingFaceFolder:
-    """A folder with config.json and safetensors: one file, or several with an index. All headers are read and compared
-    with the shape when it is opened; weights only by `read`."""
+    """A folder with config.json and safetensors: one file, or several with an index. Opening it reads all headers and
+    compares them with the shape; weights are only read by `read`."""
 
     def __init__(self, path: Path) -> None:
-        """ConfigError for a config.json that this project cannot represent, CheckpointError for what is missing, too
-        much, of another size or damaged."""
+        """ConfigError for a config.json that this project cannot represent, CheckpointError if something is missing,
+        superfluous, of another size or damaged."""
         self.path = path
         self.config = read_json(path / CONFIG)
         self.shape = shape_from_hf(self.config, str(path / CONFIG))
@@ -47,7 +47,7 @@ class HuggingFaceFolder:
         return self._dtypes[name]
 
     def read(self, name: str, window: Window) -> Tensor:
-        # Opened for each tensor: a file that stays mapped keeps what was read of it in this process's memory.
+        # Opened for each tensor, because what was read of a file counts as this process's memory while it is mapped.
         with _opened(self._files[name]) as file:
             return file.get_slice(name)[window]
 
@@ -70,14 +70,14 @@ class HuggingFaceFolder:
                     files[name] = self.path / file
             if absent := [name for name, at in index.items() if at == file and name not in names]:
                 raise CheckpointError(
-                    f"{INDEX} says that {some(absent)} would be in {file}, which has no such tensor",
+                    f"{INDEX} says that {some(absent)} is in {file}, which has no such tensor",
                     "get the folder again",
                     where=str(self.path),
                 )
         return sizes, dtypes, files
 
     def _index(self) -> dict[str, str]:
-        """Tensor -> file; empty where there is one file without an index."""
+        """Tensor -> file; empty if there is one file without an index."""
         if not (self.path / INDEX).is_file():
             if not (self.path / SINGLE).is_file():
                 pickled = any(self.path.glob("*.bin"))
@@ -93,11 +93,11 @@ class HuggingFaceFolder:
         for name, file in index.items():
             if Path(file).name != file:
                 raise CheckpointError(
-                    f"{name} would be in {file!r}, which is not a file's plain name", "fix it", str(self.path / INDEX)
+                    f"{name} should be in {file!r}, which is not a plain file name", "fix it", str(self.path / INDEX)
                 )
             if not (self.path / file).is_file():
                 raise CheckpointError(
-                    f"{name} would be in {file}, and there is no such file",
+                    f"{name} should be in {file}, and there is no such file",
                     "get the folder again",
                     str(self.path / INDEX),
                 )
@@ -129,7 +129,7 @@ def check_sizes(sizes: Mapping[str, torch.Size], shape: ModelShape, path: Path) 
     if missing := [name for name in expected if name not in given]:
         problems.append(f"{some(missing)} missing")
     if extra := sorted(given - expected.keys()):
-        problems.append(f"{some(extra)} not known to this model")
+        problems.append(f"{some(extra)} unknown to this model")
     different = [name for name in expected if name in given and sizes[name] != expected[name]]
     if different:
         name = different[0]
@@ -145,7 +145,7 @@ def some(names: list[str]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file; CheckpointError where there is none."""
+    """The object in a JSON file, or CheckpointError."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -160,18 +160,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _opened(path: Path) -> Any:
-    """`safe_open`, which checks the header and that the file is as long as it says."""
+    """`safe_open`, which checks the header and the file's length against it."""
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, RuntimeError) as error:  # the last where it cannot be mapped
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it cannot be mapped
         raise CheckpointError(f"damaged or not safetensors: {error}", "get the file again", where=str(path)) from error
 
 
 def write_shards(
     weights: Iterable[tuple[str, Tensor]], sizes: Mapping[str, int], folder: Path, max_shard_bytes: int
 ) -> list[Path]:
-    """Writes the tensors in their order to safetensors files of at most `max_shard_bytes` (one tensor may be larger),
-    and an index where they are several. `sizes`: the bytes of each. No more than one file's tensors are held."""
+    """Writes the tensors in their order to safetensors files of at most `max_shard_bytes` (a larger tensor gets its own
+    file), and an index if there are several. `sizes`: the bytes of each. Holds the tensors of one file at a time."""
     plan = plan_shards(sizes, max_shard_bytes)
     names = [f"model-{i:05}-of-{len(plan):05}.safetensors" for i in range(1, len(plan) + 1)]
     paths = [folder / name for name in (names if len(plan) > 1 else [SINGLE])]
@@ -195,7 +195,7 @@ def _write_shard(path: Path, names: list[str], tensors: Iterator[tuple[str, Tens
 
 
 def save_readable(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes safetensors with the rights that a new file gets here; by itself it leaves one for its owner alone."""
+    """Writes safetensors with the usual permissions of a new file; `save_file` lets only the owner read it."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata)

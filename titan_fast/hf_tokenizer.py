@@ -1,4 +1,4 @@
-"""A tokenizer's file as the files that transformers loads a tokenizer from."""
+"""Writes a tokenizer as the files that transformers loads one from."""
 
 import json
 import shutil
@@ -29,12 +29,12 @@ _PROBES = (
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> str:
-    """Writes the files and says in words what they are. Its ids are the tokenizer's own; only a text that spells out
-    sentencepiece's space symbol differs, which transformers reads as a space."""
+    """Writes the files and says in words what they are. They give the tokenizer's own ids, except for a text with
+    sentencepiece's space symbol in it, which transformers reads as a space."""
     common: dict[str, Any] = {
         "model_max_length": max_seq_len,
         "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds one that Llama does not take
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds one that Llama does not accept
     }
     if tokenizer.kind == "sentencepiece":
         return _write_sentencepiece(tokenizer, folder, common)
@@ -54,14 +54,14 @@ def _write_config(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def _write_tokenizer(folder: Path, tokenizer: tokenizers.Tokenizer) -> None:
-    """As its `save`, whose own exception for a full disk is none of the operating system's."""
+    """Like its `save`, which however raises no OSError for a full disk."""
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def _write_sentencepiece(tokenizer: Tokenizer, folder: Path, common: dict[str, Any]) -> str:
-    """The file itself, and a tokenizer.json of it where that comes to the same ids: it does for byte-pair models that
-    do not normalise, as Llama 2's and those trained here. (transformers' own reading of the file loses a space at the
-    beginning of a text.)"""
+    """Copies the file, and writes a tokenizer.json if that gives the same ids, as it does for byte-pair models that do
+    not normalise, such as Llama 2's and those trained here. (transformers, reading the file itself, loses a space at
+    the beginning of a text.)"""
     processor = sentencepiece.SentencePieceProcessor()
     processor.Load(str(tokenizer.path))
     shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
@@ -74,14 +74,14 @@ def _write_sentencepiece(tokenizer: Tokenizer, folder: Path, common: dict[str, A
         return "tokenizer: the sentencepiece model, copied, and a tokenizer.json made from it"
     _write_config(folder, common | {"tokenizer_class": "LlamaTokenizer", "legacy": False})
     return (
-        "tokenizer: the sentencepiece model, copied; it is no byte-pair model without normalisation, so transformers "
-        "may give other ids than were trained on"
+        "tokenizer: the sentencepiece model, copied; it is not a byte-pair model without normalisation, so "
+        "transformers may give other ids than were trained on"
     )
 
 
 def _from_sentencepiece(processor: sentencepiece.SentencePieceProcessor) -> tokenizers.Tokenizer:
-    """Byte-pair pieces and scores as vocabulary and merges: of all neighbours, sentencepiece joins those whose piece
-    has the highest score, the leftmost first."""
+    """Turns byte-pair pieces and scores into vocabulary and merges. Of all neighbours, sentencepiece joins those whose
+    piece has the highest score, the leftmost first."""
     pieces = [processor.id_to_piece(id) for id in range(processor.vocab_size())]
     controls = [piece for id, piece in enumerate(pieces) if processor.is_control(id) or processor.is_unknown(id)]
     marked = {id for id in range(len(pieces)) if processor.is_byte(id) or processor.is_unused(id)}
@@ -121,7 +121,7 @@ def _bos_first(bos: str, bos_id: int) -> processors.TemplateProcessing:
 
 
 def _write_ranks(path: Path, folder: Path, common: dict[str, Any]) -> str:
-    """A tokenizer.json of a Llama 3 rank file: the ranks as byte-level BPE, the same split, the same special tokens."""
+    """A tokenizer.json for a Llama 3 rank file: byte-level BPE with the same ranks, split and special tokens."""
     ranks = read_ranks(path.read_bytes(), path)
     letters = _letters()
 
@@ -132,7 +132,7 @@ def _write_ranks(path: Path, folder: Path, common: dict[str, Any]) -> str:
     merges = [pair for token in ordered if (pair := _last_merge(token, ranks)) is not None]
     vocabulary = {spelled(token): rank for token, rank in ranks.items()}
     spelled_merges = [(spelled(left), spelled(right)) for left, right in merges]
-    # A part of the text that is a token is taken as such, as tiktoken does, whether or not merges lead to it.
+    # As in tiktoken, a piece of text that is a token becomes that token, whether or not merges lead to it.
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=spelled_merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -151,7 +151,7 @@ def _write_ranks(path: Path, folder: Path, common: dict[str, Any]) -> str:
 
 
 def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two tokens that `token` is merged from; None for a single byte, or where merging does not lead to it."""
+    """The two tokens that `token` is merged from; None for a single byte, or if merging does not lead to it."""
     parts = [token[at : at + 1] for at in range(len(token))]
     while len(parts) > 2:
         pairs = [(ranks.get(left + right, len(ranks)), at) for at, (left, right) in enumerate(pairwise(parts))]

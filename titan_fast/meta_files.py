@@ -1,7 +1,7 @@
 """Meta's own files of Llama 2 and 3: params.json, and consolidated.NN.pth with one model-parallel part each.
 
-Their rotary embedding turns neighbouring rows of a head's q and k, ours the two halves: row 2 i + p of a head there is
-row p E / 2 + i here.
+Their rotary embedding rotates pairs of neighbouring rows of a head's q and k; ours pairs row i with row E / 2 + i. So
+row 2 i + p of a head there is row p E / 2 + i here.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ _TOP = {
     "model.norm.weight": "norm.weight",
     "lm_head.weight": "output.weight",
 }
-# name within a layer: theirs, and the dimension that model parallelism cuts
+# Name within a layer -> their name, and the dimension that model parallelism splits.
 _LAYER: dict[str, tuple[str, int | None]] = {
     "input_layernorm.weight": ("attention_norm.weight", None),
     "self_attn.q_proj.weight": ("attention.wq.weight", 0),
@@ -42,10 +42,10 @@ _KNOWN_PARAMS = {
 
 
 class MetaFolder:
-    """Meta's folder, read under Hugging Face's names and with their order of rows. A matrix is always read whole."""
+    """Meta's folder, read under Hugging Face's names and in their order of rows. Matrices are always read whole."""
 
     def __init__(self, path: Path) -> None:
-        """ConfigError for parameters that this project cannot represent, CheckpointError for files that are damaged,
+        """ConfigError for a params.json that this project cannot represent, CheckpointError for files that are damaged,
         missing or do not belong together."""
         self.path, self._parts = path, _parts(path)
         params = read_json(path / PARAMS)
@@ -70,7 +70,7 @@ class MetaFolder:
 
     def read(self, name: str, window: Window) -> Tensor:
         meta_name, dim = _meta_name(name)
-        # Opened for each tensor: a file that stays mapped keeps what was read of it in this process's memory.
+        # Opened for each tensor, because what was read of a file counts as this process's memory while it is mapped.
         parts = [_load(part)[meta_name] for part in self._parts]
         whole = _joined(parts, dim, self.shape.dim)
         if meta_name.endswith(("attention.wq.weight", "attention.wk.weight")):
@@ -79,7 +79,7 @@ class MetaFolder:
 
 
 def half_split(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of q or k, [heads E, D], from Meta's order (pairs of neighbours turn together) to ours (pairs of halves)."""
+    """Rows of q or k, [heads E, D], from Meta's order (neighbours form pairs) to ours (row i pairs with E / 2 + i)."""
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -92,14 +92,14 @@ def _meta_name(name: str) -> tuple[str, int | None]:
 
 
 def _joined(parts: list[Tensor], dim: int | None, model_dim: int) -> Tensor:
-    """dim -1 is the embedding's, which Llama 2 cuts by columns and Llama 3 by rows."""
+    """dim -1 is for the embedding, which Llama 2 splits by columns and Llama 3 by rows."""
     if dim is None or len(parts) == 1:
         return parts[0]
     return torch.cat(parts, dim=(0 if parts[0].shape[1] == model_dim else 1) if dim == -1 else dim)
 
 
 def _whole_size(parts: list[Tensor], params: dict[str, Any], name: str, path: Path) -> torch.Size:
-    """That of the parts together; CheckpointError where they are no parts of one."""
+    """The size of the parts together; CheckpointError if they do not fit together."""
     names = dict(_LAYER.values())
     dim = names.get(name.split(".", 2)[-1]) if name.startswith("layers.") else {"output.weight": 0}.get(name)
     if name == "tok_embeddings.weight":
@@ -121,7 +121,7 @@ def _whole_size(parts: list[Tensor], params: dict[str, Any], name: str, path: Pa
 
 
 def _is_tied(parts: list[dict[str, Tensor]]) -> bool:
-    """Whether the head is the embedding: absent, or the same numbers (Meta's small Llama 3.2 files name both)."""
+    """Whether the head is the embedding: absent, or with the same values (Meta's small Llama 3.2 files have both)."""
     if "output.weight" not in parts[0]:
         return True
     pairs = [(part["output.weight"], part.get("tok_embeddings.weight")) for part in parts]
@@ -144,10 +144,10 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    """The file's tensors, mapped: nothing is read before it is used, and no code in the file runs."""
+    """The file's tensors, mapped: nothing is read before it is used, and no code in the file is run."""
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except UnpicklingError as error:  # torch's sentence says how to load it all the same
+    except UnpicklingError as error:  # torch's message says how to load it nevertheless
         raise CheckpointError("damaged, or more than tensors", "get the file again", where=str(path)) from error
     except Exception as error:  # a damaged pickle raises nearly anything
         sentence = str(error).strip().splitlines()[0][:200]
@@ -166,8 +166,8 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _shape(params: dict[str, Any], sizes: dict[str, torch.Size], tied: bool, path: Path) -> ModelShape:
-    """What params.json says, and what it leaves to the weights (the feed-forward width, sometimes the vocabulary) and
-    to the release: the stretch of the rotary wavelengths and the longest sequence."""
+    """The shape from params.json, from the weights (the feed-forward width, sometimes the vocabulary) and from the
+    release (the scaling of the rotary wavelengths and the longest sequence)."""
     where = str(path / PARAMS)
     if unknown := sorted(params.keys() - _KNOWN_PARAMS):
         raise ConfigError(f"{unknown[0]} is {params[unknown[0]]!r}, and this project knows no such key",
@@ -181,11 +181,11 @@ def _shape(params: dict[str, Any], sizes: dict[str, torch.Size], tied: bool, pat
         theta, eps = float(params.get("rope_theta", 10_000.0)), float(params["norm_eps"])
         vocab_size = _integer({"vocab_size": -1} | params, "vocab_size")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"a key is missing or no number: {error}", "fix it", where) from error
+        raise ConfigError(f"a key is missing or not a number: {error}", "fix it", where) from error
     rows = sizes["tok_embeddings.weight"][0]
     if vocab_size not in (-1, rows):
         what = f"vocab_size is {vocab_size}, and the embedding has {rows} rows"
-        raise ConfigError(what, "see whether all consolidated files are there", where)
+        raise ConfigError(what, "check that all consolidated files are there", where)
     ffn_dim = sizes["layers.0.feed_forward.w1.weight"][0]
     scaling, max_seq_len = None, 4096 if theta == 10_000.0 else 8192
     if params.get("use_scaled_rope"):
@@ -203,8 +203,8 @@ def _integer(params: dict[str, Any], key: str) -> int:
 
 
 def released_scaling(sizes: tuple[int, ...], where: str) -> tuple[RopeScaling, int]:
-    """The scaling and the context length of the released model of these sizes (dim, layers, heads, key/value heads,
-    feed-forward); ConfigError where there is none."""
+    """The scaling and the context length of the released model with these sizes (dim, layers, heads, key/value heads,
+    feed-forward); ConfigError if there is none."""
     for known in FLAVORS.values():
         if known.rope_scaling and sizes == (known.dim, known.n_layers, known.n_heads, known.n_kv_heads, known.ffn_dim):
             return known.rope_scaling, known.max_seq_len

@@ -1,7 +1,7 @@
-"""What one step does: every operator with its sizes, in order, and the memory it leaves, by unit of the model.
+"""Records a step: every operator with its sizes, in order, and the memory in use, by unit of the model.
 
-The step is the real one (titan_fast.step on a parallelized model); this only watches. Under fake tensors it costs a
-few milliseconds per layer, whatever the sizes.
+The step is the real one (titan_fast.step on a parallelized model); this only watches. With fake tensors it takes a few
+milliseconds per layer, whatever the sizes.
 """
 
 import functools
@@ -25,10 +25,10 @@ from titan_fast.memory_count import MemoryCounter, Peak, is_on_device
 from titan_fast.wide_products import add_product_, product
 
 Kind = Literal["gemm", "attention", "memory", "gather", "reduce", "replicas", "copy_out", "blocking", "tensor", "wait"]
-"""gemm, attention: bound by arithmetic; memory: by bandwidth. gather, reduce, replicas (HSDP's sum over its copies):
-FSDP's collectives, which run beside the computation; copy_out: the computation takes what a gather brought; blocking:
-a collective that is waited for at once; tensor, wait: a collective of tensor parallelism and where its result is
-needed."""
+"""gemm, attention: bound by arithmetic; memory: bound by bandwidth. gather, reduce, replicas (HSDP's sum over its
+copies): FSDP's collectives, which overlap with computation; copy_out: the computation needs what was gathered;
+blocking: a collective that is waited for at once; tensor, wait: a collective of tensor parallelism, and the place that
+needs its result."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Operation:
-    """A kernel, or several of a kind (`kernels`)."""
+    """A kernel, or several of one kind (`kernels`)."""
 
     kind: Kind
     name: str
     nbytes: float = 0.0
-    """Read plus written; of a collective, the whole (gathered or unreduced) buffer."""
+    """Read plus written; for a collective, the whole (gathered or unreduced) buffer."""
     flops: float = 0.0
     shape: tuple[int, int, int] = (0, 0, 0)
-    """Of a matrix product: rows, columns, inner size."""
+    """For a matrix product: rows, columns, inner size."""
     element_size: int = 2
     backward: bool = False
-    """Of attention."""
+    """For attention."""
     group: Group = Group(1, 1)
     recomputed: bool = False
     compiled: bool = False
@@ -89,7 +89,7 @@ _NO_WORK = {
 
 
 def operation_of(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Operation | None:
-    """The Operation that a call of an ATen (or other) operator amounts to; None for views and bare allocations."""
+    """The Operation for a call of an ATen (or other) operator; None for views and mere allocations."""
     packet, namespace = func.overloadpacket, func.namespace
     if packet in _GEMMS:
         return _gemm(packet, args, args[0] if out is None else out)  # `add_product_` returns nothing
@@ -110,7 +110,7 @@ def _gemm(packet: Any, args: tuple, out: Tensor) -> Operation:
     tensors = [a for a in args if isinstance(a, Tensor)]
     left, right = (
         tensors[:2] if packet is _ATEN._scaled_mm else tensors[-2:]
-    )  # scales come last, what is added to first
+    )  # scales are the last arguments; a tensor that is added to is the first
     rows, columns, inner = left.shape[-2], right.shape[-1], left.shape[-1]
     batch = left.shape[0] if left.dim() == 3 else 1
     shape, size = (rows * batch, columns, inner), left.element_size()
@@ -119,15 +119,15 @@ def _gemm(packet: Any, args: tuple, out: Tensor) -> Operation:
 
 
 def _attention(name: str, args: tuple, backward: bool) -> Operation:
-    """Causal attention does half of the products; its backward pass two and a half times the forward's."""
+    """Causal attention computes half of the products, and its backward pass 2.5 times as many as the forward."""
     q, k = args[1:3] if backward else args[:2]
     flops = 2.0 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3] * (2.5 if backward else 1.0)
     return Operation("attention", name, flops=flops, element_size=q.element_size(), backward=backward)
 
 
 def attention_workspace(args: tuple) -> int:
-    """Bytes that FlashAttention-2's backward takes and gives back: dq summed in float32, and with grouped queries dk
-    and dv of every query head (flash_api.cpp, mha_bwd). The CPU operator that stands for it has none."""
+    """Bytes of the workspace of FlashAttention-2's backward: dq summed in float32, and with grouped queries dk and dv
+    of every query head (flash_api.cpp, mha_bwd). The CPU operator used in its place has none."""
     q, k = args[1:3]
     expanded = 2 * q.numel() * q.element_size() if q.shape[1] != k.shape[1] else 0
     return 4 * q.numel() + expanded
@@ -155,7 +155,7 @@ def _collective(func: Any, args: tuple, out: Any) -> Operation | None:
 
 
 def _try_group(candidate: Any) -> Group | None:
-    """The group that an argument of a collective names or holds; None where it is something else, as a reduction."""
+    """The group that an argument of a collective names or holds; None if it is something else, like a reduction."""
     try:
         if isinstance(candidate, str):
             return _group_of(dist.distributed_c10d._resolve_process_group(candidate))  # type: ignore[arg-type]
@@ -165,17 +165,17 @@ def _try_group(candidate: Any) -> Group | None:
 
 
 def _saves() -> bool:
-    """Whether hooks of torch.utils.checkpoint see what is saved: in a backward pass, while it computes again."""
+    """Whether torch.utils.checkpoint's hooks are active: in a backward pass, while it recomputes."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore
 
 
 def accessed(tensor: Tensor) -> int:
-    """Bytes of memory behind a tensor, once each: an expanded one is small."""
+    """Bytes of memory behind a tensor, each counted once: few for an expanded one."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def moved_bytes(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> float:
-    """Bytes that an operator reads and writes: arguments once, what it changes or returns once more."""
+    """Bytes that an operator reads and writes: its arguments once, what it changes or returns once more."""
     read, written, known = 0, 0, set()
     for argument, value in zip(func._schema.arguments, _in_order(func, args, kwargs), strict=False):
         for tensor in tree_iter(value):
@@ -204,14 +204,14 @@ class StepRecorder(TorchDispatchMode):
     """Enter it around a step; mark where units and phases begin."""
 
     def __init__(self, for_gpu: bool = True, tensor_degree: int = 1) -> None:
-        """for_gpu: count the workspace that the GPU's attention takes; the CPU's is another. tensor_degree: of tensor
+        """for_gpu: count the workspace of the GPU's attention, which the CPU's does not have. tensor_degree: of tensor
         parallelism, whose ranks are neighbours."""
         super().__init__()
         self.for_gpu, self.tensor_degree = for_gpu, tensor_degree
         self.start()
 
     def start(self) -> None:
-        """Forgets all that was recorded, and records."""
+        """Forgets what was recorded, and starts recording."""
         self.memory = MemoryCounter()
         self.segments: list[Segment] = []
         self.batch = -1
@@ -237,7 +237,7 @@ class StepRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # seen again as what it does to local tensors
+            return NotImplemented  # its operators on local tensors will be seen
         out = func(*args, **kwargs)
         if not self.paused and func.namespace != "prim":
             self._record(func, args, kwargs, out)
@@ -262,7 +262,7 @@ class StepRecorder(TorchDispatchMode):
             self.add(replace(operation, recomputed=backward and _saves()))
 
     def note_collective(self, kind: Kind, whole: list[Tensor], own: list[Tensor], group: dist.ProcessGroup) -> None:
-        """A unit's gather into, or reduction of, the `whole` tensors of which this rank keeps its `own`."""
+        """A unit's gather into, or reduction of, the `whole` tensors, of which this rank has its `own` shards."""
         if self.paused:
             return
         self.memory.see((whole, own), "collective buffers")
@@ -280,7 +280,7 @@ class StepRecorder(TorchDispatchMode):
         self.memory.see((args, kwargs, out), "collective buffers")
 
     def finish(self) -> list[Segment]:
-        """The segments, each with its fullest moment."""
+        """The segments, each with its peak."""
         ends = [segment.first_event for segment in self.segments[1:]] + [len(self.memory.events)]
         for segment, end in zip(self.segments, ends, strict=True):
             segment.peak = self.memory.peak(segment.first_event, end)
@@ -288,7 +288,7 @@ class StepRecorder(TorchDispatchMode):
 
 
 class _NotedAllGather(DirectAllGather):
-    """Gathers nothing: fake tensors cannot be, in groups."""
+    """Gathers nothing: fake tensors cannot be gathered in groups."""
 
     def __init__(self, recorder: StepRecorder) -> None:
         self.recorder = recorder
@@ -307,14 +307,14 @@ class _NotedReduceScatter(DirectReduceScatter):
 
 
 def note_direct_collectives(model: nn.Module, recorder: StepRecorder) -> None:
-    """Lets `recorder` hear of what `direct_fsdp` gathers and reduces."""
+    """Tells `recorder` what `direct_fsdp` gathers and reduces."""
     for module, _ in direct_units(model):
         module.set_custom_all_gather(_NotedAllGather(recorder))
         module.set_custom_reduce_scatter(_NotedReduceScatter(recorder))
 
 
 class _Mark(torch.autograd.Function):
-    """The identity; its backward pass says that the backward pass of a unit begins."""
+    """The identity; its backward marks the start of a unit's backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, recorder: StepRecorder, unit: str) -> Tensor:
@@ -330,8 +330,8 @@ class _Mark(torch.autograd.Function):
 
 
 def mark_units(model: nn.Module, units: dict[str, nn.Module], recorder: StepRecorder) -> None:
-    """Makes every call of a unit mark its forward and, later, its backward pass. Outside of all hooks, FSDP's too, so
-    that what they do counts as the unit's; and outside of what is compiled."""
+    """Makes every call of a unit mark its forward and, later, its backward pass. The marks are outside of all hooks,
+    FSDP's too, whose work then counts as the unit's, and outside of compiled code."""
     for name, unit in units.items():
         unit.__class__ = _marking(type(unit))
         unit.mark_as = recorder, name  # type: ignore[assignment]
@@ -339,7 +339,7 @@ def mark_units(model: nn.Module, units: dict[str, nn.Module], recorder: StepReco
 
 @functools.cache
 def _marking(kind: type[nn.Module]) -> type[nn.Module]:
-    """One class for all units of a kind, or each would be compiled by itself."""
+    """One class for all units of a kind; otherwise each would be compiled separately."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         recorder, name = self.mark_as
@@ -359,14 +359,14 @@ def _marked(out: Any, recorder: StepRecorder, unit: str) -> Any:
 
 @contextmanager
 def recording(recorder: StepRecorder) -> Iterator[None]:
-    """Around the step."""
+    """To be entered around the step."""
     with recorder.memory.watching_resizes(), _without_trials(recorder), _with_arrivals(recorder), recorder:
         yield
 
 
 @contextmanager
 def _with_arrivals(recorder: StepRecorder) -> Iterator[None]:
-    """Where `direct_fsdp` makes the computation wait for weights there is no copy to be seen."""
+    """Records where the computation waits for weights of `direct_fsdp`, which makes no copy that could be seen."""
     arrive = param_group.foreach_all_gather_copy_out
 
     def noted(result: Any, *others: Any, **options: Any) -> None:
@@ -380,8 +380,8 @@ def _with_arrivals(recorder: StepRecorder) -> Iterator[None]:
 
 @contextmanager
 def _without_trials(recorder: StepRecorder) -> Iterator[None]:
-    """DTensor tries operators out on fake tensors of global size to learn the shapes of results; no device ever holds
-    those. (Counted, they make 100 GiB of a sharded optimizer.)"""
+    """Does not count the fake tensors of global size on which DTensor tries operators out, to learn the shapes of their
+    results. No device ever holds them. (With them a sharded optimizer would take 100 GiB.)"""
     name = "_propagate_tensor_meta_non_cached"
     propagate = getattr(ShardingPropagator, name)
 
