@@ -1,13 +1,13 @@
-"""Triton kernels for pretraining Llama models: torch and triton are all they need.
+"""Triton kernels for pretraining Llama models, which need only torch and triton.
 
-`titan_kernels.reference` has every operator in plain PyTorch, and works where triton is not installed.
+`titan_kernels.reference` has every operator in plain PyTorch, and works without triton.
 """
 
 from importlib.util import find_spec
 
 if find_spec("triton") is not None:
-    # The modules bear the names of their operators: what `titan_kernels.rms_norm` means must not depend on which was
-    # asked for first, so the operators are bound here rather than when they are first wanted.
+    # Modules are named after their operators, which are bound here and not lazily, so that `titan_kernels.rms_norm` is
+    # always the operator, whatever was imported first.
     from titan_kernels.cross_entropy import (
         cross_entropy,
         cross_entropy_grad_,

@@ -1,6 +1,6 @@
-"""Compile one kernel launch for an NVIDIA architecture without a GPU, and read from the result what it will cost.
+"""Compile a kernel launch for an NVIDIA architecture without a GPU, and determine its cost from the result.
 
-Registers and stack come from the `cuobjdump` that Triton brings; loads, stores and arithmetic types from the PTX.
+Registers and stack are from Triton's own `cuobjdump`, loads, stores and arithmetic types from the PTX.
 """
 
 import re
@@ -16,17 +16,17 @@ from triton.compiler import ASTSource
 
 from titan_kernels.launch import MAX_BLOCKS, Launch
 
-REGISTER_FILE = 65536  # 32-bit registers per multiprocessor, all three parts
-MAX_THREADS = 2048  # that a multiprocessor holds at once, all three parts
+REGISTER_FILE = 65536  # 32-bit registers per multiprocessor, on all three architectures
+MAX_THREADS = 2048  # resident at once on a multiprocessor, on all three architectures
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one block may use, by compute capability (CUDA C++ Programming Guide, table of technical
-specifications). A multiprocessor has 1 KiB more, and takes as much from it for each block."""
+specifications). A multiprocessor has 1 KiB more, and reserves 1 KiB for each block."""
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 CACHE = {80: 40 << 20, 90: 50 << 20, 100: 126 << 20}
 """Bytes of level-2 cache of an A100, an H100 SXM and a B200 (NVIDIA's tuning guides for the three architectures)."""
 
 WIDE_SHARE = 0.7
-"""Below this share, too much goes in narrow accesses. Statistics, labels and table entries are narrow of necessity."""
+"""A lower share means too many narrow accesses. Statistics, labels and table entries are necessarily narrow."""
 
 _ACCESS = re.compile(r"\b(ld|st)\.global((?:\.\w+(?:::\w+)*)*)([^;]*)")
 _COPY_TO_SHARED = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\],[^;]*?\],\s*(\w+)")
@@ -35,9 +35,9 @@ _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 @dataclass(frozen=True)
 class Cost:
-    """What one compiled launch uses. The shares are of the bytes that a thread's global loads and stores move as they
-    stand in the PTX text, loops and loads of the same address counted once: those that go in pieces of 128 bits or
-    more. 1.0 where there are none."""
+    """What one compiled launch uses. The shares are the fractions of the bytes in a thread's global loads and stores
+    that are accessed 128 bits or more at a time. Instructions in the PTX text are counted, so loops and loads of the
+    same address count once. 1.0 if there are none."""
 
     registers: int
     stack_bytes: int
@@ -47,17 +47,17 @@ class Cost:
     wide_store_share: float
     double_precision: bool
     bytes_read_twice: int = 0
-    """By one block; this and the next as in `Launch`."""
+    """By one block. This and the next are as in `Launch`."""
     max_resident: int = MAX_BLOCKS
 
     def resident_blocks(self, architecture: int) -> int:
-        """How many blocks a multiprocessor holds at once. Registers are handed out by 8 a thread."""
+        """How many blocks a multiprocessor holds at once. Registers are allocated in units of 8 per thread."""
         registers = -(-self.registers // 8) * 8 * self.threads
         shared = (SHARED_MEMORY[architecture] + 1024) // (self.shared_bytes + 1024)
         return min(REGISTER_FILE // registers, MAX_THREADS // self.threads, self.max_resident, shared)
 
     def cached_bytes(self, architecture: int) -> int:
-        """What the level-2 cache must hold for every second read of a full device to come from it."""
+        """The bytes that the level-2 cache must hold for every second read on a fully occupied device to hit it."""
         return MULTIPROCESSORS[architecture] * self.resident_blocks(architecture) * self.bytes_read_twice
 
     def violations(
@@ -67,7 +67,7 @@ class Cost:
         least_wide_stores: float = WIDE_SHARE,
         allow_uncached: bool = False,
     ) -> list[str]:
-        """What no launch of this package may do, in words; empty for a sound one."""
+        """What no launch of this package may do but this one does, in words."""
         found = []
         if self.stack_bytes:
             found.append(f"spills {self.stack_bytes} bytes per thread to the stack")
@@ -93,7 +93,7 @@ def compile_launch(launch: Launch, architecture: int) -> Cost:
     """The cost of `launch` on compute capability `architecture` (80, 90 or 100).
 
     Raises:
-        ValueError: Triton runs its interpreter, which has nothing to compile, or the architecture is not known here.
+        ValueError: Triton's interpreter is in use, which compiles nothing, or the architecture is unknown.
     """
     if architecture not in SHARED_MEMORY:
         raise ValueError(f"architecture {architecture} is none of {', '.join(map(str, SHARED_MEMORY))}")
@@ -140,12 +140,12 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _widths(ptx: str, kind: str) -> list[int]:
-    """Bits that each global load ("ld") or store ("st") instruction of the text moves per thread."""
+    """Bits per thread of each global load ("ld") or store ("st") instruction in the text."""
     widths, loaded = [], set()
     for found in _ACCESS.finditer(ptx):
         if found[1] != kind:
             continue
-        # A tensor of one column is loaded once for each column of its neighbour in the layout, from one address.
+        # A tensor of one column is loaded once for each column of the tensor beside it, always from the same address.
         if kind == "ld" and (address := found[3].rpartition("[")[2]) in loaded:
             continue
         if kind == "ld":
@@ -158,7 +158,7 @@ def _widths(ptx: str, kind: str) -> list[int]:
 
 
 def _copy_widths(ptx: str) -> list[int]:
-    """Bits that each asynchronous copy from global to shared memory, the other kind of load, moves per thread."""
+    """Bits per thread of each asynchronous copy from global to shared memory, the other kind of load."""
     return [8 * int(size, 0) for size in _COPY_TO_SHARED.findall(ptx)]
 
 

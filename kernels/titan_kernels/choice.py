@@ -1,9 +1,9 @@
-"""Which implementation of an operator runs: asked for, or decided by what was measured on this GPU architecture.
+"""Which implementation of an operator runs: the one asked for, or what measurements on this GPU architecture decide.
 
-The measurements are the files of `measured` beside this module, written by `python -m benchmarks.plot` from benchmark
-results: `<architecture>.json` of the device of an architecture that was measured first, which speaks for all of them,
-and `<architecture>-<device>.json` of another, which speaks for itself before. An architecture without a file has not
-been measured, and there `auto` means the reference.
+The measurements are the files in `measured` beside this module, written by `python -m benchmarks.plot` from benchmark
+results: `<architecture>.json` is of the first device measured of an architecture, and applies to all of them;
+`<architecture>-<device>.json` is of another device, for which it takes precedence. An architecture without a file has
+not been measured, and there `auto` means the reference.
 """
 
 import functools
@@ -26,18 +26,18 @@ SHAPE_KEYS: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("rows", "vocab"),
     "reemit": ("rows", "width", "ffn_width"),
 }
-"""The operators that have a switch, and the sizes that describe one call of each."""
+"""The operators that have a switch, and the sizes that describe a call of each."""
 
 SETTINGS = ("auto", "triton", "reference")
 
 VARIANTS = ("residual carried", "residual not carried", "sequence sharded", "vocabulary sharded", "vocabulary whole")
-"""What a cell may speak for alone: norms in a block that takes and hands on the residual as a pair, or not; norms
+"""What a cell may be restricted to: norms in a block that takes and returns a pair with the residual, or not; norms
 between the collectives of tensor parallelism; the loss on a rank's slice of the vocabulary, or on all of it."""
 
-# A measurement speaks for shapes whose every size is within this factor of its own.
+# A measurement applies to shapes all of whose sizes are within this factor of its own.
 REACH = 2.0
-# One whose two times are further apart than CLEAR speaks for more: by so much a single kernel differs from the dozen
-# that plain PyTorch launches in eager mode, and no size turns that round.
+# It applies to more if its two times differ by more than the factor CLEAR, as those of a single kernel and of the dozen
+# that plain PyTorch launches in eager mode do: no size reverses that.
 CLEAR, CLEAR_REACH = 3.0, 16.0
 
 
@@ -45,8 +45,8 @@ CLEAR, CLEAR_REACH = 3.0, 16.0
 class Cell:
     """Forward and backward of one operator at one shape, both implementations timed alternately in one run.
 
-    Eager cells time the operator alone. Compiled cells time the whole decoder block with and without the kernel, where
-    the operator has neighbours that the compiler fuses with it; benchmarks/contests.py says for which that is.
+    Eager cells time the operator alone. Compiled cells time the whole decoder block with and without the kernel, for
+    operators that the compiler can fuse with their neighbours; benchmarks/contests.py lists them.
     """
 
     op: str
@@ -54,12 +54,12 @@ class Cell:
     shape: dict[str, int]
     triton_us: float
     reference_us: float
-    """triton_us less the difference, which was taken pass by pass."""
+    """triton_us minus the difference, which was taken pass by pass."""
     noise_us: float
     """Twice the standard error of the difference."""
     dtype: str = "bfloat16"
     variant: str = ""
-    """One of VARIANTS where the operator has several forms, or surroundings that matter; empty: it speaks for all."""
+    """One of VARIANTS if the operator has several forms, or its surroundings matter; empty: all."""
 
     @property
     def speedup(self) -> float:
@@ -67,7 +67,7 @@ class Cell:
 
     @property
     def reach(self) -> float:
-        """By what factor the sizes of a shape may differ from its own."""
+        """The factor by which the sizes of a shape may differ from its own."""
         return CLEAR_REACH if max(self.speedup, 1 / self.speedup) > CLEAR else REACH
 
     @property
@@ -78,7 +78,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured on one architecture, and where it comes from."""
+    """What was measured on one architecture, and with what."""
 
     architecture: str
     device: str
@@ -104,7 +104,7 @@ class Choice:
 
 
 def current_device() -> str:
-    """The current CUDA device's name, empty without one."""
+    """The current CUDA device's name, or ""."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
@@ -119,18 +119,18 @@ def current_architecture() -> str | None:
 
 
 def slug(name: str) -> str:
-    """The name of a device, or of anything, as part of a file name."""
+    """A name, like a device's, as part of a file name."""
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
 def table_name(architecture: str, device: str = "") -> str:
-    """The file of `device`'s own measurements, or of those that speak for the architecture."""
+    """The name of the file with `device`'s own measurements, or the architecture's."""
     return "-".join(filter(None, (architecture, slug(device)))) + ".json"
 
 
 @functools.cache
 def load_table(architecture: str, device: str = "") -> Table | None:
-    """The committed measurements of `architecture`, or those of `device` alone; None where there are none."""
+    """The committed measurements of `architecture`, or those of `device` alone; None if there are none."""
     file = importlib.resources.files("titan_kernels") / "measured" / table_name(architecture, device)
     return Table.from_json(file.read_text()) if file.is_file() else None
 
@@ -150,11 +150,11 @@ def choose(
 ) -> Choice:
     """The implementation of `op` for one setting of its switch.
 
-    op: a key of SHAPE_KEYS. setting: "auto", "triton" or "reference". architecture: `current_architecture()`, None
-    where tensors are not on a GPU. compiled: whether the operator runs inside torch.compile. interpreted: whether
-    Triton runs its interpreter. shape: the sizes named by SHAPE_KEYS[op]. dtype: of activations, "bfloat16" and the
-    like. variants: those of VARIANTS that are at hand. device: the GPU's name as torch has it, whose own measurements
-    are preferred to its architecture's. table: in place of the committed ones.
+    op: a key of SHAPE_KEYS. setting: "auto", "triton" or "reference". architecture: `current_architecture()`, None if
+    tensors are not on a GPU. compiled: whether the operator runs inside torch.compile. interpreted: whether Triton's
+    interpreter is in use. shape: the sizes named by SHAPE_KEYS[op]. dtype: of activations, like "bfloat16". variants:
+    those of VARIANTS that apply. device: torch's name of the GPU, whose own measurements are preferred to its
+    architecture's. table: instead of the committed ones.
 
     Raises:
         ValueError: an unknown op or setting, sizes that do not fit the op, or "triton" where Triton cannot run.
@@ -204,7 +204,7 @@ def _by_measurement(
     shape: Mapping[str, int],
     table: Table | None,
 ) -> tuple[Choice, bool]:
-    """What the table says, and whether it says anything of this shape."""
+    """The table's choice, and whether it has a measurement for this shape."""
     context = "compiled" if compiled else "in eager mode"
     if table is None:
         return Choice("reference", f"not measured on {architecture}"), False

@@ -4,16 +4,16 @@
     dx = scale * (exp(x - logsumexp) * (1 + 2 * z_loss * logsumexp) - [column is label])
     both 0 where the label is ignore_index
 
-Shapes: N rows, V vocabulary (or one rank's shard of it, which begins at vocab_offset). A thread keeps a maximum and a
-sum of exponentials relative to it for each 16 bytes that it loads at once, and merges them at the end of the row.
-Instructions, not bytes, would else take longest: an H100 at its copy speed has time for about 38 an element in both
-passes; `cross_entropy_with_grad_` takes 12.
+Shapes: N rows, V vocabulary (or one rank's shard of it, which begins at vocab_offset). A thread keeps one maximum, and
+a sum of exponentials relative to it, for each 16 bytes that it loads at once, and merges them at the end of the row.
+Otherwise instructions, not bytes, would be the limit: at its copy speed an H100 has time for about 38 per element in
+both passes; `cross_entropy_with_grad_` needs 12.
 
 Three ways to use it:
 - `cross_entropy`: autograd, out of place, mutates nothing;
-- `cross_entropy_with_grad_`: losses, and the logits become their own gradient. Each row is read twice, the second time
-  as soon as the first is done, so that the second read can come from the level-2 cache, where the rows of all programs
-  at work fit it together (`titan_kernels.inspect` computes whether they do);
+- `cross_entropy_with_grad_`: returns losses and overwrites the logits with their gradient. Each row is read twice in
+  immediate succession, so the second read hits the level-2 cache if the rows of all resident programs fit in it
+  (`titan_kernels.inspect` computes whether they do);
 - `cross_entropy_stats` and `cross_entropy_grad_`: the same in two steps, between which ranks that each hold a part of
   the vocabulary reduce the statistics.
 """
@@ -33,26 +33,26 @@ from titan_kernels.sharding import no_matrix_product, register_placements
 from titan_kernels.validation import require_device, require_dtypes, shape
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's least; -inf would make the first rescaling inf - inf
+_LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's least; with -inf the first rescaling would be inf - inf
 
 # ---- launch
 
-# A row that is read twice should be in cache the second time, and few steps of many columns are what is fastest: one
-# for a vocabulary of 32,000, two for 128,256, by 32 warps, of which an H100's multiprocessor has room for two and one
-# such blocks: 17 and 34 MB are at work at a time, of its cache's 50. A thread's 64 elements leave no registers for
-# float32, which takes half the warps: 68 MB, which are read from memory twice.
+# A row that is read twice should be in cache the second time, and few steps of many columns are fastest: one for a
+# vocabulary of 32,000, two for 128,256, with 32 warps. An H100's multiprocessor has room for two and one such blocks:
+# 17 and 34 MB are in use at a time, of its cache's 50. In float32 a thread's 64 elements would not fit in registers, so
+# it has half the warps: 68 MB, which are read from memory twice.
 _LARGE_VOCABULARY = 45_000
 
 
 def _block(vocab: int) -> tuple[int, int]:
-    """(columns per step, warps) where a row is read once: 16 elements per thread, at least 16 bytes a step."""
+    """(columns per step, warps) if a row is read once: 16 elements per thread, at least 16 bytes a step."""
     block = min(max(power_of_two(vocab), 8), 8192)
     return block, max(block // 512, 1)
 
 
 def _block_read_twice(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(columns per step, warps) where a row is read twice."""
-    if vocab % 16:  # loads are narrow: more elements than 32 a thread would not stay in registers
+    """(columns per step, warps) if a row is read twice."""
+    if vocab % 16:  # loads are narrow: more than 32 elements per thread would not stay in registers
         block = min(_block(vocab)[0], 4096)
         return block, max(block // 1024, 1)
     if dtype == torch.float32:
@@ -127,7 +127,7 @@ def launches(vocab: int, dtype: torch.dtype, ignore_index: int = -100, z_loss: f
 
 @triton.jit
 def _exp(x):
-    """exp2 ends in one instruction; exp takes three more for results below 2^-126, which are 0 here."""
+    """exp by exp2, which is one instruction; tl.exp has three more for results below 2^-126, which are 0 here."""
     return tl.exp2(x * _LOG2E)
 
 
@@ -151,8 +151,8 @@ def _row_stats(logits, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gradient(x, columns, target, maximum, log_sum, scale, Z_LOSS: tl.constexpr):
-    """d(scale * loss)/dx; `target` is the label's column, or one outside the row. The maximum is subtracted first:
-    added to it, log_sum would lose its last bits."""
+    """d(scale * loss)/dx; `target` is the label's column, or one outside the row. The maximum is subtracted first,
+    because log_sum would lose its last bits if added to it."""
     softmax = _exp((x - maximum) - log_sum)  # pyright: ignore
     if Z_LOSS != 0.0:
         softmax *= 1 + 2 * Z_LOSS * (maximum + log_sum)
@@ -161,9 +161,9 @@ def _gradient(x, columns, target, maximum, log_sum, scale, Z_LOSS: tl.constexpr)
 
 @triton.jit
 def _powers_of_two(logits, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """(r, sum of 2^(x log2(e) - r)) of one row, r being the maximum of x log2(e) as float32 has it. An exponent is one
-    multiply-add, which rounds once; that r is kept with its sign changed saves the change. The row is kept in cache,
-    to be read again."""
+    """(r, sum of 2^(x log2(e) - r)) of one row; r is the maximum of x log2(e) in float32. An exponent is one
+    multiply-add, which rounds once; keeping -r instead of r saves the negation. The row is kept in cache, to be read
+    again."""
     group: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # elements that a thread loads at once
     columns = tl.arange(0, BLOCK)
     minus_r = tl.full((BLOCK // group,), -_LOWEST, tl.float32)
@@ -184,14 +184,14 @@ def _with_grad_kernel(
     LOGITS, LABELS, LOSS, SCALE, logits_stride,
     VOCAB: tl.constexpr, IGNORE_INDEX: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row, whose logits become the gradient of SCALE * loss. Instructions are what there is to save:
+    """One program per row, whose logits become the gradient of SCALE * loss. To save instructions,
 
         t = factor x - r,  logsumexp = r / factor + log(sum of 2^t),  softmax = 2^t / sum
 
-    with factor log2(e). Any r near the maximum would do; but beyond 2^30 rounding may put it so far from it that powers
-    overflow. Numbers of that size lie so far apart that only the largest counts, which 2^(x - max) finds as well: there
-    the factor is 1. The gradient is first that of the logsumexp, then the label's column is put right: no column is
-    compared with the label. And nothing is waited for before the first loads: a row to be ignored is read in vain."""
+    with factor log2(e). Any r near the maximum would do, but beyond 2^30 rounding may move it so far away that powers
+    overflow. Numbers of that size are so far apart that only the largest counts, which 2^(x - max) finds as well, so
+    there the factor is 1. The gradient is first that of the logsumexp, and then the label's column is corrected, so no
+    column is compared with the label. The first loads wait for nothing; an ignored row is read in vain."""
     row = tl.program_id(0).to(tl.int64)
     logits = LOGITS + row * logits_stride
     columns = tl.arange(0, BLOCK)
@@ -225,7 +225,7 @@ def _with_grad_kernel(
             x = tl.load(logits + start + columns, mask=inside, other=0.0, eviction_policy="evict_first")
             dx = weight * tl.exp2(tl.fma(x.to(tl.float32), factor, -r))
             tl.store(logits + start + columns, dx.to(x.dtype), mask=inside, eviction_policy="evict_first")
-        tl.debug_barrier()  # the thread that wrote the label's column may be another
+        tl.debug_barrier()  # another thread may have written the label's column
         at_label = weight * tl.exp2(tl.fma(target, factor, -r)) - scale
         tl.store(logits + label, at_label.to(LOGITS.dtype.element_ty), mask=known)
 
@@ -278,15 +278,15 @@ def _grad_kernel(
     LOGITS, DLOGITS, LABELS, MAXIMUM, LOG_SUM, SCALE, logits_stride, dlogits_stride, vocab_offset,
     VOCAB: tl.constexpr, IGNORE_INDEX: tl.constexpr, Z_LOSS: tl.constexpr, AUTOGRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK columns of a row. DLOGITS may be LOGITS. With AUTOGRAD every row has its own SCALE, and its
-    logsumexp in two terms; else SCALE is one number and LOG_SUM the whole logsumexp."""
+    """One program per BLOCK columns of a row. DLOGITS may be LOGITS. With AUTOGRAD every row has its own SCALE, and
+    logsumexp is MAXIMUM + LOG_SUM; otherwise SCALE is one number and LOG_SUM the whole logsumexp."""
     n_blocks = tl.cdiv(VOCAB, BLOCK)
     row = (tl.program_id(0) // n_blocks).to(tl.int64)
     columns = (tl.program_id(0) % n_blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < VOCAB
     label = tl.load(LABELS + row)
     valid = label != IGNORE_INDEX
-    wanted = tl.where(valid, inside, False)  # triton 3.9's interpreter has no & of a scalar that was loaded
+    wanted = tl.where(valid, inside, False)  # triton 3.9's interpreter cannot & a loaded scalar
     x = tl.load(LOGITS + row * logits_stride + columns, mask=wanted, other=0.0).to(tl.float32)
     log_sum = tl.load(LOG_SUM + row)
     maximum = tl.load(MAXIMUM + row) if AUTOGRAD else 0.0
@@ -346,7 +346,7 @@ def _gradient_into(
     dlogits: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor | None, log_sum: Tensor, scale: Tensor,
     vocab_offset: int, ignore_index: int, z_loss: float,
 ) -> None:  # fmt: skip
-    """With a maximum per row, scale is per row too, and log_sum is relative to the maximum."""
+    """With a maximum for each row, so is scale, and log_sum is relative to the maximum."""
     n_rows, vocab = logits.shape
     if n_rows:
         log_sum = log_sum.contiguous()
@@ -455,13 +455,13 @@ register_flop_formula(
     ]
 )(no_matrix_product)
 
-# Over the rows. The two that mutate are for a chunk of logits that its owner made, which is a plain tensor.
+# Sharded over the rows. The two operators that mutate are for chunks of logits, which are plain tensors.
 register_placements(_ops.cross_entropy.default, [((0, 0, 0), (0, 0, None, None))])
 register_placements(_ops.cross_entropy_backward.default, [((0,), (0, 0, 0, 0, 0, None, None))])
 register_placements(_ops.cross_entropy_stats.default, [((0, 0, 0), (0, 0, None))])
 
 
-# ---- what is called
+# ---- public functions
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, z_loss: float = 0.0) -> Tensor:
@@ -483,10 +483,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, z_lo
 def cross_entropy_with_grad_(
     logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int = -100, z_loss: float = 0.0
 ) -> Tensor:
-    """The losses of `cross_entropy`, while `logits` is overwritten with d(scale * sum of losses)/dlogits.
+    """The losses of `cross_entropy`; overwrites `logits` with d(scale * sum of losses)/dlogits.
 
-    logits: [N, V] with adjacent columns, of no use to anyone else; labels: [N] int64; scale: 0-dim float32 on the same
-    device -> [N] float32. Takes no part in autograd: the caller uses the gradient.
+    logits: [N, V] with adjacent columns, not used by anyone else; labels: [N] int64; scale: 0-dim float32 on the same
+    device -> [N] float32. Autograd does not see it: the caller uses the gradient.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, columns that are not adjacent, or rows that overlap.
@@ -500,11 +500,11 @@ def cross_entropy_with_grad_(
 
 
 def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """What a rank that holds columns vocab_offset, vocab_offset + 1, ... of the logits knows of each row.
+    """The statistics of each row on a rank that holds columns vocab_offset, vocab_offset + 1, ... of the logits.
 
     logits: [N, V_shard], labels: [N] int64 -> (max, sum of exp(x - max), logit of the label), each [N] float32; the
-    last is 0 where the label is not in the shard, so that a sum over ranks gives it. Over ranks, with M the greatest
-    max: logsumexp = M + log(sum of sum_exp * exp(max - M)), loss = logsumexp - target. Takes no part in autograd.
+    last is 0 if the label is not in the shard, so that the sum over ranks is the logit. Over ranks, with M the greatest
+    max: logsumexp = M + log(sum of sum_exp * exp(max - M)), loss = logsumexp - target. Autograd does not see it.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit.

@@ -1,8 +1,8 @@
-"""The short way through eager mode: around the dispatcher where nothing is there that wants to see the operator.
+"""A shortcut for eager mode, which bypasses the dispatcher if nothing needs to see the operator.
 
-A call of a `torch.library.custom_op` costs about 20 us of host time more than an autograd.Function that runs the same
-code. Compilation, DTensor and the dispatch modes (selective checkpointing, FLOP counting, fake tensors) need the
-operator; plain eager training does not.
+Calling a `torch.library.custom_op` takes about 20 us more of the host's time than an autograd.Function with the same
+code. Compilation, DTensor and dispatch modes (selective checkpointing, FLOP counting, fake tensors) need the operator;
+plain eager training does not.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-# Private, so they may go away: then every call takes the dispatcher's way, which is only slower.
+# Private, so they may disappear: then every call goes through the dispatcher, which is only slower.
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _transforms: Callable[[], Any] = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", tuple)
 
 
 def is_plain_eager(*tensors: Tensor) -> bool:
-    """Whether a call on these tensors is seen by no compiler, dispatch mode, torch.func transform or subclass.
+    """Whether no compiler, dispatch mode, torch.func transform or subclass would see a call on these tensors.
 
-    NotImplementedError where forward-mode derivatives are taken, to which an operator would be a constant without a
-    word; compiled it still is.
+    NotImplementedError for forward-mode derivatives, which would silently treat an operator as a constant, and still do
+    in compiled code.
     """
     if torch.compiler.is_compiling():
         return False
@@ -45,8 +45,8 @@ def _refuse_forward_mode(transforms: Any, tensors: Sequence[Tensor]) -> None:
 
 def unrecorded_dispatch(implementation: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
     """For calls inside an autograd.Function, where autograd does not record: `implementation` in plain eager mode, else
-    `operator`; and `operator` where a backward pass is itself recorded (create_graph=True): it has no second derivative
-    and raises that, where the implementation would leave the result silently disconnected."""
+    `operator`. If a backward pass is itself recorded (create_graph=True), also `operator`, which raises that it has no
+    second derivative; the result of `implementation` would be silently disconnected."""
 
     def call(*arguments: Any) -> Any:
         if not torch.is_grad_enabled() and is_plain_eager(*(a for a in arguments if isinstance(a, Tensor))):
@@ -59,7 +59,7 @@ def unrecorded_dispatch(implementation: Callable[..., Any], operator: Callable[.
 def eager_function(
     forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """An autograd.Function from the three functions that `register_autograd` takes; its `apply`."""
+    """The `apply` of an autograd.Function made of the three functions that `register_autograd` takes."""
 
     class EagerFunction(torch.autograd.Function):
         @staticmethod

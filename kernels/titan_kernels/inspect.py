@@ -1,12 +1,12 @@
-"""Compile every kernel launch of the Llama shapes ahead of time, without a GPU, and say what each costs.
+"""Compile every kernel launch of the Llama shapes ahead of time, without a GPU, and print what each costs.
 
     python -m titan_kernels.inspect [--arch 80 90 100] [--shapes llama3_8b ...] [--json]
 
-The column "read twice" is what all programs that a device holds at once read for a second time, and the level-2 cache
-that this should come from.
+The column "read twice" is what all programs resident on a device read a second time, and the size of the level-2 cache
+which that should come from.
 
 Exits with status 1 if any launch spills, uses double precision, has too few 128-bit loads or stores, does not fit the
-part, or reads twice what does not fit its cache; see `titan_kernels.ahead_of_time.Cost.violations`.
+device, or reads twice what does not fit its cache; see `titan_kernels.ahead_of_time.Cost.violations`.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TENSOR_PARALLEL_DEGREES = (1, 2, 4, 8)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Z_LOSS = 1e-4  # PaLM's
 
-# Launches with less of their bytes in wide accesses than the rest: the least share, and why.
+# Launches that may have fewer of their bytes in wide accesses: the least share, and why.
 NARROW_LOADS = {
     "cross_entropy_backward": (0.6, "a label and three numbers of the row beside a thread's 32 bytes of logits"),
     "cross_entropy_grad": (0.6, "a label and two numbers of the row beside a thread's 32 bytes of logits"),
@@ -48,7 +48,7 @@ UNCACHED = {
     ("cross_entropy_with_grad", "*fp32"): "a row of 128,256 float32 logits for each multiprocessor is 68 MB",
     ("rms_norm_backward", "*fp32"): "four rows of two float32 tensors",
 }
-"""Launches whose second read is not expected to come from cache, by the start of their name and the type of their first
+"""Launches whose second read is not expected to hit the cache, by the start of their name and the type of their first
 pointer, and why."""
 
 Key = tuple[str, str, str, str, int, int]
@@ -124,14 +124,14 @@ def _is_uncached(launch: Launch) -> bool:
 
 
 def _types(launch: Launch) -> str:
-    """The dtype of the activations, and that of a weight that has another."""
+    """The dtype of the activations, and the weight's if it differs."""
     first, *others = launch.signature.items()
     weight = dict(others).get("WEIGHT", first[1])
     return first[1].lstrip("*") + (f", weight {weight.lstrip('*')}" if weight != first[1] else "")
 
 
 def _sizes(launch: Launch) -> str:
-    """The constexprs that tell launches of one name apart: the integers that are no switches, a z-loss."""
+    """The constexprs that distinguish launches of one name: integers that are not switches, and a z-loss."""
     values = {key: value for key, value in launch.constexprs.items() if type(value) is int}
     values |= {key: value for key, value in launch.constexprs.items() if key == "Z_LOSS" and value}
     return " ".join(f"{key}={value}" for key, value in values.items())
@@ -142,7 +142,7 @@ def _inspect_part(shapes: tuple[str, ...], architecture: int, part: int, parts: 
 
 
 def inspect_llama(shapes: Sequence[str], architectures: Sequence[int], processes: int = 2) -> list[Finding]:
-    """All launches of `shapes` for all architectures, compiled by `processes` processes side by side."""
+    """All launches of `shapes` for all architectures, compiled by `processes` processes in parallel."""
     tasks = [(tuple(shapes), arch, part, processes) for arch in architectures for part in range(processes)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
@@ -151,7 +151,7 @@ def inspect_llama(shapes: Sequence[str], architectures: Sequence[int], processes
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """One line a launch."""
+    """One line per launch."""
     header: tuple[str, ...] = (
         "kernel",
         "types",
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(findings: Sequence[Finding], as_json: bool) -> int:
-    """Prints the findings, violations by name on standard error; the process's exit status."""
+    """Prints the findings, and violations on standard error; returns the process's exit status."""
     failed = [finding for finding in findings if finding.violations]
     text = json.dumps([asdict(finding) for finding in findings], indent=1) if as_json else table(findings)
     sys.stdout.write(text + "\n")

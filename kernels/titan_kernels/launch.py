@@ -1,7 +1,7 @@
-"""What a kernel launch is made of, in one place: the same object launches the kernel and is compiled ahead of time.
+"""Everything that makes up a kernel launch: the same object launches the kernel and is compiled ahead of time.
 
-Each kernel module builds its `Launch`es in cached functions of (shape, dtype) and has `launches(...)`, which lists
-every one that an operator of that shape uses, for `titan_kernels.inspect`.
+Each kernel module builds its `Launch`es in cached functions of (shape, dtype). Its `launches(...)` lists all that an
+operator of that shape uses, for `titan_kernels.inspect`.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from triton import JITFunction, knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-MAX_BLOCKS = 32  # that a multiprocessor of any of the three architectures can hold at once
-_MOST_KEPT = 1024  # binaries of a launch, so that ever new numbers of rows do not gather for ever
+MAX_BLOCKS = 32  # resident at once on a multiprocessor of any of the three architectures
+_MOST_KEPT = 1024  # binaries of a launch, so that they do not accumulate if the number of rows keeps changing
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
 """Triton's name for a pointer to each dtype that a kernel takes."""
@@ -25,36 +25,37 @@ POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp3
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel with everything that decides which binary runs; only the grid and the arguments are left open."""
+    """A kernel with everything that decides which binary runs; only the grid and the arguments are left open."""
 
     name: str
     """Unique within what `launches` returns, e.g. "rms_norm_forward"."""
     kernel: JITFunction[Any]
-    """Under Triton's interpreter it is an InterpretedFunction instead."""
+    """With Triton's interpreter, an InterpretedFunction instead."""
     signature: Mapping[str, str]
-    """Triton type of every argument that is not a constexpr, in the order of the kernel's parameters."""
+    """The Triton type of every argument that is not a constexpr, in the order of the kernel's parameters."""
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int = 1
     aligned: tuple[str, ...] = ()
-    """Arguments divisible by 16 for contiguous tensors of this shape: pointers as addresses, integers as values."""
+    """Arguments that are divisible by 16 for contiguous tensors of this shape: addresses of pointers, values of
+    integers."""
     bytes_read_twice: int = 0
-    """What one program reads from memory and, when that is done, once more, counting on the level-2 cache."""
+    """Bytes that a program reads in full and then again, counting on the level-2 cache."""
     max_resident: int = MAX_BLOCKS
-    """The most blocks of a grid for each multiprocessor, where the grid is sized by their number."""
+    """The most blocks per multiprocessor, if the number of multiprocessors decides the grid."""
     _compiled: dict[tuple[int, ...], Any] = field(init=False, repr=False, compare=False, default_factory=dict)
-    """By device and integers, the binary for addresses that 16 divides. What is asked of Triton when a kernel is looked
-    up (debugging, instrumentation, hooks before a run) is asked at the first launch of a kind only; launch hooks at
-    every one."""
+    """By device and integers, the binary for addresses divisible by 16. What Triton checks when it looks up a kernel
+    (debugging, instrumentation, hooks before a run) is checked at the first launch of a kind only; launch hooks are
+    called at every launch."""
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """Triton's. Products are fused with sums, as all was measured; it was Triton's default too, up to 3.9."""
+        """Triton's. Products are fused with sums, as in all measurements, and by default in Triton up to 3.9."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
     @cached_property
     def _n_pointers(self) -> int:
-        """They are the first arguments."""
+        """The number of pointers, which are the first arguments."""
         return sum(kind.startswith("*") for kind in self.signature.values())
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
@@ -67,8 +68,8 @@ class Launch:
             self._run(device, grid, arguments)
 
     def _run(self, device: int, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        """Triton by itself looks for the binary at every launch, asks the driver about every address and prepares what
-        it would tell hooks: more of the host's time than the launch."""
+        """Bypasses Triton, which at every launch looks for the binary, asks the driver about every address and prepares
+        data for hooks. That takes more of the host's time than the launch."""
         numbers = arguments[self._n_pointers :]
         addresses = [tensor.data_ptr() for tensor in arguments[: self._n_pointers]]
         kind = (device, *numbers)
@@ -85,10 +86,10 @@ class Launch:
             )  # fmt: skip
 
     def _run_by_triton(self, kind: tuple[int, ...], grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        """Triton's way, which makes the binary or finds it. It is kept for these integers, of which Triton makes
-        constants where they are 1, and multiples of 16."""
+        """Lets Triton find or compile the binary, which is then kept for these integers: Triton specialises it for
+        those that are 1 or multiples of 16."""
         binary = self.kernel[grid](*arguments, **self.constexprs, **self.options)
-        # On ROCm a tensor's size decides too; the interpreter has no binary, nor has what is compiled meanwhile.
+        # On ROCm a tensor's size decides too. In the interpreter, and while it is being compiled, there is no binary.
         kept = isinstance(binary, CompiledKernel) and not torch.version.hip
         if kept and not any(address.data_ptr() % 16 for address in arguments[: self._n_pointers]):
             if len(self._compiled) >= _MOST_KEPT:
@@ -97,12 +98,12 @@ class Launch:
 
 
 def _has_hook(chain: Any) -> bool:
-    """Triton has a list of them; a program may have put None or a function there."""
+    """Whether there is one: Triton has a list of hooks, but a program may have set None or a function."""
     return bool(getattr(chain, "calls", chain))
 
 
 def power_of_two(n: int) -> int:
-    """The least power of two that is not below n, for n >= 1."""
+    """The least power of two >= n, for n >= 1."""
     return 1 << (n - 1).bit_length()
 
 
@@ -112,8 +113,8 @@ def blocks(n: int, block: int) -> int:
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, int]:
-    """x [..., width] as rows of adjacent columns, and how far apart they begin: x itself, a view of it, or, where its
-    strides allow neither, a copy."""
+    """x [..., width] as rows of adjacent columns, and their stride: x itself, a view, or if its strides allow neither,
+    a copy."""
     width = x.shape[-1]
     if x.is_contiguous():
         return x, width
@@ -124,5 +125,5 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
 
 
 def empty_rows(like: Tensor) -> Tensor:
-    """Uninitialised memory of `like`'s shape, dtype and device, contiguous whatever the strides of `like`."""
+    """An uninitialised tensor of `like`'s shape, dtype and device, contiguous whatever the strides of `like`."""
     return torch.empty_like(like, memory_format=torch.contiguous_format)

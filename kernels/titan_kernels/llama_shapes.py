@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """What one rank computes with: widths of one decoder block and the vocabulary."""
+    """The sizes that one rank computes with: widths of a decoder block, and the vocabulary."""
 
     name: str
     width: int
@@ -16,8 +16,8 @@ class LlamaShape:
     vocab: int
 
     def shard(self, degree: int) -> "LlamaShape":
-        """The part of one of `degree` tensor-parallel ranks: heads, feed-forward columns and vocabulary are divided,
-        the model width is not (norms run on a share of the rows instead).
+        """The sizes of one of `degree` tensor-parallel ranks: heads, feed-forward columns and vocabulary are divided,
+        the model width is not (norms run on some of the rows instead).
 
         Raises:
             ValueError: a size is not divisible by `degree`.

@@ -1,13 +1,13 @@
-"""A norm or a gated product together with the matrix products that follow it, as one unit of autograd.
+"""A norm or a gated product and the matrix products after it, as one unit of autograd.
 
     norm_linear:    y = rms_norm(x + residual),  out_i = y @ W_i^T
     swiglu_linear:  h = silu(gate) * up,         out = h @ W^T
 
-A weight's gradient needs y (or h). Apart, autograd saves it; here the backward kernel, which has its factors in
-registers anyway, writes it once more: one more write instead of one more tensor kept per layer. At width 4096,
-feed-forward width 14336 and 8192 tokens in bfloat16 that is 2 * 67 + 235 MB per layer.
+A weight's gradient needs y (or h). With separate operators autograd saves it. Here the backward kernel, which has its
+factors in registers anyway, writes it again: an extra write instead of an extra tensor kept per layer. At width 4096,
+feed-forward width 14336 and 8192 tokens in bfloat16 these are 2 * 67 + 235 MB per layer.
 
-The matrix products are torch's own and stay visible to the compiler, to checkpoint policies and to DTensor.
+The matrix products are torch's own, and remain visible to the compiler, checkpoint policies and DTensor.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ def _weight_gradient(dout: Tensor, y: Tensor) -> Tensor:
 
 
 class _NormLinear(torch.autograd.Function):
-    """From x, residual or None, weight, eps, matrices: the products, then new_residual where there is a residual."""
+    """x, residual or None, weight, eps, matrices -> the products, and with a residual new_residual."""
 
     @staticmethod
     def forward(
@@ -90,12 +90,12 @@ class _SwigluLinear(torch.autograd.Function):
 def norm_linear(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, linear_weights: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """RMSNorm of x (of x + residual, where there is one) times each of `linear_weights`; y is not saved.
+    """RMSNorm of x (of x + residual if there is one) times each of `linear_weights`; y is not saved.
 
     x, residual: [..., D] of one dtype; weight: [D] in that dtype or float32; linear_weights: [out_i, D] in x's dtype.
     -> (out_1 [..., out_1], ..., new_residual [..., D]), in x's dtype; new_residual is x itself without a residual.
 
-    x and residual may be one tensor, or two of `linear_weights`, but not under torch 2.13's `compile(fullgraph=True)`,
+    x and residual may be one tensor, as may two of `linear_weights`, but not in torch 2.13's `compile(fullgraph=True)`,
     which refuses an autograd.Function that is given a tensor twice.
 
     Raises:
@@ -113,8 +113,8 @@ def norm_linear(
 def swiglu_linear(gate: Tensor, up: Tensor, down_weight: Tensor) -> Tensor:
     """`(silu(gate) * up) @ down_weight^T`; the gated product is not saved.
 
-    Inside a checkpoint the whole unit is computed again, the matrix product too, where the two operators apart would
-    stop before it.
+    A checkpoint around it recomputes the whole unit, including the matrix product, before which recomputation of
+    separate operators would stop.
 
     gate, up: [..., F]; down_weight: [out, F], all of one dtype -> [..., out].
 

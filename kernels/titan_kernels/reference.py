@@ -1,9 +1,9 @@
-"""Every operator of this package in plain PyTorch: the formula, and what runs when a kernel is off.
+"""Every operator of this package in plain PyTorch: its definition, and what runs when its kernel is off.
 
 Shapes: B batch, S sequence, D model width, H query heads, K key/value heads, G = H / K query heads per group,
 E head dimension, F feed-forward width, N rows (any leading dimensions flattened), V vocabulary.
 
-Arithmetic is in float32 (float64 stays float64) whatever the input dtype, and is rounded once, at the output.
+Arithmetic is in float32 (float64 for float64) whatever the input dtype, and is rounded once, at the output.
 """
 
 import torch
@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 def _wide(x: Tensor) -> Tensor:
-    """`x` in the dtype that the arithmetic is done in."""
+    """`x` in the dtype of the arithmetic."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square normalisation over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467).
 
-    x: [..., D], weight: [D] -> [..., D] in x's dtype. The multiplication by `weight` is in float32, one rounding
-    fewer than Hugging Face's order.
+    x: [..., D], weight: [D] -> [..., D] in x's dtype. The multiplication by `weight` is in float32, which is one
+    rounding less than in Hugging Face's order.
     """
     wide = _wide(x)
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -30,8 +30,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The residual add and the norm that follows it: `new_residual = x + residual; y = rms_norm(new_residual)`.
 
-    x, residual: [..., D], weight: [D] -> (y, new_residual), both [..., D] in x's dtype. The norm reads the sum as it
-    was rounded, so that the pair equals the two steps done apart.
+    x, residual: [..., D], weight: [D] -> (y, new_residual), both [..., D] in x's dtype. The norm reads the rounded sum,
+    so the result equals that of the two steps done separately.
     """
     new_residual = x + residual
     return rms_norm(new_residual, weight, eps), new_residual
@@ -55,7 +55,7 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int) -
         turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
         return turned.to(x.dtype).flatten(2, 3).transpose(1, 2)
 
-    # A copy: attention keeps v for the backward pass, and a view would keep all of qkv with it.
+    # v is copied, because attention keeps it for the backward pass, and a view would keep all of qkv.
     return rotate(q), rotate(k), v.squeeze(3).contiguous().transpose(1, 2)
 
 
@@ -79,9 +79,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, z_lo
 
 
 def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """What one slice of the vocabulary says of each row: (largest logit, sum of exp(logit - largest), the label's
-    logit or 0 where the label is not in the slice), [N] float32 each (of float64 logits float64). Slices combine by two
-    reductions.
+    """The statistics of each row over a slice of the vocabulary: (largest logit, sum of exp(logit - largest), the
+    label's logit or 0 if the label is not in the slice), [N] float32 each (float64 from float64 logits). Two reductions
+    combine slices.
 
     logits: [N, V_local], the columns vocab_offset .. vocab_offset + V_local of the whole; labels: [N] int64.
     """
@@ -103,7 +103,7 @@ def cross_entropy_grad_(
     ignore_index: int = -100,
     z_loss: float = 0.0,
 ) -> None:
-    """Overwrites a slice of the logits with the gradient of `scale * sum(cross_entropy)` by them.
+    """Overwrites a slice of the logits with the gradient of `scale * sum(cross_entropy)`.
 
     logits, labels, vocab_offset: as in `cross_entropy_stats`; logsumexp: [N] float32 over the whole vocabulary;
     scale: 0-dim float32.
@@ -121,10 +121,10 @@ def cross_entropy_grad_(
 def cross_entropy_with_grad_(
     logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int = -100, z_loss: float = 0.0
 ) -> Tensor:
-    """The losses of `cross_entropy`, while `logits` is overwritten with d(scale * sum of losses)/dlogits.
+    """The losses of `cross_entropy`; overwrites `logits` with d(scale * sum of losses)/dlogits.
 
-    logits: [N, V], of no use to anyone else; labels: [N] int64; scale: 0-dim float32 -> [N] float32 (float64 from
-    float64 logits). Takes no part in autograd: the caller uses the gradient.
+    logits: [N, V], not used by anyone else; labels: [N] int64; scale: 0-dim float32 -> [N] float32 (float64 from
+    float64 logits). Autograd does not see it: the caller uses the gradient.
     """
     valid = labels != ignore_index
     column = torch.where(valid, labels, 0)[:, None]
@@ -144,7 +144,7 @@ def cross_entropy_with_grad_(
 def norm_linear(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, linear_weights: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """RMSNorm of x (of x + residual, where there is one) times each of `linear_weights`.
+    """RMSNorm of x (of x + residual if there is one) times each of `linear_weights`.
 
     x, residual: [..., D]; weight: [D]; linear_weights: [out_i, D]. -> (out_1 [..., out_1], ..., new_residual [..., D]);
     new_residual is x itself without a residual.

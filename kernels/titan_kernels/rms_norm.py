@@ -5,10 +5,10 @@
     ds = r * (w * dy - s * r * mean(w * dy * s * r)) + ds_from_the_residual_stream
     dw = sum over rows of dy * s * r
 
-Shapes: N rows (all leading dimensions), D width. The backward pass is one read of dy, s and the residual's gradient:
-dS and float32 partial sums of dW come from the same kernel. Each of a fixed number P of programs sums its rows in
-order and a second, small kernel sums the P partials in order: no atomics, so equal inputs give equal bits on one kind
-of device.
+Shapes: N rows (all leading dimensions), D width. The backward pass reads dy, s and the residual's gradient once: one
+kernel computes ds and float32 partial sums of dw. Each of a fixed number P of programs sums its rows in order, and a
+second, small kernel sums the P partials in order. There are no atomics, so equal inputs give equal bits on one kind of
+device.
 """
 
 from functools import cache
@@ -28,14 +28,14 @@ from titan_kernels.validation import require_device, require_dtypes, shape
 MAX_WIDTH = 65536
 _WHOLE_ROW_FORWARD = 16384  # wider rows do not fit the registers of one program
 _WHOLE_ROW_BACKWARD = 8192
-_PROGRAM_ROWS = 4  # rows that a program of the backward kernel has at least, at once where they are wider than that
+_PROGRAM_ROWS = 4  # least rows per program of the backward kernel; wider rows are processed so many together
 _SUM_COLUMNS = 32
 
-# ---- launch: block width, warps and what else depends on the width alone
+# ---- launch: block width, warps and whatever else depends only on the width
 
 
 def _forward_blocks(width: int) -> tuple[int, int]:
-    """(columns per step, warps): 16 elements per thread where the row is wide enough."""
+    """(columns per step, warps): 16 elements per thread if the row is wide enough."""
     block = min(power_of_two(width), _WHOLE_ROW_FORWARD if width <= _WHOLE_ROW_FORWARD else 8192)
     return block, min(max(block // 512, 1), 32)
 
@@ -62,7 +62,7 @@ def _forward_launch(width: int, dtype: torch.dtype, weight_dtype: torch.dtype, e
 
 
 def _backward_warps(block: int, dtype: torch.dtype) -> int:
-    """8 elements per thread in narrow rows, where 16 spill on sm_100; 16 in rows of 4096 columns and more (float32:
+    """8 elements per thread for narrow rows, where 16 spill on sm_100; 16 for rows of 4096 columns or more (in float32
     of more than 4096, where 16 spill on sm_90)."""
     return min(max(block // 512, min(block // 256, 16 if dtype == torch.float32 else 8), 1), 16)
 
@@ -72,7 +72,7 @@ def _backward_launch(width: int, dtype: torch.dtype, weight_dtype: torch.dtype, 
     """`add`: the residual's gradient is added; `emit`: the normalised output is written again."""
     whole = width <= _WHOLE_ROW_BACKWARD
     block = power_of_two(width) if whole else 2048
-    # Chosen so that nothing spills on sm_80, sm_90 and sm_100: ptxas aims at a number of threads, not at none spilled.
+    # Chosen so that nothing spills on sm_80, sm_90 and sm_100: ptxas aims for a number of threads, not for no spills.
     stages = 2 if dtype == torch.float32 or (dtype == torch.float16 and block > 4096) else 3
     wide_warps = 8 if dtype == torch.float32 else 16
     pointer = POINTER[dtype]
@@ -113,11 +113,11 @@ def _aligned(width: int, pointers: str, strides: str) -> tuple[str, ...]:
 
 
 def _n_partials(n_rows: int, width: int, device: torch.device) -> int:
-    """Programs of the backward kernel: about as many as a device holds at once (of 3072 and 4096 columns it would hold
-    three a multiprocessor and gets two), but none for fewer than `_PROGRAM_ROWS` rows.
+    """How many programs run the backward kernel: about as many as a device holds at once (for 3072 and 4096 columns a
+    multiprocessor would hold three, and gets two), but no more than one per `_PROGRAM_ROWS` rows.
 
-    A program writes a float32 row of dW that the sum reads: 8 bytes a column, where each of its bfloat16 rows costs 6,
-    with a residual 8. A row per program would so double the traffic; at 4 rows it is a quarter to a third more.
+    A program writes a float32 row of dw that the sum reads: 8 bytes per column, while each of its bfloat16 rows costs
+    6, or 8 with a residual. With one row per program that doubles the traffic; with 4 it adds a quarter to a third.
     """
     programs = _multiprocessors(device) * (1 if width > _WHOLE_ROW_BACKWARD else min(8, 8192 // power_of_two(width)))
     return min(blocks(n_rows, _PROGRAM_ROWS), programs)
@@ -126,7 +126,7 @@ def _n_partials(n_rows: int, width: int, device: torch.device) -> int:
 @cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 2  # the interpreter: enough for a program to have several rows
+        return 2  # for the interpreter: few, so that a program has several rows
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -147,7 +147,7 @@ def launches(
 
 @triton.jit
 def _load_sum(X, RESIDUAL, columns, inside, ADD: tl.constexpr):
-    """x, or x + residual rounded to their dtype, in float32."""
+    """In float32: x, or x + residual after rounding to their dtype."""
     x = tl.load(X + columns, mask=inside, other=0.0)
     wide = x.to(tl.float32)
     if ADD:
@@ -161,8 +161,8 @@ def _forward_kernel(
     X, RESIDUAL, WEIGHT, Y, NEW_RESIDUAL, SCALE, x_stride, residual_stride,
     WIDTH: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row. A row wider than BLOCK is read twice, the second time at once after the first, for the
-    level-2 cache to still have it."""
+    """One program per row. A row wider than BLOCK is read twice in immediate succession, so that the level-2 cache
+    still has it."""
     row = tl.program_id(0).to(tl.int64)
     x = X + row * x_stride
     residual = RESIDUAL + row * residual_stride
@@ -194,7 +194,7 @@ def _forward_kernel(
 
 
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, new_residual, scale); without a residual, y stands in for new_residual."""
+    """(y, new_residual, scale); without a residual, new_residual is y."""
     width = x.shape[-1]
     y = empty_rows(x)
     new_residual = y if residual is None else empty_rows(x)
@@ -227,8 +227,8 @@ def _backward_kernel(
     DY, S, WEIGHT, SCALE, DRESIDUAL, DS, Y, PARTIALS, dy_stride, s_stride, dresidual_stride, n_rows,
     WIDTH: tl.constexpr, ADD: tl.constexpr, EMIT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program p takes rows p, p + P, ...; weight and the partial sum of dW stay in registers. With 3 STAGES the next
-    row is fetched while this one is worked on; with 2 Triton keeps a single buffer, and each row is waited for."""
+    """Program p processes rows p, p + P, ...; weight and the partial sum of dw stay in registers. With 3 STAGES the
+    next row is fetched while this one is processed; with 2 Triton has a single buffer, and each row is waited for."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -256,9 +256,10 @@ def _backward_wide_kernel(
     DY, S, WEIGHT, SCALE, DRESIDUAL, DS, Y, PARTIALS, dy_stride, s_stride, dresidual_stride, n_rows,
     WIDTH: tl.constexpr, ADD: tl.constexpr, EMIT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """For rows that do not fit: ROWS at a time, read in blocks of columns, first for the mean, then for the gradients,
-    from cache while the rows of all programs fit it: on an H100 in bfloat16 up to a width of about 24,000. The partial
-    sum of dW stands in the program's own row of PARTIALS, added to once per ROWS rows."""
+    """For rows that do not fit in registers. ROWS rows at a time are read in blocks of columns, first for the mean and
+    then for the gradients, the second time from cache if the rows of all programs fit in it: on an H100 in bfloat16 up
+    to a width of about 24,000. The program adds to the partial sum of dw, its own row of PARTIALS, once per ROWS rows.
+    """
     program = tl.program_id(0)
     partials = PARTIALS + program.to(tl.int64) * WIDTH
     columns = tl.arange(0, BLOCK)
@@ -288,7 +289,7 @@ def _backward_wide_kernel(
                 tl.store(Y + row * WIDTH + column, (normed * weight).to(Y.dtype.element_ty), mask=inside)
             partial = partials + start + columns
             dweight = tl.sum(dy * normed, 0)
-            # Written by this program alone: nothing to add to on its first rows.
+            # Only this program writes it, so for its first rows there is nothing to add to.
             dweight += tl.load(
                 partial, mask=tl.where(first != program * ROWS, start + columns < WIDTH, False), other=0.0
             )
@@ -297,7 +298,7 @@ def _backward_wide_kernel(
 
 @triton.jit(do_not_specialize=["n_partials"])
 def _sum_partials_kernel(PARTIALS, DWEIGHT, n_partials, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """dW from its partials [n_partials, WIDTH]: one program per COLUMNS columns."""
+    """dw from its partials [n_partials, WIDTH]: one program per COLUMNS columns."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, n_partials, ROWS):
@@ -342,7 +343,7 @@ def _rms_norm_backward(
 def _rms_norm_backward_emit(
     dy: Tensor, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(ds, dweight, y): the normalised output again, which the forward pass then need not save."""
+    """(ds, dweight, y): y again, so that the forward pass need not save it."""
     return _backward(dy, dresidual, s, weight, scale, emit=True)
 
 
@@ -376,7 +377,7 @@ def _(dy: Tensor, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Te
     return s.new_empty(s.shape), weight.new_empty(weight.shape), s.new_empty(s.shape)
 
 
-# What norm_linear calls.
+# For norm_linear.
 run_rms_norm = unrecorded_dispatch(_rms_norm, rms_norm_op)
 run_add_rms_norm = unrecorded_dispatch(_add_rms_norm, add_rms_norm_op)
 run_backward = unrecorded_dispatch(_rms_norm_backward, backward_op)
@@ -406,7 +407,7 @@ def _save_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 def _differentiate_add(
     ctx: Any, dy: Tensor | None, dresidual: Tensor | None, _: None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-    """x and the residual have the same gradient: one tensor, given to both."""
+    """x and the residual have the same gradient, and both get the same tensor."""
     if dy is None:
         return dresidual, dresidual, None, None
     ds, dweight = run_backward(dy, dresidual, *ctx.saved_tensors)
@@ -435,7 +436,7 @@ register_row_sharding(_ops.rms_norm_backward.default, (ROWS, SUM), _BACKWARD_INP
 register_row_sharding(_ops.rms_norm_backward_emit.default, (ROWS, SUM, ROWS), _BACKWARD_INPUTS, _leading_dims)
 
 
-# ---- what is called
+# ---- public functions
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -456,8 +457,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """The residual add and the norm that follows it: `new_residual = x + residual; y = rms_norm(new_residual)`.
 
     x, residual: [..., D] of one dtype; weight: [D] in that dtype or float32 -> (y, new_residual), both [..., D] in x's
-    dtype, contiguous. The norm reads the sum as it was rounded. Backward is one kernel whose one result is the gradient
-    of x and of the residual.
+    dtype, contiguous. The norm reads the rounded sum. In the backward pass one tensor is the gradient of both x and the
+    residual.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or D over 65,536.
@@ -469,7 +470,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def check(operator: str, x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
-    """Raise ValueError unless `operator` can norm x, after adding `residual` where there is one."""
+    """Raise ValueError unless `operator` can normalise x, after adding `residual` if there is one."""
     if x.dim() == 0 or not 0 < x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{operator}: takes rows of 1 to {MAX_WIDTH} numbers, got shape {shape(x)}")
     if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:

@@ -5,8 +5,8 @@
 
 Shapes: B batch, S sequence, H query heads, K key/value heads, G = H / K query heads per group, E head dimension.
 qkv [B, S, K * (G + 2) * E] has, for each key/value head, its G query heads, its key and its value. q, k and v each get
-memory of their own, [B, S, heads, E]: v could stay a view, but then attention, which saves v, would keep the whole of
-qkv alive until its backward pass. Nothing is saved but the tables.
+their own memory, [B, S, heads, E]: if v remained a view, attention, which saves v, would keep all of qkv alive until
+its backward pass. Only the tables are saved.
 """
 
 from functools import cache
@@ -23,7 +23,7 @@ from titan_kernels.launch import POINTER, Launch, blocks, power_of_two, rows_of
 from titan_kernels.sharding import no_matrix_product, register_placements
 from titan_kernels.validation import require_device, require_dtypes, shape
 
-# ---- launch: a program turns a block of tokens of one group, about 8 pairs per thread and head
+# ---- launch: a program rotates a block of tokens of one group, about 8 pairs per thread and head
 
 
 def _tokens(head_dim: int) -> int:
@@ -74,7 +74,7 @@ def _load_tables(COS, SIN, token, half, inside, seq_len, HALF: tl.constexpr):
 
 @triton.jit
 def _turn(SOURCE, OUT, source, out, cos, sin, inside, HALF: tl.constexpr):
-    """Turn the pairs at offsets `source` into those at offsets `out`. A thread owns both halves of its pairs."""
+    """Rotate the pairs at offsets `source`, and store them at offsets `out`. A thread owns both halves of its pairs."""
     left = tl.load(SOURCE + source, mask=inside, other=0.0).to(tl.float32)
     right = tl.load(SOURCE + source + HALF, mask=inside, other=0.0).to(tl.float32)
     tl.store(OUT + out, (left * cos - right * sin).to(OUT.dtype.element_ty), mask=inside)
@@ -83,7 +83,7 @@ def _turn(SOURCE, OUT, source, out, cos, sin, inside, HALF: tl.constexpr):
 
 @triton.jit
 def _move(SOURCE, OUT, source, out, inside, HALF: tl.constexpr):
-    """Copy a head as it is."""
+    """Copy a head unchanged."""
     tl.store(OUT + out, tl.load(SOURCE + source, mask=inside), mask=inside)
     tl.store(OUT + out + HALF, tl.load(SOURCE + source + HALF, mask=inside), mask=inside)
 
@@ -93,7 +93,7 @@ def _forward_kernel(
     QKV, COS, SIN, Q, K, V, qkv_stride, seq_len, n_tokens,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One program per TOKENS tokens of one group; neighbours share the tokens, and so the tables."""
+    """One program per TOKENS tokens of one group; neighbouring programs share the tokens, and so the tables."""
     kv_head = tl.program_id(0) % KV_HEADS
     token = (tl.program_id(0) // KV_HEADS).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
     half = tl.arange(0, BLOCK)[None, :]
@@ -109,7 +109,7 @@ def _forward_kernel(
 
 
 def _rope(qkv: Tensor, cos: Tensor, sin: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, k, v) [B, heads, S, E]. The group's size, not the number of heads: a shard of the heads has the same."""
+    """(q, k, v) [B, heads, S, E]. It takes the group's size and not the number of heads, which differs in a shard."""
     batch, seq_len, n_kv_heads, head_dim = _sizes(qkv, cos, group)
     q, k, v = _empty_heads(qkv, batch, seq_len, n_kv_heads, group, head_dim)
     if qkv.numel():
@@ -123,7 +123,7 @@ def _rope(qkv: Tensor, cos: Tensor, sin: Tensor, group: int) -> tuple[Tensor, Te
 
 
 def _sizes(qkv: Tensor, cos: Tensor, group: int) -> tuple[int, int, int, int]:
-    """(batch, seq_len, n_kv_heads, head_dim). The width is checked here too, because here it is that of a shard."""
+    """(batch, seq_len, n_kv_heads, head_dim). The width is checked again, because here it can be that of a shard."""
     batch, seq_len, width = qkv.shape
     head_dim = 2 * cos.shape[1]
     n_kv_heads = width // ((group + 2) * head_dim)  # no divmod: sizes may be symbolic
@@ -137,7 +137,7 @@ def _sizes(qkv: Tensor, cos: Tensor, group: int) -> tuple[int, int, int, int]:
 def _empty_heads(
     like: Tensor, batch: int, seq_len: int, n_kv_heads: int, group: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, [B, heads, S, E] as views of [B, S, heads, E] memory would be."""
+    """q, k and v, [B, heads, S, E] with the strides of transposed [B, S, heads, E] memory."""
     q, k, v = (
         like.new_empty_strided(
             (batch, heads, seq_len, head_dim), (seq_len * heads * head_dim, head_dim, heads * head_dim, 1)
@@ -159,7 +159,7 @@ def _backward_kernel(
     seq_len, n_tokens,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """As the forward kernel, from three gradients in whatever layout attention returned them to one packed one."""
+    """Like the forward kernel, from three gradients, in whatever layout attention returned them, to the packed one."""
     kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     token = (tl.program_id(0) // KV_HEADS).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
     half = tl.arange(0, BLOCK)[None, :]
@@ -229,7 +229,7 @@ _eager_rope = eager_function(_rope, _save, _differentiate)
 _ops = torch.ops.titan_kernels
 register_flop_formula([_ops.rope, _ops.rope_backward])(no_matrix_product)
 
-# Over the batch; over the sequence, with the tables; over the key/value heads, each with its group.
+# Sharded over the batch; over the sequence, with the tables; over the key/value heads, each with its group.
 register_placements(
     _ops.rope.default,
     [((0, 0, 0), (0, None, None, None)), ((2, 2, 2), (1, 0, 0, None)), ((1, 1, 1), (2, None, None, None))],
@@ -239,7 +239,7 @@ register_placements(
 )
 
 
-# ---- what is called
+# ---- public function
 
 
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

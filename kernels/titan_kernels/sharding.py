@@ -1,4 +1,4 @@
-"""What operators share towards torch: how DTensor splits their tensors and the FLOP counter counts them."""
+"""Registers operators with torch: how DTensor shards their tensors, and how the FLOP counter counts them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ _Choice = tuple[Sequence[_Code], Sequence[_Code]]
 
 
 def no_matrix_product(*shapes: Any, **keywords: Any) -> int:
-    """FLOPs as torch.utils.flop_counter counts them: matrix products only, so that a model counts the same with its
-    kernels on and off."""
+    """0 FLOPs, since torch.utils.flop_counter counts matrix products only: a model counts the same with kernels on and
+    off."""
     return 0
 
 
@@ -26,7 +26,7 @@ def register_row_sharding(
 ) -> None:
     """Let DTensor run `operator` on shards over any one of the first `n_dims(*arguments)` dimensions.
 
-    outputs, inputs: what each tensor is then, ROWS, WHOLE or SUM; None for arguments that are no tensors.
+    outputs, inputs: what each tensor then is, ROWS, WHOLE or SUM; None for arguments that are not tensors.
     """
     numbered: dict[str | None, _Code] = {WHOLE: None, SUM: SUM, None: None}
 
@@ -40,11 +40,11 @@ def register_row_sharding(
 
 
 def register_placements(operator: OpOverload, accepted: list[_Choice] | Callable[..., list[_Choice]]) -> None:
-    """Let DTensor run `operator` replicated, or as one of `accepted` says (a list, or a function of the arguments).
+    """Let DTensor run `operator` replicated, or as in one of `accepted` (a list, or a function of the arguments).
 
-    An element of the list is (outputs, inputs), in each of which an integer stands for a tensor sharded over that
-    dimension, None for a replicated one (or an argument that is no tensor), and SUM for terms of a sum. Nothing is
-    registered where torch was built without distributed.
+    An element of the list is (outputs, inputs). In each an integer stands for a tensor sharded over that dimension,
+    None for a replicated one (or an argument that is not a tensor), and SUM for terms of a sum. Nothing is registered
+    if torch was built without distributed.
     """
     if not torch.distributed.is_available():
         return
@@ -59,7 +59,7 @@ def register_placements(operator: OpOverload, accepted: list[_Choice] | Callable
     n_outputs = len(operator._schema.returns)
 
     def rule(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
-        # DTensor hands over a description of each tensor; numbers, and tensors that are not given, have no placement.
+        # DTensor passes a description of each tensor; numbers, and tensors that are not given, have no placement.
         is_tensor = [hasattr(argument, "placements") for argument in arguments]
         everywhere: _Choice = ([None] * n_outputs, [None] * len(arguments))
         choices = accepted(*arguments) if callable(accepted) else accepted

@@ -4,7 +4,7 @@
     dg = dh * u * (sigmoid(g) + silu(g) * (1 - sigmoid(g))),  du = dh * silu(g)
 
 Only the inputs are saved. One pass writes both gradients and, for the matrix product that follows, h again.
-Contiguous tensors are one long row; others are read row by row where they lie.
+Contiguous tensors are treated as one long row; others are read row by row, in place.
 """
 
 from functools import cache
@@ -57,13 +57,12 @@ def _backward_launch(dtype: torch.dtype, emit: bool) -> Launch:
 
 
 def launches(dtype: torch.dtype) -> list[Launch]:
-    """Every launch of swiglu and its backward pass; the width is no part of any."""
+    """Every launch of swiglu and its backward pass; none depends on the width."""
     return [_forward_launch(dtype), _backward_launch(dtype, False), _backward_launch(dtype, True)]
 
 
 def _lay_out(*tensors: Tensor) -> tuple[list[tuple[Tensor, int]], int, int]:
-    """The tensors as rows, each with its stride, and how many rows of how many columns: one row where all are
-    contiguous."""
+    """The tensors as rows, each with its stride; the number of rows, and of columns. One row if all are contiguous."""
     size = tensors[0].numel()
     if all(tensor.is_contiguous() for tensor in tensors):
         return [(tensor, size) for tensor in tensors], 1, size
@@ -140,7 +139,7 @@ def _swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
 
 
 def _swiglu_backward_emit(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dgate, dup, h): the product again, which the forward pass then need not save."""
+    """(dgate, dup, h): h again, so that the forward pass need not save it."""
     return _backward(dh, gate, up, emit=True)
 
 
@@ -197,7 +196,7 @@ register_row_sharding(_ops.swiglu_backward.default, (ROWS, ROWS), (ROWS, ROWS, R
 register_row_sharding(_ops.swiglu_backward_emit.default, (ROWS, ROWS, ROWS), (ROWS, ROWS, ROWS), _all_dims)
 
 
-# ---- what is called
+# ---- public functions
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""The least bytes that each operator must move through device memory, declared once for tests, benchmarks, tables.
+"""The least bytes that each operator must move through device memory, for tests, benchmarks and tables.
 
-Counted: every operand read once, every result written once, weights and tables too. Not counted, because an
-implementation chooses them: saved statistics, partial sums of weight gradients, a second read of a row that is still
-in cache. An implementation that moves more than this shows it as a lower bandwidth. Letters are those of
-`titan_kernels.reference`.
+Every operand is read once and every result written once, weights and tables too. What an implementation chooses is not
+counted: saved statistics, partial sums of weight gradients, a second read of a row that is still in cache. An
+implementation that moves more shows a lower bandwidth. Letters are those of `titan_kernels.reference`.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ _LABEL_BYTES = 8  # labels are int64
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one call. `backward` counts the gradients of every floating-point input."""
+    """Bytes of one call. `backward` is for the gradients of all floating-point inputs."""
 
     forward: int
     backward: int
@@ -39,8 +38,8 @@ def add_rms_norm(rows: int, width: int, element_size: int = 2) -> Traffic:
 
 
 def rope(rows: int, seq_len: int, n_heads: int, n_kv_heads: int, head_dim: int, element_size: int = 2) -> Traffic:
-    """Forward: the packed projection, cos, sin -> q, k, v, each in memory of its own, so that attention does not keep
-    the projection alive (an implementation that leaves v a view of it moves 2 * v less). Backward: dq, dk, dv, cos, sin
+    """Forward: the packed projection, cos, sin -> q, k, v, each in its own memory, so that attention does not keep the
+    projection alive (an implementation where v remains a view of it moves 2 * v less). Backward: dq, dk, dv, cos, sin
     -> the packed gradient. rows = B * S."""
     packed = rows * (n_heads + 2 * n_kv_heads) * head_dim * element_size
     tables = 2 * seq_len * (head_dim // 2) * _TABLE_BYTES
@@ -54,27 +53,27 @@ def swiglu(rows: int, width: int, element_size: int = 2) -> Traffic:
 
 
 def cross_entropy(rows: int, vocab: int, element_size: int = 2) -> Traffic:
-    """Loss and gradient of one logits chunk [rows, vocab] together: the gradient takes the logits' place in the pass
-    that computes the loss, so that all bytes count as forward and none as backward."""
+    """Loss and gradient of one chunk of logits [rows, vocab]. The gradient overwrites the logits when the loss is
+    computed, so all bytes count as forward."""
     logits = rows * vocab * element_size
     return Traffic(forward=2 * logits + rows * (_LABEL_BYTES + _TABLE_BYTES), backward=0)
 
 
 def norm_linear(rows: int, width: int, element_size: int = 2) -> Traffic:
-    """`rms_norm` in front of a linear whose backward writes y again for the weight gradient, so that y is not saved.
-    The matrix multiplications are not counted."""
+    """`rms_norm` before a linear; the backward writes y again for the weight gradient, so that y is not saved. Matrix
+    products are not counted."""
     plain = rms_norm(rows, width, element_size)
     return Traffic(forward=plain.forward, backward=plain.backward + rows * width * element_size)
 
 
 def add_norm_linear(rows: int, width: int, element_size: int = 2) -> Traffic:
-    """`add_rms_norm` in front of a linear, with y written again in the backward."""
+    """`add_rms_norm` before a linear; the backward writes y again."""
     plain = add_rms_norm(rows, width, element_size)
     return Traffic(forward=plain.forward, backward=plain.backward + rows * width * element_size)
 
 
 def swiglu_linear(rows: int, width: int, element_size: int = 2) -> Traffic:
-    """`swiglu` in front of the down projection, with the product written again in the backward."""
+    """`swiglu` before the down projection; the backward writes the product again."""
     plain = swiglu(rows, width, element_size)
     return Traffic(forward=plain.forward, backward=plain.backward + rows * width * element_size)
 

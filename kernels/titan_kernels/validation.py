@@ -1,4 +1,4 @@
-"""What every operator asks of its inputs before it launches anything, else a ValueError that names them."""
+"""Checks of an operator's inputs before anything is launched; each raises a ValueError that describes them."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def shape(x: Tensor) -> list[int]:
-    """x's shape as it is printed in messages."""
+    """x's shape for messages."""
     return list(x.shape)
 
 
 def require_dtypes(operator: str, x: Tensor, *others: Tensor) -> None:
-    """x is bfloat16, float16 or float32, and the others are of the same dtype."""
+    """Requires x to be bfloat16, float16 or float32, and the others to have the same dtype."""
     if x.dtype not in FLOATING:
         raise ValueError(f"{operator}: takes bfloat16, float16 or float32, not {x.dtype}")
     for other in others:
@@ -26,7 +26,7 @@ def require_dtypes(operator: str, x: Tensor, *others: Tensor) -> None:
 
 
 def require_one_device(operator: str, x: Tensor, *others: Tensor) -> None:
-    """All tensors are on one device."""
+    """Requires all tensors to be on one device."""
     for other in others:
         if other.device != x.device:
             raise ValueError(
@@ -36,13 +36,13 @@ def require_one_device(operator: str, x: Tensor, *others: Tensor) -> None:
 
 def is_interpreted(kernel: Any) -> bool:
     """Whether `kernel` was decorated under TRITON_INTERPRET=1, and so runs on CPU tensors."""
-    from triton import JITFunction  # here: the reference works where triton is not installed
+    from triton import JITFunction  # here, because the reference works without triton
 
     return not isinstance(kernel, JITFunction)
 
 
 def require_device(operator: str, kernel: Any, x: Tensor, *others: Tensor) -> None:
-    """All tensors are on one device, and the kernel can run there or need not, the tensors being fake."""
+    """Requires all tensors to be on one device, on which the kernel can run unless they are fake."""
     require_one_device(operator, x, *others)
     device = x.device
     runs = device.type in ("cuda", "meta") or (device.type == "cpu" and is_interpreted(kernel))
