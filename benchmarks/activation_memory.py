@@ -1,10 +1,10 @@
-"""What a block keeps for its backward pass and what it computes again, for every kind of activation checkpointing.
+"""What a block keeps for its backward pass and what it recomputes, for every kind of activation checkpointing.
 
     python -m benchmarks.activation_memory [--tokens 8192] [--out benchmarks/results/activation_memory.json]
 
-No GPU and no arithmetic: eager blocks run on fake tensors, compiled ones are traced and cut in two by the compiler, and
-tensors and matrix products are counted. Bytes are of one block in bfloat16, batch 1, without its weights. Where
-selective_ac_option is a number N, every Nth block is as with `full` and the others as with `none`.
+Needs no GPU and no arithmetic: eager blocks run on fake tensors, compiled ones are traced and partitioned by the
+compiler, and tensors and matrix products are counted. Bytes are of one block in bfloat16, batch 1, without its weights.
+If selective_ac_option is a number N, every Nth block is as with `full` and the others as with `none`.
 """
 
 import argparse
@@ -46,19 +46,19 @@ class Cost:
     """One block, one forward and backward pass. None: not measured this way."""
 
     kept: int
-    """Bytes that live from its forward to its backward pass, its input among them."""
+    """Bytes that live from its forward to its backward pass, including its input."""
     peak: int | None
-    """Most bytes at any one time in the backward pass, what it keeps and recomputes and the gradients of activations
-    and weights included."""
+    """The most bytes at once in the backward pass, including what is kept and recomputed, and the gradients of
+    activations and weights."""
     forward_flops: int
-    """Matrix products and attention of the forward pass."""
+    """Of the forward pass's matrix products and attention."""
     recomputed_products: float
-    """Part of the forward pass's matrix product FLOPs (attention not counted) that runs again."""
+    """The fraction of the forward pass's matrix product FLOPs (without attention) that is recomputed."""
     recomputed_attention: bool
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the tensors made under it, and FLOPs of matrix products and attention forward passes."""
+    """Counts bytes of tensors that are made, and FLOPs of matrix products and attention's forward passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def _tables(shape: ModelShape, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def eager(shape: ModelShape, mode: ActivationCheckpoint, tokens: int) -> Cost:
-    """The block as PyTorch runs it op by op."""
+    """The block as PyTorch runs it, operator by operator."""
     block = _block(shape, mode, Compile())
     with FakeTensorMode(allow_non_fake_inputs=True):
         block.to_empty(device="cpu")
@@ -123,7 +123,7 @@ def eager(shape: ModelShape, mode: ActivationCheckpoint, tokens: int) -> Cost:
 
 
 def compiled(shape: ModelShape, mode: ActivationCheckpoint, tokens: int) -> Cost:
-    """The block as torch.compile cuts it into a forward and a backward graph; nothing of either is run."""
+    """The block as torch.compile partitions it into a forward and a backward graph, neither of which is run."""
     torch._dynamo.reset()
     graphs: dict[str, torch.fx.GraphModule] = {}
 
@@ -131,11 +131,11 @@ def compiled(shape: ModelShape, mode: ActivationCheckpoint, tokens: int) -> Cost
         def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
             graphs[name] = graph
 
-            def run(_: list[Any]) -> list[Any]:  # memory that is never touched is never there
+            def run(_: list[Any]) -> list[Any]:  # memory that is never touched is never allocated
                 (outputs,) = (node.args[0] for node in graph.graph.nodes if node.op == "output")
                 return [torch.empty_like(o.meta["val"], device="cpu") if o is not None else None for o in outputs]
 
-            run._boxed_call = True  # type: ignore[attr-defined]  # what the compiler's own functions say of themselves
+            run._boxed_call = True  # type: ignore[attr-defined]  # as the compiler's own functions do
             return run
 
         return compiler
@@ -174,15 +174,15 @@ def _source(node: torch.fx.Node) -> torch.fx.Node:
 
 
 def _is_parameter(node: torch.fx.Node) -> bool:
-    """Whether a node of the forward graph is a weight or a rotary table; the one other input, x, has 3 dimensions."""
+    """Whether a node of the forward graph is a weight or a rotary table; x, the only other input, has 3 dimensions."""
     return node.op == "placeholder" and node.meta["val"].dim() < 3
 
 
 def _graph_work(graph: torch.fx.GraphModule) -> tuple[int, int, int]:
-    """(matrix product FLOPs, attention forward passes, their FLOPs) of a graph."""
+    """(matrix product FLOPs, forward passes of attention, their FLOPs) of a graph."""
     with Meter() as meter:
         for node in graph.graph.nodes:
-            # Attention may be inside an operator that keeps the random state, and is then an argument of that.
+            # Attention may be wrapped in an operator that keeps the random state, as an argument of it.
             target = next((a for a in node.args if isinstance(a, torch._ops.OpOverload)), node.target)
             shapes = [a.meta["val"] for a in node.args if isinstance(a, torch.fx.Node) and "val" in a.meta]
             if target in activation_checkpoint._PRODUCTS:
@@ -201,8 +201,8 @@ def line(flavor: str, mode: str, how: str, cost: Cost) -> str:
     peak = f", at most {cost.peak / 1e6:.0f} MB in the backward pass" if cost.peak else ""
     attention = ", attention too" if cost.recomputed_attention else ""
     return (
-        f"{flavor:10} {mode:17} {how:8} keeps {cost.kept / 1e6:5.0f} MB, runs {cost.recomputed_products:5.1%} of the "
-        f"matrix products again{attention}{peak}"
+        f"{flavor:10} {mode:17} {how:8} keeps {cost.kept / 1e6:5.0f} MB, recomputes {cost.recomputed_products:5.1%} of "
+        f"the matrix products{attention}{peak}"
     )
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_cpu [--rounds 7] [--steps 4] [--out benchmarks/results/cpu_train.json]
 
-One process, the same shape, batch, data, optimizer and clipping. A round times every contender in turn, so that a slow
-moment of the machine meets all of them; the figure is the median over rounds.
+One process, with the same shape, batch, data, optimizer and clipping. A round times every contender in turn, so that a
+slow moment of the machine affects all of them; results are medians over rounds.
 """
 
 import argparse
@@ -100,7 +100,7 @@ CONTENDERS: dict[str, Callable[[], Step]] = {
 
 
 def measure(rounds: int, steps: int) -> dict[str, list[float]]:
-    """tokens/s of each contender in each round, in which all take their turn."""
+    """tokens/s of each contender in each round."""
     generator = torch.Generator().manual_seed(0)
     data = torch.randint(SHAPE.vocab_size, (steps, BATCH, SEQ_LEN + 1), generator=generator)
     contenders = {name: build() for name, build in CONTENDERS.items()}
@@ -119,11 +119,11 @@ def measure(rounds: int, steps: int) -> dict[str, list[float]]:
 
 
 def _check_same_task(losses: dict[str, list[float]]) -> None:
-    """All start from the same weights and see the same data, so they must agree, or the comparison means nothing."""
+    """From the same weights and data, losses must agree, or the comparison would mean nothing."""
     expected = losses["Hugging Face eager"]
     for name, values in losses.items():
         if any(abs(a - b) > 2e-3 * b for a, b in zip(values, expected, strict=True)):
-            sys.exit(f"bench_cpu: the losses of {name}, {values}, are not those of Hugging Face, {expected}")
+            sys.exit(f"bench_cpu: the losses of {name}, {values}, differ from Hugging Face's, {expected}")
 
 
 def main() -> None:
@@ -149,7 +149,7 @@ def main() -> None:
         "commit": commit(),
         "tokens_per_second": {name: spread(values) for name, values in rates.items()},
         "ratios": {
-            # Of one round each, since neighbours on the machine slow all of a round.
+            # Each is of one round, since other load on the machine slows all of a round.
             f"{ours} against {theirs}": spread([a / b for a, b in zip(rates[ours], rates[theirs], strict=True)], 3)
             for ours in rates
             for theirs in rates

@@ -1,12 +1,12 @@
-"""Tokens per second of tokenizing and packing, by tokenizer, and of delivery from prepared shards.
+"""Tokens per second of tokenizing and packing, for each tokenizer, and of delivery from prepared shards.
 
     python -m benchmarks.bench_data [--rounds 5] [--out benchmarks/results/data.json]
 
 The text is this machine's Python standard library. The three tokenizers are made on the fly: a sentencepiece BPE of
-4,096 pieces, and one byte-level BPE of 16,384, as a tiktoken rank file and as an HF tokenizer.json. Each round meets
-every contender in turn; the figure is the median over rounds, per second of the clock and per second of one processor
-(which a machine that is busy with other work disturbs less). Delivery is what the training loop calls: `next(loader)`
-with the reading thread, int64 batches, and the exact state taken at every step.
+4,096 pieces, and a byte-level BPE of 16,384, as a tiktoken rank file and as an HF tokenizer.json. Each round times
+every contender in turn; results are medians over rounds, per second of the clock and per second of one processor (which
+other load on the machine disturbs less). Delivery is what the training loop does: `next(loader)` with the reading
+thread, int64 batches, and the exact state taken at every step.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from titan_fast.tokenizer import (
 )
 
 PIECES, BYTE_LEVEL_PIECES = 4096, 16_384
-DELIVERIES = {  # name: (seq_len, local batch, whether documents are cut to about 1,600 characters, as web text is)
+DELIVERIES = {  # name: (seq_len, local batch, whether documents are cut to about 1,600 characters, like web text)
     "256 x 8": (256, 8, False),
     "2048 x 8": (2048, 8, False),
     "8192 x 2": (8192, 2, False),
@@ -48,7 +48,7 @@ DELIVERIES = {  # name: (seq_len, local batch, whether documents are cut to abou
 }
 LIBRARIES = ("torch", "numpy", "sentencepiece", "tiktoken", "tokenizers")
 SHORT_DOCUMENT = 1600
-DELIVERED_TOKENS = 8_000_000  # per round: two passes over the corpus, with the reshuffling at the epoch's end
+DELIVERED_TOKENS = 8_000_000  # per round: two passes over the corpus, with the reshuffle at the end of an epoch
 
 
 def byte_level_bpe(texts: Iterator[str]) -> tokenizers.Tokenizer:
@@ -66,7 +66,7 @@ def byte_level_bpe(texts: Iterator[str]) -> tokenizers.Tokenizer:
 
 
 def rank_lines(tokenizer: tokenizers.Tokenizer) -> Iterator[bytes]:
-    """The same pieces as tiktoken writes them; byte-level BPE spells each byte as one printable character."""
+    """The same pieces in tiktoken's format; byte-level BPE spells each byte as one printable character."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     to_byte = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -97,14 +97,14 @@ def cut_short(documents: list[Document]) -> list[Document]:
 
 
 class Seconds(NamedTuple):
-    """What something took: of the clock, and of all processors together."""
+    """The time that something took: of the clock, and of all processors together."""
 
     clock: float
     processor: float
 
 
 class Stopwatch:
-    """Starts when it is made."""
+    """Starts when created."""
 
     def __init__(self) -> None:
         self._clock, self._processor = time.perf_counter(), time.process_time()
@@ -114,14 +114,14 @@ class Stopwatch:
 
 
 def tokenize_once(documents: list[Document], tokenizer: Tokenizer, folder: Path) -> tuple[int, Seconds]:
-    """(tokens, seconds) of documents in memory made into shards on disk."""
+    """(tokens, seconds) of turning documents in memory into shards on disk."""
     watch = Stopwatch()
     index = prepare(documents, tokenizer, folder, source={"name": "stdlib"}, ledger=RowLedger())
     return index["tokens"], watch.read()
 
 
 def deliver_once(folder: Path, tokenizer: Tokenizer, seq_len: int, batch: int, run_dir: Path) -> tuple[int, Seconds]:
-    """(tokens, seconds) from the shards into batches, the first step left out (it starts the thread)."""
+    """(tokens, seconds) from shards into batches, without the first step, which starts the thread."""
     words = ["--training.seq_len", str(seq_len), "--training.local_batch_size", str(batch)]
     settings = configuration.parse([*words, "--training.dataset_path", str(folder), "--model.flavor", "llama3_8b"])
     loader = build_loader(settings, tokenizer, DataRank(run_dir, torch.device("cpu")))

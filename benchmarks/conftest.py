@@ -1,4 +1,4 @@
-"""What the kernel suite shares: the rehearsal without a GPU, one measurement per case, results as compact JSON."""
+"""Pytest hooks of the kernel suite: the rehearsal without a GPU, and results as compact JSON."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--smoke"):
-        # Read when Triton's kernels are defined, which no benchmark module has done yet.
+        # Read when Triton kernels are defined, which has not happened yet.
         os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--smoke") or torch.cuda.is_available():
         return
     here = Path(__file__).parent
-    skip = pytest.mark.skip(reason="measures a GPU, and torch sees none here; --smoke rehearses on the CPU")
+    skip = pytest.mark.skip(reason="needs a GPU, and torch sees none here; --smoke rehearses on the CPU")
     for item in items:
         if here in item.path.parents:
             item.add_marker(skip)
@@ -40,6 +40,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    """Quantiles are in extra_info; single samples would be most of the file."""
+    """Drops single samples, which would be most of the file; quantiles are in extra_info."""
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)

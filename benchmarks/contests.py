@@ -1,4 +1,4 @@
-"""Which measurement decides what `auto` takes.
+"""Which measurement decides what `auto` chooses.
 
 | switch | in eager mode | compiled |
 |---|---|---|
@@ -8,12 +8,12 @@
 | cross_entropy | alone, ours against eager | alone, ours against what `[compile]` makes of the reference |
 | reemit | the block with the units against the faster block without | likewise |
 
-A compiled operator is judged in the whole block, because what it costs is mostly what it keeps the compiler from
-fusing: gate's and up's gradients are summed in the norm's backward where the norm is Inductor's own, and before it
-where it is ours. Under tensor parallelism a norm stands between two collectives, which nothing fuses across; alone is
-its place there. For the loss too: it stands between matrix products and works in place. Carrying the residual changes
-what is fused with a norm, so the switches that exchange norms have a verdict for each of the two. Re-emitting is
-slower than its parts apart wherever memory is what it saves; so it must beat the reference and those parts.
+A compiled operator is judged in the whole block, because its main cost is what it prevents the compiler from fusing:
+gate's and up's gradients are summed in the norm's backward if the norm is Inductor's own, and before it if it is ours.
+With tensor parallelism a norm is between two collectives, across which nothing is fused, so it is judged alone. So is
+the loss, which is between matrix products and works in place. Carrying the residual changes what is fused with a norm,
+so the switches that replace norms have a verdict with and without it. Re-emitting is slower than its separate parts
+wherever what it saves is memory, so it must beat both the reference and those parts.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from benchmarks.shapes import DTYPE, Case
 
 EAGER_PARTS = "eager+rms_norm+swiglu"
-"""What the re-emitting units take the place of, as operators of their own."""
+"""The separate operators that the re-emitting units replace."""
 
 
 @dataclass(frozen=True)
 class Contest:
-    """A cell of `titan_kernels.choice` that a provider's times in one case decide, or help to."""
+    """A cell of `titan_kernels.choice` that a provider's times in one case decide, or help to decide."""
 
     op: str
     compiled: bool
@@ -35,13 +35,13 @@ class Contest:
     shape: dict[str, int]
     dtype: str
     against: tuple[str, ...]
-    """Providers of the same case: the reference, then others that must be beaten where they are measured."""
+    """Providers of the same case: the reference, then others that must be beaten if they are measured."""
     parts: int
     """How many measurements (operators x directions) are summed for the verdict."""
 
 
 def switch_sizes(switch: str, case: Case) -> dict[str, int]:
-    """The sizes of a call, in the terms of titan_kernels.choice."""
+    """The sizes of a call, as titan_kernels.choice names them."""
     model, tokens = case.model, case.tokens
     rows = tokens // case.tensor_parallel  # norms see a part of each sequence
     if switch == "rms_norm":
@@ -57,7 +57,7 @@ def switch_sizes(switch: str, case: Case) -> dict[str, int]:
 
 
 def contests(case: Case, provider: str) -> tuple[Contest, ...]:
-    """What the times of `provider` in `case` decide; of most, nothing."""
+    """What the times of `provider` in `case` decide; most decide nothing."""
     if case.op.startswith("block"):
         return _in_block(case, provider)
     if case.context != "alone":
@@ -96,8 +96,8 @@ def _in_block(case: Case, provider: str) -> tuple[Contest, ...]:
 
 
 def rivals(case: Case, provider: str) -> tuple[str, ...]:
-    """The providers whose times in the same passes are subtracted from this one's, pass by pass: those that it contests
-    with, and for every other variant of a compiled block the compiled reference."""
+    """The providers whose times are subtracted from this one's, pass by pass: the rivals in its contests, and for
+    variants of a block also the eager or the compiled reference."""
     found = [rival for contest in contests(case, provider) for rival in contest.against]
     if case.op.startswith("block") and provider not in ("eager", "compiled"):
         found.append("eager" if provider == "ours" or provider.startswith("eager") else "compiled")

@@ -1,4 +1,4 @@
-"""What the benchmarks that run on a CPU share: the machine's name, rates over rounds, and where results go."""
+"""Shared by the benchmarks that run on a CPU: the processor's name, rates over rounds, and output of results."""
 
 import json
 import platform
@@ -17,7 +17,7 @@ def processor() -> str:
 
 
 def spread(values: Sequence[float], digits: int = 0) -> dict[str, float]:
-    """Median, 10th and 90th percentile, to so many digits after the point."""
+    """Median, 10th and 90th percentile, to so many decimal digits."""
     deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
     found = {"median": statistics.median(values), "p10": deciles[0], "p90": deciles[-1]}
     return {name: round(value, digits or None) for name, value in found.items()}

@@ -1,7 +1,7 @@
-"""Clocks, power and temperature of a GPU, read by a thread while steps run on it: before and after them it is idle, and
-says nothing about the speed at which they ran.
+"""Clocks, power and temperature of a GPU, read by a thread while steps run. Before and after them the GPU is idle, and
+readings would say nothing about their speed.
 
-`python -m benchmarks.device_state` prints the GPU's name as it is part of the names of results.
+`python -m benchmarks.device_state` prints the GPU's name as it is used in the names of results.
 """
 
 import statistics
@@ -19,7 +19,7 @@ from benchmarks.result_files import slug
 Reading = dict[str, float]
 Reader = Callable[[], Reading]
 
-# Why a GPU runs slower than it could: bits of NVML's clock event reasons.
+# Why a GPU runs slower than it could: the bits of NVML's clock event reasons.
 _SLOWED_BY = {0x4: "power limit", 0x8: "hardware", 0x20: "temperature", 0x40: "temperature", 0x80: "power brake"}
 _SMI_FIELDS = {
     "clocks.sm": "sm_mhz",
@@ -33,20 +33,20 @@ _SMI_TIMEOUT_SECONDS = 10.0
 
 
 def reader_of(device: torch.device) -> tuple[Reader, float] | None:
-    """(what reads `device` once, seconds between readings that disturb nothing): through NVML where its Python package
-    (nvidia-ml-py) is there, else by nvidia-smi; None where neither answers."""
+    """(a function that reads `device` once, the seconds between readings at which it disturbs nothing): NVML if its
+    Python package (nvidia-ml-py) is installed, else nvidia-smi; None if neither works."""
     if device.type != "cuda":
         return None
     number = str(device.index or 0)
     identity = getattr(torch.cuda.get_device_properties(device), "uuid", "unknown")
-    names = (f"GPU-{identity}", number)  # the number, where the other is not known
+    names = (f"GPU-{identity}", number)  # the number, if the other is unknown
     for make, interval in ((_nvml_reader, 0.25), (_smi_reader, 2.0)):
         for name in names:
             try:
                 reader = make(name)
                 if "sm_mhz" in reader():
                     return reader, interval
-            except Exception:  # a package, a library or a program that is not there, each with an exception of its own
+            except Exception:  # a missing package, library or program, each with its own exception
                 continue
     return None
 
@@ -69,12 +69,12 @@ def _nvml_reader(name: str) -> Reader:
 
 
 def answered(questions: dict[str, Callable[[], float]]) -> Reading:
-    """What can be told; a virtual machine may not know its power, say."""
+    """The answers there are; a virtual machine may not know its power, for example."""
     found: Reading = {}
     for name, ask in questions.items():
         try:
             found[name] = float(ask())
-        except Exception:  # NVML has an exception of its own
+        except Exception:  # NVML has its own
             continue
     return found
 
@@ -93,7 +93,7 @@ def _smi_reader(name: str) -> Reader:
 
 
 def parsed_smi(line: str) -> Reading:
-    """The numbers in nvidia-smi's answer; what it does not know ("[N/A]") is left out."""
+    """The numbers in nvidia-smi's answer, without those that it does not know ("[N/A]")."""
     found = {}
     for name, word in zip(_SMI_FIELDS.values(), line.strip().split(","), strict=True):
         try:
@@ -104,7 +104,7 @@ def parsed_smi(line: str) -> Reading:
 
 
 def device_name() -> str:
-    """As nvidia-smi has it, which is torch's name too: for a process that must not touch the GPU."""
+    """The GPU's name from nvidia-smi, which is also torch's: for a process that must not touch the GPU."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SMI_TIMEOUT_SECONDS)
@@ -114,7 +114,7 @@ def device_name() -> str:
 
 
 class DeviceWatch:
-    """Reads the device from the beginning of a `with` to its end; without a reader it does nothing."""
+    """Reads the device inside a `with`; without a reader it does nothing."""
 
     def __init__(self, source: tuple[Reader, float] | None) -> None:
         self._source = source
@@ -138,19 +138,19 @@ class DeviceWatch:
         while not self._stopping.wait(interval):
             try:
                 self._readings.append((time.perf_counter(), reader()))
-            except Exception:  # a reading that is missing must not cost the measurement
+            except Exception:  # a missing reading must not end the measurement
                 continue
 
     def during(self, spans: Iterable[tuple[float, float]]) -> dict[str, Any]:
-        """Of the readings within `spans`, which are of time.perf_counter: {quantity: [least, median, most]}, how many
-        there were, and what slowed the clock down. Empty where there was none."""
+        """For the readings within `spans` (of time.perf_counter): {quantity: [least, median, most]}, their number, and
+        what slowed the clock down. Empty if there was none."""
         wanted = list(spans)
         readings = [r for at, r in list(self._readings) if any(start <= at <= end for start, end in wanted)]
         return summary(readings)
 
 
 def summary(readings: list[Reading]) -> dict[str, Any]:
-    """What `DeviceWatch.during` says of these readings."""
+    """What `DeviceWatch.during` returns for these readings."""
     if not readings:
         return {}
     found: dict[str, Any] = {"readings": len(readings)}

@@ -1,8 +1,8 @@
-"""How far the planner is off: fitted rows, rows that were not fitted, and memory that was measured.
+"""How far off the planner is: for rows that were fitted, rows that were not, and measured memory.
 
     python -m benchmarks.estimate_errors [--fit] [--output benchmarks/results/estimate_errors.json]
 
---fit finds the three constants of titan_fast.step_time anew; the file then says what they should be.
+--fit fits the three constants of titan_fast.step_time again; the file then has their new values.
 """
 
 import argparse
@@ -35,7 +35,7 @@ OUTPUT = Path(__file__).parent / "results" / "estimate_errors.json"
 
 @dataclass(frozen=True)
 class Row:
-    """A published run. `ops`: whose operators it ran, torchtitan's of 2024 ("titan") or ours ("ours")."""
+    """A published run. `ops`: with whose operators, torchtitan's of 2024 ("titan") or ours ("ours")."""
 
     name: str
     options: str
@@ -109,7 +109,7 @@ HELD_OUT = (
 
 
 def titan_rope(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotary embedding in complex arithmetic, which that program had: as much memory and traffic, other numbers."""
+    """Rotary embedding in complex arithmetic, as in that program: equal memory and traffic, but other results."""
     batch, seq_len, _ = qkv.shape
     group = n_heads // n_kv_heads
     q, k, v = qkv.view(batch, seq_len, n_kv_heads, group + 2, 2 * cos.shape[-1]).split([group, 1, 1], dim=3)
@@ -128,7 +128,7 @@ def titan_ops(ops: Ops) -> Ops:
 
 
 _THEIR_BUFFERS = ["--parallelism.fsdp_buffers", "flat"]
-"""What they have published was run with FSDP2's own collectives."""
+"""The published runs used FSDP2's own collectives."""
 
 
 def plan_of(row: Row) -> Plan:
@@ -139,7 +139,7 @@ def plan_of(row: Row) -> Plan:
 
 
 def counted(plan: Plan, ops_of: str) -> DeepStep:
-    """As titan_fast.estimate.estimate counts, with the operators of the published program."""
+    """The step as titan_fast.estimate.estimate counts it, but with the published program's operators."""
     config, shape, degrees = plan.config, plan.shape, plan.degrees
     kernels = dataclasses.replace(config.kernels, attention="flash")
     ops = build_ops(kernels, torch.device("cpu"), workload(config, shape, degrees), plan.gpu.architecture)
@@ -159,7 +159,7 @@ def timed(plan: Plan, step: DeepStep, fitted: Fitted = FITTED) -> Estimate:
 
 @dataclass(frozen=True)
 class Line:
-    """Seconds of a row's step as a linear function of 1 / gemm, 1 / bandwidth and interference, which it nearly is."""
+    """The seconds of a row's step, which are nearly linear in 1 / gemm, 1 / bandwidth and interference."""
 
     at: float
     slopes: tuple[float, float, float]
@@ -187,7 +187,7 @@ def line_of(plan: Plan, step: DeepStep, tokens_per_second: float) -> Line:
 
 
 def fit(lines: Sequence[Line]) -> Fitted:
-    """The constants, in hundredths and within what is physically sensible, of the least mean absolute error."""
+    """The constants with the least mean absolute error, in hundredths and within physically sensible bounds."""
     grid = itertools.product(
         [i / 100 for i in range(70, 101)], [i / 100 for i in range(40, 101, 5)], [i / 100 for i in range(0, 61, 5)]
     )
@@ -195,7 +195,7 @@ def fit(lines: Sequence[Line]) -> Fitted:
 
 
 def fitted_table(refit: bool) -> dict[str, Any]:
-    """The eight rows: error of the constants in use, and of each row when it takes no part in the fit."""
+    """The eight rows: the error with the constants in use, and with those of a fit without the row."""
     plans = [plan_of(row) for row in FITTED_ROWS]
     steps = [counted(plan, row.ops) for plan, row in zip(plans, FITTED_ROWS, strict=True)]
     lines = [line_of(p, s, row.tokens_per_second) for p, s, row in zip(plans, steps, FITTED_ROWS, strict=True)]
@@ -260,8 +260,8 @@ def measured_config(mode: str, dtype: str, n_layers: int = 4, seq_len: int = 512
 
 
 def measured_peak(config: Config, world: int) -> float:
-    """The most bytes that torch's CPU allocator had out during a real step of a real model, as rank 0 of `world`, by
-    torch.profiler's record of every allocation, on top of what is there before the step."""
+    """The most bytes allocated on the CPU during a real step of a real model, as rank 0 of `world`: what exists before
+    the step plus torch.profiler's record of every allocation."""
     from titan_fast.config import mesh_degrees, model_shape
     from titan_fast.loader import Batch
     from titan_fast.optim import build_optimizer, clip_grad_norm_
@@ -289,8 +289,8 @@ def measured_peak(config: Config, world: int) -> float:
 
 
 def _most_allocated(step: Callable[[], None]) -> int:
-    """The highest sum of allocations less frees during `step`, which leaves nothing behind. Under load the profiler
-    may lose a record, which shows in the end, and then it is done again."""
+    """The highest sum of allocations minus frees during `step`, which leaves nothing behind. Under load the profiler
+    may lose a record; then the sum at the end is not 0, and the step is repeated."""
     for _ in range(5):
         with torch.profiler.profile(profile_memory=True) as profile:
             step()

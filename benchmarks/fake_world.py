@@ -1,13 +1,13 @@
 """Rank 0 of many on one device: the real work of one GPU of a large FSDP2 job, without its communication.
 
-The process group is torch's fake one, which claims any number of ranks. Its collectives differ from version to version
-(that of torch 2.11 leaves a reduce-scatter's output unwritten), so FSDP2 is given two of our own that move real data:
-an all-gather copies the own shard into every slot, a reduce-scatter takes the own chunk. So gathered weights are random
-numbers as everywhere, which matters: a GPU draws less power, and clocks higher, on zeros.
+The process group is torch's fake one, which claims any number of ranks. Its collectives differ between versions (torch
+2.11's reduce-scatter leaves its output unwritten), so FSDP2 gets two of our own that move real data: an all-gather
+copies the rank's own shard into every slot, a reduce-scatter takes its own chunk. So gathered weights are random
+numbers, which matters: on zeros a GPU draws less power, and clocks higher.
 
-What a step then lacks is the network, and the wait for it. What it does more than a real one is little: the copy of the
-own shard into the other slots is done by this GPU, where a real one's memory is written by the network. As NCCL's
-kernels do, it takes some multiprocessors for a while: a plain copy takes all of them, and held the computation up.
+Such a step lacks the network and the wait for it. It does little more than a real one: this GPU copies its shard into
+the other slots, which in a real one the network writes. The copy occupies some multiprocessors for a while, as NCCL's
+kernels do; a plain copy occupies all of them, and delayed the computation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from titan_fast.direct_fsdp import DirectAllGather, DirectReduceScatter, direct_
 from titan_fast.distributed import World
 
 MULTIPROCESSORS = 16
-"""What a gather takes, as many as NCCL's kernels of 16 channels do."""
+"""How many a gather occupies: as many as NCCL's kernels with 16 channels."""
 BLOCK = 8192
 
 
@@ -43,7 +43,7 @@ def _fill(SLOTS, SHARD, n, slots, BLOCK: tl.constexpr):
 
 
 def fill_slots(slots: Tensor, shard: Tensor) -> None:
-    """Makes every row of `slots` [k, n], contiguous, a copy of `shard` [n], of the same dtype and device."""
+    """Copies `shard` [n] to every row of `slots` [k, n], contiguous, of the same dtype and device."""
     if shard.device.type == "cuda":
         launch_fill(slots, shard)
     else:
@@ -62,7 +62,7 @@ class _Buffers:
 
 
 class CopyToAll(_Buffers, AllGather):
-    """Every rank's shard is the own one."""
+    """An all-gather in which every rank's shard is this rank's own."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -76,7 +76,7 @@ class CopyToAll(_Buffers, AllGather):
 
 
 class TakeOwn(_Buffers, ReduceScatter):
-    """The sum over ranks is the own gradient."""
+    """A reduce-scatter in which the sum over ranks is this rank's own gradient."""
 
     def __call__(
         self,
@@ -91,7 +91,7 @@ class TakeOwn(_Buffers, ReduceScatter):
 
 @contextmanager
 def fake_world(size: int, device: torch.device) -> Iterator[World]:
-    """Rank 0 of `size`; other collectives than FSDP2's leave their input as it is."""
+    """Rank 0 of `size`; collectives other than FSDP2's leave their input unchanged."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it registers the "fake" backend
 
     if device.type == "cuda":
@@ -104,7 +104,7 @@ def fake_world(size: int, device: torch.device) -> Iterator[World]:
 
 
 class CopyEachToAll(DirectAllGather):
-    """Every rank's shard of every weight is the own one."""
+    """Like `CopyToAll`, for every weight separately."""
 
     def gather_each(self, outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup) -> None:
         for output, shard in zip(outputs, inputs, strict=True):
@@ -112,14 +112,14 @@ class CopyEachToAll(DirectAllGather):
 
 
 class TakeOwnOfEach(DirectReduceScatter):
-    """The sum over ranks of every gradient is the own one."""
+    """Like `TakeOwn`, for every gradient separately."""
 
     def reduce_each(self, outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup, op: Any) -> None:
         torch._foreach_copy_(outputs, [one.view(group.size(), -1)[group.rank()] for one in inputs])
 
 
 def use_copies(model: nn.Module) -> None:
-    """Gives every FSDP2 unit of `model` the collectives above, those of its kind."""
+    """Gives every FSDP2 unit of `model` the above collectives of its kind."""
     direct = {module for module, _ in direct_units(model)}
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -128,7 +128,7 @@ def use_copies(model: nn.Module) -> None:
 
 
 def assert_gathers_real_weights(model: nn.Module, units: Sequence[nn.Module]) -> None:
-    """AssertionError unless the matrices that `units` gather are whole, finite and random in every part."""
+    """Asserts that the matrices that `units` gather are whole, finite, and random in every part."""
     for unit in units:
         assert isinstance(unit, FSDPModule)
         shards = {
@@ -139,7 +139,7 @@ def assert_gathers_real_weights(model: nn.Module, units: Sequence[nn.Module]) ->
         unit.unshard()
         for name, parameter in unit.named_parameters():
             if name not in shards or isinstance(parameter, DTensor):
-                continue  # a unit within this one has it
+                continue  # it belongs to a unit within this one
             weight, shard = parameter.detach().float(), shards[name].to(parameter.dtype).float()
             parts = weight[: len(weight) // len(shard) * len(shard)].unflatten(0, (-1, len(shard)))
             spread = parts.flatten(1).std(dim=1)
@@ -149,9 +149,9 @@ def assert_gathers_real_weights(model: nn.Module, units: Sequence[nn.Module]) ->
 
 
 def assert_reduces_real_gradients(model: nn.Module) -> None:
-    """AssertionError unless every matrix has a gradient that is finite and not zero; after a backward pass."""
+    """Asserts that every matrix has a finite nonzero gradient; to be called after a backward pass."""
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient"
         gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
         if gradient.numel() and "embedding" not in name:  # most tokens are not in a batch
-            assert torch.isfinite(gradient).all() and gradient.any(), f"the gradient of {name} is no gradient"
+            assert torch.isfinite(gradient).all() and gradient.any(), f"the gradient of {name} is zero or not finite"

@@ -1,4 +1,4 @@
-"""Eager calls at a size where the kernel is nothing: what is left is Python and the dispatcher."""
+"""Eager calls at a size at which the kernel takes no time, which leaves Python and the dispatcher."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from benchmarks.shapes import ALONE, SMOKE_MODEL, UNITS, Case
 
 @dataclass(frozen=True)
 class HostCall:
-    """One direction of one operator, by ours or the reference. `variant`: another way into ours."""
+    """One direction of one operator, ours or the reference. `variant`: another way to call ours."""
 
     op: str
     direction: str
@@ -25,7 +25,7 @@ class HostCall:
         return "-".join(filter(None, (self.op, self.direction, self.provider, self.variant)))
 
     def bind(self, device: torch.device) -> Callable[[], object]:
-        """The call, on tensors of its own."""
+        """The call, on its own tensors."""
         if self.direction == "step":
             return self._bind_loss(device)
         case = Case(self.op, SMOKE_MODEL, 1, 8, "alone")

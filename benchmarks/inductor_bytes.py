@@ -2,14 +2,14 @@
 
     python -m benchmarks.inductor_bytes [--output benchmarks/results/inductor_bytes.json]
 
-This is code generation, not a measurement: bytes say what a kernel must move, not how fast it does. Counted are the
-generated kernels (Inductor's own estimate), opaque operators (each operand once) and the residual adds that Inductor
-folds into `addmm`, for which ATen copies the residual into the output before the product reads it: three passes. Not
-counted: matrix products and attention.
+Code is generated, not measured: bytes are what a kernel must move, and do not say how fast it is. Counted are generated
+kernels (Inductor's own estimate), opaque operators (each operand once) and the residual adds that Inductor folds into
+`addmm`, for which ATen copies the residual into the output before the product reads it: three passes. Matrix products
+and attention are not counted.
 
-Inductor's estimate counts each masked read of a `cat` over the whole output: the reference RoPE's forward, two halves
-each read twice, is put at 428 MB for Llama 3 8B where 172 MB are distinct. So compare operators other than RoPE between
-variants that share their RoPE ("rope, carried" against "all, carried").
+Inductor's estimate counts each masked read of a `cat` over the whole output: it gives 428 MB for the reference RoPE's
+forward in Llama 3 8B, which reads two halves twice, where 172 MB are distinct. So compare operators other than RoPE
+between variants with the same RoPE ("rope, carried" and "all, carried").
 """
 
 import argparse
@@ -61,12 +61,12 @@ class PassBytes:
     """Residual adds that became the C operand of an `addmm`."""
     megabytes: float
     parts: tuple[tuple[str, float], ...]
-    """(kernel, megabytes) in order of size."""
+    """(kernel, megabytes), the largest first."""
 
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """Forward and backward of one compiled block, and what it keeps between them (its input included)."""
+    """Forward and backward of one compiled block, and what it keeps between them, including its input."""
 
     model: str
     variant: str
@@ -81,7 +81,7 @@ class BlockBytes:
 
 @torch.library.custom_op("titan_bench::attention", mutates_args=())
 def opaque_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Stands for the attention kernel: takes strided heads and answers in q's layout, as flash attention does."""
+    """In place of the attention kernel: takes strided heads and returns q's layout, as flash attention does."""
     return torch.empty_like(q)
 
 
@@ -118,7 +118,7 @@ class Variant:
 
 
 def variants() -> dict[str, Variant]:
-    """What is compared. `emit` is norm_linear and swiglu_linear, which save no normalised or gated activation."""
+    """What is compared. `emit` has norm_linear and swiglu_linear, which save no normalised or gated activation."""
     plain = replace(REFERENCE, attention=opaque_attention)
     norms = {"rms_norm": titan_kernels.rms_norm, "add_rms_norm": titan_kernels.add_rms_norm}
     ours = replace(plain, **norms, rope=titan_kernels.rope, swiglu=titan_kernels.swiglu)
@@ -153,8 +153,8 @@ def measure_block(model: str, variant: str) -> BlockBytes:
 
 
 def _trace(shape: ModelShape, ops: Ops) -> tuple[GraphModule, GraphModule, int]:
-    """Forward and backward ATen graphs of a block, and how many of the forward's inputs (the first) are not
-    activations: parameters and rotary tables."""
+    """A block's forward and backward ATen graphs, and how many of the forward's first inputs are parameters and rotary
+    tables; the others are activations."""
     graphs: dict[str, GraphModule] = {}
 
     def keep(name: str, graph: GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -191,7 +191,7 @@ def _trace(shape: ModelShape, ops: Ops) -> tuple[GraphModule, GraphModule, int]:
 
 
 def _partition(graph: GraphModule, inputs: Any, **arguments: Any) -> tuple[GraphModule, GraphModule]:
-    """As Inductor does it: its passes over the joint graph, then the minimum cut."""
+    """Like Inductor: its passes over the joint graph, then the minimum cut."""
     joint_graph_passes(graph)
     return min_cut_rematerialization_partition(graph, inputs, compiler="inductor", **arguments)
 
@@ -229,8 +229,8 @@ def _operand_bytes(node: Node) -> int:
 
 
 def _saved_bytes(forward: GraphModule, backward: GraphModule, n_parameters: int) -> int:
-    """Memory that stays alive from forward to backward: the storages behind what the backward graph takes, once each,
-    without parameters, rotary tables and incoming gradients. A saved view keeps the whole of its storage."""
+    """Memory that stays alive from forward to backward: the storages behind the backward graph's inputs, once each,
+    without parameters, rotary tables and incoming gradients. A saved view keeps all of its storage."""
     nodes = {node.name: node for node in forward.graph.nodes}
     parameters = set([node for node in forward.graph.nodes if node.op == "placeholder"][:n_parameters])
     saved = set()
@@ -241,7 +241,7 @@ def _saved_bytes(forward: GraphModule, backward: GraphModule, n_parameters: int)
 
 
 def _storage(node: Node) -> Node:
-    """The node that made the memory which `node` is a view of."""
+    """The node whose memory `node` is a view of."""
     while node.op == "call_function" and node.all_input_nodes:
         source = node.all_input_nodes[0]
         is_part = node.target is operator.getitem and _is_view(source)
@@ -252,7 +252,7 @@ def _storage(node: Node) -> Node:
 
 
 def _is_view(node: Node) -> bool:
-    unsafe = torch.ops.aten._unsafe_view.default  # a view that does not say so
+    unsafe = torch.ops.aten._unsafe_view.default  # a view that is not marked as one
     return isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or node.target is unsafe)
 
 
@@ -261,7 +261,7 @@ def recorded(path: Path = RECORD) -> dict[str, Any]:
 
 
 def summary(blocks: Sequence[BlockBytes]) -> str:
-    """One line a block: what moves, what is kept."""
+    """A line per block: what is moved and what is kept."""
     line = "{:12} {:32} {:>8} {:>5} {:>8} {:>9} {:>8} {:>7}".format
     lines = [line("model", "variant", "kernels", "addmm", "forward", "backward", "sum", "saved")]
     for block in blocks:
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write JSON here")
     options = parser.parse_args(arguments)
     pretend_gpu.install()
-    # The graphs are traced with CPU tensors that hold nothing; the operators refuse those unless they are interpreted.
+    # The graphs are traced with fake CPU tensors, which the operators refuse unless they are interpreted.
     pretend_gpu.override(validation, "is_interpreted", lambda kernel: True)
     blocks = [measure_block(model, variant) for model in options.models for variant in options.variants]
     text = f"Inductor's code for sm_90, torch {torch.__version__}, {TOKENS} tokens; MB; generated, not measured"

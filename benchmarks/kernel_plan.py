@@ -1,11 +1,11 @@
-"""The parts that the kernel suite is run in, each with its command and the minutes planned for it on an H100.
+"""The parts of the kernel suite, each with its command and the minutes planned for it on an H100.
 
     python -m benchmarks.kernel_plan [--results benchmarks/results/kernels-*.json]
 
-A command's `$device` is what `python -m benchmarks.device_state` prints.
-With results, what each part took stands beside the plan. A plan is the sum over cases of compilation (SECONDS, caches
-cold), the check in float32, and timing: passes x calls of every provider, matrix products at FLOPS and the rest at
-BYTES per second, eager references at EAGER_PASSES times the least bytes.
+A command's `$device` is what `python -m benchmarks.device_state` prints. With results, the time that each part took is
+printed beside the plan. A plan is the sum over cases of compilation (SECONDS, caches cold), the check in float32, and
+timing: passes x calls of every provider, matrix products at FLOPS and the rest at BYTES per second, eager references at
+EAGER_PASSES times the least bytes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from benchmarks.measurement import EFFORT, directions
 from benchmarks.providers import Provider, parameter_sizes, providers
 from benchmarks.shapes import Case, cases
 
-MINUTES = 8.0  # a part may take
+MINUTES = 8.0  # the most for a part
 FLOPS, FLOPS_FLOAT32, BYTES = 600e12, 40e12, 2.9e12
 EAGER_PASSES = 8.0
 # Assumed for one H100 and 16 host cores; the first run's `case_seconds` replaces them.
@@ -27,8 +27,8 @@ SECONDS = {
     "start": 25.0,  # the process, CUDA, the first compilation's workers, the copy's bandwidth
     "block": 12.0,  # a compiled block, forward and backward, as in train_suite
     "piece": 4.0,  # a compiled operator
-    "kernel": 1.5,  # an operator of ours or of Liger, the first time at a width
-    "quack": 8.0,  # one of quack's, likewise
+    "kernel": 1.5,  # an operator of ours or Liger's, the first time at a width
+    "quack": 8.0,  # the same for quack's
     "pass": 6e-3,  # the delay behind which calls are queued, and the host's time to queue them
     "host": 2.0,  # all of test_host_overhead's calls of one operator and direction
 }
@@ -36,7 +36,7 @@ SECONDS = {
 
 @dataclass(frozen=True)
 class Part:
-    """`words`: what a test's id contains, or with "not" does not; the same words are pytest's -k."""
+    """`words`: what a test's id must contain, or with "not" must not; also used for pytest's -k."""
 
     name: str
     words: tuple[str, ...]
@@ -58,11 +58,11 @@ PARTS = (
     Part("host", ("host_overhead",)),
 )
 AUTO = Part("auto", ("block", "auto"))
-"""After the table has been written: whole blocks as `auto` now chooses, beside the reference."""
+"""To be run once the table is written: whole blocks as `auto` then chooses, beside the reference."""
 
 
 def cells(case: Case) -> Iterator[tuple[str, Provider]]:
-    """(a test's id, its provider), as test_kernels has them."""
+    """(a test's id, its provider), as in test_kernels."""
     for direction in directions(case):
         for provider in providers(case):
             yield f"test_operator[{case.key}-{direction}-{provider.name}]", provider
@@ -83,7 +83,7 @@ def planned_seconds(part: Part, smoke: bool = False) -> float:
 
 
 def _case_seconds(case: Case, chosen: list[Provider], seen: set[tuple[str, str, tuple[int, ...]]]) -> float:
-    """`seen`: the kernels that an earlier case has compiled."""
+    """`seen`: the kernels that earlier cases have compiled."""
     passes, calls = EFFORT[case.context]
     total = 0.0
     for provider in chosen:
@@ -107,7 +107,7 @@ def _call_seconds(case: Case, provider: Provider) -> float:
 
 
 def _matmul_flops(case: Case) -> float:
-    """Of matrix products and attention, forward and backward."""
+    """Those of matrix products and attention, forward and backward."""
     if case.context == "alone":
         return 0.0
     model = case.model
@@ -119,7 +119,7 @@ def _matmul_flops(case: Case) -> float:
 
 
 def _pointwise_bytes(case: Case) -> float:
-    """About what everything else in a block, or the loss, must move."""
+    """An approximation of what everything else in a block, or the loss, must move."""
     model = case.model
     if case.op == "head":
         return 2 * 2.0 * case.tokens * model.vocab
@@ -127,7 +127,7 @@ def _pointwise_bytes(case: Case) -> float:
 
 
 def taken_seconds(paths: Sequence[Path]) -> dict[str, float]:
-    """By part, what the cases of its file took; files of one device are expected."""
+    """By part, what the cases of its file took; the files should be of one device."""
     found = {}
     for path in paths:
         cases_of = {}

@@ -1,13 +1,13 @@
-"""Other ways to launch our kernels, timed in turn with what is launched today.
+"""Other ways to launch our kernels, timed in turn with the current one.
 
     python -m benchmarks.kernel_settings                 all contests on this GPU, planned for 3 minutes
     python -m benchmarks.kernel_settings --only rope     those whose name contains this
     python -m benchmarks.kernel_settings --inspect 90    no GPU needed: registers and spills of each on sm_90
-    python -m benchmarks.kernel_settings --smoke         a rehearsal by Triton's interpreter, which measures nothing
+    python -m benchmarks.kernel_settings --smoke         a rehearsal in Triton's interpreter, which measures nothing
 
 A contest is one direction of one operator at one shape. Every setting's results are checked as the suite checks
-providers. A difference counts where it is more than twice its standard error. Nothing is changed by this program: what
-wins is to be written into `titan_kernels` where that kernel's launch is made.
+providers. A difference counts if it is more than twice its standard error. This program changes nothing: enter the
+winner in `titan_kernels` where that kernel's launch is made.
 """
 
 import argparse
@@ -24,22 +24,22 @@ from unittest import mock
 
 import torch
 
-if TYPE_CHECKING:  # Triton's interpreter must be on before kernels are defined
+if TYPE_CHECKING:  # Triton's interpreter must be enabled before kernels are defined
     from titan_kernels.launch import Launch
 
     from benchmarks.shapes import Case
 
 RESULTS = Path(__file__).parent / "results"
 AS_IT_IS = "as it is"
-EFFORT = (12, 5)  # passes, calls of one pass
+EFFORT = (12, 5)  # passes, calls per pass
 Names = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The launches that titan_kernels.`module` makes with `maker` (all of them where empty) get `warps` times their
-    warps and those of these constexprs that they have. `names` of the module, which grids and blocks follow, are
-    others."""
+    """Changes the launches that titan_kernels.`module` makes with `maker` (empty: all of them): `warps` times their
+    warps, and those of `constexprs` that they have. `names`: replacements for names in the module, which decide grids
+    and blocks."""
 
     label: str
     module: str
@@ -50,17 +50,17 @@ class Setting:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, kernels are launched so."""
+        """Inside, kernels are launched with this setting."""
         module, names = self._replaced
         with mock.patch.multiple(module, **names):
             yield
 
     @functools.cached_property
     def _replaced(self) -> tuple[Any, Names]:
-        """The module and what to exchange in it. Every function that makes a launch is another one, or it would answer
-        with what it made for other names."""
+        """The module and what to replace in it, including every function that makes a launch: they are cached, and
+        would return what they made with other names."""
         module = importlib.import_module(f"titan_kernels.{self.module}")
-        # The compiler leaves modules under such names in what it has traced; they are no functions.
+        # The compiler leaves modules under such names in what it has traced.
         makers = [name for name, value in vars(module).items() if name.endswith("_launch") and callable(value)]
         return module, {name: self._changed(module, name) for name in makers} | self.names(module)
 
@@ -91,7 +91,7 @@ class Contest:
 
 
 def _programs(factor: float) -> Callable[[Any], Names]:
-    """So many times the programs of the norm's backward kernel."""
+    """Multiplies the number of programs of the norm's backward kernel."""
 
     def names(module: Any) -> Names:
         usual = module._n_partials
@@ -148,7 +148,7 @@ def _loss_settings() -> tuple[Setting, ...]:
 
 
 def contests(smoke: bool) -> list[Contest]:
-    """The 8B's, 13B's and 70B's operators, whole, 8192 tokens."""
+    """The operators of the 8B, 13B and 70B, unsharded, with 8192 tokens."""
     from benchmarks.shapes import cases
 
     norms = _norm_settings()
@@ -169,7 +169,7 @@ def contests(smoke: bool) -> list[Contest]:
 
 
 def measured(contest: Contest, device: torch.device, passes: int, calls: int) -> dict[str, Names]:
-    """{setting: microseconds, and how much slower than "as it is" that is; or what is wrong with it}."""
+    """{setting: microseconds, and how much slower than "as it is"; or its problem}."""
     from benchmarks.measurement import copies, fault, run_of, truths
     from benchmarks.providers import OURS, build, make_inputs
     from benchmarks.timing import Run, difference, measure
@@ -199,7 +199,7 @@ def measured(contest: Contest, device: torch.device, passes: int, calls: int) ->
     for label, active in ((AS_IT_IS, nullcontext), *((one.label, one.active) for one in contest.settings)):
         try:
             add(label, active)
-        except Exception as error:  # too many registers, too much shared memory: the others go on
+        except Exception as error:  # too many registers or too much shared memory; the others go on
             failed(label, error)
     working_set = sum(x.numel() * x.element_size() for x in inputs)
     samples = measure(runs, device, working_set, passes, calls, failed)
@@ -212,8 +212,8 @@ def measured(contest: Contest, device: torch.device, passes: int, calls: int) ->
 
 
 def report(name: str, moved: int, copy_us: float, rows: dict[str, Names]) -> list[str]:
-    """A contest in lines, the fastest first."""
-    lines = [f"{name}: {moved / 1e6:.1f} MB, which a copy takes {copy_us:.1f} us for"]
+    """A contest's lines, the fastest setting first."""
+    lines = [f"{name}: {moved / 1e6:.1f} MB, for which a copy takes {copy_us:.1f} us"]
     timed = sorted((row["median_us"], label) for label, row in rows.items() if "median_us" in row)
     for median, label in timed:
         row = rows[label]
@@ -226,7 +226,7 @@ def report(name: str, moved: int, copy_us: float, rows: dict[str, Names]) -> lis
 
 
 def launches_of(case: "Case") -> list["Launch"]:
-    """Every launch of the case's operator, as its module makes them now."""
+    """Every launch of the case's operator, as its module now makes them."""
     op = {"add_rms_norm": "rms_norm"}.get(case.op, case.op)
     model, dtype = case.model, torch.bfloat16
     sizes: dict[str, tuple[int, ...]] = {
@@ -239,7 +239,7 @@ def launches_of(case: "Case") -> list["Launch"]:
 
 
 def inspected(contest: Contest, architecture: int) -> list[str]:
-    """What each setting makes of the launches that it changes, in lines."""
+    """Lines about the launches that each setting changes."""
     from titan_kernels.ahead_of_time import compile_launch
 
     usual = launches_of(contest.case)
@@ -271,7 +271,7 @@ def main() -> int:
     if options.smoke:
         os.environ["TRITON_INTERPRET"] = "1"
     elif options.inspect is None and not torch.cuda.is_available():
-        sys.exit("kernel_settings: measures a GPU, and torch sees none here; --inspect 90 compiles, --smoke rehearses")
+        sys.exit("kernel_settings: needs a GPU, and torch sees none here; --inspect 90 compiles, --smoke rehearses")
     chosen = [contest for contest in contests(options.smoke) if options.only in contest.name]
     if not chosen:
         sys.exit(f"kernel_settings: no contest's name contains {options.only!r}")
@@ -284,7 +284,7 @@ def main() -> int:
 
 
 def run(chosen: Sequence[Contest], smoke: bool, out: Path) -> None:
-    """Prints each contest as soon as it is over, and writes all so far."""
+    """After each contest, prints it and writes all results so far."""
     from benchmarks import result_files
     from benchmarks.provenance import environment
     from benchmarks.timing import copy_bandwidth

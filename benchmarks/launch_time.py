@@ -1,7 +1,7 @@
-"""How long it takes from the command to the tenth step of a real run of `python -m titan_fast.train`, with all that
-it does first (imports, the check of compiled gradients, the rehearsed step, tokenizer and text).
+"""The time from the command to the tenth step of a real run of `python -m titan_fast.train`, including everything that
+comes first (imports, the check of compiled gradients, the rehearsed step, tokenizer and text).
 
-Text is prepared beforehand, as for every long training: two starts, without any compiled code and with it.
+Text is prepared beforehand, as for any long training. There are two starts, without any compiled code and with it.
 """
 
 import json
@@ -51,7 +51,7 @@ def command(run_dir: Path, text: Path, smoke: bool) -> list[str]:
 
 
 def prepare_text(folder: Path, environment: dict[str, str]) -> Path:
-    """Token shards of this project's own code, with a small tokenizer: what the text is does not matter here."""
+    """Token shards of this project's own code, with a small tokenizer: the text does not matter here."""
     words = ["--training.dataset_path", str(ROOT / "titan_fast"), "--model.vocab_size", "1024"]
     program = [sys.executable, "-m", "titan_fast.data", "prepare", *words, "--out", str(folder / "text")]
     if problem := watched(program, environment, folder, folder / "text", limit=LIMIT_SECONDS):
@@ -64,8 +64,8 @@ def _words(value: Any) -> list[str]:
 
 
 def measure(out: Path, environment: dict[str, str], machine: dict[str, Any], smoke: bool) -> dict[str, Any]:
-    """Rows of all starts, which join those in the part's file one by one. environment: of the processes; machine: what
-    is known of it."""
+    """The rows of all starts; each joins the part's file as soon as it is known. environment: of the processes;
+    machine: what is known about it."""
     folder = Path(environment["TORCHINDUCTOR_CACHE_DIR"]).parent / "launch"
     shutil.rmtree(folder, ignore_errors=True)
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
@@ -86,8 +86,8 @@ def measure(out: Path, environment: dict[str, str], machine: dict[str, Any], smo
 
 
 def one_start(words: list[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Seconds until `metrics.jsonl` has the tenth step, by when the device has done it: its loss is in there; and what
-    the run itself says of its start's parts."""
+    """Seconds until `metrics.jsonl` has the tenth step, by when the device has done it, since its loss is logged; and
+    the run's own account of its start."""
     run_dir = Path(words[words.index("--job.dump_folder") + 1])
     metrics = run_dir / "metrics.jsonl"
     found: dict[str, Any] = {}
@@ -106,13 +106,13 @@ def one_start(words: list[str], folder: Path, environment: dict[str, str]) -> di
 
 
 def start_of(log: Path) -> str:
-    """The run's own line about its start: seconds in all, and of each part. "" where it did not come that far."""
+    """The run's own line about its start: the seconds in total, and of each part. "" if it did not get that far."""
     lines = re.findall(r"^\S+ \S+ start +(.+)$", log.read_text() if log.exists() else "", re.MULTILINE)
     return lines[-1] if lines else ""
 
 
 def steps_of(metrics: Path) -> list[int]:
-    """The steps that metrics.jsonl has whole lines of."""
+    """The steps with a complete line in metrics.jsonl."""
     text = metrics.read_text() if metrics.exists() else ""
     lines = text[: text.rfind("\n") + 1].splitlines()
     return [line["step"] for line in map(json.loads, lines) if "step" in line]

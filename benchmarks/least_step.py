@@ -1,8 +1,8 @@
-"""The least time that a training step could take on a device, composed from the rates that `limits` measured on it.
+"""The least time that a training step could take on a device, from the rates that `limits` measured on it.
 
-A sum: every matrix product of the step at the rate that the device reaches on it alone, attention likewise by its
-fastest backend, and the bytes that everything else must move at the rate of a large copy. Nothing overlaps, nothing
-waits, nothing is communicated.
+It is a sum: every matrix product of the step at the rate that the device reaches on it alone, attention likewise with
+its fastest backend, and the bytes that everything else must move at the rate of a large copy. Nothing overlaps, waits
+or communicates.
 """
 
 import statistics
@@ -17,9 +17,9 @@ from titan_fast.flops import parameters
 
 PRODUCTS = ("forward", "grad_input", "grad_weight")
 OPTIMIZER_BYTES = {"masters": 30, "bfloat16": 16}
-"""A parameter: bfloat16 gradient read twice (norm, update), then, with masters, master and two float32 moments read and
-written and the bfloat16 weight written; without, weight and two bfloat16 moments read and written. FSDP2's float32
-gradients make the first 32, and its copies more, but that is how and not what."""
+"""Per parameter: the bfloat16 gradient is read twice (norm, update). With masters, the master and two float32 moments
+are read and written and the bfloat16 weight is written; without, the weight and two bfloat16 moments are read and
+written. FSDP2's float32 gradients and its copies move more, but they are one way to do it and not necessary."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Matrix:
 
     @property
     def flops(self) -> int:
-        """Of each of the three products."""
+        """For each of the three products."""
         return 2 * self.tokens * self.columns * self.inner
 
     @property
@@ -42,7 +42,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Causal, one block's."""
+    """The causal attention of one block."""
 
     batch: int
     n_heads: int
@@ -52,7 +52,7 @@ class AttentionCall:
 
     @property
     def flops(self) -> int:
-        """Forward, the unmasked half alone. A backward pass is 2.5 times that."""
+        """Forward, only the unmasked half. The backward pass has 2.5 times as many."""
         return 2 * self.batch * self.n_heads * self.seq_len * self.seq_len * self.head_dim
 
     @property
@@ -64,7 +64,7 @@ BLOCK_MATRICES = ("qkv", "out", "gate", "up", "down")
 
 
 def matrices(shape: ModelShape, tokens: int) -> dict[str, Matrix]:
-    """By name: a block's and the head's."""
+    """A block's matrices and the head's, by name."""
     dim, ffn = shape.dim, shape.ffn_dim
     return {
         "qkv": Matrix(tokens, shape.qkv_dim, dim),
@@ -85,7 +85,7 @@ class Limits:
     """Measured (or, for a plan, assumed) rates of a device."""
 
     bandwidth: float
-    """Bytes/s, read and written together."""
+    """Bytes/s, read plus written."""
     gemm: dict[str, dict[str, float]]
     """FLOP/s by matrix (`Matrix.key`) and product."""
     attention: dict[str, dict[str, dict[str, float]]]
@@ -100,14 +100,14 @@ class Limits:
         return matrix.flops / rates[product]
 
     def _most_alike(self, matrix: Matrix) -> dict[str, float]:
-        """For a matrix that was not measured: the same weight with the most rows that were; else the medians."""
+        """For a matrix that was not measured: the same weight with the most rows measured, else the medians."""
         same = [key for key in self.gemm if key.partition("x")[2] == matrix.key.partition("x")[2]]
         if same:
             return self.gemm[max(same, key=lambda key: int(key.partition("x")[0]))]
         return {p: statistics.median(rates[p] for rates in self.gemm.values()) for p in PRODUCTS}
 
     def attention_seconds(self, call: AttentionCall) -> tuple[float, float, str]:
-        """(forward, backward, whose) by the backend that is fastest in both together."""
+        """(forward, backward, backend), for the backend that is fastest in both together."""
         if not self.attention:
             forward, backward = self.assumed_attention
             return call.flops / forward, 2.5 * call.flops / backward, ""
@@ -120,18 +120,18 @@ class Limits:
         return min(times, key=lambda time: time[0] + time[1])
 
 
-# Assumed of an H100 SXM, for a plan before anything is measured.
+# Assumed for an H100 SXM, for plans before anything is measured.
 ASSUMED_H100 = Limits(2.9e12, {}, {}, assumed_gemm=700e12, assumed_attention=(600e12, 500e12))
 
 
 def limits_from(content: dict[str, Any]) -> Limits:
-    """From the JSON that `main` writes."""
+    """From the JSON that `limits` writes."""
     return Limits(content["rates"]["bandwidth"], content["gemm_by_shape"], content["attention_by_call"])
 
 
 def least_step(limits: Limits, config: Config, shape: ModelShape, world: int) -> dict[str, float]:
-    """Seconds of each part of the least step of one device, and their "total"; "recomputed" is what the configured
-    activation checkpointing adds, and "total" contains it."""
+    """The seconds of each part of one device's least step, and their "total", which includes "recomputed": what the
+    configured activation checkpointing adds."""
     training = config.training
     tokens = training.local_batch_size * training.seq_len
     found = matrices(shape, tokens)
@@ -155,7 +155,7 @@ def _optimizer_bytes(config: Config) -> int:
 
 
 def block_bytes(shape: ModelShape, tokens: int, seq_len: int) -> int:
-    """What the operators of a block between its matrix products must move, forward and backward."""
+    """What a block's operators between matrix products must move, forward and backward."""
     heads = {"n_heads": shape.n_heads, "n_kv_heads": shape.n_kv_heads, "head_dim": shape.head_dim}
     norms = 2 * TRAFFIC["add_rms_norm"](rows=tokens, width=shape.dim).total
     rope = TRAFFIC["rope"](rows=tokens, seq_len=seq_len, **heads).total
@@ -171,11 +171,11 @@ def end_bytes(shape: ModelShape, tokens: int) -> int:
 
 
 def _recomputed(limits: Limits, config: Config, shape: ModelShape, found: dict[str, Matrix], forward: float) -> float:
-    """What the mode makes a device compute again at least; with memory_budget that is not known, and counts as none."""
+    """Seconds of what the mode recomputes at least. With memory_budget that is unknown, and counted as 0."""
     settings, layers = config.activation_checkpoint, float(shape.n_layers)
     training = config.training
     tokens = training.local_batch_size * training.seq_len
-    # Norms and products written again, before they are read as in any backward pass.
+    # Norms and products are written again; that they are then read is part of any backward pass.
     again = {
         "norms": 2 * TRAFFIC["rms_norm"](rows=tokens, width=shape.dim).forward,
         "swiglu": TRAFFIC["swiglu"](rows=tokens, width=shape.ffn_dim).forward,
@@ -193,5 +193,5 @@ def _recomputed(limits: Limits, config: Config, shape: ModelShape, found: dict[s
         return layers * (pointwise + products("out", "gate", "up"))
     if settings.mode == "full" or settings.mode == "selective":
         blocks = layers if settings.mode == "full" else layers // int(settings.selective_ac_option)
-        return blocks * (pointwise + forward + products("qkv", "out", "gate", "up"))  # what down makes, nothing reads
+        return blocks * (pointwise + forward + products("qkv", "out", "gate", "up"))  # nothing reads down's output
     return 0.0

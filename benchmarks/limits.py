@@ -1,11 +1,10 @@
-"""What this device can do at best: copies, matrix products and attention at the models' own shapes, and from these the
-least time that a training step could take.
+"""The limits of this device: the rates of copies, and of matrix products and attention at the models' own shapes.
 
     python -m benchmarks.limits [--smoke] [--out benchmarks/results]
 
-`least_step` composes the time from these rates. Before each shape is measured, the device has worked on it for a while.
-What is known after each is kept in a file beside (`.unfinished`), with which an interrupted one goes on; a whole one is
-replaced by a whole one alone. It also serves `python -m titan_fast.estimate --calibrate`.
+From these rates `least_step` computes the least time of a training step. Each shape is run for a while before it is
+measured. What is known after each shape is kept in an `.unfinished` file, from which an interrupted run continues; a
+complete file is only replaced by a complete one. It can also be used by `python -m titan_fast.estimate --calibrate`.
 """
 
 import argparse
@@ -37,20 +36,20 @@ from titan_fast.ops import activate_flash
 
 RESULTS = Path(__file__).parent / "results"
 WORKLOADS = (LLAMA_1B, replace(LLAMA_1B, batch=4), SHORT_1B, LLAMA_3B, *RANK0.values())
-"""Whose shapes are measured: every batch that is timed but those of searches, whose rates are those of others."""
+"""The workloads whose shapes are measured: every timed batch except those of searches, which use others' rates."""
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 OF_PACKAGES = ("fa3", "fa4")
-"""Which become torch's flash for the rest of the process, and are measured where their packages are installed."""
+"""Measured if their packages are installed. Each becomes torch's flash for the rest of the process."""
 WARM_SECONDS = 0.5
-"""Of a shape's own load before it is measured: a GPU that comes from idling runs faster than one at work."""
+"""How long a shape is run before it is measured: after idling a GPU runs faster than under load."""
 
 
 def calls_of(smoke: bool) -> tuple[dict[str, Matrix], dict[str, AttentionCall]]:
-    """Every matrix and attention call, by key, that a timed step has."""
+    """Every matrix and attention call of timed steps, by key."""
     works = [(w, shape_of(w, False)) for w in WORKLOADS]
     if smoke:
         works = [(replace(w, seq_len=SMOKE_SEQ_LEN, batch=1), _tiny(w)) for w in WORKLOADS]
@@ -62,9 +61,9 @@ def calls_of(smoke: bool) -> tuple[dict[str, Matrix], dict[str, AttentionCall]]:
 def measure_limits(
     device: torch.device, smoke: bool, known: dict[str, Any], save: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Everything that a limits file holds but its environment. known: what an earlier process got done of it; save:
-    called with all that is known after each shape. It is complete before attention of packages is tried, whatever that
-    does to the process."""
+    """The contents of a limits file without its environment. known: what an earlier process has measured; save: called
+    with all that is known after each shape. The contents are complete before the packages' attention is tried, whatever
+    that does to the process."""
     passes, calls = (1, 2) if smoke else (3, 6)
     gemms, attention = calls_of(smoke)
     found: dict[str, Any] = {"complete": False, "rates": {}, "attention": "", "gemm_by_shape": {}, "clocks": {}}
@@ -91,10 +90,10 @@ def measure_limits(
             rates = found["attention_by_call"][key]
             try:
                 rates[version] = _package_rates(version, call, device, passes, calls)
-            except torch.AcceleratorError as error:  # after which nothing can be measured in this process
+            except torch.AcceleratorError as error:  # this process can measure nothing more
                 rates[version] = {"error": sentence(error)}
                 return found
-            except Exception as error:  # a compiler of its own, with exceptions of its own
+            except Exception as error:  # its own compiler has its own exceptions
                 rates[version] = {"error": sentence(error)}
             save(found)
     return found
@@ -107,12 +106,12 @@ def _reader(device: torch.device) -> Callable[[], dict[str, float]]:
 
 
 def clock(device: torch.device) -> float | None:
-    """The multiprocessors' clock at this moment in MHz; None where nothing tells."""
+    """The multiprocessors' current clock in MHz; None if it is unknown."""
     return _reader(device)().get("sm_mhz")
 
 
 def _warm(runs: dict[str, Run], device: torch.device) -> None:
-    """The load that is to be measured, for as long as clocks and power take to settle."""
+    """Runs the load that is to be measured until clocks and power have settled."""
     until = time.perf_counter() + (WARM_SECONDS if device.type == "cuda" else 0.0)
     while time.perf_counter() < until:
         for run in runs.values():
@@ -150,7 +149,7 @@ def _attention_rates(call: AttentionCall, device: torch.device, passes: int, cal
 
 
 def _package_rates(version: str, call: AttentionCall, device: torch.device, passes: int, calls: int) -> dict[str, Any]:
-    """Of FlashAttention 3 or 4, or why it cannot be had."""
+    """The rates of FlashAttention 3 or 4, or why it is not available."""
     try:
         activate_flash(version, call.n_heads // call.n_kv_heads, call.head_dim, torch.bfloat16, device)
     except ConfigError as error:
@@ -161,10 +160,10 @@ def _package_rates(version: str, call: AttentionCall, device: torch.device, pass
 def _one_backend(
     call: AttentionCall, backend: SDPBackend, device: torch.device, passes: int, calls: int
 ) -> dict[str, Any]:
-    """FLOP/s forward and backward; an error where it does not take these inputs, or is not built in."""
+    """FLOP/s forward and backward; an error if it does not support these inputs, or is not built in."""
     try:
         return _backend_rates(call, backend, device, passes, calls)
-    except torch.AcceleratorError:  # after which nothing can be measured in this process
+    except torch.AcceleratorError:  # this process can measure nothing more
         raise
     except RuntimeError as error:
         return {"error": sentence(error)}
@@ -201,7 +200,7 @@ def _backend_rates(
 
 
 def _best_attention(by_call: dict[str, dict[str, dict[str, Any]]]) -> tuple[str, dict[str, float]]:
-    """(backend, its rates) of the fastest of all calls by what a run has by default, in the calibration's words."""
+    """(backend, its rates) of the fastest call by a backend that needs no package, under the calibration's names."""
     best: tuple[float, str, dict[str, float]] = (math.inf, "", {})
     for backends in by_call.values():
         for name, rates in backends.items():
@@ -235,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.child:
         end_with_parent()
     if not options.smoke and not torch.cuda.is_available():
-        sys.exit("limits: measures a GPU, and torch sees none here; --smoke rehearses on the CPU")
+        sys.exit("limits: needs a GPU, and torch sees none here; --smoke rehearses on the CPU")
     device = torch.device("cpu" if options.smoke else "cuda:0")
     machine = environment(options.smoke)
     head = {"device": machine["device"], "environment": machine}
@@ -254,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def unfinished(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
-    """What a process that was cut off has measured on this device with these versions; {} where there is none."""
+    """What an interrupted process has measured on this device with these versions, or {}."""
     content = read(path) or {}
     there = content.pop("environment", {})
     same = there.get("device") == machine["device"]

@@ -1,10 +1,10 @@
-"""The same training on one and on two mesh dimensions: FSDP2 over 4 processes against FSDP2 x 2 with tensor parallel 2.
+"""The same training with one and two mesh dimensions: FSDP2 over 4 processes, and FSDP2 x 2 with tensor parallel 2.
 
     python -m benchmarks.loss_curves [--steps 3000] [--dataset-path FOLDER] [--out benchmarks/results/loss_curves]
 
 Each run is a torchrun of titan_fast.train on CPU processes, in float32, from the same initial weights and with the same
-sequences in the same order. Writes OUT.json and OUT.png; the difference that it states is over the second half, of the
-training loss at the same steps.
+sequences in the same order. Writes OUT.json and OUT.png. Differences are those of the training loss at equal steps, in
+the second half.
 """
 
 import argparse
@@ -38,7 +38,7 @@ MODEL = {
 
 
 def run(folder: Path, shard: int, tensor: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Trains in `folder` and returns its metrics, a dict per logged step."""
+    """Trains in `folder`; returns a dict of metrics per logged step."""
     options = MODEL | options | {
         "job.dump_folder": folder, "parallelism.data_parallel_shard_degree": shard,
         "parallelism.tensor_parallel_degree": tensor, "training.local_batch_size": GLOBAL_BATCH // shard,

@@ -1,7 +1,7 @@
-"""One case measured: each provider's results and gradients checked against the eager reference, then timed in turn.
+"""Measures a case: each provider's results and gradients are checked against the eager reference, then timed in turn.
 
-A provider that cannot be built, raises, runs out of memory or is wrong has a `problem` and no samples; the others of
-its case are measured all the same.
+A provider that cannot be built, raises, runs out of memory or is wrong has a `problem` and no samples; the others are
+still measured.
 """
 
 import functools
@@ -21,31 +21,32 @@ from benchmarks.providers import EAGER, Function, Provider, Unavailable, build, 
 from benchmarks.shapes import Case
 from benchmarks.timing import Difference, Run, Samples, difference, measure
 
-# A provider may be this much worse than the eager bfloat16 reference, both judged by the reference in float32, plus
-# two units in bfloat16's last place (some return even the loss in bfloat16). Triton's interpreter, which is what runs
-# on the CPU, cuts bfloat16 off where a GPU rounds it: twice the error. A wrong row shows in the worst row, not in all.
+# A provider's error may be this many times that of the eager bfloat16 reference, both compared with the reference in
+# float32, plus two units in bfloat16's last place (some return even the loss in bfloat16). Triton's interpreter, which
+# the CPU uses, truncates to bfloat16 where a GPU rounds: twice the error. A wrong row shows in the worst row, not in
+# all.
 ERROR_FACTOR = {"cuda": 2.0, "cpu": 4.0}
 ERROR_FLOOR = 2.0**-7
 
-# (passes, calls of one pass). The verdicts are from differences between passes, so there are many of them.
+# (passes, calls per pass). Verdicts are from differences in each pass, so there are many.
 EFFORT = {"alone": (12, 5), "block": (16, 4)}
 
 
 class DeviceLost(Exception):
-    """The device answers no more, after an illegal access for example: nothing else can be measured by this process."""
+    """The device no longer responds, for example after an illegal access, and this process can measure nothing more."""
 
 
 @dataclass
 class Measured:
-    """What one provider did. `problem` says why there are no samples; `failed`: because something is wrong with the
-    provider, rather than that it does not exist here."""
+    """The results of one provider. `problem` says why there are no samples; `failed`: it is because something is wrong
+    with the provider, and not because it is unavailable."""
 
     samples: dict[str, Samples] = field(default_factory=dict)
     """By direction."""
     against: dict[str, dict[str, Difference]] = field(default_factory=dict)
     """By direction and rival."""
     peak_bytes: int = 0
-    """What one forward and backward needs beyond inputs and the gradients of its outputs. 0 without CUDA."""
+    """Memory for one forward and backward besides its inputs and the gradients of its outputs. 0 without CUDA."""
     problem: str = ""
     failed: bool = False
 
@@ -54,11 +55,11 @@ class Measured:
 class MeasuredCase:
     providers: dict[str, Measured]
     seconds: float
-    """How long all of it took, compilation included."""
+    """How long everything took, including compilation."""
 
 
 def directions(case: Case) -> tuple[str, ...]:
-    """The loss forms its gradient in the forward pass: a step is both."""
+    """The loss computes its gradient in the forward pass, so a step is both."""
     return ("step",) if case.op.startswith("cross_entropy") or case.op == "head" else ("forward", "backward")
 
 
@@ -76,8 +77,8 @@ def widened(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def gradients_like(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Random gradients of `outputs`, in their memory layout: attention returns the gradients of q, k and v token by
-    token, as they came."""
+    """Random gradients of `outputs`, in their memory layout: attention returns the gradients of q, k and v in theirs,
+    token by token."""
     generator = torch.Generator(outputs[0].device).manual_seed(21)
 
     def gradient(x: Tensor) -> Tensor:
@@ -99,8 +100,8 @@ def results(
 
 
 def errors(found: Tensor, truth: Tensor) -> tuple[float, float]:
-    """(relative error of the whole tensor, of its worst row), root mean square. A row counts at least as large as the
-    average one, so that a row of near zeros has no error of its own."""
+    """(relative error of the whole tensor, of its worst row), root mean square. A row's norm counts as at least the
+    average one, so that the relative error of a row of near zeros is small."""
     truth = truth.float().reshape(-1, truth.shape[-1] if truth.dim() else 1)
     error = found.float().reshape(truth.shape) - truth
     typical = truth.norm() / len(truth) ** 0.5
@@ -109,7 +110,7 @@ def errors(found: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def disagreement(found: tuple[Tensor, ...], reference: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> str:
-    """Empty where `found` is about as near to `truth` as `reference` is; else the first tensor that is not."""
+    """Empty if `found` is about as close to `truth` as `reference` is; else the first tensor that is not."""
     if len(found) != len(truth):
         return f"{len(found)} results instead of {len(truth)}"
     for index, (mine, theirs, true) in enumerate(zip(found, reference, truth, strict=True)):
@@ -117,16 +118,16 @@ def disagreement(found: tuple[Tensor, ...], reference: tuple[Tensor, ...], truth
             return f"result {index} has shape {list(mine.shape)} instead of {list(true.shape)}"
         for where, error, usual in zip(("all", "the worst row"), errors(mine, true), errors(theirs, true), strict=True):
             limit = ERROR_FACTOR[true.device.type] * usual + ERROR_FLOOR
-            if not error <= limit:  # NaN is no agreement
+            if not error <= limit:  # true for NaN
                 return f"result {index} is off by {error:.1e} in {where}; the eager reference by {usual:.1e}"
     return ""
 
 
 @contextmanager
 def nan_where_unwritten() -> Iterator[None]:
-    """Inside, what `torch.empty` returns is full of NaN: elements that a kernel leaves out show, where otherwise they
-    may be those of a right result that lay in the same memory. Not around attention or code that Dynamo traces, which
-    deterministic algorithms change."""
+    """Inside, `torch.empty` returns tensors full of NaN, so that elements which a kernel does not write are noticed;
+    otherwise they may be those of a correct result that was in the same memory. Not for attention or code that Dynamo
+    traces, which deterministic algorithms change."""
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("warn")
     try:
@@ -146,8 +147,8 @@ def fault(
     truth: tuple[Tensor, ...],
     fills: bool = True,
 ) -> str:
-    """What is wrong with what `function` gives, empty where nothing is; its memory is filled as `nan_where_unwritten`
-    does where `fills`. It may write into what it is given, which is its own."""
+    """What is wrong with the results of `function`, or "". fills: new memory is filled as by `nan_where_unwritten`. It
+    may write to its arguments, which are copies."""
     with nan_where_unwritten() if fills else nullcontext():
         found = results(case, function, fresh(inputs), copies(gradients))
     return disagreement(found, reference, truth)
@@ -159,7 +160,7 @@ def measure_case(
     """All providers of `case` named in `names`, and those that they are compared with.
 
     Raises:
-        DeviceLost: the device cannot be used any more.
+        DeviceLost: the device can no longer be used.
     """
     start = time.perf_counter()
     torch._dynamo.reset()
@@ -179,17 +180,17 @@ def measure_case(
 
 @contextmanager
 def _caught(measured: Measured, device: torch.device) -> Iterator[None]:
-    """What goes wrong within becomes the problem of `measured`."""
+    """Exceptions inside become the problem of `measured`."""
     try:
         yield
-        _wait(device)  # so that what a kernel does to the device is laid to the provider that launched it
+        _wait(device)  # so that a kernel's errors are attributed to the provider that launched it
     except Unavailable as error:
         measured.problem = str(error)
     except Exception as error:
         note_failure(measured, error)
     else:
         return
-    gc.collect()  # a traceback holds the tensors of its frames
+    gc.collect()  # a traceback keeps the tensors of its frames alive
     try:
         _wait(device)
         if device.type == "cuda":
@@ -199,7 +200,7 @@ def _caught(measured: Measured, device: torch.device) -> Iterator[None]:
 
 
 def note_failure(measured: Measured, error: Exception) -> None:
-    """Its kind, its message and the innermost frames; no more, for the traceback holds memory."""
+    """Keeps the error's type, message and innermost frames, but not the traceback, which keeps memory alive."""
     frames = "".join(traceback.format_tb(error.__traceback__)[-3:])
     message = str(error).strip()[:2000]
     measured.problem, measured.failed = f"{type(error).__name__}: {message}\n{frames}", True
@@ -218,8 +219,8 @@ def _checked(
     device: torch.device,
     backend: str,
 ) -> tuple[dict[str, Function], tuple[Tensor, ...]]:
-    """(the functions of those providers that agree with the reference, the gradients of the outputs); the peaks of
-    memory are noted."""
+    """(the functions of the providers that agree with the reference, the gradients of the outputs). Also notes peaks of
+    memory."""
     gradients, reference, truth = truths(case, inputs, device)
     functions = {}
     for name, provider in chosen.items():
@@ -284,8 +285,8 @@ def _time(
 def run_of(
     case: Case, direction: str, function: Function, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
 ) -> Run:
-    """Alone, operators get inputs of their own, which are put back before each call: some overwrite them, and with them
-    what they saved for the backward pass."""
+    """The loss and SwiGLU get their own inputs, which are restored before each call, since some providers overwrite
+    them, and thereby what they saved for the backward pass."""
     own = inputs
     reset: Callable[[], object] | None = None
     if case.op.startswith("cross_entropy") or case.op == "swiglu":
@@ -310,7 +311,7 @@ def peak_bytes(
     gradients: tuple[Tensor, ...],
     device: torch.device,
 ) -> int:
-    """Memory that one forward and backward needs beyond its inputs and the gradients of its outputs. 0 without CUDA."""
+    """As `Measured.peak_bytes`."""
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Does a switch change the training? Losses over many steps, from the same weights on the same few batches."""
+"""Does a switch change training? Losses over many steps, from the same weights on the same few batches."""
 
 import dataclasses
 import gc
@@ -13,8 +13,8 @@ from benchmarks.variants import DeviceLost, How, Row, Rows, failures_into, garba
 from benchmarks.workloads import Cell, Variant, shape_of
 
 HAS_LEARNT = 0.9
-"""The mean loss of the last tenth must be below this part of ln(vocabulary), which a model reaches that has learnt
-nothing of the tokens: else no gradient was put to the test."""
+"""The mean loss of the last tenth must be below this fraction of ln(vocabulary), the loss of a model that has learnt
+nothing. Otherwise gradients were not tested."""
 
 
 class Trained(Protocol):
@@ -28,8 +28,8 @@ class Trained(Protocol):
 
 
 def compare_losses(cell: Cell, build: Callable[[Cell], Trained], how: How) -> Rows:
-    """A row for each variant: its losses and how they differ from the first variant's, in nats: the largest difference
-    of a step, and of the mean over the last tenth. `build` makes a new model of a cell with one variant."""
+    """A row for each variant: its losses, and in nats the largest difference of a step, and that of the mean over the
+    last tenth, from the first variant. `build` makes a new model of a cell with one variant."""
     rows: Rows = []
     steps = how.length.timed if how.length is not None else cell.parity_steps
     chance = math.log(shape_of(cell.workload, how.smoke).vocab_size)
@@ -55,7 +55,7 @@ def compare_losses(cell: Cell, build: Callable[[Cell], Trained], how: How) -> Ro
 
 
 def _losses(build: Callable[[Cell], Trained], cell: Cell, row: Row, steps: int) -> Tensor | None:
-    """Of each step, float64 on the CPU; None where the variant was refused, which the row then says."""
+    """Of each step, float64 on the CPU; None if the variant was refused, and then the row has the error."""
     trained = None
     try:
         with failures_into(row, ends_process=False):
@@ -69,14 +69,14 @@ def _losses(build: Callable[[Cell], Trained], cell: Cell, row: Row, steps: int) 
     finally:
         if trained is not None:
             trained.close()
-        del trained  # a compiled model is part of a cycle
+        del trained  # a compiled model is part of a reference cycle
         gc.collect()
     return None
 
 
 def difference(found: Tensor, expected: Tensor, chance: float) -> dict[str, float | bool]:
-    """How far `found` lies from `expected`, both [steps], in nats, and whether there was any training to compare. Not
-    relative: what has been learnt by heart has a loss near nothing. chance: the loss of who knows nothing."""
+    """How far `found` is from `expected`, both [steps], in nats, and whether there was any training to compare. Not
+    relative, because what is memorised has a loss near 0. chance: the loss of a model that knows nothing."""
     tail = max(1, len(found) // 10)
     last = found[-tail:].mean()
     return {

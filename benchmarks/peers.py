@@ -1,12 +1,12 @@
-"""The training steps of others, on the same device, model, batch, dtype and data, timed by the same clock.
+"""Other projects' training steps, on the same device, model, batch, dtype and data, timed by the same clock.
 
-torchtitan 0.2.2 is driven through its own Trainer: its model, parallelisation, compile, loss, clipping, AdamW and
-learning rate; only its reader of text is replaced by random tokens, so that neither side waits for a tokenizer. Hugging
-Face's LlamaForCausalLM gets torch.compile, Liger's loss and torch's fused AdamW, or all of Liger's kernels uncompiled.
+torchtitan 0.2.2 runs in its own Trainer, with its model, parallelisation, compile, loss, clipping, AdamW and learning
+rate; only its reader of text is replaced by random tokens, so that neither side waits for a tokenizer. Hugging Face's
+LlamaForCausalLM gets torch.compile, Liger's loss and torch's fused AdamW, or all of Liger's kernels uncompiled.
 
     pip install torchtitan==0.2.2 torchdata liger-kernel==0.8.5
 
-Nothing of them is imported before it is asked for; one that is absent or fails is a row with its error.
+None is imported before it is needed; one that is missing or fails gives a row with its error.
 """
 
 import dataclasses
@@ -39,18 +39,18 @@ from titan_fast.loader import Batch, Loader
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """A training step of somebody else's."""
+    """Another project's training step."""
 
     train_on: Callable[[Loader], None]
-    """Takes the steps that follow from this loader, whose batches may be of another size."""
+    """Makes the following steps use this loader, whose batches may have another size."""
     step: Callable[[], None]
     loss: Callable[[], float]
-    """Of the last step. Waits for the device."""
+    """The last step's loss. Waits for the device."""
     versions: dict[str, str]
 
 
 class PeerStep:
-    """A peer as a contender of `time_variants`; its variants differ in their batch alone."""
+    """A peer as a contender for `time_variants`; its variants differ only in their batch."""
 
     def __init__(self, made: Made, device: torch.device, new_loader: Callable[[Variant], Loader]) -> None:
         self.made, self.device, self.new_loader = made, device, new_loader
@@ -60,8 +60,8 @@ class PeerStep:
         return variant.name
 
     def switch_to(self, variant: Variant) -> Row:
-        """Another batch. What was compiled for the last one is forgotten: the compiler would else make code for
-        batches of any size, which is slower."""
+        """Switches to another batch. Code that was compiled for the last one is dropped, or the compiler would make
+        code for any size, which is slower."""
         if self.loader is not None:
             self.loader.close()
             torch._dynamo.reset()
@@ -90,8 +90,8 @@ Peer = Callable[[Config, ModelShape, torch.device], Made]
 
 
 def hugging_face(config: Config, shape: ModelShape, device: torch.device, liger: bool) -> Made:
-    """transformers' Llama in bfloat16, compiled block by block, with Liger's fused linear cross entropy where wanted;
-    not compiled, with all of Liger's kernels. Attention by the same backend as ours, the fastest on this device."""
+    """transformers' Llama in bfloat16, compiled block by block or not. liger: with Liger's fused linear cross entropy,
+    and if not compiled with all of its kernels. Attention has the same backend as ours, this device's fastest."""
     import transformers
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -100,8 +100,8 @@ def hugging_face(config: Config, shape: ModelShape, device: torch.device, liger:
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError("Liger's kernels are Triton's and need a GPU or TRITON_INTERPRET=1")
         kernels: Any = importlib.import_module("liger_kernel.transformers")
-        # Compiled layers are faster without. Its rotary embedding cuts their graph; of its norm and SwiGLU torch 2.11
-        # believes that they write to what they read, and fails; torch 2.13 makes 22 kernels a layer of them, not 12.
+        # Compiled layers are faster without. Its rotary embedding breaks their graph. torch 2.11 believes that its norm
+        # and SwiGLU write to their inputs, and fails; torch 2.13 makes 22 kernels per layer with them, not 12.
         layers = not config.compile.enable
         kernels.apply_liger_kernel_to_llama(rope=layers, rms_norm=layers, swiglu=layers)
         versions["liger-kernel"] = importlib.import_module("importlib.metadata").version("liger-kernel")
@@ -143,7 +143,7 @@ def hugging_face(config: Config, shape: ModelShape, device: torch.device, liger:
 
 
 def attention_backends(device: torch.device) -> list[SDPBackend]:
-    """In order of preference, as titan_fast.ops and torchtitan have it: cuDNN's first from Hopper on."""
+    """In order of preference, as in titan_fast.ops and torchtitan: from Hopper on cuDNN is first."""
     if device.type != "cuda":
         return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
@@ -153,15 +153,15 @@ def attention_backends(device: torch.device) -> list[SDPBackend]:
 
 
 def _hugging_face_loss(model: Any, batch: Batch, liger: bool) -> Tensor:
-    if liger:  # its forward moves labels by one itself, and never makes the logits
+    if liger:  # its forward shifts labels by one itself, and never makes the logits
         return model(input_ids=batch.tokens, labels=batch.tokens).loss
     logits = model(input_ids=batch.tokens).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
 
 
 def torchtitan(config: Config, shape: ModelShape, device: torch.device, as_shipped: bool) -> Made:
-    """torchtitan's Trainer on one device. as_shipped: float32 weights, as it keeps them by itself, cast by autocast or,
-    as rank 0 of many, by FSDP2; otherwise its pure bfloat16."""
+    """torchtitan's Trainer on one device. as_shipped: float32 weights, its default, cast by autocast, or as rank 0 of
+    many by FSDP2; otherwise pure bfloat16."""
     if device.type == "cpu":
         _let_torchtitan_run_on_cpu()
     version = importlib.import_module("importlib.metadata").version("torchtitan")
@@ -169,7 +169,7 @@ def torchtitan(config: Config, shape: ModelShape, device: torch.device, as_shipp
     llama3: Any = importlib.import_module("torchtitan.models.llama3")
     trainer_class: Any = importlib.import_module("torchtitan.train").Trainer
     manager: Any = importlib.import_module("torchtitan.config").ConfigManager()
-    name = f"bench{len(llama3.llama3_args)}"  # a second trainer in this process needs a name of its own
+    name = f"bench{len(llama3.llama3_args)}"  # a second trainer in this process needs another name
     llama3.llama3_args[name] = _torchtitan_args(llama3, shape)
     spec = dataclasses.replace(llama3.get_train_spec(), build_tokenizer_fn=None, build_dataloader_fn=None)
     train_spec.register_train_spec(name, spec)
@@ -180,7 +180,7 @@ def torchtitan(config: Config, shape: ModelShape, device: torch.device, as_shipp
         fake_world.assert_gathers_real_weights(model, [*model.layers.values()][:1])
     batches: list[Iterator[tuple[dict[str, Tensor], Tensor]]] = []
     losses: list[Tensor] = []
-    trainer.step = 1  # it logs step 1, and every log_freq; logging waits for the device
+    trainer.step = 1  # it logs step 1 and every log_freq steps, and logging waits for the device
     whole = trainer.forward_backward_step
 
     def noted(**arguments: Any) -> Tensor:
@@ -201,7 +201,7 @@ def torchtitan(config: Config, shape: ModelShape, device: torch.device, as_shipp
 
 
 def _torchtitan_args(llama3: Any, shape: ModelShape) -> Any:
-    """Its shape: the feed-forward width is int(8 / 3 dim x multiplier), rounded up to `multiple_of`."""
+    """torchtitan's shape. Its feed-forward width is int(8 / 3 dim x multiplier), rounded up to `multiple_of`."""
     if shape.tied:
         raise ValueError("torchtitan 0.2.2 has no tied head")
     multiplier = (shape.ffn_dim - 0.5) / int(8 * shape.dim / 3)
@@ -228,7 +228,7 @@ def _torchtitan_arguments(config: Config, name: str, as_shipped: bool) -> list[s
         "activation_checkpoint.selective_ac_option": checkpointing.selective_ac_option,
         "compile.backend": config.compile.backend,
     }
-    if config.float8.enable:  # by torchao, which without a recipe's name scales tensorwise
+    if config.float8.enable:  # torchao's, which scales tensorwise if no recipe is named
         options |= {"model.converters": "quantize.linear.float8", "quantize.linear.float8.filter_fqns": "output"}
         if config.float8.recipe_name == "rowwise":
             options["quantize.linear.float8.recipe_name"] = "rowwise"
@@ -237,18 +237,18 @@ def _torchtitan_arguments(config: Config, name: str, as_shipped: bool) -> list[s
 
 
 def _as_torchtitan_wants(loader: Loader) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Its step counts the labels on the host and moves the batch to the device itself, so it gets host tensors."""
+    """torchtitan's step counts labels on the host and moves the batch to the device, so it gets host tensors."""
     for (batch,) in loader:
         yield {"input": batch.tokens}, batch.labels
 
 
 def home_of_batches(peer: str, device: torch.device) -> torch.device:
-    """Where a peer's step wants its batches."""
+    """The device on which a peer's step expects its batches."""
     return torch.device("cpu") if peer.startswith("torchtitan") else device
 
 
 def _let_torchtitan_run_on_cpu() -> None:
-    """It asks its device for what only accelerators have; for a rehearsal the CPU answers something."""
+    """Gives torch.cpu, for rehearsals, the functions that torchtitan calls and only accelerators have."""
     cpu: Any = torch.cpu
     properties = type("Properties", (), {"total_memory": 2**30})
     answers: dict[str, Callable[..., Any]] = {
@@ -277,7 +277,7 @@ PEERS: dict[str, Peer] = {
 @contextmanager
 def _surroundings(peer: str, world: int, device: torch.device) -> Iterator[None]:
     """What torchrun would set up for one process; torchtitan reads it and makes its own process group. As rank 0 of
-    many it gets ours, which claims them."""
+    many it gets our fake one."""
     if not peer.startswith("torchtitan"):
         if world > 1:
             raise ValueError(f"{peer} is a loop for one device, and {world} were asked for")
@@ -289,7 +289,7 @@ def _surroundings(peer: str, world: int, device: torch.device) -> Iterator[None]
     here = Path.cwd()
     try:
         with (
-            TemporaryDirectory() as folder,  # it writes beside where it is started
+            TemporaryDirectory() as folder,  # torchtitan writes into the current folder
             fake_world.fake_world(world, device) if world > 1 else nullcontext(),
         ):
             os.chdir(folder)
@@ -306,7 +306,7 @@ def _surroundings(peer: str, world: int, device: torch.device) -> Iterator[None]
 
 
 def run_peer(cell: Cell, device: torch.device, how: How) -> Rows:
-    """A row for each variant of a peer's cell, as `time_variants` gives it."""
+    """A row for each variant of a peer's cell, from `time_variants`."""
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     first = cell.variants[0]
     config, shape = config_of(cell.workload, first.options, how.smoke), shape_of(cell.workload, how.smoke)

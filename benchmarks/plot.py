@@ -1,13 +1,13 @@
-"""From benchmark results to a picture, tables, and the table that `auto` follows.
+"""Turns benchmark results into a picture, tables, and the table that `auto` follows.
 
     python -m benchmarks.plot benchmarks/results/kernels-*.json
 
-For each device merges the results of parts of the suite, all of the same versions (a later file replaces equal cells),
-draws achieved bandwidth against the device's measured copy bandwidth, prints what each provider reached and what whole
-blocks gain from each kernel, and at last writes the device's table into kernels/titan_kernels/measured: its
-architecture's where it is the first device of it, else one of its own.
-What may decide nothing is listed with the reason. The table is that of the files given, so it is not written where the
-one that is there knows more: give all files.
+For each device this merges the results of the suite's parts, all of the same versions (a later file replaces equal
+cells), draws achieved bandwidth against the device's measured copy bandwidth, prints what each provider reached and
+what whole blocks gain from each kernel, and finally writes the device's table into kernels/titan_kernels/measured: as
+its architecture's if it is the first device of it, else as its own.
+Results that cannot decide anything are listed with the reason. The table has only what is in the files given, so it is
+not written if the existing one has more: give all files.
 """
 
 import argparse
@@ -26,24 +26,24 @@ from titan_fast.errors import ConfigError, DataError, reported
 
 MEASURED = Path(__file__).parents[1] / "kernels" / "titan_kernels" / "measured"
 PROVIDER_ORDER = ("eager", "compiled", "ours", "ours_compiled", "torch", "liger", "quack")
-HOST_BOUND = "*"  # beside times in which the GPU waited for the host
+HOST_BOUND = "*"  # marks times in which the GPU waited for the host
 COPY_MAY_DIFFER = 0.05
-"""Part of the limits' copy bandwidth by which a file's own may differ without a warning."""
+"""Fraction of the limits' copy bandwidth by which a file's own may differ without a warning."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """All cells of one device: `extra_info` of the benchmarks, by (case, direction, provider)."""
+    """All cells of one device: the benchmarks' `extra_info`, by (case, direction, provider)."""
 
     machine: dict[str, Any]
     cells: dict[tuple[str, str, str], dict[str, Any]]
 
     def cases(self) -> list[tuple[str, str]]:
-        """(case, direction), as they were measured."""
+        """(case, direction), in the order of measurement."""
         return list(dict.fromkeys((case, direction) for case, direction, _ in self.cells))
 
     def time(self, case: str, direction: str, provider: str) -> str:
-        """Microseconds, marked where they are not the GPU's alone; empty where there are none."""
+        """Microseconds, marked if they are not only the GPU's; empty if there are none."""
         cell = self.cells.get((case, direction, provider))
         if cell is None:
             return ""
@@ -55,10 +55,10 @@ def load(paths: Sequence[Path]) -> Results:
     """Merges result files.
 
     Raises:
-        DataError: a file that is not there, is none of the suite's or has no measurements, or files of different
-            devices or versions.
+        DataError: a file that is missing, is not the suite's or has no measurements, or files of different devices or
+            versions.
 
-    What is compared with each other was timed by one process. So files may be of several commits, which are all named.
+    Times that are compared with each other are of one process, so files may be of several commits; all are named.
     """
     machine: dict[str, Any] = {}
     commits: dict[str, None] = {}
@@ -76,7 +76,7 @@ def load(paths: Sequence[Path]) -> Results:
                     raise DataError(
                         f"it is of {key} {_said(found[key], machine[key])}, the files before it of "
                         f"{_said(machine[key], found[key])}",
-                        "measure the parts again that belong together",
+                        "measure parts that belong together again",
                         str(path),
                     )
             machine = found | {"versions": found["versions"] | _drivers(machine, found)}
@@ -90,7 +90,7 @@ def load(paths: Sequence[Path]) -> Results:
 
 
 def by_device(paths: Sequence[Path]) -> list[list[Path]]:
-    """The files of each device, of which `load` says what is wrong with them."""
+    """The files of each device; `load` reports what is wrong with them."""
     found: dict[Any, list[Path]] = {}
     for path in paths:
         machine = (read(path) or {}).get("machine_info")
@@ -100,7 +100,7 @@ def by_device(paths: Sequence[Path]) -> list[list[Path]]:
 
 
 def _drivers(*machines: dict[str, Any]) -> dict[str, str]:
-    """All that the files are of."""
+    """All of the files' drivers."""
     found = [words for m in machines for words in m.get("versions", {}).get("driver", "").split(", ") if words]
     return {"driver": ", ".join(dict.fromkeys(found))} if found else {}
 
@@ -112,7 +112,7 @@ def case_name(info: dict[str, Any]) -> str:
 
 
 def _said(value: Any, other: Any) -> str:
-    """A value of `environment`; of versions, those that differ."""
+    """A value of `environment`; for versions, those that differ."""
     if not isinstance(value, dict):
         return str(value)
     return ", ".join(f"{name} {version}" for name, version in value.items() if version != other.get(name))
@@ -130,16 +130,16 @@ class _Verdict:
 
 
 WANDERS = 0.01
-"""Part of a time within which a difference decides nothing, however small its standard error. On an H100 single
-operators of ours made a compiled block slower by 0.1, 0.9 and 1.7%, each by up to three and a half standard errors, and
-all together faster by 0.6%: what a run's clock does between variants is not in the error of their passes."""
+"""Fraction of a time up to which a difference decides nothing, however small its standard error. On an H100 single
+operators of ours made a compiled block slower by 0.1, 0.9 and 1.7%, each by up to 3.5 standard errors, but all together
+made it faster by 0.6%: the passes' errors do not include how the clock changes between variants."""
 
 
 def decision_table(results: Results) -> tuple[Table, list[str]]:
-    """(the cells by which `auto` decides, a sentence for each that cannot be one).
+    """(the cells by which `auto` decides, a sentence for each that decides nothing).
 
-    A cell sums the directions, and of a switch that two operators share (rms_norm, add_rms_norm) both operators. Where
-    there are several to beat, the fastest counts.
+    A cell is the sum over directions, and for a switch that two operators share (rms_norm, add_rms_norm) over both. If
+    there are several rivals, the fastest counts.
     """
     verdicts: dict[str, dict[str, _Verdict]] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -177,7 +177,7 @@ def _add(verdict: _Verdict, info: dict[str, Any], against: dict[str, Any]) -> No
 
 
 def _problem(contest: dict[str, Any], by_rival: dict[str, _Verdict], smoke: bool) -> str:
-    """Why these measurements decide nothing; empty where they do."""
+    """Why these measurements decide nothing; empty if they do."""
     if contest["against"][0] not in by_rival:
         return f"{contest['against'][0]} was not measured beside it"
     if any(verdict.parts != contest["parts"] for verdict in by_rival.values()):
@@ -191,11 +191,11 @@ def _table_at(path: Path) -> Table | None:
     try:
         return Table.from_json(path.read_text()) if path.exists() else None
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"no table: {error}", "take it away to start anew", str(path)) from error
+        raise DataError(f"not a table: {error}", "remove it to start anew", str(path)) from error
 
 
 def lost(before: Table | None, after: Table, undecided: Sequence[str]) -> list[str]:
-    """The cells of `before` of which the measurements behind `after` say nothing."""
+    """The cells of `before` that are not among the measurements for `after`."""
     if before is None:
         return []
     said = {_label(asdict(cell)) for cell in after.cells} | {sentence.partition(": ")[0] for sentence in undecided}
@@ -203,7 +203,7 @@ def lost(before: Table | None, after: Table, undecided: Sequence[str]) -> list[s
 
 
 def other_copies(paths: Sequence[Path]) -> list[str]:
-    """A line for each file whose copy line is not that of the limits beside it."""
+    """A line for each file whose copy line differs from that of the limits beside it."""
     lines = []
     for path in paths:
         content = read(path) or {}
@@ -227,8 +227,7 @@ def _label(contest: dict[str, Any]) -> str:
 
 
 def markdown(results: Results) -> str:
-    """Microseconds of every provider, and the bandwidth of ours where bytes are known; then whole blocks; then the
-    host's time."""
+    """Every provider's microseconds, and our bandwidth if bytes are known; then whole blocks; then the host's time."""
     header = ["case", "direction", *PROVIDER_ORDER, "ours, % of a large copy, of one of as many bytes"]
     machine = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -248,7 +247,7 @@ def markdown(results: Results) -> str:
 
 
 def _blocks(results: Results) -> list[str]:
-    """What each variant of a block takes more than the block that it is compared with."""
+    """How much more each variant of a block takes than the block that it is compared with."""
     lines = []
     for (case, direction, provider), info in results.cells.items():
         if not info["op"].startswith("block"):
@@ -276,7 +275,7 @@ def _host(results: Results) -> list[str]:
 
 
 def decisions(table: Table, undecided: Sequence[str]) -> str:
-    """What `auto` will do, one line a cell; then what it cannot know."""
+    """What `auto` will choose, a line per cell; then what is undecided."""
     lines = []
     for cell in table.cells:
         verdict = "triton" if cell.triton_wins else "reference"
@@ -288,7 +287,7 @@ def decisions(table: Table, undecided: Sequence[str]) -> str:
 
 
 def draw(results: Results, path: Path) -> str:
-    """Achieved bandwidth of every provider, one panel for each operator and direction, with the copy line. Returns what
+    """Every provider's achieved bandwidth, with the copy line, in a panel for each operator and direction. Returns what
     it did, in words."""
     alone = {key: info for key, info in results.cells.items() if "gb_per_s" in info}
     panels = list(dict.fromkeys((info["op"], info["direction"]) for info in alone.values()))
@@ -339,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _one_device(paths: Sequence[Path], pictures: Path, measured: Path) -> None:
     results = load(paths)
     if results.machine["smoke"] and measured.resolve() == MEASURED.resolve():
-        what = "these results are a rehearsal on the CPU and must not decide anything"
+        what = "these results are of a rehearsal on the CPU, and must not decide anything"
         raise ConfigError(what, "give another folder", "--measured")
     table, undecided = decision_table(results)
     warnings = "".join(f"{line}\n" for line in other_copies(paths))
@@ -347,14 +346,14 @@ def _one_device(paths: Sequence[Path], pictures: Path, measured: Path) -> None:
     place_of_table, before = _place_of(table, measured)
     if missing := lost(before, table, undecided):
         what = f"nothing written: these files do not measure {len(missing)} of its cells, {missing[0]!r} first"
-        raise DataError(what, "give all result files, or take the table away to start anew", str(place_of_table))
+        raise DataError(what, "give all result files, or remove the table to start anew", str(place_of_table))
     sys.stdout.write(f"{draw(results, pictures / f'bandwidth-{slug(table.device)}.png')}\n")
     write_text(table.to_json(), place_of_table)
     sys.stdout.write(f"wrote {place_of_table}\n")
 
 
 def _place_of(table: Table, folder: Path) -> tuple[Path, Table | None]:
-    """(where a device's table belongs, what is there): the architecture's, unless another device has that."""
+    """(where a device's table belongs, what is there): the architecture's, unless that is another device's."""
     path = folder / table_name(table.architecture)
     before = _table_at(path)
     if before is not None and before.device != table.device:

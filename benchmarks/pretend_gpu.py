@@ -1,7 +1,7 @@
-"""Make this process believe that it has an H100, far enough that Inductor generates the code that would run there.
+"""Makes this process believe that it has an H100, so that Inductor generates the code for one.
 
-Nothing can be run, and the process cannot be turned back: use it in a process of its own, with TRITON_INTERPRET unset.
-It replaces private functions of torch, so it is tied to the versions in TESTED_TORCH.
+Nothing can be run, and it cannot be undone, so use a separate process, with TRITON_INTERPRET unset. Private functions
+of torch are replaced, so this is tied to the versions in TESTED_TORCH.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 
 TESTED_TORCH = ("2.11", "2.13")
 
-# What torch.cuda.get_device_properties says of an H100 SXM.
+# torch.cuda.get_device_properties of an H100 SXM.
 _PROPERTIES = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
     major=9,
@@ -86,7 +86,7 @@ class _Driver:
 
 
 class _NoGuard:
-    """Stands for the context managers that switch devices."""
+    """In place of the context managers that switch devices."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -99,7 +99,7 @@ class _NoGuard:
 
 
 def override(owner: Any, name: str, value: Any) -> None:
-    """Sets an attribute of a module or class, whatever its type says."""
+    """Sets an attribute of a module or class, whatever its declared type."""
     setattr(owner, name, value)
 
 
@@ -113,7 +113,7 @@ def _keep_random_state() -> Iterator[None]:
 
 
 def install() -> None:
-    """Replaces what torch, Dynamo, Inductor and Triton ask about the device. For the rest of the process."""
+    """Replaces what torch, Dynamo, Inductor and Triton ask about the device, for the rest of the process."""
     _install_torch()
     _install_compiler()
     inductor_config.fx_graph_cache = False
@@ -151,7 +151,7 @@ def _install_torch() -> None:
 
 def _install_compiler() -> None:
     override(fake_tensor, "init_gpu_context", _always(None))
-    # Its patterns (attention in parts, padded matrix multiplications) build CUDA tensors; no Llama block has either.
+    # Its patterns (attention in parts, padded matrix products) build CUDA tensors; a Llama block has neither.
     override(joint_graph, "lazy_init", _always(None))
     for module in (torch._dynamo.utils, torch._functorch.aot_autograd):
         override(module, "preserve_rng_state", _keep_random_state)
@@ -180,7 +180,7 @@ def _install_compiler() -> None:
 
 
 class _Generated(Exception):
-    """Carries the source out of Inductor, before it would load it onto the device."""
+    """Carries the source out of Inductor before it is loaded onto the device."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -192,9 +192,9 @@ def _stop_after_codegen(graph: Any) -> Any:
 
 
 def generate(graph: GraphModule, mode: fake_tensor.FakeTensorMode, is_backward: bool) -> str:
-    """The module that Inductor generates for an ATen graph that was traced with CPU tensors, moved to `cuda:0`.
+    """The module that Inductor generates for an ATen graph, which was traced with CPU tensors and is moved to `cuda:0`.
 
-    mode: a fresh fake mode. Raises whatever Inductor raises if it stops before the code exists.
+    mode: a new fake mode. Raises whatever Inductor raises if it fails before there is code.
     """
     inputs = _move_to_cuda(graph, mode)
     lowering = torch._inductor.graph.GraphLowering

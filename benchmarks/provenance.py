@@ -1,4 +1,4 @@
-"""What a result means nothing without: device, versions and commit."""
+"""What a result is meaningless without: device, versions and commit."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ import torch
 
 
 def environment(smoke: bool) -> dict[str, Any]:
-    """Of this process; smoke: of a rehearsal on the CPU."""
+    """This process's environment; smoke: that of a rehearsal on the CPU."""
     import triton
 
     cuda = torch.cuda.is_available() and not smoke
@@ -31,16 +31,15 @@ def environment(smoke: bool) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+" where tracked files differ from it. Results are no part of what they name: the
-    parts of one suite belong together although each writes its own. BENCHMARK_COMMIT in the environment says it where
-    the code was copied without its history."""
+    """The checkout's commit, with "+" if tracked files differ from it. Results do not count, since each part of a suite
+    writes its own. BENCHMARK_COMMIT in the environment names the commit where code was copied without its history."""
     if told := os.environ.get("BENCHMARK_COMMIT"):
         return told
     results = (":(exclude,top)benchmarks/results", ":(exclude,top)kernels/titan_kernels/measured")
     try:
         name = _git("describe", "--always", "--abbrev=12", "--exclude=*")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *results)
-    except OSError:  # no git here
+    except OSError:  # there is no git
         return "unknown"
     return f"{name}{'+' if changed else ''}" if name else "unknown"
 

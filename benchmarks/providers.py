@@ -1,6 +1,6 @@
-"""The operators as each library offers them, and the functions that a case runs with them.
+"""Each library's operators, and the functions that a case runs with them.
 
-Every provider of a case is called with the same tensors and must return what the eager reference returns.
+All providers of a case are called with the same tensors, and must return what the eager reference returns.
 """
 
 import functools
@@ -33,12 +33,12 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 
 class Unavailable(Exception):
-    """This provider cannot be had here; the message says why."""
+    """This provider is not available; the message says why."""
 
 
 @dataclass(frozen=True)
 class Operators:
-    """One library's. None where it has no such operator. Signatures are those of titan_kernels.reference."""
+    """One library's operators; None for those that it lacks. Signatures are those of titan_kernels.reference."""
 
     rms_norm: Callable[..., Any] | None = None
     add_rms_norm: Callable[..., Any] | None = None
@@ -47,7 +47,7 @@ class Operators:
     norm_linear: Callable[..., Any] | None = None
     swiglu_linear: Callable[..., Any] | None = None
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
-    """logits, labels -> sum of losses; for peers, which differentiate it by autograd. Ours come with their gradient."""
+    """logits, labels -> sum of losses. For peers, which use autograd; our losses come with their gradient."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Provider:
 
     name: str
     operators: Callable[[], Operators] | None = None
-    """Of a library; None in blocks and in the loss, where `kernels` says what runs."""
+    """A library's. Not used in blocks and for our losses, where `kernels` decides what runs."""
     compiled: bool = False
     only: tuple[str, ...] = ()
-    """The operators that it has; empty for all."""
+    """The operators that it has; empty: all."""
     kernels: tuple[str, ...] = ()
     """Which of titan_fast's switches are on triton; the others are on reference."""
     is_auto: bool = False
@@ -67,7 +67,7 @@ class Provider:
     budget: float = 1.0
     """The partitioner's activation memory budget."""
     is_peer: bool = False
-    """Somebody else's library: that it fails, or is wrong, is no failure of this project."""
+    """Another project's library: if it fails or is wrong, this project has not failed."""
 
 
 def _reference() -> Operators:
@@ -104,8 +104,8 @@ def _need(package: str, installed_as: str) -> None:
 
 
 def _liger() -> Operators:
-    """Read against liger-kernel 0.8.5. Its cross entropy counts the labels with .item() and compares the incoming
-    gradient on the host, so that the GPU runs dry in every call: such times are marked as not queued."""
+    """For liger-kernel 0.8.5. Its cross entropy counts the labels with .item() and compares the incoming gradient on
+    the host, so the GPU runs dry in every call, and its times are marked as not queued."""
     _need("liger-kernel", "liger_kernel")
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction  # pyright: ignore[reportMissingImports]
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction  # pyright: ignore[reportMissingImports]
@@ -125,7 +125,7 @@ def _liger() -> Operators:
         return LigerCrossEntropyFunction.apply(logits, labels, None, -100, 0.0, 0.0, "sum")[0]
 
     return Operators(
-        # Gradients in place would overwrite what the benchmark gives as gradient, so not in place.
+        # Not in place, which would overwrite the gradient that the benchmark passes.
         rms_norm=lambda x, weight, eps: LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False),
         add_rms_norm=lambda x, residual, weight, eps: LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps),
         rope=rope,
@@ -135,7 +135,7 @@ def _liger() -> Operators:
 
 
 def _quack() -> Operators:
-    """Read against quack-kernels 0.6.5."""
+    """For quack-kernels 0.6.5."""
     _need("quack-kernels", "quack")
     from quack.cross_entropy import cross_entropy  # pyright: ignore[reportMissingImports]
     from quack.rmsnorm import rmsnorm  # pyright: ignore[reportMissingImports]
@@ -148,7 +148,7 @@ def _quack() -> Operators:
 
 
 NORMS = ("rms_norm", "add_rms_norm")
-PARTS = ("rms_norm", "rope", "swiglu")  # the switches that can be on together; the units replace the first and last
+PARTS = ("rms_norm", "rope", "swiglu")  # switches that can be on together; the units replace the first and last
 EAGER = Provider("eager", _reference)
 COMPILED = Provider("compiled", _reference, compiled=True)
 OURS = Provider("ours", _ours, kernels=("cross_entropy",))
@@ -173,13 +173,13 @@ EXCHANGED = {name: Provider(f"compiled+{name}", compiled=True, kernels=(name,)) 
 
 
 def providers(case: Case) -> tuple[Provider, ...]:
-    """Who is asked to run `case`."""
+    """The providers that run `case`."""
     if case.op == "head":
         return HEADS
     if not case.op.startswith("block"):
         found = tuple(p for p in LIBRARIES if not p.only or case.op in p.only)
         return (*found, OURS_COMPILED) if case.op in NORMS and case.tensor_parallel > 1 else found
-    if case.tensor_parallel > 1:  # norms are judged alone there, and the units do not exist
+    if case.tensor_parallel > 1:  # where norms are judged alone, and there are no units
         return COMPILED, EXCHANGED["rope"], EXCHANGED["swiglu"]
     if case.op == "block_carried":
         return COMPILED, EXCHANGED["rms_norm"], EXCHANGED["reemit"], OURS_COMPILED, AUTO
@@ -188,10 +188,10 @@ def providers(case: Case) -> tuple[Provider, ...]:
 
 
 def build(case: Case, provider: Provider, backend: str, device: torch.device) -> Function:
-    """The function of `make_inputs(case, device)`'s tensors.
+    """A function of `make_inputs(case, device)`'s tensors.
 
     Raises:
-        Unavailable: the library is not there.
+        Unavailable: the library is missing.
     """
     if case.op == "head":
         return _head(provider, backend)
@@ -205,8 +205,8 @@ def build(case: Case, provider: Provider, backend: str, device: torch.device) ->
 
 
 def _with_own_code(function: Any) -> Any:
-    """Dynamo keeps what it compiled by code object, and takes another provider's where its guards hold; the memory
-    budget is not among them."""
+    """A copy of the function with its own code object. Dynamo keeps compiled code by code object, and would use another
+    provider's if its guards hold; the memory budget is not among them."""
     code = function.__code__.replace()
     return types.FunctionType(
         code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
@@ -214,12 +214,12 @@ def _with_own_code(function: Any) -> Any:
 
 
 def _compiler(backend: str) -> Callable[[Any], Any]:
-    """As a run compiles."""
+    """What compiles as a run does."""
     return compilation.compiler(Compile(enable=True, backend=backend))
 
 
 def _with_memory_budget(compiled: Function, budget: float) -> Function:
-    """The setting matters when the first call compiles."""
+    """Sets the budget around calls; it matters in the first, which compiles."""
 
     def call(*inputs: Tensor) -> tuple[Tensor, ...]:
         with functorch_config.patch(activation_memory_budget=budget):
@@ -252,10 +252,10 @@ def _kernels(provider: Provider, carried: bool) -> Kernels:
 
 
 def block_ops(case: Case, provider: Provider, device: torch.device) -> Ops:
-    """Chosen as a run on this device chooses them, attention included.
+    """The operators that a run on this device would choose, including attention.
 
     Raises:
-        Unavailable: auto takes no kernel here, and so is the reference.
+        Unavailable: auto chooses no kernel here, so it is the reference.
     """
     shape = model_shape(case)
     workload = Workload(shape, case.tokens, case.tensor_parallel, LOSS_CHUNK, compiled=provider.compiled)
@@ -267,8 +267,8 @@ def block_ops(case: Case, provider: Provider, device: torch.device) -> Ops:
 
 
 def _block(case: Case, provider: Provider, device: torch.device) -> Function:
-    """A whole decoder block of titan_fast.model, its parameters passed in; with tensor parallelism one rank's part of
-    it without the communication, over all tokens."""
+    """A whole decoder block of titan_fast.model, a function of its parameters too; with tensor parallelism one rank's
+    part of it, over all tokens and without communication."""
     with torch.device("meta"):
         block = Block(model_shape(case), block_ops(case, provider, device))
     names = [name for name, _ in block.named_parameters()]
@@ -284,7 +284,7 @@ def _block(case: Case, provider: Provider, device: torch.device) -> Function:
 
 
 def loss_ops(provider: Provider, backend: str) -> Ops:
-    """The cross entropies that a run would have: what `[compile]` makes of the reference's, the reference's or ours."""
+    """The cross entropies that a run would have: the reference's, compiled as by `[compile]` or not, or ours."""
     if provider.compiled:
         return compilation.compiled_cross_entropy(REFERENCE, _compiler(backend))
     if not provider.kernels:
@@ -298,7 +298,7 @@ def loss_ops(provider: Provider, backend: str) -> Ops:
 
 
 def _loss(case: Case, provider: Provider, backend: str) -> Function:
-    """logits, labels, scale -> losses and gradient, which takes the logits' place."""
+    """logits, labels, scale -> the sum of losses, and the gradient, which overwrites the logits."""
     if provider.is_peer:
         assert provider.operators is not None
         loss = provider.operators().loss
@@ -314,7 +314,7 @@ def _loss(case: Case, provider: Provider, backend: str) -> Function:
 
     @torch.no_grad()
     def sharded(logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        """What one rank does before and after the ranks exchange their statistics; its own stand for everybody's."""
+        """What a rank does before and after ranks exchange their statistics, with its own instead of everybody's."""
         peak, total, target = ops.cross_entropy_stats(logits, labels, offset)
         logsumexp = peak + torch.log(total)
         ops.cross_entropy_grad_(logits, labels, offset, logsumexp, scale, -100, 0.0)
@@ -332,7 +332,7 @@ def _differentiate(
 
 
 def _head(provider: Provider, backend: str) -> Function:
-    """The head's matrix products and the loss, a chunk at a time, as titan_fast.loss has them."""
+    """The head's matrix products and the loss, a chunk at a time, as in titan_fast.loss."""
     if provider.is_peer:
         if not has_torch_loss():
             raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
@@ -348,14 +348,14 @@ def _head(provider: Provider, backend: str) -> Function:
 
 
 def model_shape(case: Case) -> ModelShape:
-    """One block of the whole model: a rank's part of it is in the parameters."""
+    """One block of the unsharded model; a rank's part is determined by its parameters."""
     model = case.whole
     sizes = (model.width, 1, model.n_heads, model.n_kv_heads, model.ffn_width, model.vocab)
     return ModelShape(*sizes, max_seq_len=case.seq_len)
 
 
 def parameter_sizes(case: Case) -> list[tuple[int, ...]]:
-    """Of a block's parameters in their order; of one rank's part of them."""
+    """The sizes of one rank's part of a block's parameters, in their order."""
     with torch.device("meta"):
         named = dict(Block(model_shape(case), REFERENCE).named_parameters())
     degree = case.tensor_parallel
@@ -368,8 +368,8 @@ def parameter_sizes(case: Case) -> list[tuple[int, ...]]:
 
 
 def make_inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
-    """The arguments of the case's functions: bfloat16, normal with the variance of a freshly initialised model's, those
-    that are differentiated requiring gradients. Never zeros: the power a GPU draws depends on the data."""
+    """The arguments of the case's functions: bfloat16, normal, with the variances in a freshly initialised model. Those
+    that are differentiated require gradients. Never zeros, because the power that a GPU draws depends on the data."""
     generator = torch.Generator(device).manual_seed(20)
 
     def normal(*shape: int, deviation: float = 1.0) -> Tensor:

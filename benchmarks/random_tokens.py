@@ -1,4 +1,4 @@
-"""Uniformly random tokens as a source of the training loader: its thread, its pinned copies, nothing to tokenize."""
+"""Uniformly random tokens for the training loader, which keeps its thread and pinned copies but tokenizes nothing."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from titan_fast.loader import Step
 
 
 class RandomTokens:
-    """A `titan_fast.loader.Source`. cycle: so many steps, which are then repeated; None: new tokens in every step."""
+    """A `titan_fast.loader.Source`. cycle: after so many steps they repeat; None: new tokens in every step."""
 
     def __init__(self, batch: int, seq_len: int, vocab_size: int, cycle: int | None = None) -> None:
         self.identity: dict[str, Any] = {"kind": "random"}

@@ -1,4 +1,4 @@
-"""What is measured: operators at the sizes of Llama models, alone and in the decoder block that they live in."""
+"""What is measured: operators at the sizes of Llama models, alone and in their decoder block."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,14 +11,14 @@ Context = Literal["alone", "block"]
 
 ALONE = ("rms_norm", "add_rms_norm", "rope", "swiglu", "cross_entropy", "cross_entropy_sharded")
 BLOCKS = ("block", "block_carried")
-"""A decoder block as titan_fast.model has it; carried: the residual goes from block to block as a pair."""
+"""A decoder block of titan_fast.model; carried: blocks pass the residual on separately, as one of a pair."""
 OPERATORS = (*ALONE, *BLOCKS, "head")
 UNITS = ("norm_linear", "swiglu_linear")
-"""Measured for what a call costs the host; on the device, as part of a block."""
+"""Measured alone for the host's time; on the device, as part of a block."""
 
 DTYPE = "bfloat16"
-SEQ_LEN = 2048  # of each sequence; 8192 tokens are four. Attention stays a small part of a block this way.
-LOSS_CHUNK = 8192  # rows of logits that exist at a time, by default
+SEQ_LEN = 2048  # so 8192 tokens are four sequences, and attention is a small part of a block
+LOSS_CHUNK = 8192  # rows of logits at a time, by default
 SMOKE_MODEL = LlamaShape("smoke", width=64, ffn_width=96, n_heads=4, n_kv_heads=2, head_dim=16, vocab=160)
 
 
@@ -39,7 +39,7 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """Norms run on a share of the tokens under tensor parallelism (sequence parallel), the loss on a chunk."""
+        """With tensor parallelism norms run on a part of the tokens (sequence parallel); the loss runs on a chunk."""
         if self.op in ("rms_norm", "add_rms_norm"):
             return self.tokens // self.tensor_parallel
         return min(self.tokens, LOSS_CHUNK) if self.op.startswith("cross_entropy") else self.tokens
@@ -50,7 +50,7 @@ class Case:
 
     @property
     def whole(self) -> LlamaShape:
-        """The model of which `model` is one rank's part."""
+        """The unsharded model."""
         model, degree = self.model, self.tensor_parallel
         divided = ("ffn_width", "n_heads", "n_kv_heads", "vocab")
         return replace(model, **{name: degree * getattr(model, name) for name in divided})
@@ -70,7 +70,7 @@ class Case:
 
     @property
     def traffic(self) -> Traffic | None:
-        """The least bytes of the operator; None where matrix products are what mostly moves."""
+        """The operator's least bytes; None with matrix products."""
         if self.context != "alone" or self.op in UNITS:
             return None
         return (
@@ -81,15 +81,15 @@ class Case:
 
 
 def sharded_cross_entropy(rows: int, vocab: int, element_size: int = 2) -> Traffic:
-    """`cross_entropy_stats`, then `cross_entropy_grad_`, over one slice of the vocabulary. Between the two the ranks
-    exchange the statistics, so that the logits are read twice: logits, labels -> three numbers a row; logits, labels,
-    logsumexp -> gradient. All counted as forward, as `titan_kernels.traffic.cross_entropy` does."""
+    """`cross_entropy_stats`, then `cross_entropy_grad_`, over one slice of the vocabulary. In between ranks exchange
+    statistics, so the logits are read twice: logits, labels -> three numbers per row; logits, labels, logsumexp ->
+    gradient. All count as forward, as in `titan_kernels.traffic.cross_entropy`."""
     logits, label, number = rows * vocab * element_size, rows * 8, rows * 4
     return Traffic(forward=3 * logits + 2 * label + 4 * number, backward=0)
 
 
 def cases(smoke: bool) -> list[Case]:
-    """Alone: three models, whole and one of eight shards, two batch sizes. Blocks and head: see `_is_measured`."""
+    """Alone: three models, whole and one of eight shards, at two batch sizes. Others: see `_is_measured`."""
     if smoke:
         whole = [Case(op, SMOKE_MODEL, 1, 8, _context(op)) for op in OPERATORS if op != "cross_entropy_sharded"]
         shard = SMOKE_MODEL.shard(2)
@@ -110,10 +110,10 @@ def _context(op: str) -> Context:
 
 
 def _is_measured(op: str, name: str, degree: int, tokens: int) -> bool:
-    """Compilation, not measurement, is what a full run spends its time on; blocks are few for that reason."""
+    """A full run spends its time on compilation, not measurement, so there are few blocks."""
     if op.startswith("cross_entropy"):
-        # Llama 3 has one vocabulary, and a chunk the same rows whatever the batch: those of today's default, and of
-        # what may be a better one.
+        # Llama 3 has one vocabulary, and a chunk's rows do not depend on the batch: the default, and a smaller one that
+        # may be better.
         is_chunk = tokens == LOSS_CHUNK or (name == "llama3_8b" and degree == 1)
         return (degree > 1) == (op == "cross_entropy_sharded") and is_chunk and name != "llama3_70b"
     if op == "head":

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: device kernels by kind, and the gaps between them, by torch.profiler."""
+"""Where a step's time goes: device kernels by kind, and the gaps between them, from torch.profiler."""
 
 import re
 from collections.abc import Callable
@@ -8,11 +8,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# The first pattern that a kernel's name matches decides. Inductor's names are lists of the operators in a kernel, so
-# they contain nearly every word below: they are told apart first, by how they begin. Its AdamW is the one that takes a
-# square root and writes in place ("rsqrt" is a norm's, "_to_copy" a cast).
+# The first matching pattern decides. Inductor's names list the operators in a kernel, so they contain nearly every word
+# below and come first, recognised by how they begin. Its AdamW is the kernel with a square root and a write in place
+# ("rsqrt" is a norm's, "_to_copy" a cast).
 KINDS: tuple[tuple[str, str], ...] = (
-    ("communication", r"^nccl|^_fill$"),  # `_fill` stands in for a gather in `fake_world`
+    ("communication", r"^nccl|^_fill$"),  # `_fill` replaces a gather in `fake_world`
     ("matrix products", r"^triton_tem"),
     ("optimizer", r"^triton_(?=.*(?<!r)sqrt)(?=.*(?<!to_)copy_)"),
     ("compiled pointwise and reductions", r"^triton_"),
@@ -30,23 +30,23 @@ KINDS: tuple[tuple[str, str], ...] = (
 )
 OTHER = "other"
 PROFILED_STEPS = 3
-"""That `breakdown` runs: one to start the profiler on, which is not looked at, and two more."""
+"""How many steps `breakdown` runs: one before the profiler starts, and two that are profiled."""
 
 
 def kind_of(name: str) -> str:
-    """Which of KINDS the kernel called `name` is of."""
+    """The one of KINDS for the kernel called `name`."""
     lowered = name.lower()
     return next((kind for kind, pattern in KINDS if re.search(pattern, lowered)), OTHER)
 
 
 def breakdown(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
-    """Seconds per step of each kind and of the gaps between kernels, and the ten kernels that take longest.
+    """Seconds per step of each kind and of the gaps between kernels, and the ten longest kernels.
 
-    Streams overlap, so kinds may add up to more than the step; `idle` is when no kernel ran at all.
+    Streams overlap, so kinds may add up to more than the step; `idle` is when no kernel ran.
     """
     steps = PROFILED_STEPS - 1
     step()
-    # The host is not watched on CUDA: that would slow it down, and show up as gaps between kernels.
+    # With CUDA the host is not profiled, which would slow it down and make gaps between kernels.
     spans = _spans(_traced(step, device, [_own_activity(device)]), device)
     if not spans and device.type == "cuda":
         spans = _spans(_traced(step, device, [ProfilerActivity.CPU, ProfilerActivity.CUDA]), device)
@@ -77,10 +77,10 @@ def _traced(step: Callable[[], None], device: torch.device, activities: list[Pro
 
 
 def _spans(trace: profile, device: torch.device) -> list[tuple[str, float, float]]:
-    """(name, start, end) in microseconds: kernels on a GPU, operators that call no other on a CPU."""
+    """(name, start, end) in microseconds: kernels on a GPU; on a CPU operators that call no others."""
     events = [event for event in trace.events() or () if event.time_range.elapsed_us() > 0]
     if device.type == "cuda":
-        # Annotations of the host are mirrored onto the device's time line; they are no kernels.
+        # The host's annotations are mirrored onto the device's time line.
         chosen = [e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
     else:
         chosen = [e for e in events if e.device_type == DeviceType.CPU and not e.cpu_children]

@@ -1,4 +1,4 @@
-"""Seconds of whole training steps, of several contenders in turn."""
+"""Times whole training steps of several contenders in turn."""
 
 import itertools
 import time
@@ -19,24 +19,24 @@ class Length:
     warm_up: int
     timed: int
     block: int
-    """Timed steps in a row, before the next contender's turn."""
+    """Timed steps in a row before the next contender's turn."""
 
 
 FULL, SLOW = Length(20, 50, 10), Length(5, 15, 5)
 SEARCH = Length(3, 6, 6)
-"""Of a batch that is only tried."""
+"""For a batch in a search."""
 
 
 @dataclass
 class Timed:
-    """What was measured of one contender."""
+    """The measurements of one contender."""
 
     seconds: list[float] = field(default_factory=list)
-    """Of each timed step, from the end of the one before it to its own, on the device's time line."""
+    """Of each timed step, from the end of the previous one to its own, on the device's time line."""
     wall_seconds: float = 0.0
     """Of all blocks by the host's clock, synchronised at both ends of each."""
     wall_steps: int = 0
-    """In those blocks; the step that runs before a block is one of them."""
+    """The number of steps in those blocks, including the one that runs before a block."""
     peak_bytes: int = 0
     warm_up: int = 0
 
@@ -61,12 +61,12 @@ Contender = Callable[[], None]
 
 
 LATER_WARM_UP = 5
-"""Steps of a contender that is not the first of its process: clocks and allocator are warm by then, its code is not."""
+"""Warm-up steps of all but the first contender of a process: clocks and allocator are warm by then, its code is not."""
 
 
 def warm_up(step: Contender, device: torch.device, length: Length | None, is_first: bool) -> tuple[Length, int]:
-    """Warms `step`, which has run once, up; (how long to time it, steps that were run). The length is `length`, or by
-    the duration of a step when None."""
+    """Warms up `step`, which has run once; (how long to time it, how many steps were run). The length is `length`, or
+    if None by the duration of a step."""
     done = 1
     synchronize(device)
     started = time.perf_counter()
@@ -87,8 +87,8 @@ def warm_up(step: Contender, device: torch.device, length: Length | None, is_fir
 
 
 def run_block(step: Contender, device: torch.device, count: int, into: Timed) -> None:
-    """`count` timed steps. One more runs before them where steps are short: the first after a pause waits for the host
-    alone, as no step of a run does."""
+    """`count` timed steps. If steps are short, one more runs before them, because the first after a pause waits for the
+    host as no step of a run does."""
     synchronize(device)
     before = 1 if count >= FULL.block else 0
     if device.type == "cuda":
@@ -106,8 +106,8 @@ def run_block(step: Contender, device: torch.device, count: int, into: Timed) ->
 
 
 def _cuda_block(step: Contender, before: int, count: int, into: Timed) -> None:
-    """The host does not wait between the step before the timed ones and the first of them, or that one would start on
-    an empty queue again."""
+    """The host does not wait between the step before the timed ones and the first of them, which would then start on an
+    empty queue."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     started = time.perf_counter()
     for _ in range(before):
@@ -123,7 +123,7 @@ def _cuda_block(step: Contender, before: int, count: int, into: Timed) -> None:
 
 
 def turns(names: Sequence[str], lengths: dict[str, Length]) -> list[tuple[str, int]]:
-    """(contender, steps) in the order to run: A B C, B C A, ... until each has its steps."""
+    """(contender, steps) in the order in which to run: A B C, B C A, ... until each has its steps."""
     left = {name: lengths[name].timed for name in names}
     order: list[tuple[str, int]] = []
     turn = 0

@@ -1,8 +1,8 @@
 """The kernel suite: `pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/<name>.json`.
 
 Each test replays to pytest-benchmark what was measured on the device: all providers of a case are checked and timed
-together, in rotated order, when the first of them is asked for. `python -m benchmarks.kernel_plan` names the parts that
-a run is divided into, with the minutes planned for each; `python -m benchmarks.plot` merges their results.
+together, in rotated order, when the first is needed. `python -m benchmarks.kernel_plan` lists the parts of a run, with
+the minutes planned for each; `python -m benchmarks.plot` merges their results.
 """
 
 import functools
@@ -14,11 +14,11 @@ import pytest
 import torch
 import torch._functorch.config as functorch_config
 
-# In a rehearsal the interpreter must be on before kernels are defined, so what imports them is imported in the tests.
+# In a rehearsal the interpreter must be enabled before kernels are defined, so they are imported inside the tests.
 
 
 class Replay:
-    """A clock for pytest-benchmark that stands still except for what was measured."""
+    """A clock for pytest-benchmark that advances only by measured times."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -65,7 +65,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(scope="session")
 def copy_speed(device: torch.device) -> Callable[..., float]:
-    """`copy_bandwidth` of so many bytes, each measured once."""
+    """`copy_bandwidth`, measured once for each number of bytes."""
     from benchmarks.timing import copy_bandwidth
 
     return functools.cache(lambda moved=None: copy_bandwidth(device, moved))
@@ -73,7 +73,7 @@ def copy_speed(device: torch.device) -> Callable[..., float]:
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest, device: torch.device) -> Callable[..., Any]:
-    """Measures a case when it is first asked for: the providers whose tests were selected, and those that they are
+    """Measures a case when it is first needed: the providers whose tests were selected, and those that they are
     compared with. Only the last case is kept; one that was interrupted is not tried again."""
     from benchmarks.measurement import EFFORT, DeviceLost, measure_case
 
@@ -92,12 +92,12 @@ def measured(request: pytest.FixtureRequest, device: torch.device) -> Callable[.
             last[case.key] = None
             passes, calls = (1, 1) if smoke else EFFORT[case.context]
             backend = "aot_eager" if smoke else "inductor"
-            # Buffers that the backward pass gives away cannot be used by a second one; training gives them away.
+            # A backward pass that donates buffers, as in training, cannot be run twice.
             with functorch_config.patch(donated_buffer=False):
                 try:
                     last[case.key] = measure_case(case, selected[case.key], device, backend, passes, calls)
                 except DeviceLost as error:
-                    pytest.exit(f"the device answers no more; start again from {case.key} on. {error}", returncode=1)
+                    pytest.exit(f"the device no longer responds; start again from {case.key} on. {error}", returncode=1)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         if last[case.key] is None:
@@ -162,7 +162,7 @@ def test_operator(
 
 @pytest.mark.benchmark(timer=CLOCK)
 def test_host_overhead(benchmark: Any, host_call: Any, request: pytest.FixtureRequest, device: torch.device) -> None:
-    """Host microseconds of one eager call, which the GPU must not wait for: below 30 is the aim."""
+    """Host microseconds of one eager call, for which the GPU must not wait; the aim is below 30."""
     from benchmarks.timing import host_seconds
 
     smoke = bool(request.config.getoption("--smoke"))

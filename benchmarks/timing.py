@@ -1,8 +1,8 @@
-"""Seconds on the device, measured so that they are neither the host's nor the cache's.
+"""Seconds on the device, without the host's and without help from the cache.
 
-On CUDA: launches are queued behind a delay, so that the GPU never waits for Python, and events stand around each call.
-The level-2 cache is overwritten before each call whose working set it could hold. The order of what is compared
-rotates, so that clocks and heat are shared. Elsewhere (a rehearsal without a GPU) the host's clock.
+On CUDA launches are queued behind a delay, so that the GPU never waits for Python, with events around each call. The
+level-2 cache is overwritten before each call whose working set it could hold. The order of what is compared rotates, so
+that clocks and heat affect all. Elsewhere (a rehearsal without a GPU) the host's clock is used.
 """
 
 import math
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-# The clock that torch.cuda._sleep counts; an upper bound makes the delay too long, never too short.
+# The clock that torch.cuda._sleep counts. It is an upper bound, so the delay may be too long but never too short.
 _CYCLES_PER_SECOND = 2.1e9
 _FIRST_DELAY = 2e-3  # seconds
 
 
 @dataclass(frozen=True)
 class Run:
-    """Something to time. `reset`, not timed, puts back what `call` overwrites."""
+    """Something to time. `reset`, which is not timed, restores what `call` overwrites."""
 
     call: Callable[[], object]
     reset: Callable[[], object] | None = None
@@ -28,8 +28,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of each call. `queued`: whether the GPU was kept from running dry, so that these are its times alone.
-    `per_pass`: calls of one pass, which follow one another."""
+    """Seconds of each call. `queued`: whether the GPU never ran dry, so that these are only its times. `per_pass`:
+    calls in a pass, which are adjacent."""
 
     seconds: tuple[float, ...]
     queued: bool
@@ -58,8 +58,8 @@ class Difference:
 
 
 def difference(mine: Samples, theirs: Samples) -> Difference:
-    """Pass by pass, both having run side by side: clocks and heat, which move both, cancel out. The median of the
-    differences, and its standard error from their median absolute deviation, as of a normal distribution."""
+    """Pass by pass, in which both ran side by side, so that the effects of clocks and heat cancel out: the median of
+    the differences, and its standard error from their median absolute deviation, as for a normal distribution."""
     found = [a - b for a, b in zip(mine.pass_medians(), theirs.pass_medians(), strict=True)]
     middle = statistics.median(found)
     deviation = 1.4826 * statistics.median(abs(x - middle) for x in found)
@@ -74,8 +74,8 @@ def measure(
     calls: int = 10,
     on_failure: Callable[[str, Exception], object] | None = None,
 ) -> dict[str, Samples]:
-    """passes x calls samples of each run, after one warm-up pass. working_set: bytes that one call touches.
-    on_failure: told of a run that raises, which then has no samples while the others go on; None: it raises here."""
+    """passes x calls samples of each run, after one warm-up pass. working_set: bytes that a call touches. on_failure:
+    called for a run that raises, which then has no samples while the others go on; None: the exception is raised."""
     timer = _cuda_pass if device.type == "cuda" else _host_pass
     flush = _cache_flush(device, working_set)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -118,9 +118,9 @@ def _host_pass(run: Run, calls: int, flush: Callable[[], object], delay: float) 
 
 
 def _cuda_pass(run: Run, calls: int, flush: Callable[[], object], delay: float) -> tuple[list[float], bool, float]:
-    """One queue of calls behind a delay. If the device caught up with the host it was too short: again, behind a longer
-    one. The delay that was long enough is returned for the next pass; where none was, as for a call that itself waits
-    for the device, the one that was given, for longer ones would only grow."""
+    """Queues calls behind a delay. If the device catches up with the host, the delay was too short, and all is repeated
+    with a longer one. Returns the delay that was long enough for the next pass, or if none was, as for a call that
+    itself waits for the device, the given one, since it would only keep growing."""
     given = delay
     for _ in range(4):
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
@@ -146,8 +146,8 @@ def _cuda_pass(run: Run, calls: int, flush: Callable[[], object], delay: float) 
 
 
 def _cache_flush(device: torch.device, working_set: int) -> Callable[[], object]:
-    """Copies twice the level-2 cache, where the working set is less than four times it; else does nothing. A copy, so
-    that half of what it leaves there has yet to be written back, as after a kernel; after a fill it would be all."""
+    """Copies twice the size of the level-2 cache, unless the working set is more than four times it. A copy, so that
+    half of what it leaves in the cache must be written back, as after a kernel; after a fill all of it would."""
     if device.type != "cuda":
         return lambda: None
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -158,8 +158,8 @@ def _cache_flush(device: torch.device, working_set: int) -> Callable[[], object]
 
 
 def copy_bandwidth(device: torch.device, moved: int | None = None) -> float:
-    """Bytes per second, read and written together, of a copy that moves `moved` bytes; None: of one between two buffers
-    far larger than any cache. A small copy has its start and end in its time, as a kernel that moves as much has."""
+    """Bytes per second, read plus written, of a copy that moves `moved` bytes; None: between two buffers far larger
+    than any cache. The time of a small copy includes its start and end, as a kernel's does."""
     size = moved // 2 if moved else 2**30 if device.type == "cuda" else 2**22
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -168,7 +168,7 @@ def copy_bandwidth(device: torch.device, moved: int | None = None) -> float:
 
 
 def host_seconds(call: Callable[[], object], device: torch.device, calls: int) -> list[float]:
-    """Host time of each of `calls` asynchronous calls: what Python and the dispatcher cost, not the kernel."""
+    """Host time of each of `calls` asynchronous calls: that of Python and the dispatcher, not the kernel's."""
     seconds = []
     for index in range(calls):
         if device.type == "cuda" and index % 20 == 0:

@@ -1,4 +1,4 @@
-"""Our model in a cell of the end-to-end benchmark: built once, switched between variants, stepped as training does."""
+"""Our model in a cell of the end-to-end benchmark: built once, switched between variants, with training's own step."""
 
 import dataclasses
 import gc
@@ -27,11 +27,11 @@ from titan_fast.optim import build_optimizer, clip_gradients, learning_rate, ste
 from titan_fast.step import build_model, forward_backward, one_over_valid_tokens, workload
 
 RECOMPILE_LIMIT = 64
-"""Every variant is a graph more of the same code."""
+"""Every variant adds a graph for the same code."""
 PARITY_BATCHES = 16
-"""Where losses are compared, the same batches come again and again: there is something to learn in them, and a wrong
-gradient shows. On new random tokens in each step the loss stays at ln(vocabulary) whatever the gradients are. Four
-batches an H100 knew by heart after 40 of 200 steps, and the rest compared nothing with nothing."""
+"""When losses are compared the same batches are repeated, so that there is something to learn and a wrong gradient
+shows up. With new random tokens in each step the loss would stay at ln(vocabulary) whatever the gradients are. Four
+batches were memorised after 40 of 200 steps on an H100, and the rest compared nothing."""
 
 
 class Bench:
@@ -43,7 +43,7 @@ class Bench:
         self.config = config_of(cell.workload, cell.variants[0].options, smoke)
         self.degrees = mesh_degrees(self.config.parallelism, world.size)
         parallel.check(self.config, self.shape, self.degrees, world.device)
-        # Built plain: what variants switch is put on by `switch_to`, as `parallelize` would.
+        # Built plain; `switch_to` adds what variants switch, as `parallelize` would.
         plain = dataclasses.replace(
             self.config,
             compile=dataclasses.replace(self.config.compile, enable=False),
@@ -78,18 +78,18 @@ class Bench:
         return Loader(source, self.world.device)
 
     def what_runs(self, variant: Variant) -> object:
-        """Where `auto` is the reference, it is not run twice."""
+        """Equal for `auto` and the reference where they are the same, so that it is not run twice."""
         config = config_of(self.cell.workload, variant.options, self.smoke)
         choices = tuple((operator, choice) for operator, choice, _ in self._ops(config).reasons)
         return choices, dataclasses.replace(config, kernels=Kernels())
 
     def switch_to(self, variant: Variant) -> Row:
-        """The variant's settings from here on; the row gets the choice of each operator."""
+        """From here on the model has the variant's settings; returns the choices of operators for the row."""
         ops = self.configure(config_of(self.cell.workload, variant.options, self.smoke))
         return {"choices": {operator: f"{choice}: {reason}" for operator, choice, reason in ops.reasons}}
 
     def configure(self, config: Config) -> Ops:
-        """Makes the model run as `config` says; its weights, moments and data go on."""
+        """Makes the model run as `config` says, while weights, moments and data continue."""
         parallel.check(config, self.shape, self.degrees, self.world.device)
         model, ops = self.model, self._ops(config)
         _unswitch(model)
@@ -101,7 +101,7 @@ class Bench:
         if config.compile.enable:
             compilation.compile_model(model, config.compile)
         if isinstance(self.optimizer, OnePassAdamW):
-            # Without masters the class has nothing but its compiled update to offer; it stays.
+            # Without masters the class always needs its compiled update.
             self.optimizer._update = (
                 self.update if config.compile.takes("optimizer") or not _has_masters(model) else None
             )
@@ -114,7 +114,7 @@ class Bench:
         return ops
 
     def face(self) -> dict[str, Any]:
-        """Everything that `configure` set but the batch, which only a search changes."""
+        """Everything that `configure` sets except for the batch, which only a search changes."""
         model = self.model
         return {
             "config": self.config,
@@ -128,7 +128,7 @@ class Bench:
         }
 
     def put_on(self, face: dict[str, Any]) -> None:
-        """The settings of `face`, whose code is compiled already."""
+        """Restores the settings of `face`, whose code is already compiled."""
         _unswitch(self.model)
         _give_operators(self.model, face["ops"])
         self.model.head.loss = face["loss"]
@@ -144,14 +144,14 @@ class Bench:
         self._set_fsdp_policy()
 
     def _set_fsdp_policy(self) -> None:
-        """Nothing is on its way between steps. Copies take the place of the collectives of either kind."""
+        """Safe between steps, when no collective is running. Copies replace the collectives of both kinds."""
         parallel.set_fsdp_policy(self.model, self.config, self.degrees, self.device)
         if self.world.size > 1:
             fake_world.use_copies(self.model)
 
     def step(self) -> None:
-        """One whole step: data, forward, loss over the full vocabulary, backward, clipping, AdamW. As titan_fast.loop
-        does it, without what only looks at it."""
+        """One whole step, as in titan_fast.loop: data, forward, loss over the full vocabulary, backward, clipping,
+        AdamW; but no logging or monitoring."""
         batches = next(self.loader)
         scale = one_over_valid_tokens(batches, self.degrees)
         self.loss = self.recorded(batches, scale) if self.recorded else forward_backward(self.model, batches, scale)
@@ -197,7 +197,7 @@ def _give_operators(model: Llama, ops: Ops) -> None:
 
 @contextmanager
 def world_of(cell: Cell, device: torch.device, smoke: bool) -> Iterator[World]:
-    """The one process there is, or rank 0 of many."""
+    """A single process, or rank 0 of many."""
     if cell.workload.world == 1:
         with start(Comm(), device) as world:
             yield world
@@ -207,8 +207,8 @@ def world_of(cell: Cell, device: torch.device, smoke: bool) -> Iterator[World]:
 
 
 def run_cell(cell: Cell, device: torch.device, how: How) -> Rows:
-    """A row for each variant that was reached; see `time_variants`. Where the model cannot be built, that is the row of
-    each."""
+    """A row for each variant that was reached; see `time_variants`, and for parity `compare_losses`. Without parity,
+    raises if the model cannot be built."""
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     with world_of(cell, device, how.smoke) as world:
         if cell.parity_steps:

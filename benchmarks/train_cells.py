@@ -1,4 +1,4 @@
-"""Every process of the end-to-end benchmark, by parts: what the README's table shows, and what goes beyond it."""
+"""Every process of the end-to-end benchmark, by parts: those of the README's table, and others."""
 
 from dataclasses import replace
 
@@ -55,7 +55,7 @@ ATTENTION_LEVERS = (
     _lever("attention cudnn", {"kernels.attention": "cudnn"}),
     _lever("attention flash", {"kernels.attention": "flash"}),
 )
-# Torch's flash attention becomes another one for the whole process: each has its own.
+# Each replaces torch's flash attention for the whole process, so each has its own.
 FA4: Options = {"kernels.attention": "fa4"}
 NEW_FLASH_LEVERS = (_lever("attention fa3", {"kernels.attention": "fa3"}), _lever("attention fa4", FA4))
 CARRIED: Options = {"kernels.carry_residual": True}
@@ -66,7 +66,7 @@ SCOPE_LEVERS = (
     _lever("blocks, loss and norm", {"compile.components": ["blocks", "loss", "norm"]}),
     _lever("residual not carried", NOT_CARRIED),
 )
-# `auto` takes our loss where it was measured, at 8192 rows and what is near them: a chunk is not to change that too.
+# `auto` uses our loss near where it was measured, 8192 rows; another chunk should not change that too.
 OUR_LOSS: Options = {"kernels.cross_entropy": "triton"}
 LOSS_LEVERS = (
     _lever("chunk 1024", OUR_LOSS | {"loss.chunk_size": 1024}),
@@ -87,8 +87,8 @@ FLOAT8_LEVERS = (
     _lever("float8, tensorwise, our rope", FLOAT8 | OUR_ROPE),
 )
 TUNING_SECONDS = 130.0
-"""What coordinate descent (about 25 kernels, each timed with a dozen settings) or autotuning (15 products, 20 kernels
-each) is taken to cost."""
+"""Assumed for coordinate descent (about 25 kernels, each timed with a dozen settings) or autotuning (15 products, 20
+kernels each)."""
 MEMORY_LEVERS = (
     BASE,
     _lever("pointwise", POINTWISE),
@@ -98,7 +98,7 @@ MEMORY_LEVERS = (
     _lever("full", FULL),
 )
 NEVER_RESHARD: Options = {"parallelism.fsdp_reshard_after_forward": "never"}
-# What a GPU has by default, said for the CPU too.
+# A GPU's defaults, set for the CPU too.
 WIDE: Options = {"parallelism.fsdp_wide_gradients": True, "parallelism.fsdp_buffers": "direct"}
 FLOAT8_WIDE = _lever("float8, tensorwise, wide gradients", FLOAT8 | WIDE)
 NARROW: Options = {"parallelism.fsdp_wide_gradients": False}
@@ -136,7 +136,7 @@ def _with(workload: Workload, options: Options, words: str) -> Workload:
 
 
 def _table_cells() -> list[Cell]:
-    """What `bench_train.py` runs by itself."""
+    """What `bench_train.py` runs by default."""
     eight, seventy = RANK0["8b"], RANK0["70b"]
     return [
         Cell("single", LLAMA_1B, TWO_BY_TWO),
@@ -152,11 +152,11 @@ def _table_cells() -> list[Cell]:
 
 
 def _more_cells() -> list[Cell]:
-    """What the 25 minutes leave out: the rest of the 2x2, larger batches, every switch by itself. The eager reference
-    keeps most for its backward pass, so it has a process of its own, the last; by the planner the 8B and the 13B at
-    full depth would take 92 and 115 GiB by it, more than an H100 has, so they have none."""
+    """What does not fit in the 25 minutes: the rest of the 2x2, larger batches, every switch by itself. The eager
+    reference keeps most for its backward pass, so it has its own process, the last. The 8B and 13B at full depth do not
+    have it, because by the planner they would take 92 and 115 GiB, more than an H100 has."""
     eight, thirteen, slice4 = RANK0["8b"], RANK0["13b"], slice_of(RANK0["8b"], 4)
-    # Where a lever would turn the default off, so that one thing is changed at a time.
+    # For levers that would turn the default off, so that they change only one thing.
     eight_added, slice_added = _residual_added(eight), _residual_added(slice4)
     batch4 = replace(untied(LLAMA_1B), batch=4, name="Llama 3.2 1B untied, batch 4")
     seventy = slice_of(RANK0["70b"], 4)
@@ -207,7 +207,7 @@ def _on_one_device(workload: Workload) -> Workload:
 
 
 def _single_device_paths(part: str, workload: Workload) -> list[Cell]:
-    """What is kept of weights, and how AdamW runs: another optimizer each."""
+    """How weights are kept, and how AdamW runs; each needs another optimizer."""
     fsdp = replace(workload, options=workload.options | FSDP)
     whole = Variant("whole model", {"compile.enable": True, "compile.components": ["model", "optimizer"]})
     fused = Variant("fused AdamW", COMPILED | WITHOUT_OPTIMIZER)
@@ -221,7 +221,7 @@ def _single_device_paths(part: str, workload: Workload) -> list[Cell]:
 
 
 def _tuning(workload: Workload) -> list[Cell]:
-    """Each beside the base, in parts of their own: the compiler takes minutes."""
+    """Each beside the base, in its own part, because the compiler takes minutes."""
     parts = ("levers-descent", "levers-autotune")
     return [
         Cell(part, workload, (BASE, lever), label=lever.name, extra_seconds=TUNING_SECONDS)
@@ -237,9 +237,9 @@ PEER_COMPILED: Options = {"compile.enable": True}
 def _peers(
     part: str, workload: Workload, peers: tuple[str, ...], masters: Workload | None = None, eager: str = ""
 ) -> list[Cell]:
-    """Peers in pure bfloat16 (but for torchtitan as it is shipped) and ours in it before and after them: what that
-    moves in between is drift. `masters`: ours with float32 masters, to be compared with torchtitan as shipped. `eager`:
-    a peer that runs uncompiled too."""
+    """Peers in pure bfloat16 (except for torchtitan as shipped), and ours before and after them; the difference of
+    these two is drift. `masters`: ours with float32 masters, to be compared with torchtitan as shipped. `eager`: a peer
+    that also runs uncompiled."""
     pure = replace(workload, options=workload.options | PURE | NONE)
     ours = Cell(part, pure, (COMPILED_AUTO,), label="pure bfloat16")
     cells = [ours, *(Cell(part, pure, (Variant("compiled", PEER_COMPILED),), peer=peer) for peer in peers)]
@@ -252,7 +252,7 @@ def _peers(
 
 
 def _peers_of_rank0(part: str, workload: Workload) -> list[Cell]:
-    """torchtitan as the same rank of as many, by FSDP2, between two runs of ours: float32 shards, bfloat16 between."""
+    """torchtitan as the same rank of as many, with FSDP2, between two runs of ours: float32 shards cast to bfloat16."""
     ours = Cell(part, workload, (COMPILED_AUTO,), label="beside torchtitan")
     theirs = Cell(part, workload, (Variant("compiled", PEER_COMPILED),), peer=AS_SHIPPED)
     return [ours, theirs, replace(ours, label="beside torchtitan, again")]
@@ -262,7 +262,7 @@ SEARCHED_BATCHES = {"none": (2, 4, 8, 16), "recomputed": (4, 8, 16, 32)}
 
 
 def _searches(part: str, contenders: tuple[tuple[str, Options], ...]) -> list[Cell]:
-    """The largest batch that fits, and the fastest one, of (peer or ours, activation checkpointing)."""
+    """The largest batch that fits, and the fastest one, for each (peer or ours, activation checkpointing)."""
     work = untied(LLAMA_1B)
     found = []
     for peer, checkpointing in contenders:
@@ -276,7 +276,7 @@ def _searches(part: str, contenders: tuple[tuple[str, Options], ...]) -> list[Ce
 
 
 def checkpoint_words(options: Options) -> str:
-    """The activation checkpointing of `options`, as a reader calls it."""
+    """The activation checkpointing of `options`, for readers."""
     mode = str(options["activation_checkpoint.mode"])
     return f"{mode} {options['activation_checkpoint.selective_ac_option']}" if mode == "selective" else mode
 
@@ -286,8 +286,8 @@ PARITY: Options = {"optimizer.lr": 3e-4, "lr_scheduler.warmup_steps": 20}
 
 
 def _parity() -> list[Cell]:
-    """Plain eager PyTorch first in each process; the rest is compared with it. Two blocks of the 1B, whose losses fall
-    from ln(vocabulary) as it learns few batches by heart."""
+    """Plain eager PyTorch runs first in each process, and the rest is compared with it. The model is two blocks of the
+    1B, whose loss falls from ln(vocabulary) as it memorises a few batches."""
     two = replace(slice_of(LLAMA_1B, 2), kind="single", seq_len=2048)
     two = replace(two, options=two.options | PARITY)
     plain = replace(EAGER_REFERENCE, name="plain")
@@ -309,16 +309,16 @@ def _parity() -> list[Cell]:
 
 
 TABLE_PARTS = ("limits", "single", "rank0", "peers", "slices", "rank0-70b")
-"""What one command runs, the most telling first; `limits` has no cells."""
+"""What the command runs by default, the most important first; `limits` has no cells."""
 PARTS = (*TABLE_PARTS, "launch", *dict.fromkeys(cell.part for cell in _more_cells()))
-"""`launch` has no cells either: it starts training itself."""
+"""`launch` has no cells either; it starts training itself."""
 
 
 def cells(parts: tuple[str, ...]) -> list[Cell]:
-    """What `parts` consist of."""
+    """The cells of `parts`."""
     return [cell for cell in (*_table_cells(), *_more_cells()) if cell.part in parts]
 
 
 def chosen_cells(parts: tuple[str, ...], only: str = "", per_part: int | None = None) -> list[Cell]:
-    """Of each of `parts` the first `per_part` cells (None: all) whose name contains `only`, in their order."""
+    """For each of `parts` the first `per_part` cells (None: all) whose name contains `only`, in their order."""
     return [cell for part in parts for cell in [one for one in cells((part,)) if only in one.name][:per_part]]

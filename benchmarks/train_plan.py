@@ -1,4 +1,4 @@
-"""How long the end-to-end benchmark should take, from the limits of the device or those assumed for an H100."""
+"""How long the end-to-end benchmark should take, from the device's limits or those assumed for an H100."""
 
 from benchmarks.least_step import ASSUMED_H100, Limits, least_step
 from benchmarks.step_profile import PROFILED_STEPS
@@ -6,18 +6,18 @@ from benchmarks.step_timing import FULL, LATER_WARM_UP, SEARCH, SLOW, SLOW_STEP_
 from benchmarks.train_cells import chosen_cells
 from benchmarks.workloads import Cell, Variant, config_of, shape_of
 
-# How near to the least step a kind of run comes (an H100's lowest, of ours), and what a process, a variant and a trace
-# are taken to cost.
+# The least step's fraction of a real one (our lowest on an H100), and the assumed cost of a process, a variant and a
+# trace.
 EFFICIENCY = {"compiled": 0.85, "eager": 0.57}
 START_SECONDS, COMPILE_SECONDS, EAGER_SECONDS, TRACE_SECONDS = 15.0, 12.0, 1.0, 2.0
 LIMITS_SECONDS = 85.0
 """The start, 41 matrices with half a second of load before each (42 s), and 9 attention calls by three backends."""
 LAUNCH_SECONDS = 150.0
-"""Of `launch`: text, and two starts to step 10, the first of which compiles."""
+"""For `launch`: text, and two starts up to step 10, the first of which compiles."""
 
 
 def estimated_seconds(cell: Cell, known: Limits) -> float:
-    """How long the cell should take, compile caches cold."""
+    """How long the cell should take with cold compile caches."""
     total = START_SECONDS + cell.extra_seconds
     for variant in cell.variants:
         step, compiled = _step_seconds(cell, variant, known)
@@ -48,7 +48,7 @@ def _steps(cell: Cell, step: float, is_first: bool) -> int:
 def plan(
     parts: tuple[str, ...], known: Limits | None, device: str = "", only: str = "", per_part: int | None = None
 ) -> list[str]:
-    """What would run, in lines. known: the limits of `device`, where it has any. only, per_part: see `chosen_cells`."""
+    """Lines that say what would run. known: the limits of `device`, if any. only, per_part: see `chosen_cells`."""
     used = known or ASSUMED_H100
     rates = f"the limits measured on {device}" if known else "rates assumed for an H100 SXM"
     unknown = f"no limits of {device or 'this machine'} are known: " * (known is None)

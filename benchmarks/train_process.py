@@ -1,4 +1,4 @@
-"""A cell in processes of its own: watched, ended when it hangs, and started again for what an error left undone."""
+"""Runs a cell in its own processes: watched, ended if they hang, and started again for what an error left undone."""
 
 import ctypes
 import os
@@ -18,11 +18,11 @@ from benchmarks.workloads import Cell
 from titan_fast.errors import DataError
 
 LIMIT_SECONDS = 460.0
-"""Of one process."""
+"""For one process."""
 SILENCE_SECONDS = 180.0
 """A process that saves nothing for so long hangs: it saves after each first step (which compiles) and each block."""
 OUT_OF_TIME = "stopped after"
-"""Begins what `watched` says of a process that met the limit."""
+"""How `watched`'s answer begins for a process that reached the limit."""
 _POLL_SECONDS = 0.1
 _SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -39,9 +39,9 @@ def watched(
     limit: float = LIMIT_SECONDS,
     silence: float = SILENCE_SECONDS,
 ) -> str:
-    """Runs `command` in `folder` until it ends, `limit` seconds are over, or `answer`, the file that it writes, has not
-    changed for `silence` seconds. heard: called after each change. All that it started ends with it, also when this
-    process is told to end. Returns what went wrong; "" for nothing."""
+    """Runs `command` in `folder` until it ends, `limit` seconds have passed, or `answer`, the file that it writes, has
+    not changed for `silence` seconds. heard: called after each change. Everything that it started ends with it, also if
+    this process is told to end. Returns what went wrong, or ""."""
     started = changed = time.monotonic()
     seen, problem = 0, ""
     with TemporaryFile("w+", errors="replace") as errors:
@@ -56,7 +56,7 @@ def watched(
                 if now - started > limit:
                     problem = f"{OUT_OF_TIME} {limit:.0f} s"
                 elif now - changed > silence:
-                    problem = f"stopped: nothing was heard of it for {silence:.0f} s"
+                    problem = f"stopped: it wrote nothing for {silence:.0f} s"
         finally:
             with suppress(ProcessLookupError):  # the compiler's workers too
                 os.killpg(process.pid, signal.SIGKILL)
@@ -74,7 +74,7 @@ def _ending(status: int) -> str:
 
 
 def _last_words(errors: Any) -> str:
-    """The last line of what it wrote to its error stream, which for Python is the exception."""
+    """The last line of its error stream, which for Python is the exception."""
     errors.seek(0)
     text = errors.read()[-20_000:]
     sys.stderr.write("".join(f"    | {line}\n" for line in text.splitlines()[-30:]))
@@ -83,16 +83,16 @@ def _last_words(errors: Any) -> str:
 
 
 def end_with_parent() -> None:
-    """To be called by a process that must not outlive the one that started it, however that ends. On Linux."""
+    """To be called by a process that must not outlive the one that started it, however that ends. Linux only."""
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before it was asked for
+        if os.getppid() != parent:  # it ended before the call
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_on_sigterm() -> None:
-    """Makes SIGTERM an exception in this process, so that what it started is ended and what is known is kept."""
+    """Makes SIGTERM an exception in this process, so that child processes are ended and results are kept."""
 
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -102,16 +102,16 @@ def end_on_sigterm() -> None:
 
 @dataclass
 class Run:
-    """A cell through as many processes as it needs."""
+    """A cell, in as many processes as it needs."""
 
     cell: Cell
     once: Callable[[list[str], Callable[[Answer], None]], tuple[Answer, str]]
-    """Runs these variants in one process, which is told to whom to say what is known so far; (all that it found, what
+    """Runs these variants in one process, and calls the function with what is known so far; (all that was found, what
     went wrong)."""
     told: Callable[[Answer], None]
-    """Called with all that is known whenever that is more."""
+    """Called with all that is known, whenever there is more."""
     environment: dict[str, Any]
-    """Of this machine, as far as it is known before the first process says more."""
+    """This machine's, as far as it is known before the first process reports it."""
     rows: dict[str, Row] = field(default_factory=dict)
 
     def finish(self) -> Answer:
@@ -121,7 +121,7 @@ class Run:
             answer, problem = self.once(self._with_base(left), self._merge)
             self._merge(answer)
             done = any(is_finished(self.rows.get(name, {})) for name in left)
-            if not (done and problem.startswith(OUT_OF_TIME)):  # what is left was not slow, it came late
+            if not (done and problem.startswith(OUT_OF_TIME)):  # else the rest was not slow, but had no time left
                 self._blame(answer, left, problem)
             still = [name for name in left if not is_finished(self.rows.get(name, {}))]
             if len(still) == len(left) or self.cell.searches:
@@ -136,7 +136,7 @@ class Run:
         return {"environment": self.environment, "rows": [self.rows[name] for name in names if name in self.rows]}
 
     def _with_base(self, left: list[str]) -> list[str]:
-        """Losses are compared with those of the first variant, which therefore runs in every process."""
+        """Adds the first variant, with whose losses the others are compared, and which so runs in every process."""
         first = self.cell.variants[0].name
         return [first, *left] if self.cell.parity_steps and first not in left else left
 
@@ -146,16 +146,16 @@ class Run:
         for row in answer["rows"]:
             before = self.rows.get(row["variant"], {})
             if is_finished(before) and not before.items() <= row.items():
-                continue  # the same process may add to what it has said, a breakdown say
+                continue  # the same process may add to its row, for example a breakdown
             if timed_steps(row) >= timed_steps(before):
                 self.rows[row["variant"]] = row
-            elif "error" in row:  # what an earlier process has timed of it stands
+            elif "error" in row:  # what an earlier process timed is kept
                 before["stopped"] = row["error"]
         self.told(self.answer())
 
     def _blame(self, answer: Answer, left: list[str], problem: str) -> None:
-        """A process that ended badly did so by the variant that was at work; before the first one, by all of them; and
-        after the last one it does not matter."""
+        """If a process failed, blames the variant that was running; before the first one, all of them; after the last
+        one, none."""
         if not problem:
             return
         for name in left if "at" not in answer else filter(None, [answer["at"]]):
@@ -169,7 +169,7 @@ class Run:
             row = self.rows.setdefault(name, {"variant": name, "options": {}})
             if "step_seconds" in row:
                 row.setdefault("stopped", words)
-            elif not self.cell.searches:  # beyond the largest batch that fits there is nothing to say
+            elif not self.cell.searches:  # beyond the largest batch that fits no row is needed
                 row.setdefault("error", words)
 
 
@@ -183,7 +183,7 @@ def timed_steps(row: Row) -> int:
 
 
 def leftovers(folder: Path) -> list[tuple[Path, Answer]]:
-    """What processes wrote whose parent was killed before it read it."""
+    """What processes wrote whose parents were killed before they read it."""
     found = []
     for path in sorted(folder.glob(".answer-*.json")):
         parent = int(path.stem.split("-")[1])

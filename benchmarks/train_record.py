@@ -1,4 +1,4 @@
-"""Rows of the end-to-end benchmark as they are kept: with all that their figures mean nothing without."""
+"""Rows of the end-to-end benchmark in the form that is kept, with everything needed to understand their figures."""
 
 import math
 from pathlib import Path
@@ -15,25 +15,25 @@ from titan_fast.flops import FORMULAS, flops_per_token, mfu, peak_flops
 Answer = dict[str, Any]
 """What a process found: its environment, and the rows of its cell."""
 OUTCOMES = ("step_seconds", "parity", "error")
-"""Keys one of which a row has as soon as it says anything."""
+"""A row with an outcome has one of these keys."""
 FULL_OUTCOMES = ("complete", "parity", "seconds_to_step_10")
-"""Keys one of which a row has that needs no other attempt."""
+"""A row that needs no other attempt has one of these keys."""
 ATTENTION = "limit_attention"
-"""Key of the backend by whose rates a row's limit was made; cuDNN's where there is none."""
+"""The key of the backend whose rates are in a row's limit; without it, cuDNN's."""
 ATTEMPT = "later attempt"
-"""Key of what came of running a whole row again where that came to less: its commit and its words."""
+"""The key for a later attempt at the row that measured less: its commit, and what it came to."""
 
 
 def record(cell: Cell, answer: Answer, out: Path, known: Limits | None) -> None:
-    """Adds the rows that say something to the part's file."""
+    """Adds the rows that have an outcome to the part's file."""
     rows = [described(cell, row, answer["environment"], known) for row in answer["rows"] if has_outcome(row)]
     join(rows, answer["environment"], cell.part, out)
 
 
 def join(rows: list[dict[str, Any]], environment: dict[str, Any], part: str, out: Path) -> None:
-    """Adds rows, each with its commit and versions, to the part's file, in place of earlier ones of the same cell and
-    variant. An earlier one gives way to no less than it is itself: a whole one to a whole one, one that was cut off to
-    as many steps. It notes what was less as a later attempt."""
+    """Adds rows, each with its commit and versions, to the part's file, replacing earlier ones of the same cell and
+    variant. A row is only replaced by one that is at least as complete: a whole one by a whole one, an interrupted one
+    by one with as many steps. Otherwise it notes the later attempt."""
     path = out / f"train-{slug(environment['device'])}-{part}.json"
     before = read(path) or {"environment": environment, "rows": []}
     found = {(row["cell"], row["variant"]): with_versions(row, before["environment"]) for row in before["rows"]}
@@ -50,8 +50,8 @@ def join(rows: list[dict[str, Any]], environment: dict[str, Any], part: str, out
 
 
 def with_versions(row: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
-    """The row with the versions that it was measured with: its own, a peer's say, and those of its file's environment
-    for the rest."""
+    """The row with the versions that it was measured with: its own, such as a peer's, and the others from its file's
+    environment."""
     return row | {"versions": environment.get("versions", {}) | row.get("versions", {})}
 
 
@@ -60,7 +60,7 @@ def is_whole(row: dict[str, Any]) -> bool:
 
 
 def steps_of(row: dict[str, Any]) -> float:
-    """How much was measured: the timed steps, more than any of them for a whole row, none with an error."""
+    """How much was measured: the timed steps; infinite for a whole row, 0 with an error."""
     if is_whole(row):
         return math.inf
     return 0 if "error" in row else row.get("step_seconds", {}).get("timed", 0)
@@ -71,7 +71,7 @@ def has_outcome(row: dict[str, Any]) -> bool:
 
 
 def described(cell: Cell, row: dict[str, Any], environment: dict[str, Any], known: Limits | None) -> dict[str, Any]:
-    """The row with its model, batch and commit, and what follows from its figures."""
+    """The row with its model, batch and commit, and what follows from its measurements."""
     smoke = bool(environment.get("smoke"))
     cell = rehearsed(cell) if smoke else cell
     work = cell.workload
@@ -101,20 +101,20 @@ def described(cell: Cell, row: dict[str, Any], environment: dict[str, Any], know
 
 
 def options_of(cell: Cell, variant: str) -> dict[str, Any] | None:
-    """Of the variant of this name; None where the cell has none such, as rows of older code may."""
+    """The options of the variant of this name; None if the cell has none, as for rows of older code."""
     return next((one.options for one in cell.variants if one.name == variant), None)
 
 
 def settings_of(cell: Cell, variant: str, smoke: bool) -> Config:
-    """What the variant of this name runs with. torchtitan as it is shipped keeps float32 weights, which for the least
-    step is what masters are."""
+    """The config of the variant of this name. torchtitan as shipped keeps float32 weights, which for the least step
+    are the same as masters."""
     options = options_of(cell, variant)
     assert options is not None, variant
     return config_of(cell.workload, options | (MASTERS if cell.peer == AS_SHIPPED else {}), smoke)
 
 
 def fraction_of_limit(known: Limits, config: Config, shape: ModelShape, world: int, seconds: float) -> dict[str, Any]:
-    """The least step of a row's settings, how much of `seconds` that is, and by whose attention; nothing for float8,
+    """The least step with a row's settings, its fraction of `seconds`, and the attention backend; nothing for float8,
     whose products were not measured alone."""
     if config.float8.enable:
         return {}
@@ -127,13 +127,13 @@ def fraction_of_limit(known: Limits, config: Config, shape: ModelShape, world: i
 
 
 def limit_attention(known: Limits, config: Config, shape: ModelShape) -> str:
-    """The backend that is the fastest of these limits."""
+    """The fastest backend of these limits."""
     training = config.training
     return known.attention_seconds(attention_call(shape, training.local_batch_size, training.seq_len))[2]
 
 
 def known_limits(out: Path, device: str | None = None) -> Limits | None:
-    """Of `device`; without one, of the only device that was measured. None unless they were measured to the end."""
+    """The limits of `device` (None: of the only device that was measured). None if they are missing or incomplete."""
     paths = sorted(out.glob("limits-*.json")) if device is None else [out / f"limits-{slug(device)}.json"]
     content = read(paths[0]) if len(paths) == 1 else None
     if content is None or not content.get("complete", True):

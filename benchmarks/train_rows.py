@@ -1,4 +1,4 @@
-"""What was measured of whole steps: the rows of all files of a folder, by device."""
+"""The measurements of whole steps: the rows of all files in a folder, by device."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,10 +35,10 @@ class Device:
 
 
 def load(folder: Path, rehearsal: bool) -> list[Device]:
-    """Every device's rows, the parts merged; of rehearsals or of real devices.
+    """Every device's rows, with parts merged; of rehearsals or of real devices.
 
     Raises:
-        DataError: a file that is no JSON, or does not say what it is of.
+        DataError: a file that is not JSON, or has no rows or no device.
     """
     devices: dict[str, Device] = {}
     for path in sorted(folder.glob("train-*.json")):
@@ -46,7 +46,7 @@ def load(folder: Path, rehearsal: bool) -> list[Device]:
         environment = content.get("environment", {})
         if "device" not in environment or "rows" not in content:
             what = "no rows, or no environment that names their device"
-            raise DataError(what, "measure the part again, or take the file away", str(path))
+            raise DataError(what, "measure the part again, or remove the file", str(path))
         if bool(environment.get("smoke")) != rehearsal:
             continue
         device = devices.setdefault(environment["device"], Device(environment["device"]))
@@ -60,8 +60,8 @@ def load(folder: Path, rehearsal: bool) -> list[Device]:
 
 
 def _add_fractions(device: Device, limits: Limits) -> None:
-    """For rows that were measured before the limits were, or beside limits without the attention that is now the
-    fastest: one column has one limit."""
+    """For rows that were measured before the limits, or with limits that lacked the now fastest attention, so that all
+    rows have the same limit."""
     by_name = {(cell.name, cell.part): cell for cell in cells(PARTS)}
     for row in device.rows.values():
         cell = by_name.get((row["cell"], row["part"]))

@@ -1,4 +1,4 @@
-"""What `bench_train` does: parts, processes, files. Its manual is the text of `bench_train --help`."""
+"""Implements `bench_train`: parts, processes, files. Its manual is `bench_train --help`."""
 
 import argparse
 import json
@@ -37,7 +37,7 @@ from benchmarks.workloads import Cell, rehearsed
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 CACHE = ROOT / "outputs" / "bench_train_cache"
-"""Compiled code, shared by all processes."""
+"""For compiled code, shared by all processes."""
 SMOKE_LENGTH = Length(1, 2, 1)
 LIMITS_LIMIT_SECONDS = 300.0
 
@@ -59,7 +59,7 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
         os.environ["BENCHMARK_COMMIT"] = options.commit
     options.out, options.cache = options.out.resolve(), options.cache.resolve()
     if options.smoke:
-        torch.set_num_threads(1)  # enough for models of that size, and more would wait for each other
+        torch.set_num_threads(1)  # enough for models of this size; more would wait for each other
     if options.child is not None:
         return _child(options)
     if options.plan:
@@ -68,7 +68,7 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
         sys.stdout.write("\n".join(plan(parts, known, device, options.only, options.cells)) + "\n")
         return 0
     if not options.smoke and not torch.cuda.is_available():
-        sys.exit("bench_train: measures a GPU, and torch sees none here; --smoke rehearses on the CPU")
+        sys.exit("bench_train: needs a GPU, and torch sees none here; --smoke rehearses on the CPU")
     if options.out.suffix == ".json":
         sys.exit(f"bench_train: --out is {str(options.out)!r}, and there is a file for each part; give a folder")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -84,14 +84,14 @@ def _arguments(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--plan", action="store_true", help="print what would run and how long it should take")
-    parser.add_argument("--device", default="", help="whose limits a plan is by; default: this machine's GPU")
+    parser.add_argument("--device", default="", help="plan with this GPU's limits; default: this machine's")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--cells", type=int, help="the first so many cells of each part")
+    parser.add_argument("--cells", type=int, help="only the first so many cells of each part")
     parser.add_argument("--no-profile", action="store_true", help="leave out the breakdown of a step")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=CACHE, help="where compiled code is kept")
-    parser.add_argument("--commit", help="what the results are of, where the code lies without its .git")
-    # What a process is told by the one that starts it: its cell's part and name, variants, and where to answer.
+    parser.add_argument("--commit", help="the results' commit, if the code is without its .git")
+    # For child processes: the cell's part and name, its variants, and where to write the answer.
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     for name in ("--variants", "--answer"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -99,7 +99,7 @@ def _arguments(description: str) -> argparse.ArgumentParser:
 
 
 def _planned_for(out: Path) -> str:
-    """This machine's GPU, or where it has none the only one whose limits were measured; else empty."""
+    """This machine's GPU, or if it has none the only one whose limits were measured; else empty."""
     here = device_name()
     measured = [str((read(path) or {}).get("device", "")) for path in out.glob("limits-*.json")]
     return here if here != "unknown" else measured[0] if len(measured) == 1 else ""
@@ -110,7 +110,7 @@ def cell_named(part: str, name: str) -> Cell | None:
 
 
 class Suite:
-    """Cells one after the other. Every row is in its part's file as soon as there is something in it."""
+    """Cells one after the other. Every row is in its part's file as soon as it has an outcome."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -121,7 +121,7 @@ class Suite:
             cell = cell_of(answer)
             if cell is None:
                 aside = path.replace(path.with_name(f"{path.name}.aside"))
-                sys.stdout.write(f"{aside}: left by a process of other code, and set aside\n")
+                sys.stdout.write(f"{aside}: left by a process that ran other code, and set aside\n")
                 continue
             self.record(cell, answer)
             path.unlink()
@@ -130,7 +130,7 @@ class Suite:
         selected = chosen_cells(parts, self.options.only, self.options.cells)
         device = "CPU" if self.options.smoke else device_name()
         if selected and known_limits(self.options.out, device) is None:
-            what = f"no limits of {device} in {self.options.out}: rows get no part of them"
+            what = f"no limits of {device} in {self.options.out}: rows get no fraction of them"
             sys.stdout.write(f"{what} until `--parts limits` has run\n")
         for number, cell in enumerate(selected, 1):
             started = time.time()
@@ -191,7 +191,7 @@ class Suite:
             command, surroundings, ROOT, options.out, limit=LIMITS_LIMIT_SECONDS, silence=LIMITS_LIMIT_SECONDS
         )
         if problem:
-            sys.stdout.write(f"limits: {problem}; the rest goes on without fractions\n")
+            sys.stdout.write(f"limits: {problem}; the rest continues without fractions\n")
 
     def _launch(self) -> None:
         if self.environment["device"] == "unknown":
@@ -201,12 +201,12 @@ class Suite:
 
 
 def only(cell: Cell, names: list[str]) -> Cell:
-    """The cell with these of its variants."""
+    """The cell with only these of its variants."""
     return replace(cell, variants=tuple(variant for variant in cell.variants if variant.name in names))
 
 
 def cell_of(answer: Answer) -> Cell | None:
-    """Whose answer it is; None where this code has no such cell or variants, or is not the code that ran them."""
+    """The answer's cell; None if this code has no such cell or variants, or is not the code that ran them."""
     cell = cell_named(answer.get("part", ""), answer.get("cell", ""))
     if cell is None or answer["environment"].get("commit") != commit():
         return None
@@ -215,7 +215,7 @@ def cell_of(answer: Answer) -> Cell | None:
 
 
 def environment_of_children(cache: Path) -> dict[str, str]:
-    """This process's own, this checkout on the path, and where compiled code is kept."""
+    """This process's environment, with this checkout on the path and a place for compiled code."""
     inherited = [Path(entry).absolute() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "kernels", *inherited])),
@@ -226,12 +226,12 @@ def environment_of_children(cache: Path) -> dict[str, str]:
 
 
 def environment_from_outside() -> dict[str, Any]:
-    """Of a machine on which no process got so far as to say: without a look at the GPU by this one."""
+    """The environment of a machine where no process got far enough to report it, without touching the GPU."""
     return environment(True) | {"device": device_name(), "architecture": "unknown", "smoke": False}
 
 
 def _child(options: argparse.Namespace) -> int:
-    """One process of a cell. What it knows is in its answer from the beginning: the machine, then each row."""
+    """One process of a cell. Its answer has everything as soon as it is known: the machine, then each row."""
     end_with_parent()
     part, name = options.child
     found = cell_named(part, name)
@@ -248,7 +248,7 @@ def _child(options: argparse.Namespace) -> int:
     def heard(rows: Rows, at: str) -> None:
         save(rows=rows, at=at)
         if not at and any(row.get(LOST) for row in rows):
-            os._exit(0)  # to put things away on a device that is lost may take for ever
+            os._exit(0)  # cleaning up on a lost device may take forever
 
     save()
     how = How(profiles=not options.no_profile, save=heard)
@@ -262,7 +262,7 @@ def _child(options: argparse.Namespace) -> int:
 
 
 def rows_of(cell: Cell, device: torch.device, how: How) -> Rows:
-    """A row for each variant that was reached; where nothing could be built, the reason in each."""
+    """A row for each variant that was reached; if nothing could be built, each has the reason."""
     saved: list[Rows] = []
 
     def save(rows: Rows, at: str) -> None:
@@ -276,7 +276,7 @@ def rows_of(cell: Cell, device: torch.device, how: How) -> Rows:
 
         return run_peer(cell, device, replace(how, save=save))
     except Exception as error:
-        if saved:  # it was while things were put away
+        if saved:  # it happened during clean-up
             sys.stderr.write(f"after the last step: {sentence(error)}\n")
             return saved[0]
         return [
@@ -287,7 +287,7 @@ def rows_of(cell: Cell, device: torch.device, how: How) -> Rows:
 
 
 def say(head: str, answer: Answer) -> None:
-    """A line for each row."""
+    """Prints a line for each row."""
     lines = [head]
     for row in answer["rows"]:
         figures = row.get("error", "")

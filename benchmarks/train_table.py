@@ -2,9 +2,9 @@
 
     python -m benchmarks.train_table [--markdown] [--results FOLDER] [--picture benchmarks/results/train.png]
 
-Everything is read from the JSON that bench_train wrote on real devices; rehearsals are left out unless --rehearsal asks
-for them. Where no device has been, the tables say "not measured". Each row has its commit; a ratio of rows of different
-commits or versions is marked, and of a row that was not timed to its end there is none.
+Everything is read from the JSON that bench_train wrote on real devices; --rehearsal asks for rehearsals instead. If no
+device has been measured, the tables say "not measured". Each row has its commit. A ratio of rows of different commits
+or versions is marked, and there is none for a row that was not timed to its end.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from benchmarks.workloads import RANK0, SLICE_LAYERS, Cell, shape_of
 from titan_fast.errors import reported
 
 NOT_MEASURED = "not measured"
-MIXED = "*"  # beside ratios of rows that other code or other versions timed
+MIXED = "*"  # marks ratios of rows of different commits or versions
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -40,7 +40,7 @@ def _number(value: float | None, words: str) -> str:
 
 
 def _figures(row: Row | None) -> list[str]:
-    """tokens/s, its spread, MFU, fraction of the limit, memory, commit."""
+    """The columns of _HEAD."""
     if row is None:
         return [NOT_MEASURED] * 6
     commit = short(row.get("commit"))
@@ -59,12 +59,12 @@ def _figures(row: Row | None) -> list[str]:
 
 
 def _cell(words: str) -> str:
-    """Of a table."""
+    """The words for a table's cell."""
     return " ".join(words.replace("|", "/").split())
 
 
 def _reservations(row: Row) -> str:
-    """What a reader of the row's figures has to know: that they are of fewer steps, or older than an attempt."""
+    """What a reader must know of the row's figures: that they are of fewer steps, or that there was a later attempt."""
     seconds, words = row["step_seconds"], ""
     if "stopped" in row:
         words = f" ({seconds['timed']} steps, then {_cell(row['stopped'])})"
@@ -84,31 +84,31 @@ _HEAD = ("tokens/s", "p90 to p10 step", "MFU (titan)", "of the limit", "peak GiB
 
 
 def _row(device: Device | None, cell: Cell, variant: str | None = None) -> Row | None:
-    """Of this variant of the cell, the first one where None."""
+    """The row of this variant of the cell; None: its first one."""
     return device.rows.get((cell.name, variant or cell.variants[0].name)) if device else None
 
 
 def _speed(row: Row | None) -> float | None:
-    """None for a row that was not timed to its end too."""
+    """tokens/s; None also for a row that was not timed to its end."""
     return row.get("tokens_per_second") if row and row.get("complete", True) else None
 
 
 def _ratio(value: float | None, words: str, *rows: Row | None) -> str:
-    """A number that compares these rows."""
+    """A number that compares these rows, marked if they differ in commit or versions."""
     found = [row for row in rows if row]
     mixed = value is not None and any(_differ(*pair) for pair in itertools.combinations(found, 2))
     return _number(value, words) + MIXED * mixed
 
 
 def _differ(one: Row, other: Row) -> bool:
-    """In their commits, or in the version of what both name: a peer has packages of its own."""
+    """Whether their commits differ, or the versions of packages that both name: a peer has its own."""
     mine, theirs = one["versions"], other["versions"]
     versions = any(mine[name] != theirs[name] for name in mine.keys() & theirs.keys())
     return versions or short(one.get("commit")) != short(other.get("commit"))
 
 
 def models_table(device: Device | None) -> str:
-    """Every workload with each of its variants: what the one command runs, and what it leaves out."""
+    """Every workload with each of its variants: what the command runs by default, and the rest."""
     lines = []
     parts = [part for part in PARTS if not part.startswith(("peers", "levers", "parity", "best"))]
     for cell in sorted(cells(tuple(parts)), key=lambda cell: _order(cell)):
@@ -123,16 +123,16 @@ def models_table(device: Device | None) -> str:
 
 
 def _order(cell: Cell) -> tuple[int, int]:
-    """A workload's cells side by side, in the order in which the workloads first come."""
+    """Sorts a workload's cells together, in the order in which the workloads first occur."""
     everything = cells(PARTS)
     names = [f"{one.workload.name} {one.workload.batch}" for one in everything]
     return names.index(f"{cell.workload.name} {cell.workload.batch}"), everything.index(cell)
 
 
 def peers_table(device: Device | None) -> str:
-    """Each comparison with ours, as a ratio of tokens/s; drift is what ours moved between its first and last run.
-    torchtitan as it is shipped keeps float32 weights: on one device it is compared with ours with masters alone, where
-    FSDP2 shards both keep such weights anyway."""
+    """Each comparison with ours, as a ratio of tokens/s; drift is the change between our first and last run. torchtitan
+    as shipped keeps float32 weights, so on one device it is only compared with ours with masters; with FSDP2 both keep
+    such weights anyway."""
     lines = []
     for part in [part for part in PARTS if part.startswith("peers")]:
         own = cells((part,))
@@ -154,8 +154,8 @@ def peers_table(device: Device | None) -> str:
 
 
 def best_table(device: Device | None) -> str:
-    """The largest batch that fits and the fastest of those that do, for each peer and kind of recomputation; and our
-    fastest of all against the fastest of each peer."""
+    """The largest batch that fits, and the fastest, for each peer and kind of recomputation; and our fastest of all
+    compared with that of each peer."""
     lines = []
     best: dict[str, Row] = {}
     for cell in [cell for cell in cells(PARTS) if cell.searches]:
@@ -187,8 +187,8 @@ def best_table(device: Device | None) -> str:
 
 
 def levers_table(device: Device | None) -> str:
-    """What each change by itself is worth, against the base of its own process, or where a process has none (the change
-    needs another optimizer, or is the whole process's) against that of the same model."""
+    """The effect of each change by itself, compared with the base of its own process, or if that has none (the change
+    needs another optimizer, or affects the whole process) with that of the same model."""
     lines = []
     found = cells(tuple(part for part in PARTS if part.startswith("levers")))
     for cell in found:
@@ -210,7 +210,7 @@ def _base_of(cell: Cell, found: Sequence[Cell], device: Device | None) -> Row | 
 
 
 def parity_table(device: Device | None) -> str:
-    """How far losses come to lie from those of plain eager PyTorch. Where they did not fall, nothing was compared."""
+    """How far losses are from those of plain eager PyTorch. If they did not fall, nothing was compared."""
     lines = []
     for cell in [cell for cell in cells(PARTS) if cell.parity_steps]:
         for variant in cell.variants:
@@ -230,7 +230,7 @@ def parity_table(device: Device | None) -> str:
 
 
 def launch_table(device: Device | None) -> str:
-    """From the command to a step of a real run."""
+    """The time from the command to a step of a real run."""
     lines = []
     for start in STARTS:
         row = (device.rows.get((LAUNCH, start)) if device else None) or {}
@@ -244,7 +244,7 @@ def launch_table(device: Device | None) -> str:
 
 @dataclass(frozen=True)
 class Slope:
-    """Seconds of a step as base + per_layer x layers, by least squares over the slices that ran."""
+    """Seconds of a step as base + per_layer x layers, fitted by least squares to the slices that ran."""
 
     base: float
     per_layer: float
@@ -262,7 +262,7 @@ def slope(points: dict[int, float]) -> Slope | None:
 
 
 def slices_table(device: Device | None) -> str:
-    """The full depth predicted from the slices, beside the full depth measured."""
+    """The step at full depth as predicted from the slices, and as measured."""
     lines = []
     for name in ("8b", "70b"):
         full = RANK0[name]
@@ -290,7 +290,7 @@ def slices_table(device: Device | None) -> str:
 
 
 def breakdown_table(device: Device | None) -> str:
-    """Where the time of a step goes, and the least that each kind could take."""
+    """Where a step's time goes, and the least that each kind could take."""
     lines = []
     for row in device.rows.values() if device else ():
         seconds = row.get("profile", {}).get("seconds", {})
@@ -303,7 +303,7 @@ def breakdown_table(device: Device | None) -> str:
 
 
 def markdown(device: Device | None) -> str:
-    """All tables of a device; with None, what there will be."""
+    """All tables of a device; with None, empty ones."""
     head = "No device has been measured." if device is None else _provenance(device)
     sections = {
         "Models": models_table(device),
@@ -340,7 +340,7 @@ def _provenance(device: Device) -> str:
 
 
 def _range(states: list[Row], name: str, unit: str) -> str:
-    """Of the rows' medians."""
+    """The range of the rows' medians."""
     medians = [state[name][1] for state in states if name in state]
     if not medians:
         return "unknown"
@@ -349,7 +349,7 @@ def _range(states: list[Row], name: str, unit: str) -> str:
 
 
 def draw(device: Device, path: Path) -> None:
-    """tokens/s of each workload's fastest variant and of the peers, in parts of the least step's tokens/s."""
+    """The speed of each row except levers, as a fraction of that of the least step."""
     rows = [row for row in device.rows.values() if "fraction_of_limit" in row and not row["part"].startswith("levers")]
     rows.sort(key=lambda row: (row["workload"], row["peer"], row["variant"]))
     figure = Figure(figsize=(9, 1 + 0.3 * max(1, len(rows))), layout="constrained")
@@ -372,9 +372,9 @@ def _color(row: Row) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--markdown", action="store_true", help="print the tables (also what happens without options)")
+    parser.add_argument("--markdown", action="store_true", help="print the tables, as without options")
     parser.add_argument("--picture", type=Path, help="draw each device into PICTURE, its name added before the suffix")
-    parser.add_argument("--rehearsal", action="store_true", help="of results of --smoke, whose figures mean nothing")
+    parser.add_argument("--rehearsal", action="store_true", help="use results of --smoke, whose figures mean nothing")
     options = parser.parse_args(argv)
     with reported():
         devices = load(options.results, options.rehearsal)

@@ -1,8 +1,9 @@
-"""Variants of one built model, timed in turn: warmed up, timed a first time at once, then block by block, and profiled.
+"""Times variants of one built model in turn: each is warmed up and timed at once, then timed block by block, and
+profiled.
 
-The same for our model and for those of others. Whatever goes wrong is a row with its sentence. After an error in the
-middle of a step nothing more is timed in the process: memory may be short, the device lost, a module half way through
-its hooks. What is left then is for a new process (`train_process`).
+This is the same for our model and for others. Errors become sentences in rows. After an error in the middle of a step
+nothing more is timed in the process, since memory may be short, the device lost, or a module in the middle of its
+hooks. A new process does the rest (`train_process`).
 """
 
 import gc
@@ -23,11 +24,11 @@ from benchmarks.workloads import Variant
 Row = dict[str, Any]
 Rows = list[Row]
 FOUND_BY_STEPS = ("step_seconds", "peak_bytes", "last_loss", "gpu", "complete")
-"""Keys of a row that are of timed steps."""
+"""The keys of a row that come from timed steps."""
 LOST = "ended_its_process"
-"""Key of a row after whose error nothing more was done in that process."""
+"""The key of a row whose error ended its process."""
 COLLECT_EVERY = 50
-"""Steps between collections of Python's garbage, as in titan_fast.loop."""
+"""Steps between garbage collections, as in titan_fast.loop."""
 
 
 class Contender(Protocol):
@@ -37,15 +38,15 @@ class Contender(Protocol):
     def device(self) -> torch.device: ...
 
     def what_runs(self, variant: Variant) -> object:
-        """Equal for variants that come to the same code, which then runs once."""
+        """Equal for variants with the same code, which then runs only once."""
         ...
 
     def switch_to(self, variant: Variant) -> Row:
-        """Makes the next step that of `variant`; what its row says of that."""
+        """Makes the following steps those of `variant`; returns what to add to its row."""
         ...
 
     def face(self) -> Any:
-        """What `put_on` needs to make the model what it is now, without compiling anew."""
+        """What `put_on` needs to restore the model's current state without recompiling."""
         ...
 
     def put_on(self, face: Any) -> None: ...
@@ -55,7 +56,7 @@ class Contender(Protocol):
         ...
 
     def last_loss(self) -> float:
-        """Of the last step. Waits for the device."""
+        """The last step's loss. Waits for the device."""
         ...
 
 
@@ -68,7 +69,7 @@ class How:
     """None: by the duration of a step."""
     profiles: bool = True
     save: Callable[[Rows, str], None] = lambda rows, at: None
-    """Called with all rows whenever there is more in them, and with the variant that is at work."""
+    """Called with all rows whenever there is more in them, and with the name of the variant that is running."""
 
 
 @dataclass
@@ -87,12 +88,13 @@ class _Running:
 
 
 class DeviceLost(Exception):
-    """Nothing more can be timed in this process; the row of the variant that was at work says why."""
+    """Nothing more can be timed in this process; the row of the variant that was running says why."""
 
 
 @contextmanager
 def failures_into(row: Row, key: str = "error", ends_process: bool = True) -> Iterator[None]:
-    """What is raised inside becomes a sentence in the row; ends_process: and DeviceLost."""
+    """Exceptions inside become a sentence in the row. ends_process: DeviceLost is then raised; it always is if memory
+    ran out or the device failed."""
     try:
         yield
     except Exception as error:
@@ -104,14 +106,14 @@ def failures_into(row: Row, key: str = "error", ends_process: bool = True) -> It
 
 
 def sentence(error: BaseException) -> str:
-    """The exception's type and the first line of what it says."""
+    """The exception's type and the first line of its message."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:500]
 
 
 @contextmanager
 def garbage_kept() -> Iterator[None]:
-    """Python does not look for garbage by itself inside, as in a training run; see `COLLECT_EVERY`."""
+    """Inside, Python collects no garbage by itself, as in a training run; see `COLLECT_EVERY`."""
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -123,14 +125,14 @@ def garbage_kept() -> Iterator[None]:
 
 
 def _graphs() -> tuple[int, int]:
-    """How many graphs torch.compile has traced in this process, and how often it had to break one."""
+    """How many graphs torch.compile has traced in this process, and the number of graph breaks."""
     counters = torch._dynamo.utils.counters
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def time_variants(contender: Contender, variants: Sequence[Variant], how: How, searches: bool = False) -> Rows:
-    """A row for each variant that was reached. searches: each is larger than the one before it, and they are timed
-    once, one after the other, until one does not fit."""
+    """A row for each variant that was reached. searches: each is larger than the one before, and they are timed once,
+    one after the other, until one does not fit."""
     with garbage_kept(), DeviceWatch(reader_of(contender.device)) as watch:
         turns = _Turns(contender, how, watch, searches)
         try:
@@ -154,8 +156,8 @@ class _Turns:
         self.running: dict[str, _Running] = {}
 
     def warm_up(self, variants: Sequence[Variant]) -> None:
-        """Each variant warms up and is timed for a block right away, and the first of all beside it: what comes later
-        and hangs or breaks the device takes nothing away from what came before."""
+        """Each variant is warmed up and timed for a block at once, and the first variant beside it, so that nothing is
+        lost if a later one hangs or breaks the device."""
         known: dict[object, str] = {}
         for variant in variants:
             row: Row = {"variant": variant.name, "options": variant.options}
@@ -181,7 +183,7 @@ class _Turns:
                 self._block(base, base.length.block)
 
     def _start(self, variant: Variant, row: Row, started: float) -> _Running:
-        """The first step, which compiles, and the warm-up."""
+        """Runs the first step, which compiles, and the warm-up."""
         contender, first = self.contender, not self.running
         graphs, breaks = _graphs()
         contender.step()
@@ -207,7 +209,7 @@ class _Turns:
         self.how.save(self.rows, one.variant.name)
 
     def take(self) -> None:
-        """The rest of each variant's blocks, in turn."""
+        """Times the rest of each variant's blocks, in turn."""
         lengths = {name: one.left() for name, one in self.running.items()}
         for name, count in step_timing.turns(list(self.running), lengths) if self.running else ():
             one = self.running[name]
@@ -216,7 +218,7 @@ class _Turns:
             self._block(one, count)
 
     def profile(self) -> None:
-        """Where the time of each variant goes. A search has no use for it."""
+        """Adds where each variant's time goes, except in a search."""
         for one in self.running.values() if self.how.profiles and not self.searches else ():
             self.how.save(self.rows, one.variant.name)
             self.contender.put_on(one.face)
@@ -225,7 +227,7 @@ class _Turns:
             self.how.save(self.rows, one.variant.name)
 
     def copy_same(self) -> None:
-        """What was measured for variants that come to the code of another one."""
+        """Copies measurements to the variants with the same code."""
         by_name = {row["variant"]: row for row in self.rows}
         for row in self.rows:
             if "same_as" in row:

@@ -1,8 +1,8 @@
-"""What the end-to-end benchmark runs: models, batches, and the switches that each is run with.
+"""What the end-to-end benchmark runs: models, batches and switches.
 
 A `Cell` is one process: a model built once, and variants of it that are timed in turn. Everything that can be switched
-on a built model is a variant (kernels, attention, compile, activation checkpointing, loss); what cannot, FSDP2 or not,
-makes another cell. A search is a cell whose variants are batches.
+on a built model is a variant (kernels, attention, compile, activation checkpointing, loss); what cannot, such as FSDP2,
+needs another cell. A search is a cell whose variants are batches.
 """
 
 import functools
@@ -13,7 +13,7 @@ from titan_fast.config import Config, from_options, model_shape
 from titan_fast.flavors import ModelShape
 
 Kind = Literal["single", "rank0", "slice"]
-"""single: true training on one device. rank0: rank 0 of 64 at full depth. slice: rank 0 of 64 with a few layers."""
+"""single: real training on one device. rank0: rank 0 of 64 at full depth. slice: rank 0 of 64 with a few layers."""
 Options = dict[str, Any]
 WORLD = 64
 
@@ -36,7 +36,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Per device and step."""
+        """Tokens per device and step."""
         return self.batch * self.seq_len
 
 
@@ -62,10 +62,9 @@ class Cell:
     parity_steps: int = 0
     """Not timed: each variant trains so many steps from the same start, and its losses are compared."""
     searches: bool = False
-    """Each variant is a larger batch than the one before it; they are tried in turn until one does not fit."""
+    """Each variant is a larger batch than the one before; they are tried in turn until one does not fit."""
     extra_seconds: float = 0.0
-    """What the compiler takes longer than it does without tuning: for the plan, and for how long a silence of the
-    process is taken for work."""
+    """How much longer the compiler takes than without tuning: added to the plan and to the process's time limits."""
 
     @property
     def name(self) -> str:
@@ -75,7 +74,7 @@ class Cell:
 
 OPERATORS = ("rms_norm", "rope", "swiglu", "cross_entropy", "reemit")
 REFERENCE: Options = {f"kernels.{operator}": "reference" for operator in OPERATORS}
-# reemit replaces the norms and SwiGLU that it contains, so it is a switch of its own and not part of "all kernels".
+# reemit replaces the norms and SwiGLU that it contains, so it is a separate switch and not part of "all kernels".
 TRITON: Options = REFERENCE | {f"kernels.{operator}": "triton" for operator in OPERATORS[:-1]}
 COMPILED: Options = {"compile.enable": True}
 
@@ -97,9 +96,9 @@ SELECTIVE_LAYER: Options = {
 MASTERS: Options = {"parallelism.single_device": "masters"}
 PURE: Options = {"parallelism.single_device": "bfloat16"}
 
-# The 3B's float32 state leaves room for one sequence whose norms and products are computed again.
+# The 3B's float32 state leaves room for one sequence, with norms and products recomputed.
 LLAMA_1B = Workload("Llama 3.2 1B", "single", "llama3_1b", 8192, 2, MASTERS | NONE)
-# So short that Python may not keep up: what CUDA graphs are for.
+# So short that Python may not keep up, which is what CUDA graphs are for.
 SHORT_1B = replace(LLAMA_1B, name="Llama 3.2 1B, short", seq_len=1024, batch=1)
 LLAMA_3B = Workload("Llama 3.2 3B", "single", "llama3_3b", 8192, 1, MASTERS | POINTWISE)
 RANK0 = {
@@ -119,11 +118,11 @@ def slice_of(workload: Workload, layers: int) -> Workload:
 
 
 def untied(workload: Workload) -> Workload:
-    """torchtitan has no tied head, so there is a matrix more in every peer's model and in ours beside it."""
+    """With a separate head, which every peer's model and ours beside it have, because torchtitan has no tied one."""
     return replace(workload, name=f"{workload.name} untied", options=workload.options | {"model.tied": False})
 
 
-# A rehearsal without a GPU: the same cells on a model that a CPU core steps in a fraction of a second.
+# For a rehearsal without a GPU: the same cells, with a model whose step takes a CPU core a fraction of a second.
 SMOKE_MODEL: Options = {
     "model.dim": 32, "model.n_heads": 4, "model.n_kv_heads": 2, "model.ffn_dim": 48, "model.vocab_size": 128,
     "loss.chunk_size": 8, "optimizer.lr": 3e-3,
@@ -132,18 +131,18 @@ SMOKE_SEQ_LEN, SMOKE_WORLD = 16, 4
 
 
 def ranks(workload: Workload, smoke: bool) -> int:
-    """Of which a cell is the first; a rehearsal has fewer."""
+    """How many ranks there are; a rehearsal has fewer."""
     return SMOKE_WORLD if smoke and workload.world > 1 else workload.world
 
 
 def rehearsed(cell: Cell) -> Cell:
-    """`cell` at tiny sizes; layers of a slice stay, other models get one."""
+    """`cell` at tiny sizes; a slice keeps its layers, other models get one."""
     options = cell.workload.options | SMOKE_MODEL | {"model.n_layers": cell.workload.options.get("model.n_layers", 1)}
     return replace(cell, workload=replace(cell.workload, seq_len=SMOKE_SEQ_LEN, options=options))
 
 
 def config_of(workload: Workload, variant: Options, smoke: bool) -> Config:
-    """The resolved settings of a variant. A rehearsal computes in bfloat16 too, which a CPU would not by itself."""
+    """The resolved settings of a variant. Rehearsals are in bfloat16 too, which is not a CPU's default."""
     basic: Options = {
         "model.flavor": workload.flavor,
         "training.seq_len": workload.seq_len,

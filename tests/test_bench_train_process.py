@@ -204,7 +204,7 @@ time.sleep(60)
     heard: list[str] = []
     started = time.monotonic()
     words = watched(command, dict(os.environ), tmp_path, answer, lambda: heard.append("!"), 60, 6)
-    assert words == "stopped: nothing was heard of it for 6 s" and heard and time.monotonic() - started < 60
+    assert words == "stopped: it wrote nothing for 6 s" and heard and time.monotonic() - started < 60
     assert ended(int(pids.read_text()))
 
 
@@ -292,7 +292,7 @@ def test_what_a_killed_benchmark_left_is_recorded_by_the_next_one(
     assert found["tokens_per_second"] == 8192.0
     aside = {f".answer-{dead.pid}-{at}.json.aside" for at in ("number", "commit", "variant")}
     assert {path.name for path in tmp_path.glob(".answer-*")} == {f".answer-{os.getpid()}-8b.json"} | aside
-    assert capsys.readouterr().out.count("left by a process of other code, and set aside") == 3
+    assert capsys.readouterr().out.count("left by a process that ran other code, and set aside") == 3
 
 
 def test_a_row_that_says_nothing_yet_replaces_nothing(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_rows_without_limits_are_told(
     suite = train_suite.Suite(train_suite._arguments("").parse_args(["--out", str(tmp_path), "--only", "8B"]))
     monkeypatch.setattr(suite, "finish", lambda cell: {"rows": []})
     suite.run(("rank0",))
-    assert f"no limits of Some GPU in {tmp_path}: rows get no part of them" in capsys.readouterr().out
+    assert f"no limits of Some GPU in {tmp_path}: rows get no fraction of them" in capsys.readouterr().out
     content = {"device": "Some GPU", "rates": {"bandwidth": 1.0}, "gemm_by_shape": {}, "attention_by_call": {}}
     (tmp_path / "limits-some-gpu.json").write_text(json.dumps(content))
     suite.run(("rank0",))

@@ -346,7 +346,7 @@ def test_a_row_of_a_variant_that_is_no_more_is_no_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [('{"environment": {"dev', "no JSON: "), ('{"rows": []}', "no environment that names their device")],
+    [('{"environment": {"dev', "not JSON: "), ('{"rows": []}', "no environment that names their device")],
 )
 def test_a_file_that_cannot_be_read_is_named_in_a_sentence(
     tmp_path: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]

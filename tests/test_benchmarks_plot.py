@@ -172,7 +172,7 @@ def test_the_table_is_written_last_and_never_loses_a_cell(tmp_path: Path, capsys
     table.write_text(before[: len(before) // 2])
     with pytest.raises(SystemExit):
         plotted(tmp_path, *files)
-    assert "no table: " in capsys.readouterr().err
+    assert "not a table: " in capsys.readouterr().err
 
 
 def test_the_committed_results_make_the_committed_tables(tmp_path: Path) -> None:
@@ -216,9 +216,9 @@ def test_a_copy_line_that_is_not_the_limits_is_told(tmp_path: Path) -> None:
     ("content", "words"),
     [
         (None, "no such file"),
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ("{}", "no benchmarks in it"),
-        ("/", "no JSON: [Errno 21] Is a directory"),
+        ("/", "not JSON: [Errno 21] Is a directory"),
         (json.dumps({"machine_info": MACHINE, "benchmarks": [{"extra_info": {}}]}), "no 'context' in it"),
     ],
 )
