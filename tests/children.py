@@ -1,4 +1,4 @@
-"""Processes that begin with everything imported, and runs in them that may die on purpose."""
+"""Processes that start with everything imported, and runs in them that may be killed on purpose."""
 
 import importlib
 import multiprocessing
@@ -9,14 +9,14 @@ from typing import Any
 import faults
 import runs
 
-# A clean process imports this module once and is copied for each child, which saves the seconds that importing torch
-# and the rest take. A copy of the caller itself would hang: by then its compute threads may exist, and a copy has none.
+# A clean process imports this module once and is forked for each child, which saves the seconds of importing torch and
+# the rest. A fork of the caller would hang, because it lacks the compute threads that the caller may have by then.
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["children"])
 
 
 def run_silently(place: str | None, call: int, data: Path, folder: Path, more: dict[str, Any]) -> None:
-    """A run whose output goes nowhere; with a `place` ("module:function") it is killed in that call of it."""
+    """A run without output; with a `place` ("module:function") it is killed in that call of it."""
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)

@@ -1,4 +1,4 @@
-"""What every test shares: Triton's interpreter where there is no GPU, one compile cache, the `gpu` mark's skip."""
+"""For all tests: Triton's interpreter if there is no GPU, one compile cache, and the skip of tests marked `gpu`."""
 
 import os
 import tempfile
@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-# Both are read when triton and inductor are first imported, which no test module has done yet.
+# Both are read when triton and inductor are first imported, which has not happened yet.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "titan_fast_test_inductor"))
-# Looked at once, in the first matrix product on a GPU: without it no later run of this process could be deterministic.
+# Read once, in the first matrix product on a GPU: without it no later run in this process could be deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# The clean process that tests/children.py has copied looks nowhere else for that module on Python 3.11.
+# The clean process that tests/children.py forks looks nowhere else for that module on Python 3.11.
 _ROOT = Path(__file__).parents[1]
 _PATHS = [*map(str, (_ROOT / "tests", _ROOT, _ROOT / "kernels")), *filter(None, [os.environ.get("PYTHONPATH")])]
 os.environ["PYTHONPATH"] = os.pathsep.join(_PATHS)
-# The models here are so small that a second thread only waits, and on a busy machine for long.
+# Models in tests are so small that a second thread only waits, and on a busy machine for long.
 torch.set_num_threads(1)
 
 

@@ -1,10 +1,10 @@
-"""`python tests/faults.py ARGUMENTS`: titan_fast.train with faults, which the environment's FAULTS describes.
+"""`python tests/faults.py ARGUMENTS`: titan_fast.train with faults, which the environment variable FAULTS describes.
 
 A list of JSON objects: {"what": ..., "rank": 1, "step": 5, "attempt": 0, ...}; "attempt" is torchrun's restart count,
 null for any. What: kill, signal (name), sleep (seconds), slow (seconds, from that step on), nan, raise_out_of_memory,
-kill_in (a function "module:name" and "call", which call of it), file_limit (bytes; ends before step "until"), remove
-(path), ledger (path: each step's tokens are appended to it, by rank), dump (path: what the run resumed from, whole,
-before its first step), blind (this rank sees no manifest, as on a stale network file system).
+kill_in (a function "module:name", and the number of the "call"), file_limit (bytes; ends before step "until"), remove
+(path), ledger (path: each step's tokens are appended to it, by rank), dump (path: the whole state that the run resumed
+from, before its first step), blind (this rank sees no manifest, as on a stale network file system).
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""A gradient that must be there."""
+"""Access to a gradient that must exist."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Tiny training runs by the real entry, in this process or under torchrun, and what they leave on the disk."""
+"""Tiny training runs through the real entry point, in this process or under torchrun, and what they write to disk."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ MEASURED = {
 
 
 def write_documents(path: Path, count: int = 1500) -> Path:
-    """JSON lines; each document begins with its own number."""
+    """Writes JSON lines; each document begins with its own number."""
     words, chance = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"], random.Random(0)
     with path.open("w") as file:
         for number in range(count):
@@ -66,7 +66,7 @@ def write_documents(path: Path, count: int = 1500) -> Path:
 
 
 def prepare(folder: Path) -> Path:
-    """Token shards of those documents, with the tokenizer that all runs use."""
+    """Makes token shards of those documents, with the tokenizer that all runs use."""
     documents = write_documents(folder / "documents.jsonl")
     config = parse(["--training.dataset_path", str(documents), "--model.vocab_size", "320"])
     prepare_folder(config, folder / "tokens", None)
@@ -81,14 +81,14 @@ def arguments(data: Path, folder: Path, **changes: Any) -> list[str]:
 
 
 def run(data: Path, folder: Path, **changes: Any) -> None:
-    """A run of one process, in this one."""
+    """A single-process run, in this process."""
     from titan_fast import loop
 
     loop.train(parse(arguments(data, folder, **changes)))
 
 
 def wait_for(condition: Callable[[], Any], limit_seconds: float = 180.0) -> None:
-    """Until it holds."""
+    """Waits until the condition is true."""
     give_up = time.monotonic() + limit_seconds
     while not condition():
         assert time.monotonic() < give_up, "it did not come to that"
@@ -101,12 +101,12 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def standalone(processes: int) -> list[str]:
-    """torchrun's words for so many processes of this machine alone."""
+    """torchrun's arguments for so many processes on this machine only."""
     return ["--standalone", f"--nproc-per-node={processes}"]
 
 
 def torchrun(processes: int, *words: str, **options: Any) -> "subprocess.Popen[str]":
-    """Starts torchrun on `words`, in a process group of its own."""
+    """Starts torchrun with `words`, in its own process group."""
     command = [sys.executable, "-m", "torch.distributed.run", *standalone(processes), *words]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -115,8 +115,8 @@ def torchrun(processes: int, *words: str, **options: Any) -> "subprocess.Popen[s
 
 
 def finish(process: Any, limit_seconds: float = 240) -> str:
-    """The output of a torchrun (a Popen, or what tests/torchrun.py has for it); past the limit its whole process group
-    is killed and the test fails."""
+    """The output of a torchrun (a Popen, or tests/torchrun.py's equivalent); past the limit its whole process group is
+    killed and the test fails."""
     import signal
 
     try:
@@ -129,7 +129,7 @@ def finish(process: Any, limit_seconds: float = 240) -> str:
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl has of steps."""
+    """The records of steps in metrics.jsonl."""
     return run_history.losses(run_history.read(folder / "metrics.jsonl"))
 
 
@@ -143,7 +143,7 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 
 class Disk:
-    """What was told to the disk, in order, while `monkeypatch` lasts."""
+    """Records, in order, what the disk is told while `monkeypatch` is active."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.told: list[tuple[str, Path, Path | None]] = []
@@ -161,7 +161,7 @@ class Disk:
         monkeypatch.setattr(os, "rename", renaming)
 
     def assert_made_durable(self, folder: Path) -> None:
-        """The folder got its name when all in it was on the disk, and then its name was put there."""
+        """Everything in the folder was synced before it got its name, and then the name was."""
         (at,) = (index for index, (what, _, new) in enumerate(self.told) if what == "rename" and new == folder)
         before = self.told[at][1]
         synced = {path for what, path, _ in self.told[:at] if what == "sync"}
@@ -171,7 +171,7 @@ class Disk:
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    """Everything in a checkpoint, whole."""
+    """All of a checkpoint's tensors, unsharded."""
     found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in saved_tensors(path).items()}
     load_tensors(found, path)
     return found
@@ -187,8 +187,8 @@ def assert_same_tensors(a: Path, b: Path, tolerance: float = 0.0) -> None:
 
 
 def held_out_loss(folder: Path, sequences: int) -> float:
-    """What the validation of the newest checkpoint must give, by torch's own cross entropy in this process; `sequences`
-    are those of its batch, over all ranks."""
+    """The validation loss that the newest checkpoint must have, by torch's own cross entropy in this process;
+    `sequences`: in its batch, over all ranks."""
     model, tokenizer, config = load_model(folder, torch.device("cpu"))
     training = dataclasses.replace(config.training, local_batch_size=sequences)
     config = dataclasses.replace(config, training=training)

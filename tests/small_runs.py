@@ -1,4 +1,4 @@
-"""Short training runs on random tokens, the same tokens whatever the layout."""
+"""Short training runs on random tokens, which are the same in every layout."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ SEQ_LEN, GLOBAL_BATCH = 16, 8
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run did: loss and norm of every step, and on rank 0 the whole weights (first, last) and the last
+    """The course of a run: loss and norm of every step, and on rank 0 the whole weights (first, last) and the last
     clipped gradients."""
 
     losses: list[float]
@@ -83,7 +83,7 @@ def build(config: Config, shape: ModelShape, world: World) -> Llama:
 
 
 def train(world: World, shape: ModelShape, options: dict[str, Any], passes: int = 1, steps: int = 20) -> Trace:
-    """`steps` optimizer steps, as the training loop does them."""
+    """`steps` optimizer steps, as in the training loop."""
     config = config_of(options, world.size, passes)
     degrees = mesh_degrees(config.parallelism, world.size)
     model = build(config, shape, world)

@@ -1,4 +1,4 @@
-"""A CUDA graph's stand-in on the CPU: a list of operators on the memory that they had when they were recorded."""
+"""A CPU replacement for CUDA graphs: a list of operators, on the memory that they had when they were recorded."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,8 @@ def _memory(values: Any) -> set[int]:
 
 
 class Tape(TorchDispatchMode):
-    """Runs every operator and notes it with its arguments. `replay` does the same operators on the same memory: no
-    Python in between runs again, and a result lands where the first one lay, as with a CUDA graph."""
+    """Runs every operator and records it with its arguments. `replay` runs the same operators on the same memory. As
+    with a CUDA graph, no Python in between runs again, and results overwrite the first ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Tape(TorchDispatchMode):
             again = func(*args, **kwargs)
             in_arguments = _memory((args, kwargs))
             for new, old in zip(tree_leaves(again), tree_leaves(result), strict=True):
-                # A view, or what was written in place, is where it was already.
+                # Views and tensors written in place need no copy.
                 if isinstance(old, Tensor) and not _memory(old) <= in_arguments:
                     old.copy_(new)
 

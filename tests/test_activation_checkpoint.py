@@ -1,4 +1,4 @@
-"""Checkpointing changes no number; each mode keeps and repeats what it says, eager and compiled."""
+"""Activation checkpointing changes no result; each mode keeps and recomputes what it says, eager and compiled."""
 
 import os
 from dataclasses import replace
@@ -80,7 +80,7 @@ def test_compiled_is_close(mode: ActivationCheckpoint, backend: str) -> None:
 
 
 def test_a_recomputation_counts_its_own_products() -> None:
-    """From 1 again: the first product of a block is kept, and is the first of its recomputation."""
+    """From 1 again: a block's first product is kept, and is also the first in its recomputation."""
     policy, product = activation_checkpoint.attention_whole(), torch.ops.aten.mm.default
     forward, backward = SimpleNamespace(is_recompute=False), SimpleNamespace(is_recompute=True)
     for context in (forward, backward):
@@ -88,12 +88,12 @@ def test_a_recomputation_counts_its_own_products() -> None:
         assert kept == [True, False, False, False, False]
 
 
-# Its three widths, qkv, model and feed-forward, are different, so that a product is known by its width.
+# Its three widths (qkv, model, feed-forward) differ, so that a product can be recognised by its width.
 SMALL = replace(LLAMA3, ffn_dim=80)
 
 
 class Calls(TorchDispatchMode):
-    """The operators that run, and the width of each matrix product's result."""
+    """Records the operators that run, and the width of each matrix product's result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Calls(TorchDispatchMode):
 
 
 def again(mode: ActivationCheckpoint, ops: Ops = REFERENCE, keeps_attention: bool = False) -> dict[str, int]:
-    """How often more than without a checkpoint each forward operator of a block runs in its backward pass."""
+    """How many times each of a block's forward operators is recomputed in its backward pass."""
     block = Block(SMALL, ops)
     apply(_model_of(block), mode, Compile(), keeps_attention)
     tokens = 29
@@ -141,7 +141,7 @@ def _backward_without_checkpoint(ops: Ops, rope: tuple[Tensor, Tensor], tokens: 
 
 QKV, OUT, UP = f"mm {SMALL.qkv_dim}", f"mm {SMALL.dim}", f"mm {SMALL.ffn_dim}"
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
-# What runs again of each kind. The down projection, as wide as the attention's, never does: nothing needs its result.
+# What each kind recomputes. Never the down projection, as wide as attention's: nothing needs its result.
 PRODUCTS = {
     "full": {QKV: 1, OUT: 1, UP: 2, ATTENTION: 1},
     "op": {OUT: 1, UP: 1},
@@ -193,7 +193,7 @@ REEMIT = Kernels("reference", "reference", "reference", "reference", reemit="tri
 @pytest.mark.parametrize("carry", [False, True], ids=["", "carried residual"])
 @pytest.mark.parametrize("name", ["none", "pointwise"])
 def test_re_emitting_units_give_the_same_gradients(name: str, carry: bool) -> None:
-    """Against plain PyTorch without a checkpoint."""
+    """Compared with plain PyTorch without a checkpoint."""
     ops = build_ops(replace(REEMIT, carry_residual=carry), CPU, Workload(SMALL, 32, 1, 0, compiled=False))
     found, expected = gradients(MODES.get(name, NONE), ops), gradients(NONE)
     assert found.keys() == expected.keys()
@@ -203,7 +203,7 @@ def test_re_emitting_units_give_the_same_gradients(name: str, carry: bool) -> No
 
 @interpreted
 def test_re_emitting_units_run_one_product_again() -> None:
-    """The down projection: what its unit saves is known only when the unit has run to its end."""
+    """The down projection, because what its unit saves is known only when the whole unit has run."""
     found = again(MODES["pointwise"], build_ops(REEMIT, CPU, Workload(SMALL, 29, 1, 0, compiled=False)))
     assert {key: count for key, count in found.items() if key in (QKV, OUT, UP, ATTENTION)} == {OUT: 1}
     assert (found["rms_norm"], found["add_rms_norm"], found["swiglu"]) == (1, 1, 1)
@@ -217,8 +217,8 @@ def test_every_second_block_is_the_second_and_the_fourth() -> None:
 
 
 SHAPE, TOKENS = FLAVORS["llama3_8b"], 1024
-# Bytes that a block of bfloat16 keeps: its input, then in the model's order what the mode names; 4 bytes a head and
-# token are attention's statistics.
+# Bytes that a bfloat16 block keeps: its input, then in the model's order what the mode names; attention's statistics
+# are 4 bytes per head and token.
 STREAM, HEADS, FFN = (2 * TOKENS * width for width in (SHAPE.dim, 2 * SHAPE.n_heads, SHAPE.ffn_dim))
 PACKED = 2 * TOKENS * SHAPE.qkv_dim
 KEPT = {
@@ -249,7 +249,7 @@ def test_the_budget_moves_what_is_kept() -> None:
 
 
 def kept_by_compiled_blocks(mode: ActivationCheckpoint) -> int:
-    """Bytes that a model's compiled blocks hand from forward to backward, whatever graph the compiler has for them."""
+    """Bytes that a model's compiled blocks keep for their backward pass, in whatever graphs the compiler makes."""
     model = Llama(replace(SMALL, n_layers=1))
     compiles = Compile(enable=True, backend="aot_eager_decomp_partition", components=("blocks",))
     apply(model, mode, compiles)

@@ -1,4 +1,4 @@
-"""Wishes that ranks sum: on the CPU they are answered at once, on CUDA a step later, and each of them once."""
+"""Requests that are summed over ranks: answered at once on the CPU, a step later on CUDA, and each only once."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ NOTHING = Agreed(False, False, False)
 
 
 class Event:
-    """A CUDA event's stand-in, which knows that it must be waited for before the copy is read."""
+    """A replacement for a CUDA event, which checks that it is waited for before the copy is read."""
 
     def record(self) -> None:
         self.waited = False
@@ -23,7 +23,7 @@ class Event:
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> Agreement:
-    """What CUDA does, with memory and events of the CPU."""
+    """CUDA's behaviour, with the CPU's memory and events."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(agreement, "_pinned", lambda: torch.empty(4))
     asks = Agreement(torch.device("cpu"))
@@ -50,12 +50,12 @@ def test_a_cpu_answers_at_once() -> None:
 def test_a_gpu_answers_a_step_later(late: Agreement) -> None:
     answers = steps(late, [(False, False, False), (True, False, False), (True, False, False)], {})
     assert answers == [NOTHING, NOTHING, Agreed(True, False, False)]
-    # The signal came in the first of these steps, when it had asked already.
+    # The signal came in the first of these steps, after it had asked.
     assert Agreement.steps_to_stop(torch.device("cuda")) == len(answers)
 
 
 def test_a_wish_is_granted_once(late: Agreement) -> None:
-    """A clock says that it is time until something was saved, which a later step does."""
+    """A clock asks until something has been saved, which a later step does."""
     last_save, saves, time = 0, [], 0
     for step in range(20):
         time += 40

@@ -1,4 +1,4 @@
-"""Kills, signals, full disks, NaNs, hangs, slow ranks, two runs at once: what follows each, by breaking real runs."""
+"""Kills, signals, full disks, NaNs, hangs, slow ranks, two runs at once: their effects on real runs."""
 
 import errno
 import json
@@ -51,7 +51,7 @@ pytestmark = pytest.mark.timeout(600)
 def start_interpreters(
     processes: int, data: Path, folder: Path, faults: list[dict[str, Any]], flags: tuple[str, ...] = (), **changes: Any
 ) -> "subprocess.Popen[str]":
-    """As `start`, by the command that a user gives."""
+    """Like `start`, with the user's command."""
     return runs.torchrun(
         processes, *flags, str(runs.FAULTS), *runs.arguments(data, folder, **changes),
         env={"FAULTS": json.dumps(faults)},
@@ -74,8 +74,8 @@ def newest_step(folder: Path) -> int:
 
 
 def killed_at_random(data: Path, tmp_path: Path, times: int, seed: int) -> list[str]:
-    """Two ranks that save after every step are killed `times` times, one or both, at a random moment once they
-    train; each start must go on from the newest published step. Then they finish, three steps later."""
+    """Two ranks that save after every step are killed `times` times, one or both, at a random moment of training; each
+    start must resume from the newest published step. Then they finish, three steps later."""
     chance, folder, log = random.Random(seed), tmp_path / "killed", []
     more: dict[str, Any] = {"training__steps": 200 * times, "checkpoint__interval": 1, "checkpoint__keep_latest_k": 2}
     more |= {"lr_scheduler__total_steps": 200 * times}
@@ -160,7 +160,7 @@ def started(place: str | None, call: int, data: Path, folder: Path, more: dict[s
 
 
 SLOW = pytest.mark.slow
-KILL_AT = [  # the second save's and the first prune's moments, in the order in which they come
+KILL_AT = [  # the stages of the second save and the first prune, in order
     pytest.param("titan_fast.checkpointer:manifest.writing", marks=SLOW),
     "titan_fast.checkpointer:dcp.save",
     pytest.param("titan_fast.manifest:digests", marks=SLOW),
@@ -174,7 +174,7 @@ KILL_AT = [  # the second save's and the first prune's moments, in the order in 
 
 @pytest.mark.parametrize("place", KILL_AT)
 def test_killed_inside_a_save_or_a_prune(place: str, data: Path, tmp_path: Path) -> None:
-    """A child of this process dies at each stage of the commit protocol, again and again until it gets through."""
+    """A child is killed at each stage of the commit protocol, again and again until it gets through."""
     folder = tmp_path / "run"
     more: dict[str, Any] = {"training__steps": 4, "checkpoint__interval": 1, "checkpoint__keep_latest_k": 1}
     reached, statuses = 0, []
@@ -187,7 +187,7 @@ def test_killed_inside_a_save_or_a_prune(place: str, data: Path, tmp_path: Path)
     runs.run(data, folder, **more)
     runs.run(data, tmp_path / "whole", **more)
     runs.assert_same_tensors(runs.checkpoint(folder, 4), runs.checkpoint(tmp_path / "whole", 4))
-    # Killed between the last save and its prune, a run has nothing left to save and so to prune after.
+    # A run killed between the last save and its prune has nothing left to save, and so does not prune.
     assert whole_steps(folder) in ([4], [3, 4]) and not list((folder / "checkpoint").glob(".*"))
 
 
@@ -223,7 +223,7 @@ def exit_status(child: BaseProcess) -> int:
 
 
 def test_a_signal_to_one_rank_stops_all_after_one_save(data: Path, tmp_path: Path) -> None:
-    """SIGTERM three times to rank 1 alone: both save the same step, exit 0 and say how to go on, and it works."""
+    """SIGTERM three times to rank 1 only: both save the same step, exit 0 and say how to resume, which works."""
     faults = [{"what": "signal", "name": "SIGTERM", "rank": 1, "step": 3, "times": 3}]
     process = start_interpreters(2, data, tmp_path / "run", faults)
     output = runs.finish(process)
@@ -241,7 +241,7 @@ def test_a_signal_to_one_rank_stops_all_after_one_save(data: Path, tmp_path: Pat
 
 
 def test_sigusr1_to_torchrun_saves_and_leaves_no_process(data: Path, tmp_path: Path) -> None:
-    """With the documented flag; the validation loader's thread is there too, and the group has all workers."""
+    """With the documented flag, and with the validation loader's thread; the group includes all workers."""
     flags = ("--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",)
     more = {"training__steps": 5000, "checkpoint__interval": 10**6, "validation__enable": True, "validation__freq": 3}
     process = start_interpreters(2, data, tmp_path / "run", [], flags, **more)
@@ -311,7 +311,7 @@ def test_a_signal_in_the_last_step_changes_nothing(
 def test_later_signals_do_not_disturb_a_run_that_ends(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """While it draws its curve, says how to go on, and leaves the other ranks."""
+    """While it draws its curve, says how to resume, and leaves the other ranks."""
 
     def interrupted(owner: Any, name: str) -> None:
         true_function = getattr(owner, name)
@@ -340,7 +340,7 @@ def test_later_signals_do_not_disturb_a_run_that_ends(
 
 
 def test_no_rank_leaves_before_rank_0_has_said_all(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one host's end is every host's, as with srun's --kill-on-bad-exit, the last words would be lost."""
+    """Where one host's end ends all, as with srun's --kill-on-bad-exit, the last messages would be lost."""
     log, words = tmp_path / "run" / "train.log", []
     monkeypatch.setattr(loop.World, "barrier", lambda _: words.append(log.read_text() if log.exists() else ""))
     true_step = loop.Run.step
@@ -401,7 +401,7 @@ def test_a_save_that_outlasts_torchruns_patience_is_told(
 
 
 def nan_in(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float = float("nan")) -> list[dict[str, Any]]:
-    """Losses of these steps are multiplied; returns what weights and moments were before and after each."""
+    """Multiplies the losses of these steps; returns weights and moments before and after each."""
     true_step, true_forward, seen = loop.Run.step, loop.forward_backward, []
     current = [0]
 
@@ -522,7 +522,7 @@ def test_spikes_that_are_not_in_a_row_stay_spikes(tmp_path: Path) -> None:
 
 
 def test_nothing_is_applied_after_the_step_that_stops_the_run(tmp_path: Path) -> None:
-    """The host looks later, when further steps have been judged."""
+    """The host only looks after further steps have been judged."""
     watch = guard.StepGuard(parse(["--training.on_nonfinite", "stop"]).training, torch.device("cpu"), tmp_path, True)
     norms = torch.tensor([1.0, math.nan, 1.0])
     assert [watch.judge(step, {}, norm, norm).item() for step, norm in enumerate(norms, 1)] == [0.0, 1.0, 1.0]
@@ -638,7 +638,7 @@ def test_two_runs_on_one_folder(data: Path, tmp_path: Path) -> None:
 
 
 def test_two_runs_on_one_folder_of_checkpoints(data: Path, tmp_path: Path) -> None:
-    """Each in a directory of its own: they would go on from each other's checkpoints, and delete them."""
+    """Runs in separate directories, which would resume from each other's checkpoints, and delete them."""
     shared = tmp_path / "shared"
     config = parse(runs.arguments(data, tmp_path / "first", checkpoint__folder=str(shared)))
     for folder in (tmp_path / "first", shared):
@@ -781,7 +781,7 @@ def test_a_lock_of_another_machine_is_judged_by_its_pulse(tmp_path: Path, monkey
 
 
 def test_a_lock_that_cannot_be_deleted_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither one that went well nor one that has an error of its own to tell."""
+    """Neither one that succeeded nor one that has its own error to report."""
 
     def refuse(self: Path, missing_ok: bool = False) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(self))
@@ -806,7 +806,7 @@ def test_a_holder_that_ends_while_it_is_judged_is_gone(tmp_path: Path) -> None:
 
 
 def test_a_slow_rank_is_told_and_a_hanging_one_is_named(data: Path, tmp_path: Path) -> None:
-    """Rank 1 sleeps 0.25 s in each step, which is no reason to stop, and in step 60 for ever, which is."""
+    """Rank 1 sleeps 0.25 s in each step, which is only reported, and forever in step 60, which ends the run."""
     faults = [{"what": "slow", "rank": 1, "step": 2, "seconds": 0.25}]
     faults += [{"what": "sleep", "rank": 1, "step": 60, "seconds": 1000.0}]
     process = start(2, data, tmp_path / "run", faults, training__steps=100, comm__timeout_seconds=12)
@@ -915,7 +915,7 @@ def test_smaller_chunks_are_advised_where_they_save_memory(options: str, names_i
     ],
 )
 def test_what_out_of_memory_advises_is_accepted(batch: int, options: str) -> None:
-    """Line by line, by the world that it was said to; the batch stays, and no line repeats what is set."""
+    """Line by line, in the world that got the advice; the batch stays, and no line repeats what is set."""
     words = ["--training.local_batch_size", str(batch), *options.split()]
     config, world = parse(words), 8
     degrees = mesh_degrees(config.parallelism, world)

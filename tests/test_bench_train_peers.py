@@ -1,4 +1,4 @@
-"""The training steps of others: they are driven as they want to be, and run where they can."""
+"""Other projects' training steps get what they expect, and run where they can."""
 
 import dataclasses
 import importlib.util
@@ -32,8 +32,8 @@ def cell_of(peer: str, part: str = "peers") -> Cell:
 def test_batches_come_where_the_peers_step_wants_them(
     monkeypatch: pytest.MonkeyPatch, peer: str, home: torch.device
 ) -> None:
-    """torchtitan counts labels into a tensor on the host, and moves the batch itself. The device here is `meta`, which
-    like CUDA is another one than the host."""
+    """torchtitan counts labels in a tensor on the host, and moves the batch itself. The device here is `meta`, which
+    like CUDA is not the host."""
     seen: list[torch.device] = []
     loaders: list[Loader] = []
 
@@ -107,7 +107,7 @@ def test_compiled_layers_are_not_cut_by_ligers_kernels_and_the_loss_is_ligers(mo
     plain, liger = rows
     assert liger["graphs"] == plain["graphs"] == {"compiled": 2, "breaks": 0}
     assert LlamaForCausalLM.forward.__module__.startswith("liger_kernel")
-    # Liger's is the mean without each sequence's last token, which is one of 8 here.
+    # Liger's mean leaves out each sequence's last token, here one of 8.
     assert liger["last_loss"] == pytest.approx(plain["last_loss"], rel=5e-3)
 
 

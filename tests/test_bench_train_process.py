@@ -1,4 +1,4 @@
-"""Whatever happens to a process of the end-to-end benchmark, what it had measured is kept and the rest is run again."""
+"""Whatever happens to a process of the end-to-end benchmark, what it has measured is kept, and the rest is repeated."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ A, B, C = (Variant(name) for name in "abc")
 
 
 class Scripted:
-    """A contender whose variants do as told: raise at a step, counted from 1, or wait."""
+    """A contender whose variants raise or wait at a given step, counted from 1."""
 
     device = CPU
 
@@ -100,7 +100,7 @@ def test_a_search_times_each_batch_once_until_one_does_not_fit() -> None:
 
 
 def in_turn(cell: Cell, raises: Sequence[Mapping[str, tuple[int, Exception]]]) -> tuple[Answer, list[Answer]]:
-    """The cell through one `Scripted` after another."""
+    """Runs the cell with one `Scripted` after another."""
     told: list[Answer] = []
     left = list(raises)
 
@@ -170,7 +170,7 @@ def test_a_process_that_dies_before_its_first_variant_is_the_row_of_all_and_keep
 
 
 def test_what_a_process_adds_to_a_finished_row_is_kept() -> None:
-    """Steps are profiled after all are timed, and that they are timed has been told by then."""
+    """Steps are profiled when all have been timed, which has been reported by then."""
     done = {"variant": "a", "step_seconds": {"timed": 50}, "complete": True}
     profiled = done | {"profile": {"seconds": {"idle": 0.0}}}
 
@@ -209,7 +209,7 @@ time.sleep(60)
 
 
 def ended(pid: int) -> bool:
-    """Within seconds. A process that nobody waits for stays as a zombie where there is no init to do so."""
+    """Whether it ends within seconds. Without an init, a process that nobody waits for remains as a zombie."""
     for _ in range(100):
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
@@ -269,7 +269,7 @@ watched([sys.executable, {str(child)!r}], dict(os.environ), pathlib.Path({str(tm
 def test_what_a_killed_benchmark_left_is_recorded_by_the_next_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """But for what other code left: its cells may be others by now."""
+    """Except for what other code left, whose cells may differ."""
     name = cells(("rank0",))[0].name
     seconds = {"median": 1.0, "p10": 1.0, "p90": 1.0, "timed": 10}
     row = {"variant": "compiled, auto", "step_seconds": seconds, "peak_bytes": 1}
@@ -307,7 +307,7 @@ def test_a_row_that_says_nothing_yet_replaces_nothing(tmp_path: Path) -> None:
 
 
 def test_a_row_that_was_cut_off_gives_way_to_no_less(tmp_path: Path) -> None:
-    """40 of 50 steps: not to 10, nor to an error, which are noted; to 45."""
+    """A row with 40 of 50 steps is not replaced by 10 steps or an error, which are noted, but by 45."""
     cell, variant = cells(("rank0",))[0], {"variant": "compiled, auto"}
 
     def found_after(commit: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -462,7 +462,7 @@ def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
 
 
 def test_a_start_that_was_timed_stays_until_it_is_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run again that ends after the first start, or fails, takes no row away."""
+    """A repetition that ends after the first start, or fails, removes no row."""
     surroundings = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache" / "inductor")}
     monkeypatch.setattr(launch_time, "prepare_text", lambda *_: tmp_path)
     done = {"seconds_to_step_1": 9.0, "seconds_to_step_10": 12.0}

@@ -1,4 +1,4 @@
-"""The end-to-end benchmark, rehearsed: parts run, measure what they say, and tables are what the JSON holds."""
+"""The end-to-end benchmark, rehearsed: parts run and measure what they say, and tables show what is in the JSON."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ HOW = How(smoke=True, length=Length(1, 2, 1), profiles=False)
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that a rehearsal of the first cell of three parts wrote."""
+    """The folder written by a rehearsal of the first cell of three parts."""
     folder = tmp_path_factory.mktemp("results")
     arguments = ["--smoke", "--cells", "1", "--parts", "limits,rank0,peers", "--out", str(folder), "--commit", "0123"]
     with pytest.MonkeyPatch.context() as patched:
@@ -97,7 +97,7 @@ def test_a_cell_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_cell_of_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for what needs a GPU, or a package that is not installed, and says so."""
+    """Except for what needs a GPU, or a package that is not installed, and says so."""
     monkeypatch.setattr(train_suite, "end_on_sigterm", lambda: None)
     train_suite.main("", ["--smoke", "--parts", "all", "--out", str(tmp_path), "--cache", str(tmp_path / "cache")])
     files = [json.loads(path.read_text()) for path in tmp_path.glob("train-*.json")]
@@ -161,7 +161,7 @@ def test_a_variant_is_put_on_again_as_it_was(bench: Bench) -> None:
 
 
 def test_a_recorded_variant_takes_turns_with_an_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the CPU's stand-in for a CUDA graph; without it, the row says that there is nothing to record."""
+    """With the CPU's replacement for CUDA graphs; without it the row says that nothing can be recorded."""
     (cell,) = cells(("levers-graph",))
     eager, recorded = (v for v in cell.variants if v.name in ("eager, reference", "eager, reference, CUDA graph"))
     few = rehearsed(dataclasses.replace(cell, variants=(eager, recorded)))
@@ -201,7 +201,7 @@ PLAIN = Variant("plain", REFERENCE)
 
 @pytest.fixture
 def few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as can be learnt in as few steps as here."""
+    """As many batches as can be learnt in the few steps here."""
     monkeypatch.setattr(train_cell, "PARITY_BATCHES", 4)
 
 
@@ -283,7 +283,7 @@ def test_gathered_weights_are_random_and_gradients_real(buffers: str) -> None:
 
 
 def test_a_policy_of_fsdp_changes_no_gradient() -> None:
-    """Buffers and when weights are freed, switched on one model, and switched back. Wide gradients are less rounded."""
+    """Buffers, and when weights are freed, are switched on one model and back. Wide gradients are rounded less."""
     cell = rank0_cell("flat")
     tokens = torch.randint(128, (2, 8), generator=torch.Generator().manual_seed(0))
     gradients = []
@@ -317,7 +317,7 @@ def test_a_policy_of_fsdp_changes_no_gradient() -> None:
 @pytest.mark.parametrize("n", [1, 7, 64, 2 * fake_world.BLOCK, 5 * fake_world.BLOCK + 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slots_are_filled_by_few_programs(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the interpreter with three programs, where a GPU is given them all."""
+    """In the interpreter, with three programs instead of a GPU's."""
     monkeypatch.setattr(fake_world, "MULTIPROCESSORS", 3)
     shard, memory = torch.randn(n).to(dtype), torch.full((6, n), torch.nan, dtype=dtype)
     fake_world.launch_fill(memory[1:5], shard)
@@ -380,7 +380,7 @@ def test_measured_limits_calibrate_the_planner(results: Path) -> None:
 
 
 def test_limits_know_attention_of_packages_where_they_are(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It counts for the least time of a step, not for the planner's default. Here torch's own stands in for it."""
+    """It counts in the least time of a step, but not in the planner's default. Here torch's own replaces it."""
     content = json.loads((results / "limits-cpu.json").read_text())
     for backends in content["attention_by_call"].values():
         assert list(backends) == ["flash", "fa3", "fa4"]
@@ -434,7 +434,7 @@ def test_interrupted_limits_are_gone_on_with(tmp_path: Path, monkeypatch: pytest
 def test_a_package_takes_nothing_from_the_limits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    """Its attention goes last, and may break as it likes, or end the process."""
+    """Its attention is last, and may fail in any way, or end the process."""
 
     def broken(version: str, *rest: Any) -> dict[str, Any]:
         raise error

@@ -56,7 +56,7 @@ def test_warm_up_is_longer_for_short_steps() -> None:
 
 
 def test_the_least_step_computes_what_the_model_does() -> None:
-    """At a rate of one FLOP a second and endless bandwidth, seconds are FLOPs: those of the MFU formula."""
+    """At one FLOP per second and infinite bandwidth, seconds are FLOPs: those of the MFU formula."""
     ones = Limits(1e30, {}, {}, assumed_gemm=1.0, assumed_attention=(1.0, 1.0))
     for work in (LLAMA_1B, RANK0["8b"], RANK0["70b"]):
         config, shape = config_of(work, {}, False), shape_of(work, False)
@@ -64,7 +64,7 @@ def test_the_least_step_computes_what_the_model_does() -> None:
         attention = flops_per_token(shape, work.seq_len, "titan") - 6 * parameters(shape).without_lookup
         matrices = 6 * (parameters(shape).without_lookup - (2 * shape.n_layers + 1) * shape.dim)
         assert parts["matrix products"] == pytest.approx(matrices * work.tokens)
-        # Formulas count the backward pass twice the forward one; it is two and a half times: QK^T is computed again.
+        # Formulas count attention's backward as twice the forward; it is 2.5 times, because QK^T is computed again.
         assert parts["attention"] == pytest.approx(attention / 2 * 3.5 / 3 * work.tokens)
         assert parts["total"] == pytest.approx(sum(v for k, v in parts.items() if k != "total"))
 
@@ -100,7 +100,7 @@ def test_a_block_is_timed_after_a_step_that_is_not() -> None:
 
 
 def test_the_optimizer_moves_what_it_keeps() -> None:
-    """Bytes a parameter: pure bfloat16 has no masters, and moments of half the size."""
+    """Bytes per parameter: pure bfloat16 has no masters, and moments of half the size."""
     ones = Limits(1.0, {}, {}, assumed_gemm=1e30, assumed_attention=(1e30, 1e30))
     shape = shape_of(LLAMA_1B, False)
     for options, expected in ((MASTERS, 2 * 2 + 3 * 8 + 2), (PURE, 2 * 2 + 3 * 4), ({}, 30)):
@@ -296,7 +296,7 @@ def test_a_whole_row_gives_way_to_a_whole_one_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", [{"commit": "2"}, {"torch": "2.13"}])
 def test_a_ratio_of_different_code_or_versions_is_marked(tmp_path: Path, other: dict[str, str]) -> None:
-    """In one file and between files; the title has the versions of all."""
+    """Within and between files; the title has all versions."""
     own, (best_ours, best_theirs) = cells(("peers",)), (cells(("best",))[-1], cells(("best",))[0])
     written(tmp_path, own[0], "compiled, auto", 0.30)
     written(tmp_path, best_ours, "batch 2", 0.25)
@@ -311,7 +311,7 @@ def test_a_ratio_of_different_code_or_versions_is_marked(tmp_path: Path, other: 
 
 
 def test_one_column_has_one_limit(tmp_path: Path) -> None:
-    """A row beside older limits, without the attention that is now the fastest, gets its part of today's."""
+    """A row with older limits, which lack the now fastest attention, gets its fraction of the current ones."""
     cell, variant = cells(("rank0",))[0], "compiled, auto"
     committed = read(limits.RESULTS / "limits-nvidia-h100-80gb-hbm3.json")
     assert committed is not None

@@ -88,7 +88,7 @@ def test_two_operators_of_one_switch_are_summed(tmp_path: Path) -> None:
 
 
 def test_the_fastest_rival_counts(tmp_path: Path) -> None:
-    """Faster than the reference by 200, slower by 2 than the kernels that it takes the place of."""
+    """Faster than the reference by 200, slower by 2 than the kernels that it replaces."""
     against = {"compiled": -100.0, "compiled+rms_norm": 1.0}
     infos = [info("compiled+reemit", way, 1000.0, against) for way in ("forward", "backward")]
     (cell,) = plot.decision_table(plot.load([write(tmp_path / "a.json", infos)]))[0].cells
@@ -116,7 +116,7 @@ def test_what_cannot_decide_says_why(infos: list[dict[str, Any]], reason: str, t
 
 
 def test_every_commit_is_named(tmp_path: Path) -> None:
-    """What is compared was timed together, so files of several may be merged."""
+    """What is compared was timed together, so files of several commits may be merged."""
     files = [write(tmp_path / f"{n}.json", norms(1.0, 1.0), commit=str(n)) for n in (0, 1, 0)]
     assert plot.load(files).machine["commit"] == "0, 1"
 
@@ -148,8 +148,8 @@ def plotted(tmp_path: Path, *files: Path) -> int:
 
 
 def test_the_table_is_written_last_and_never_loses_a_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Results without a bandwidth have a table and no picture; those of a part leave the whole's table as it is, and so
-    does a picture that cannot be drawn. What cannot be decided any more is no loss."""
+    """Results without a bandwidth give a table but no picture. The table is unchanged by results of only a part, or if
+    the picture cannot be drawn. A cell that is now undecided is not lost."""
     ops = ("rms_norm", "rope")
     files = [write(tmp_path / f"{op}.json", norms(30.0, -55.0, switch=op, op=f"block {op}")) for op in ops]
     assert plotted(tmp_path, *files) == 0

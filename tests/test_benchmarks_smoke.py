@@ -1,5 +1,4 @@
-"""The kernel suite from end to end without a GPU, that it catches wrong and failing kernels, and that what it times is
-what a run would run."""
+"""The kernel suite from end to end without a GPU: it detects wrong and failing kernels, and times what a run uses."""
 
 import json
 import os
@@ -36,7 +35,7 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are stood
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    # pytest-benchmark times nothing where it believes that tests run side by side.
+    # pytest-benchmark times nothing if it believes that tests run in parallel.
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_XDIST_WORKER"}
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment | {"PYTHONPATH": paths}, capture_output=True, text=True
@@ -82,7 +81,7 @@ def swiglu_case() -> Case:
 
 
 def wrong_result(gate: Tensor, up: Tensor) -> Tensor:
-    """One row of it."""
+    """With one wrong row."""
     product = reference.swiglu(gate, up)
     return torch.cat((product[:1] * 1.1, product[1:]))
 
@@ -113,7 +112,7 @@ def test_a_wrong_provider_is_not_timed(operator: Any, wrong: bool, monkeypatch: 
 
 
 def raises_at(call: int) -> Any:
-    """swiglu that fails in its `call`-th call: the first checks it, some later one times it."""
+    """swiglu that fails in its `call`-th call: the first is the check, later ones are timed."""
     calls = []
 
     def operator(gate: Tensor, up: Tensor) -> Tensor:
@@ -191,7 +190,7 @@ def test_ours_failing_fails_a_test_and_a_peer_failing_skips_it() -> None:
 
 
 def test_a_provider_that_writes_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Although right results of the same size lay in the same memory before."""
+    """Even if correct results of the same size were in the same memory before."""
     case = swiglu_case()
 
     def build(case: Case, provider: providers.Provider, *rest: Any) -> providers.Function:
@@ -206,7 +205,7 @@ def test_a_provider_that_writes_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch
 
 
 def test_nothing_but_the_provider_allocates_while_its_peak_is_taken() -> None:
-    """What runs between the two readings of the allocator makes no gradients of outputs."""
+    """Between the two readings of the allocator no gradients of outputs are made."""
     case, seen = smoke_case("rope"), []
 
     class Watch(TorchDispatchMode):
@@ -232,8 +231,8 @@ def test_gradients_of_heads_come_token_by_token() -> None:
 
 
 def test_what_decides_is_in_the_terms_of_a_run() -> None:
-    """The sizes of every deciding case are those that a run of this model at this degree asks for; no two cases but the
-    two norms decide the same; and each switch has cells both ways at the 8B and the 70B."""
+    """The sizes of every deciding case are those that a run of this model at this degree asks for; only the two norms
+    decide the same cell; and each switch has eager and compiled cells at the 8B and the 70B."""
     found: Counter[str] = Counter()
     parts: dict[str, int] = {}
     variants: set[tuple[str, str]] = set()
@@ -258,7 +257,7 @@ def test_what_decides_is_in_the_terms_of_a_run() -> None:
 
 
 def test_compiled_operators_are_judged_in_blocks() -> None:
-    """Except the norms of a sequence shard and the loss, which have no neighbours to be fused with."""
+    """Except for norms on a sequence shard and the loss, which have no neighbours to be fused with."""
     for case in cases(smoke=False):
         for provider in providers.providers(case):
             for contest in contests(case, provider.name):
@@ -273,7 +272,7 @@ def test_compiled_operators_are_judged_in_blocks() -> None:
 
 
 def test_reemit_is_judged_against_the_reference_that_a_run_has() -> None:
-    """At the compiler's own choice of what to save; the smaller budget is a provider of its own."""
+    """With the compiler's own choice of what to save; the smaller budget is a separate provider."""
     case, budgets = smoke_case("block"), {}
     inputs = providers.make_inputs(case, CPU)
     (contest,) = contests(case, "compiled+reemit")
@@ -308,7 +307,7 @@ def test_reemit_is_judged_against_the_reference_that_a_run_has() -> None:
 def test_the_loss_is_timed_as_it_runs(
     op: str, degree: int, module: Any, name: str, provider: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The function that a run would take fails, and with it this provider alone."""
+    """If the function that a run would use fails, only this provider fails."""
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("the one that a run takes")
@@ -329,14 +328,14 @@ def test_the_sharded_loss_reads_its_logits_twice() -> None:
 
 
 def test_a_shard_of_a_block_is_that_part_of_it() -> None:
-    """Sizes against the whole's: heads, feed-forward columns and their matrices are divided, norms are not."""
+    """Compared with the whole block, heads, feed-forward columns and their matrices are divided, norms are not."""
     whole, part = (providers.parameter_sizes(smoke_case("block", degree)) for degree in (1, 2))
     assert whole == [(64,), (128, 64), (64, 64), (64,), (96, 64), (96, 64), (64, 96)]
     assert part == [(64,), (64, 64), (64, 32), (64,), (48, 64), (48, 64), (64, 48)]
 
 
 def test_differences_are_of_the_same_pass() -> None:
-    """A drift that both share cancels out, and the error is of what is left."""
+    """A drift that both share cancels out; the error is that of the rest."""
     drift = [1.0, 1.0, 2.0, 2.0, 5.0, 5.0, 9.0, 9.0]
     mine = timing.Samples(tuple(x + 0.25 for x in drift), True, per_pass=2)
     theirs = timing.Samples(tuple(drift), True, per_pass=2)
@@ -356,7 +355,7 @@ def test_differences_are_of_the_same_pass() -> None:
 def test_a_queue_that_ran_dry_is_tried_again_behind_a_longer_delay(
     ran_dry: list[bool], queued: bool, longer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a stand-in for the device. A delay that never suffices is not kept: it would double with each pass."""
+    """On a fake device. A delay that is never long enough is not kept, or it would double with each pass."""
     answers, delays = iter(ran_dry), []
 
     class Event:
@@ -380,8 +379,8 @@ def test_a_queue_that_ran_dry_is_tried_again_behind_a_longer_delay(
 
 
 def test_what_needs_no_pytest_runs_without_it() -> None:
-    """All that the README names as `python -m benchmarks.X` or `python benchmarks/X.py`, by the first command's
-    installation."""
+    """All that the README names as `python -m benchmarks.X` or `python benchmarks/X.py`, as installed by its first
+    command."""
     named = sorted(set(re.findall(r"python (?:-m benchmarks\.|benchmarks/)(\w+)", (ROOT / "README.md").read_text())))
     assert len(named) > 5
     program = f"""import importlib, sys
@@ -412,7 +411,7 @@ def test_the_notes_plan_is_the_calculated_one() -> None:
 
 
 def test_parts_are_what_pytest_selects() -> None:
-    """pytest's own -k on the suite's own tests."""
+    """Compared with pytest's own -k on the suite's tests."""
     part = kernel_plan.PARTS[0]
     expression = " and ".join(part.words)
     listed = run(
@@ -454,7 +453,7 @@ def test_other_launch_settings_are_launched_checked_and_forgotten(
     several_steps = replace(loss, settings=(*loss.settings, in_parts))
     assert not any("problem" in row for row in kernel_settings.measured(several_steps, CPU, 1, 1).values())
     contest = next(one for one in small if one.name.startswith("swiglu") and one.direction == "backward")
-    # Blocks that the grid does not follow: a part of each row is left out.
+    # Blocks that the grid does not account for, so that a part of each row is left out.
     wrong = kernel_settings.Setting("wrong", "swiglu", constexprs={"BLOCK": 32})
     rows = kernel_settings.measured(replace(contest, settings=(*contest.settings, wrong)), CPU, 1, 1)
     assert "result 0 is off" in rows.pop("wrong")["problem"]

@@ -1,4 +1,4 @@
-"""The comparison of compiled with eager gradients that a compiled run begins with."""
+"""The comparison of compiled with eager gradients at the start of a compiled run."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ SHAPE = dataclasses.replace(FLAVORS["debug"], dim=32, n_heads=2, n_kv_heads=1, f
 
 
 class WrongWhenCompiled(torch.autograd.Function):
-    """The identity, whose gradient loses a hundredth."""
+    """The identity, with a gradient that is 1% too small."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_the_canary_finds_a_wrong_compiled_gradient(dtype: torch.dtype) -> None:
 
 
 def test_the_comparison_needs_eager_memory_of_a_single_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that recomputes, or whose ranks share a batch, has no room for more. Sums are those of the whole batch."""
+    """A run that recomputes, or whose ranks share a batch, has no room for more. Sums are over the whole batch."""
     seen, true_gradients = [], canary._gradients
 
     def gradients(block: torch.nn.Module, x: torch.Tensor, *rest: Any) -> dict[str, torch.Tensor]:

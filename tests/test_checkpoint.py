@@ -1,4 +1,4 @@
-"""Checkpoints that a disk, a kill or another person has damaged, and what the loader makes of them."""
+"""How checkpoints are loaded that a disk, a kill or another person has damaged."""
 
 import errno
 import hashlib
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 10 steps with checkpoints of 5 and 10."""
+    """A run of 10 steps with checkpoints at 5 and 10."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     runs.run(data, folder)
     return folder
@@ -52,7 +52,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
-    """To be damaged."""
+    """A copy to be damaged."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
@@ -134,7 +134,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
 
 
 def test_ranks_look_at_every_file_between_them(data: Path, tmp_path: Path) -> None:
-    """Each hashes its part. Whichever file was damaged, in whichever part it is, all ranks pass the step over."""
+    """Each hashes its part. Whichever file is damaged, in whichever part, all ranks skip the step."""
     more: dict[str, Any] = {"training__steps": 4, "checkpoint__interval": 2}
     output = runs.finish(start(2, data, tmp_path / "run", [], **more))
     folder = runs.checkpoint(tmp_path / "run", 4)
@@ -180,7 +180,7 @@ def test_a_rank_of_many_looks_at_its_own_part_alone(tmp_path: Path, monkeypatch:
 def test_what_cannot_be_read_now_is_not_taken_for_damaged(
     number: int, data: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It would be passed over, and then be overwritten. EIO is a disk's word for damage."""
+    """It would be skipped, and then overwritten. EIO however is how a disk reports damage."""
     path, hashed = shard(copy, 10), manifest.sha256
 
     def sha256(file: Path) -> str:
@@ -220,7 +220,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_in_silence
 
 
 def test_a_rank_that_does_not_see_what_rank_0_chose_stops_all(data: Path, copy: Path) -> None:
-    """As on a network file system that shows one host a new folder later than another."""
+    """As on a network file system where one host sees a new folder later than another."""
     process = start(2, data, copy, [{"what": "blind", "rank": 1}], training__steps=15)
     output = runs.finish(process)
     assert process.returncode != 0
@@ -270,7 +270,7 @@ def test_a_malicious_checkpoint_runs_nothing(place: str, data: Path, copy: Path,
 
 
 def test_a_pickle_inside_a_shard_runs_nothing(data: Path, copy: Path, tmp_path: Path) -> None:
-    """Tensors are stored as torch.save makes them, one after another; put a pickle where one was."""
+    """Tensors are stored by torch.save, one after another; here a pickle replaces one."""
     folder, sentinel = runs.checkpoint(copy, 10), tmp_path / "ran"
     metadata = safe_unpickle.load_metadata((folder / ".metadata").read_bytes())
     torch.save(Evil(sentinel), tmp_path / "evil.pt")
@@ -335,7 +335,7 @@ def test_names_that_are_not_ours_are_neither_loaded_nor_deleted(data: Path, fini
 def test_a_checkpoint_that_is_a_link_is_refused(
     there: bool, data: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As where checkpoints were moved to a larger disk and linked back: the run would begin again at step 0."""
+    """As when checkpoints were moved to a larger disk and linked back; the run would start again at step 0."""
     folder, larger = copy / "checkpoint", tmp_path / "larger"
     larger.mkdir()
     for step in (5, 10):
@@ -379,7 +379,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
 def test_a_run_that_ended_before_it_had_a_checkpoint_begins_again(
     ends: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever step it had come to, and whatever its config says then and now."""
+    """Whatever step it had reached, and whatever its config said and says."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -448,7 +448,7 @@ def test_retention_does_not_count_what_the_start_passed_over(data: Path, copy: P
 def test_what_cannot_be_deleted_is_said(
     data: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a checkpoint that its owner has made read-only."""
+    """Such as a checkpoint that its owner has made read-only."""
     folder = copy / "checkpoint"
     doomed = folder / ".deleting-step-5"
     with monkeypatch.context() as patch:
@@ -469,7 +469,7 @@ def test_what_cannot_be_deleted_is_said(
 def test_an_old_checkpoint_that_cannot_be_renamed_ends_nothing(
     data: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As an immutable one. The others go."""
+    """Such as an immutable one. The others are deleted."""
     true_rename = Path.rename
 
     def rename(self: Path, target: Path) -> Path:
@@ -486,7 +486,7 @@ def test_an_old_checkpoint_that_cannot_be_renamed_ends_nothing(
 def test_an_undeletable_leftover_gives_its_name_free(
     data: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Or no save of that step would ever be."""
+    """Otherwise that step could never be saved."""
     left = copy / "checkpoint" / ".writing-step-11"
     left.mkdir()
     true_rmtree = shutil.rmtree
@@ -689,7 +689,7 @@ def test_failed_saves_are_tolerated_as_told(
 def test_a_folder_that_cannot_be_listed_is_a_failed_save(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As one of a file server that is away for a moment, both by the save and by the words about it."""
+    """Such as one on a file server that is briefly unavailable, to the save and to the message about it."""
     true_checkpoints, true_write = manifest.checkpoints, manifest.write_file
     away: list[int] = []
 
@@ -744,7 +744,7 @@ def test_the_newest_step_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_write_that_failed_is_told_in_the_disks_words(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not in those of torch, which meets it while it closes the file."""
+    """And not in torch's, which fails when it closes the file."""
 
     def refuse(*_: Any) -> None:
         try:
@@ -950,7 +950,7 @@ def test_every_data_parallel_rank_gets_its_own_position_back() -> None:
 
 
 def room_asked_for(world: World, replicate: int, folder: Path) -> int:
-    """What a save wants to be free, where `replicate` ranks hold the same."""
+    """The room that a save needs if `replicate` ranks hold the same."""
     ways = {"data_parallel_replicate_degree": replicate, "data_parallel_shard_degree": world.size // replicate}
     config = parse(runs.arguments(folder, folder, **{f"parallelism__{key}": value for key, value in ways.items()}))
     degrees = mesh_degrees(config.parallelism, world.size)
@@ -969,7 +969,7 @@ def room_asked_for(world: World, replicate: int, folder: Path) -> int:
 
 
 def sampled(world: World) -> str:
-    """A text from ranks that do not agree on its tokens."""
+    """A text sampled by ranks that disagree about its tokens."""
     generate.next_token = lambda logits, *_: torch.full((len(logits), 1), 65 + world.rank)
     shape = ModelShape(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=128, max_seq_len=16)
     model = Llama(shape)
@@ -981,7 +981,7 @@ def sampled(world: World) -> str:
 
 
 def refused_to_share(world: World, run_dirs: list[Path]) -> tuple[str, list[str]]:
-    """What is said to ranks with these run directories, and what that leaves in this rank's folder of checkpoints."""
+    """The error of ranks with these run directories, and what is left in this rank's folder of checkpoints."""
     own = run_dirs[world.rank] / "checkpoint"
     own.mkdir(parents=True, exist_ok=True)
     manifest.LATE_SECONDS = 0.0
@@ -1019,12 +1019,12 @@ def drawn(world: World, folder: Path) -> tuple[float, float]:
 
 
 def gathered(world: World) -> dict[str, Any]:
-    """The position of a stream as it is saved where the data-parallel ranks lie the other way round."""
+    """A stream's position as it is saved if the data-parallel ranks are in the opposite order."""
     return gather_data_state({"rank": world.size - 1 - world.rank, "position": world.rank}, world)
 
 
 def refused_infinity(world: World, folder: Path) -> str:
-    """What a save says to this rank where the last one alone holds an infinity."""
+    """The error of a save on this rank if only the last rank has an infinity."""
     saving, model, optimizer = saving_model(world, folder)
     if world.rank == world.size - 1:
         local(model.norm.weight.detach())[0] = float("inf")

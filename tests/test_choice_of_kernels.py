@@ -1,4 +1,4 @@
-"""What a config tells the choice of kernels, and what a run takes from a made-up table."""
+"""What a config asks of the choice of kernels, and what a run chooses by a made-up table."""
 
 import contextlib
 import dataclasses
@@ -70,7 +70,7 @@ def test_sizes_are_those_of_a_ranks_own_calls() -> None:
 
 
 def table(workload: Workload, **changes: Any) -> Table:
-    """The kernel wins the loss and loses the norm compiled; eager it is the other way around."""
+    """Compiled, the kernel wins for the loss and loses for the norm; eager, the reverse."""
     sizes = workload.sizes()
 
     def cell(op: str, compiled: bool, wins: bool) -> Cell:
@@ -107,7 +107,7 @@ def test_a_run_in_float32_does_not_follow_bfloat16(monkeypatch: pytest.MonkeyPat
 
 
 def test_compiled_blocks_in_float8_do_not_follow_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler fuses the casts with the reference. Uncompiled, and in the loss, nothing is different."""
+    """The compiler fuses the casts with the reference. Uncompiled, and in the loss, nothing differs."""
     compiled = chosen(monkeypatch, compile__enable="True", float8__enable="True")
     reasons = {operator: reason for operator, _, reason in compiled.reasons}
     assert "not measured compiled in bfloat16 beside float8" in reasons["rms_norm"]
@@ -117,7 +117,7 @@ def test_compiled_blocks_in_float8_do_not_follow_bfloat16(monkeypatch: pytest.Mo
 
 
 def test_blocks_with_wide_gradients_do_not_reemit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose products would make them narrow."""
+    """Because re-emitting units' products would make them narrow."""
     monkeypatch.setattr("titan_fast.ops.choose", lambda *_, **__: choice.Choice("triton", "it wins"))
     for wide, found in (
         ("False", ("reemit", "triton", "it wins")),
@@ -167,7 +167,7 @@ def test_one_token_against_a_cache_needs_no_plan_of_cudnns(
 
 
 def test_memory_efficient_attention_gets_a_head_of_k_for_each_of_q(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's does not take heads that several share; and it is the fused one for float32 on a GPU."""
+    """torch's does not support shared heads; and it is the fused one for float32 on a GPU."""
     seen: list[tuple[int, ...]] = []
     attend = ops.F.scaled_dot_product_attention
 
@@ -205,7 +205,7 @@ def test_memory_efficient_attention_gets_a_head_of_k_for_each_of_q(monkeypatch: 
 def test_another_flash_attention_is_tried_before_it_is_taken(
     problem: Exception | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the model's heads. On the CPU here, in the place of the package's kernels."""
+    """With the model's heads. Here the CPU's replaces the package's kernels."""
     activated: list[str] = []
     monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", activated.append)
     monkeypatch.setattr("torch.nn.attention.current_flash_attention_impl", lambda: (activated or [None])[-1])
@@ -258,7 +258,7 @@ def test_no_kernel_of_ours_within_torchs_loss(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_where_the_residual_is_carried(options: dict[str, str], degree: int, carried: bool) -> None:
-    """On a GPU; on the CPU only where it is asked for. A dry run counts what the GPU would do."""
+    """On a GPU; on the CPU only if asked for. A dry run counts what the GPU would do."""
     config = config_of(**options)
     degrees = mesh_degrees(config.parallelism, degree)
     work = workload(config, LLAMA3, degrees)

@@ -1,4 +1,4 @@
-"""How many graphs are built, that depth adds none, and the warning about one built late."""
+"""How many graphs are built, that depth adds none, and the warning if one is built late."""
 
 import dataclasses
 import time
@@ -41,7 +41,7 @@ def one_pass(model: Llama, seq_len: int = 16) -> None:
 
 
 def test_what_the_compiler_is_told() -> None:
-    """No graph may be cut, and no size is left open."""
+    """Graphs may not break, and no size is dynamic."""
     told = {"backend": "inductor", "fullgraph": True, "dynamic": False}
     assert arguments(Compile()) == told
     tuned = Compile(coordinate_descent=True, max_autotune=True)

@@ -1,4 +1,4 @@
-"""The parser: precedence, and one sentence for every kind of mistake."""
+"""The config parser: precedence, and one sentence for every kind of mistake."""
 
 import ast
 import dataclasses
@@ -71,7 +71,7 @@ def test_a_value_may_begin_with_a_dash(argv: list[str]) -> None:
     ],
 )  # fmt: skip
 def test_an_empty_path_is_refused(key: str) -> None:
-    """As an unset variable of a shell gives it."""
+    """As from an unset shell variable."""
     with pytest.raises(ConfigError, match=rf"{key} is empty"):
         parse([f"--{key}", ""])
 
@@ -306,7 +306,7 @@ RANGES = {
 
 
 def with_value(key: str, word: str) -> Config:
-    """A Config with one value, without the seconds that a parser takes for a hundred of them."""
+    """A Config with one value, made without the parser, which would take seconds for a hundred."""
     table, _, name = key.partition(".")
     kinds = settings.known_keys()[key].type
     value: Any = int(word) if word.lstrip("-").isdecimal() and "float" not in str(kinds) else float(word)
@@ -327,7 +327,7 @@ def test_ranges(key: str) -> None:
 
 
 def test_every_number_has_a_range() -> None:
-    """A new numeric setting must be given one, here and in the code."""
+    """A new numeric setting needs one, here and in the code."""
     numbers = {key for key, field in known_keys().items() if any(kind in str(field.type) for kind in ("int", "float"))}
     numbers = {key for key in numbers if "Literal" not in str(known_keys()[key].type)}
     shape = {f"model.{name}" for name in settings.SHAPE_KEYS}  # judged together, by ModelShape.problems

@@ -84,7 +84,7 @@ def test_published_speed_and_mfu_of_the_header_agree(name: str) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_file_overrides_what_it_names(name: str) -> None:
-    """What stands in the file arrives in the config, value by value."""
+    """Every value in the file is in the config."""
     config = load(name)
     for table, keys in tomllib.loads(CONFIGS[name].read_text()).items():
         for key, value in keys.items():

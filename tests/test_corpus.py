@@ -29,7 +29,7 @@ def read(path: Path, column: str = "text") -> tuple[list[str], RowLedger]:
 
 
 def write_rows(path: Path, texts: list) -> None:
-    """Rows with a text field and another, in the form that the suffix says."""
+    """Rows with a text field and another, in the format given by the suffix."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(texts)))
     elif path.suffix == ".json":
@@ -136,7 +136,7 @@ def test_bad_csv_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv", ".txt.gz"])
 def test_a_file_in_utf_16_is_passed_over(kind: str, tmp_path: Path) -> None:
-    """PowerShell's > writes such."""
+    """As written by PowerShell's >."""
     content = "\n".join(["text", *['{"text": "hello"}'] * 9]).encode("utf-16")
     (tmp_path / f"a{kind}").write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
     with pytest.raises(DataError, match=r"1 of 1 rows skipped: 1 whole file in UTF-16, not UTF-8 \(first a"):
@@ -297,7 +297,7 @@ def test_a_file_that_is_linked_to_is_read_once(tmp_path: Path) -> None:
 
 
 def test_a_run_directory_in_the_data_is_not_read(tmp_path: Path) -> None:
-    """Else its growing log would be another data set at each start. A folder that only has a config is none."""
+    """Its growing log would otherwise make another data set at each start. A folder with only a config is not one."""
     (tmp_path / "real.txt").write_text("real")
     for name in ("outputs/run/config.toml", "outputs/run/run.lock", "outputs/run/checkpoint/step-5/state.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -471,7 +471,7 @@ def refuse_or_differ(path: Path, texts: list[str]) -> None:
 
 
 def test_a_zstd_window_too_large_is_said_so(tmp_path: Path) -> None:
-    """A frame by hand: magic number, no flags, a window of 256 MiB, and one last block of three bytes as they are."""
+    """A frame made by hand: magic number, no flags, a window of 256 MiB, and one last block of three raw bytes."""
     path = tmp_path / "rows.txt.zst"
     for exponent, usable in ((17, True), (18, False)):
         path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes([0, exponent << 3]) + (1 | 3 << 3).to_bytes(3, "little") + b"abc")

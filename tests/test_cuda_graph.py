@@ -1,4 +1,4 @@
-"""A step that is recorded and launched again trains exactly as one that Python runs."""
+"""A step that is recorded and replayed trains exactly like one that Python runs."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def config_of(options: dict[str, str]) -> Config:
 
 
 def batches_of(step: int, passes: int, device: torch.device) -> list[Batch]:
-    """Another text, and another number of labels, in every step and pass."""
+    """Different text, and a different number of labels, in every step and pass."""
     generator = torch.Generator().manual_seed(step)
     batches = []
     for i in range(passes):
@@ -97,7 +97,7 @@ def train(
 @pytest.mark.parametrize("passes", [1, 3])
 def test_a_recorded_step_trains_as_an_eager_one(world: World, options: dict[str, str], passes: int) -> None:
     """Bit for bit: the operators are the same, on the same values."""
-    # Sums of passes need their own memory where weights are bfloat16, which the batch size decides.
+    # With bfloat16 weights sums of passes need their own memory; the batch size decides the number of passes.
     config = config_of(options | {"training.global_batch_size": str(BATCH * passes)})
     recorder = TapeRecorder()
     expected, found = train(config, passes, None), train(config, passes, recorder)
@@ -109,7 +109,7 @@ def test_a_recorded_step_trains_as_an_eager_one(world: World, options: dict[str,
 
 
 def test_a_recording_does_not_read_what_is_not_given_to_it(world: World) -> None:
-    """The tape is as strict as a graph: Python's decisions are not made again, and numbers cannot be read."""
+    """The tape is as strict as a CUDA graph: Python's decisions are not repeated, and numbers cannot be read."""
     x, y = torch.zeros(2), torch.zeros(2)
     with Tape() as tape:
         y.copy_(x + 1)

@@ -1,4 +1,4 @@
-"""The order and the state of data: against a slow plain implementation, over every split, interrupted anywhere."""
+"""The order and the state of data, compared with a slow plain implementation, for every split, interrupted anywhere."""
 
 import ast
 import dataclasses
@@ -49,7 +49,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def texts(count: int) -> list[str]:
-    """Documents of very different lengths, each with its number in every word."""
+    """Documents of very different lengths, with their number in every word."""
     return [" ".join(f"d{n}w{word}" for word in range(1 + (n * 7) % 23)) for n in range(count)]
 
 
@@ -125,8 +125,8 @@ def rows_of(batches: list) -> list[tuple[int, ...]]:
 
 
 def plain_samples(shards: PreparedTokens, documents: list[int], seq_len: int, seed: int, epoch: int) -> list:
-    """The definition of an epoch: the permuted documents joined, cut every seq_len tokens, and of these windows every
-    k-th, where k is the first number from 0.618034 of their count on that reaches all of them."""
+    """The definition of an epoch: the permuted documents are joined and cut every seq_len tokens, and every k-th of
+    these windows is taken, where k is the first number from 0.618034 of their count on that reaches all of them."""
     keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(len(documents)).tolist()
     joined: list[int] = []
     for _, document in sorted(zip(keys, documents, strict=True)):
@@ -466,7 +466,7 @@ def test_shards_that_do_not_fit_are_refused(shards: PreparedTokens, tokenizer: T
 
 @pytest.fixture
 def stopping_at(tmp_path: Path) -> Callable[[str], Tokenizer]:
-    """The same tokenizer.json, whose tokenizer_config.json names this end."""
+    """The same tokenizer.json, with a tokenizer_config.json that names this end of text."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -488,7 +488,7 @@ def stopping_at(tmp_path: Path) -> Callable[[str], Tokenizer]:
 def test_shards_of_another_end_are_refused_or_made_again(
     stopping_at: Callable, corpus_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The ends are named beside a tokenizer.json, whose own content stays the same."""
+    """The end of text is named beside a tokenizer.json, whose own content is the same."""
     first, second = stopping_at("<stop>"), stopping_at("<turn>")
     assert first.fingerprint == second.fingerprint and first.eos_id != second.eos_id
     prepared = tmp_path / "prepared"
@@ -680,7 +680,7 @@ def test_too_little_data_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> Non
 def test_a_large_hold_out_is_said(
     first: int, said: bool, tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The first of a few documents may be a large part of all."""
+    """With few documents, the first may be a large part of all."""
     rows = [{"text": "word " * words} for words in [first] + [500] * 9]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     make_loader(make_config(tmp_path / "rows.jsonl"), tokenizer, tmp_path, build=data.build_validation_loader).close()
@@ -777,7 +777,7 @@ def test_an_error_in_the_thread_surfaces_at_next_again_and_again(
 def test_a_token_beyond_the_vocabulary_at_either_end_is_seen(
     end: str, make: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first is among no labels, the last among no tokens."""
+    """The first token is not a label, the last is only a label."""
     order = order_of(loader := make())
     loader.close()
     read = order.read
@@ -808,7 +808,7 @@ def test_token_shards_are_durable_before_they_have_their_name(tmp_path: Path, mo
     disk.assert_made_durable(runs.prepare(tmp_path))
 
 
-# Streams: the same class that reads from the hub, over a local streamed data set.
+# Streams: the class that reads from the hub, with a local streamed data set.
 
 
 @pytest.fixture(scope="module")
@@ -836,7 +836,7 @@ def stream(stream_files: list[str], tokenizer: Tokenizer) -> Callable[..., Loade
 
 
 def stream_documents(files: list[str], rank: int, degree: int, epochs: int) -> list[str]:
-    """What a rank reads, by `datasets` alone."""
+    """The documents that a rank reads, by `datasets` alone."""
     part = split_dataset_by_node(in_shuffled_files(open_files(files), seed=3), rank, degree)
     read = []
     for epoch in range(epochs):
@@ -922,7 +922,7 @@ def test_the_tokens_that_a_stream_holds_are_saved_as_one_text_and_read_as_a_list
 
 
 def test_a_stream_at_the_end_of_its_epoch(stream: Callable, stream_files: list[str]) -> None:
-    """The state exactly after the last document of an epoch was read goes on with the next epoch's first."""
+    """From the state right after the last document of an epoch, the next epoch's first document follows."""
     whole = stream(passes=1)
     steps, states = [], []
     for _ in range(200):
@@ -1128,7 +1128,7 @@ def test_show_prints_the_documents_of_a_step(
     first = printed[0].strip()
     line = int(first.split("rows.jsonl:")[1].split()[0])
     assert words[0] in json.loads(corpus_file.read_text().splitlines()[line - 1])["text"]
-    # A batch that follows the number of processes is told by the log.
+    # If the batch depends on the number of processes, the log tells it.
     free = make_config(corpus_file)
     (tmp_path / "config.toml").write_text(tomli_w.dumps(configuration.to_dict(free)))
     with pytest.raises(ConfigError, match="its log says nothing of it"):
@@ -1138,7 +1138,7 @@ def test_show_prints_the_documents_of_a_step(
         "step 3: not in the log, which ends with step 2", *lines[1:],
     ]  # fmt: skip
     (tmp_path / "config.toml").write_text(tomli_w.dumps(configuration.to_dict(config)))
-    # The first two steps had half the batch: which samples the third was made of does not follow from today's.
+    # The first two steps had half the batch, so the current one does not determine the third step's samples.
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 2, "tokens_seen": 2 * 2 * 16}) + "\n")
     with pytest.raises(ConfigError, match=r"after step 2 .* 64 tokens, which is not 2 times 4 x 16: .* once \["):
         list(data_command.step_documents(tmp_path, 3, None, 10_000))

@@ -1,4 +1,4 @@
-"""FSDP2 without its copies. That it trains as one process does is in test_parallel."""
+"""FSDP2 without its copies. test_parallel has that it trains like one process."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ SHAPES = ((8, 3), (5, 2), (131, 4), (3,), (4,), (1, 7))  # rows that the ranks d
 
 @pytest.fixture
 def another_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch whose FSDP2 has a function with another parameter."""
+    """A torch in whose FSDP2 a function has another parameter."""
     monkeypatch.setitem(direct_fsdp._flat, "foreach_all_gather_copy_out", lambda result, params: None)
 
 
@@ -64,7 +64,7 @@ def test_an_unknown_fsdp_is_left_alone() -> None:
 
 
 def kinds_of_collectives(world: World) -> tuple[set[str], set[str]]:
-    """The classes of the collectives of all units: as built, and after they were taken back."""
+    """The classes of all units' collectives: as built, and after they were removed again."""
     model = build(config_of(DIRECT, world.size), LLAMA3, world)
 
     def kinds() -> set[str]:
@@ -78,7 +78,7 @@ def kinds_of_collectives(world: World) -> tuple[set[str], set[str]]:
 
 
 def grouped(world: World, broken: str) -> str:
-    """What `check` says of this world's collectives, with one of them changed."""
+    """What `check` reports for this world's collectives if one of them is changed."""
     model = build(config_of(DIRECT, world.size), LLAMA3, world)
     gather, reduce = direct_fsdp.DirectAllGather.gather_each, direct_fsdp.DirectReduceScatter.reduce_each
 
@@ -139,7 +139,7 @@ def test_a_run_checks_them_before_its_first_step(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("size", [2, 1249, 16_384])
 def test_numbers_that_are_right_are_right_on_any_number_of_ranks(size: int) -> None:
-    """A ring adds one rank's numbers after another's, in float32."""
+    """A ring adds the ranks' numbers one after another, in float32."""
     rank = size - 1
     sent: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""A rank that does not come, or is lost: the others end in time, with its number and the exit status of their kind."""
+"""If a rank does not come, or is lost, the others end in time, with its number and the right exit status."""
 
 import os
 import re
@@ -63,8 +63,8 @@ def be_rank(rank: int, fault: str, port: int, output: Path, restarts: int | None
 def world(
     fault: str, folder: Path, port: int | None = None, restarts: Sequence[int | None] = (None,) * SIZE
 ) -> list[tuple[int | None, str]]:
-    """(exit status, output) of each rank of a small world, started without torchrun as a batch system does it; or, with
-    a port, at a store that is there already, `restarts` as torchrun counts them on each rank's host."""
+    """(exit status, output) of each rank of a small world, started without torchrun, like a batch system does. With a
+    port: at an existing store, with `restarts` as torchrun counts them on each rank's host."""
     port = port or free_port()
     ranks = [CHILDREN.Process(target=be_rank, args=(r, fault, port, folder / str(r), restarts[r])) for r in range(SIZE)]
     for rank in ranks:
@@ -97,7 +97,7 @@ def test_the_others_name_who_is_not_there(fault: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["none", "busy"])
 def test_nobody_is_missed_where_nobody_is_missing(fault: str, tmp_path: Path) -> None:
-    """Nor where one prepares data for longer than set-up may take."""
+    """Nor if one prepares data for longer than set-up may take."""
     found = world(fault, tmp_path)
     assert [(status, output.strip()[-13:]) for status, output in found] == [(0, "left in peace")] * SIZE
 
@@ -116,7 +116,7 @@ def limits_of_groups(world: World) -> dict[str, float]:
 
 
 def test_a_collective_of_any_group_outlives_the_longest_phase(tmp_path: Path) -> None:
-    """A validation of 60 s must not end at the 90 of a step's phase, nor a step's of an hour at torch's 10 minutes."""
+    """Its limit is that of the longest phase with some time to spare, not torch's 10 minutes."""
     found = results(run_world(4, [Task("limits", limits_of_groups)], tmp_path), "limits")
     longest = 90 + distributed.SPARE_SECONDS
     others = {"patient": 7 * 24 * 3600, "further": 1000}

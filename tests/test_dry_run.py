@@ -1,4 +1,4 @@
-"""A rank of a world that is not there: what it holds, what it refuses, and that the shipped configs pass."""
+"""A rank of a world that does not exist: what it holds, what it refuses, and that the shipped configs pass."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""What ends a command line in one sentence, and what of its console does not end it."""
+"""What ends a command with one sentence, and what happens to its console without ending it."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import runs
 
 
 def run(body: str, **options) -> "subprocess.CompletedProcess[str]":
-    """A process whose `main` is `body`, under the error contract."""
+    """Runs a process whose `main` is `body`, with the handling of errors that all commands have."""
     program = (
         f"import os, sys, socket\nfrom titan_fast.errors import command\n@command\ndef main():\n    {body}\nmain()"
     )
@@ -21,7 +21,7 @@ def run(body: str, **options) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_reader_that_has_gone_ends_a_command_in_silence(lines: int) -> None:
-    """Whether it shows while it writes, or at the end when it flushes."""
+    """Whether it is noticed while writing, or in the flush at the end."""
     reader, writer = os.pipe()
     os.close(reader)
     done = run(f"for _ in range({lines}): print('a line of some length')", stdout=writer)

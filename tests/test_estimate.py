@@ -1,4 +1,4 @@
-"""The planner's time model against sums by hand, its command, its advice, its refusals, its record of errors."""
+"""The planner: its time model compared with sums by hand, its command, advice, refusals, and record of errors."""
 
 import dataclasses
 import functools
@@ -117,7 +117,7 @@ def test_what_is_waited_for_at_once_counts_to_whose_group_it_is(tensor_degree: i
 
 
 def test_operators_of_a_step_add_up_to_the_model_flops(small: Estimate) -> None:
-    """6 FLOPs for each element of the matrices and token, by hand."""
+    """By hand: 6 FLOPs per token for each element of the matrices."""
     shape, tokens = small.plan.shape, 8 * 256
     matrices = (
         shape.n_layers * shape.dim * (shape.qkv_dim + shape.dim + 3 * shape.ffn_dim) + shape.vocab_size * shape.dim
@@ -148,7 +148,7 @@ def test_short_steps_wait_for_the_host_as_they_were_measured_to(options: str, mi
 
 
 def test_replicas_exchange_once_a_step() -> None:
-    """Whatever the number of passes, and beside the computation, also where every rank holds all."""
+    """Whatever the number of passes, and overlapped with computation, even if every rank holds everything."""
 
     def collectives(sequences: int, replicas: int) -> StepTime:
         options = f"--parallelism.data_parallel_replicate_degree {replicas} --training.global_batch_size {sequences}"
@@ -184,7 +184,7 @@ def test_a_tensor_parallel_group_shares_its_tokens(small: Estimate) -> None:
 
 
 def test_what_the_device_holds_beside_torchs_memory(small: Estimate) -> None:
-    """Two communicators, of the shards and of the world; what is made once and kept leaves no gaps."""
+    """Two communicators, for the shards and the world; what is allocated once and kept leaves no gaps."""
     kept = small.memory_parts["parameters"] + small.memory_parts["optimizer state"]
     assert small.beside_torch["NCCL"] == 2 * 0.3 * 2**30
     assert small.beside_torch["allocator slack"] == pytest.approx(0.04 * (small.peak_memory - kept))
@@ -228,7 +228,7 @@ def test_a_model_in_one_graph_is_counted_as_its_parts() -> None:
 
 
 def test_wide_gradients_are_not_widened() -> None:
-    """A pass over each block's gradients less: read in bfloat16, written in float32."""
+    """One pass less over each block's gradients, which would read bfloat16 and write float32."""
     narrow, wide = (
         estimate(plan(f"{SMALL} --compile.enable True --parallelism.fsdp_wide_gradients {on}")) for on in (False, True)
     )
@@ -263,7 +263,7 @@ def test_kernels_are_counted_in_compiled_blocks() -> None:
 
 
 def test_wide_gradients_cost_a_product_where_eager_blocks_are_computed_again() -> None:
-    """Which is why they are not, there, unless asked for."""
+    """So they are not used there, unless asked for."""
     full = f"{SMALL} --activation_checkpoint.mode full"
     again = {
         words: sum(o.flops for s in estimate(plan(f"{full} {words}")).segments for o in s.operations if o.recomputed)
@@ -286,7 +286,7 @@ def test_float8_products_are_counted_as_such() -> None:
 
 @pytest.mark.parametrize(("recipe", "passes"), [("tensorwise", 2), ("rowwise", 1)])
 def test_one_scale_for_a_tensor_is_a_pass_of_its_own(recipe: str, passes: int) -> None:
-    """It is there when all has been read, which is then read again to be cast; a row's scale is there in time."""
+    """It is only known when all has been read, which must then be read again for the cast; a row's is known earlier."""
 
     def cast_and_multiply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         eighths = rounded(x.exp(), FORWARD, recipe)
@@ -507,7 +507,7 @@ def test_a_search_whose_process_is_killed_says_so(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def one_series(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That ends with the second batch, but for the config's own."""
+    """A series that ends with the second batch, except for the config's own."""
     monkeypatch.setattr("titan_fast.advice._WORTH_DOUBLING", float("inf"))
     monkeypatch.setattr("titan_fast.advice._RECOMPUTE", ({"mode": "none"},))
     monkeypatch.setattr("titan_fast.advice._tensor_degrees", lambda plan: [1])
@@ -538,7 +538,7 @@ def test_search_tries_what_divides_the_global_batch_and_the_configs_own(monkeypa
 def test_a_series_ends_where_a_doubling_brings_less_than_one_percent(
     words: str, counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As from 32 to 64 and from 28 to 56 here; a smaller step, as from 7 to 8, tells nothing."""
+    """Here from 32 to 64 and from 28 to 56; smaller increases, such as from 7 to 8, do not end it."""
 
     class Answer:
         fits, device_memory = True, 0

@@ -1,4 +1,4 @@
-"""The shapes of Llama against what Meta's config.json files say, written out by hand."""
+"""The shapes of Llama, compared with Meta's config.json files, copied by hand."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Matrix products in float8: against float64, by the error that the formats' own rounding makes."""
+"""Matrix products in float8, compared with float64 by the error that the formats' own rounding makes."""
 
 import dataclasses
 import math
@@ -56,7 +56,7 @@ def run(recipe: str, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Ten
 
 
 def test_one_scale_for_a_gradient_leaves_its_small_numbers() -> None:
-    """2^24 times smaller than its largest, which is 2^6 times too small for e4m3."""
+    """Numbers 2^24 times smaller than the largest, which are 2^6 times too small for e4m3."""
     dy = torch.tensor([[1.0, 2.0**-24]])
     found = float8.rounded(dy, float8.GRADIENT["tensorwise"], "tensorwise")
     torch.testing.assert_close(found.values.float() / found.scale, dy, rtol=2.0**-3, atol=0.0)
@@ -64,7 +64,7 @@ def test_one_scale_for_a_gradient_leaves_its_small_numbers() -> None:
 
 @pytest.mark.parametrize("columns", [float8._WIDE - 16, float8._WIDE])
 def test_the_scale_of_a_tensor_is_by_its_largest_number(columns: int) -> None:
-    """Wide rows are looked through one by one."""
+    """Wide rows are reduced one by one."""
     x = torch.randn(32, columns)
     x[17, columns - 1] = -12.0
     assert float8.rounded(x, float8.FORWARD, "tensorwise").scale.item() == pytest.approx(448.0 / 12.0)
@@ -96,7 +96,7 @@ def test_products_are_as_right_as_their_rounding(recipe: str, dtype: torch.dtype
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 def test_products_of_real_sizes_on_a_gpu(recipe: str, compiled: bool) -> None:
-    """A block's narrowest and widest matrix of the 8B, and a row count that nothing but 16 divides."""
+    """The narrowest and the widest matrix of the 8B's blocks, and a row count that is 16 times a prime."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     linear = float8.linear_with(recipe)
@@ -121,7 +121,7 @@ def test_products_of_real_sizes_on_a_gpu(recipe: str, compiled: bool) -> None:
                 with torch.enable_grad():
                     (wide,) = torch.autograd.grad(linear(x, weight, port), port, dy)
                 assert wide.dtype == torch.float32 and error(wide, dweight.double()) < 2 * 2.0**-9
-            # One token alone, as in sampling: the number of rows need not be divisible where nobody wants a gradient.
+            # A single token, as in sampling: without gradients the number of rows need not be divisible.
             assert error(linear(x[:1], weight), x[:1].double() @ weight.double().t()) < 1.5 * forward
 
 
@@ -222,7 +222,7 @@ def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_as_right_as_one_process(alone: World, of_two_processes: dict[str, Any], layout: str) -> None:
-    """Scales are each rank's own, so that gradients are not one process's to the bit, but as near to the exact ones."""
+    """Each rank has its own scales, so gradients do not equal one process's, but are as close to the exact ones."""
     exact, one = gradients(alone, {}), gradients(alone, ON)
     found = results(of_two_processes, layout)[0]
     for name, gradient in exact.items():
@@ -232,7 +232,7 @@ def test_layouts_are_as_right_as_one_process(alone: World, of_two_processes: dic
 
 @pytest.mark.parametrize("layout", LAYOUTS_OF_BFLOAT16)
 def test_ranks_make_gradients_in_float32(alone: World, of_two_processes: dict[str, Any], layout: str) -> None:
-    """As near to the exact ones as those that were rounded to bfloat16, and others."""
+    """As close to the exact ones as those rounded to bfloat16, and different from them."""
     exact, narrow, wide = gradients(alone, {}), *(results(of_two_processes, name)[0] for name in ("narrow", layout))
     for name, gradient in exact.items():
         assert error(wide[name], gradient.double()) < 1.1 * error(narrow[name], gradient.double()) + 1e-6, name
@@ -247,7 +247,7 @@ def test_compiled_gradients_are_measured_by_eager_float8(dtype: torch.dtype) -> 
     assert 1e-2 < check_compiled_gradients(SHAPE, ops, settings, dtype, CPU, 2, 16) < 0.3
 
 
-# What it tells and refuses.
+# What it logs and refuses.
 
 
 def test_the_choice_is_told() -> None:

@@ -87,7 +87,7 @@ def test_parts_are_hugging_faces(tied: bool) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_matrix_flops_are_those_that_torch_counts(tied: bool) -> None:
-    """`titan` is what a forward and backward pass multiplies, but for the norm weights, which 6N also counts."""
+    """`titan` is what forward and backward multiply, except that 6N also counts the norm weights."""
     shape, batch, seq_len = dataclasses.replace(SMALL, tied=tied), 2, 48
     model, count = hugging_face(shape), parameters(shape)
     tokens = torch.randint(shape.vocab_size, (batch, seq_len))

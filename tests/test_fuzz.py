@@ -1,4 +1,4 @@
-"""Any config and any data file: a sentence with the contract's exit status or success, never another exception.
+"""Any config and any data file: success, or a sentence with a documented exit status, but no other exception.
 
 TITAN_FAST_FUZZ is the number of cases of each test; without it a small, fixed set is tried.
 """
@@ -44,7 +44,7 @@ NAMES = st.sampled_from(KEYS) | st.sampled_from([key.replace("_", "-") for key i
 
 
 def accepted(argv: list[str]) -> Config | None:
-    """The config, or None where it was refused as the contract says."""
+    """The config, or None if it was refused with a sentence."""
     try:
         config = parse(argv)
     except ConfigError as error:

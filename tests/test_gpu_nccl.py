@@ -1,8 +1,8 @@
-"""NCCL between ranks that share one GPU: whole runs by the real entry.
+"""NCCL between ranks that share one GPU: whole runs through the real entry point.
 
-NCCL refuses two ranks on one device unless it takes them for two hosts. So each has an NCCL_HOSTID of its own, and they
-talk through sockets on the loopback interface, as hosts without InfiniBand do. Nothing here is for timing: the device
-does the work of one process at a time.
+NCCL refuses two ranks on one device unless it takes them for two hosts. So each has its own NCCL_HOSTID, and they
+communicate through sockets on the loopback interface, like hosts without InfiniBand. Times mean nothing here, because
+the device runs one process at a time.
 """
 
 import json
@@ -46,7 +46,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, flo
 def together(
     ranks: int, data: Path, folder: Path, faults: list[dict[str, Any]], **changes: Any
 ) -> list[tuple[int, str]]:
-    """(exit status, output) of each rank, which NCCL takes for a host. All are ended after LIMIT_SECONDS, and the test
+    """(exit status, output) of each rank, which NCCL takes for a host. After LIMIT_SECONDS all are ended and the test
     fails."""
     tensor = changes.get("parallelism__tensor_parallel_degree", 1)
     changes = COMMON | {"training__local_batch_size": BATCH * tensor // ranks} | changes
@@ -91,7 +91,7 @@ def test_gradients_made_in_float32_train_as_rounded_ones(data: Path, tmp_path: P
 
 
 def test_offloaded_ranks_train_as_one_offloaded_process(data: Path, tmp_path: Path) -> None:
-    """Not as one on the device, whose random numbers are others."""
+    """Not like one on the device, whose random numbers differ."""
     for ranks in (1, 2):
         ended = together(ranks, data, tmp_path / str(ranks), [], training__enable_cpu_offload=True)
         assert all(status == 0 for status, _ in ended), ended

@@ -1,4 +1,4 @@
-"""Whole runs on a GPU, by the real entry: interrupted, they go on bit for bit in every way of keeping weights."""
+"""Whole runs on a GPU through the real entry point: interrupted, they resume bit for bit, however weights are kept."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def only_here_deterministic() -> Iterator[None]:
-    """A run never takes `debug.deterministic` back."""
+    """Resets `debug.deterministic`, which a run never does."""
     yield
     torch.use_deterministic_algorithms(False)
 

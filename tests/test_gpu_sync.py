@@ -1,5 +1,5 @@
-"""The host never waits for the GPU in a step of training: whole runs by the real entry, with their loader, agreement,
-guard, compiled code and optimizer, while CUDA's sync debug mode makes every wait an error."""
+"""The host never waits for the GPU in a training step: whole runs through the real entry point, with loader, agreement,
+guard, compiled code and optimizer, while CUDA's sync debug mode turns every wait into an error."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ WAYS: dict[str, list[str]] = {
 
 
 def watched_run(words: list[str], set_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run whose later steps are watched: not what is done between steps, logging above all."""
+    """A run whose later steps are watched, but not what is done between steps, above all logging."""
     true_step = loop.Run.step
 
     def step(self: loop.Run, number: int) -> Any:
@@ -50,7 +50,7 @@ def watched_run(words: list[str], set_mode: Callable[[str], None], monkeypatch: 
 
 
 def words_of(data: Path, folder: Path, seq_len: int) -> list[str]:
-    """Where a GPU sums an embedding's gradients it takes another way from 3072 tokens on: 4 x 1024 are more."""
+    """4 x 1024 tokens: from 3072 on, GPUs sum an embedding's gradients in another way."""
     more = {"training__steps": STEPS, "training__seq_len": seq_len, "training__local_batch_size": 4}
     more |= {"model__dim": 256, "model__ffn_dim": 512}  # heads as wide as real ones
     more |= {"metrics__log_freq": 100, "checkpoint__enable": False, "compile__canary": False}
@@ -79,7 +79,7 @@ def test_a_wait_in_a_step_is_noticed(data: Path, tmp_path: Path, monkeypatch: py
 def test_the_later_steps_are_watched_and_nothing_between_them(
     way: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same runs on the CPU, which has no such mode."""
+    """The same runs on the CPU, which has no sync debug mode."""
     torch._dynamo.reset()
     modes: list[str] = []
     words = [*words_of(data, tmp_path / "run", 16), *WAYS[way], "--compile.backend", "aot_eager"]

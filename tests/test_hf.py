@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: judged by what transformers and safetensors write and read."""
+"""Import and export of Hugging Face folders, judged by what transformers and safetensors write and read."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama2", "llama3.1", "tied"])
 def test_transformers_says_the_same(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Logits and greedy text, by transformers from the exported folder and by this project from the checkpoint."""
+    """Equal logits and greedy text, from the exported folder by transformers and from the checkpoint by ourselves."""
     train_sentencepiece([TEXT], 300, tmp_path / "tokenizer.model", seed=0)
     shape = dataclasses.replace(ALL[name], vocab_size=300)
     import_model(hf_folder(shape, tmp_path / "source", dtype), tmp_path / "ours", tmp_path / "tokenizer.model")
@@ -135,7 +135,7 @@ def test_shape_comes_back_from_its_config(shape: ModelShape) -> None:
 
 @pytest.mark.parametrize("shape", [LLAMA2, LLAMA3, LLAMA31, TIED])
 def test_shape_is_read_from_transformers_own_config(shape: ModelShape) -> None:
-    """Whatever the installed version's layout is, and what it fills in by itself."""
+    """Whatever the installed version's layout, and whatever it fills in by itself."""
     assert shape_from_hf(json.loads(LlamaConfig(**hf_config(shape)).to_json_string(use_diff=False))) == shape
 
 

@@ -1,4 +1,4 @@
-"""Exported tokenizers: what transformers makes of the files, against this project's own encoders."""
+"""Exported tokenizers: transformers' ids, compared with this project's own encoders'."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ SAMPLES = [*AWKWARD, *(text[:3000] for text in TEXTS), "naïve  12345678 don't\r
 
 
 def agrees(source: Path, out: Path, texts: list[str]) -> None:
-    """The same ids from every text without special tokens, and BOS before them with."""
+    """Equal ids for every text: without special tokens, and with them, which puts BOS first."""
     out.mkdir()
     ours = load_tokenizer(source)
     write_tokenizer(ours, out, 512)
@@ -78,7 +78,7 @@ def test_llama_3_ranks(tmp_path: Path) -> None:
     to_byte = {character: byte for byte, character in zip(*bytes_and_characters(), strict=True)}
     pieces = sorted(byte_level_bpe(TEXTS, 1500).get_vocab().items(), key=lambda item: item[1])
     lines = [base64.b64encode(bytes(to_byte[c] for c in piece)) + b" %d\n" % rank for piece, rank in pieces]
-    # A token that no merges lead to, as Llama 3's ranks have: it is found all the same where it is a whole word.
+    # A token that no merges lead to, as among Llama 3's ranks: it is still found if it is a whole word.
     unreachable = "qzqzj"
     lines.append(base64.b64encode(unreachable.encode()) + b" %d\n" % len(lines))
     source = tmp_path / "tokenizer.model"

@@ -1,4 +1,4 @@
-"""The house's one-way imports, read off the source."""
+"""Which modules may import which, checked in the source."""
 
 import ast
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "titan_fast"
 
-# Rooms that may import these of the project's own modules and no others; what is not named here may import anything
-# below `loop`, which nothing but `train` imports.
+# Modules that may import only these of the project's own modules. Those that are not named here may import anything
+# except `loop`, which only `train` imports.
 LEAVES: dict[str, set[str]] = {
     "errors": set(),
     "flavors": set(),

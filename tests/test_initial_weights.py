@@ -1,4 +1,4 @@
-"""Training from given weights: every way of cutting the model gets the same ones, and a run begins with them."""
+"""Training from given weights: every way of sharding the model gets the same ones, and a run starts with them."""
 
 import dataclasses
 import math
@@ -43,7 +43,7 @@ def loaded(world: World, path: Path, shape: ModelShape, options: dict[str, Any])
 
 
 def refusal(world: World, path: Path, shape: ModelShape, hidden_from: int | None) -> str:
-    """With the folder hidden from one rank, if any."""
+    """The error, with the folder hidden from one rank, if any."""
     model = build(config_of({}, world.size), shape, world)
     with pytest.raises(CheckpointError) as caught:
         load_initial_weights(model, path if world.rank != hidden_from else path / "elsewhere", shape)
@@ -123,7 +123,7 @@ def test_training_begins_with_the_folders_weights(dtype: torch.dtype, tmp_path: 
     export_checkpoint(tmp_path / "run", tmp_path / "back", dtype, 10**9)
     assert_same_tensors(tensors(source), tensors(tmp_path / "back"))
 
-    # And from what that run has saved; the tokenizer of the first run goes with it.
+    # And from what that run has saved, which includes the first run's tokenizer.
     again = tmp_path / "again"
     again.mkdir()
     train(run_config(again, checkpoint__initial_load_path=tmp_path / "run"))
@@ -172,7 +172,7 @@ def test_another_tokenizer_than_the_weights_came_with_is_warned_of(tmp_path: Pat
 
 
 def test_a_run_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:
-    """With the folder gone, and weights that are no longer the folder's."""
+    """After the folder was removed, with weights that are no longer the folder's."""
     source = hf_folder(SHAPE, tmp_path / "hf")
     options = {"checkpoint__initial_load_path": source, "optimizer.lr": 1e-3}
     train(run_config(tmp_path, **options))

@@ -1,4 +1,4 @@
-"""The launch files: what they start is a torchrun command that torchrun understands, and a config that exists."""
+"""The launch files start a torchrun command that torchrun understands, with a config that exists."""
 
 import os
 import re
@@ -22,7 +22,7 @@ SIGNAL = re.compile(r"^#SBATCH --signal=(\w+)@(\d+)", re.MULTILINE)
 
 
 def understood(words: list[str]) -> Any:
-    """torchrun's own reading of its command line; what an older torchrun lacks is left out, as the files say."""
+    """The command line as torchrun parses it, without what an older torchrun lacks, as the files say."""
     known = {name for action in get_args_parser()._actions for name in action.option_strings}
     if "--shutdown-timeout" not in known:
         words = [word for word in words if not word.startswith("--shutdown-timeout")]
@@ -30,7 +30,7 @@ def understood(words: list[str]) -> Any:
 
 
 def batch_system(folder: Path, torchrun: str) -> dict[str, str]:
-    """The environment of a job on two hosts, with stand-ins for SLURM's commands and torchrun."""
+    """The environment of a job on two hosts, with replacements for SLURM's commands and torchrun."""
     srun = """while [[ $1 == --* ]]; do shift; done; exec "$@" """
     programs = {"srun": srun, "scontrol": "printf 'host-3\\nhost-4\\n'", "torchrun": torchrun}
     for name, text in programs.items():
@@ -52,7 +52,7 @@ def test_slurm(tmp_path: Path) -> None:
 
 
 def test_slurm_signals_the_processes_of_the_step_while_the_script_waits(tmp_path: Path) -> None:
-    """As the script's --signal says; without B: they get it, not the shell. The job ends with torchrun's status."""
+    """As the script's --signal says; without "B:" they get it, not the shell. The job ends with torchrun's status."""
     name, seconds = SIGNAL.findall(SLURM.read_text())[0]
     stand_in = f"""printf '%s\\n' "$@" > "$FOLDER/words"
         trap 'sleep 0.5; touch "$FOLDER/saved"; exit 1' {name}

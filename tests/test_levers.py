@@ -1,4 +1,4 @@
-"""Switches that must change the speed and not the training: each against the plain path, over many steps."""
+"""Switches that must change the speed but not the training: each compared with the plain path over many steps."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -102,7 +102,7 @@ def train(options: dict[str, Any], passes: int = 1, steps: int = STEPS) -> Train
 
 
 def assert_same_training(found: Trained, expected: Trained, bound: float) -> None:
-    """Losses within `bound` relative, weights and moments within 30 times that, and the run went somewhere."""
+    """Losses are within `bound` relative, weights and moments within 30 times that, and the loss has fallen."""
     assert expected.losses[-1] < 0.9 * expected.losses[0]
     assert found.losses == pytest.approx(expected.losses, rel=bound)
     ours = found.weights()
@@ -128,7 +128,7 @@ def test_masters_train_as_fsdp_does(world: World, passes: int) -> None:
 def test_the_one_pass_update_is_torchs_fused_one(world: World, options: dict[str, Any]) -> None:
     compiled = options | COMPILED | {"compile.components": ["optimizer"]}
     assert isinstance(train(compiled, steps=1).optimizer, OnePassAdamW)
-    # bfloat16 weights turn the last bit of a master into a bit of theirs now and then, and from there runs drift apart
+    # A difference in a master's last bit can change a bit of the bfloat16 weight, and from there runs drift apart
     # (by 0.09% on a CPU without AVX).
     assert_same_training(train(compiled, steps=8), train(options, steps=8), 3e-3 if options else 1e-5)
 
@@ -163,7 +163,7 @@ def test_torchs_linear_cross_entropy_trains_alike(world: World) -> None:
 
 @pytest.mark.skipif(not has_torch_loss(), reason="this torch has no linear_cross_entropy")
 def test_torchs_linear_cross_entropy_in_bfloat16() -> None:
-    """The sum is not rounded to bfloat16, and the logits of all tokens never exist."""
+    """The sum is not rounded to bfloat16, and the logits of all tokens never exist at once."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 1024, 64, generator=generator).bfloat16().requires_grad_()
     weight = (0.1 * torch.randn(2048, 64, generator=generator)).bfloat16().requires_grad_()
@@ -274,8 +274,8 @@ WAITING = (
 
 
 class Waits(TorchDispatchMode):
-    """Notes every operator by which the host reads a number off the device, and every tensor made of a Python list: on
-    CUDA each of them waits."""
+    """Records every operator with which the host reads a number from the device, and every tensor made from a Python
+    list: on CUDA each of them waits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -353,7 +353,7 @@ def test_flash_attention_3_that_is_not_there_is_refused() -> None:
 
 
 def test_compiled_code_is_kept_where_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block's traced graph too, but where tensor parallel ranks would take each other's."""
+    """Including a block's traced graph, except where tensor parallel ranks would use each other's."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "elsewhere")
     settings = Compile(enable=True, components=("blocks",), cache_folder=str(tmp_path))

@@ -1,4 +1,4 @@
-"""An exported model in lm-eval, on a task made here: its log-likelihoods are those of this project's own model."""
+"""An exported model in lm-eval, on a task made here, has the log-likelihoods of this project's own model."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""What goes wrong only after hours: a stall that ends by itself, a file server that is away, a job queued again."""
+"""What only happens after hours: a stall that ends by itself, a file server that is unavailable, a requeued job."""
 
 import errno
 import json
@@ -82,7 +82,7 @@ def test_a_phase_has_all_of_its_limit(stores: dist.Store) -> None:
 
 
 class Clock:
-    """As the time module, for the watchdog."""
+    """Replaces the time module for the watchdog."""
 
     def __init__(self) -> None:
         self.gone = 0.0
@@ -95,7 +95,7 @@ class Clock:
 def test_the_time_of_a_stopped_process_is_not_its_phases(
     stores: dist.Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Between two ticks of the thread an hour goes by, in one phase; then that phase hangs."""
+    """An hour passes between two ticks of the thread, in one phase; then that phase hangs."""
     clock, left = Clock(), []
     monkeypatch.setattr(watchdog, "time", clock)
     with Watchdog(World(0, 1, CPU, stores), Limit(1.0, "comm.timeout_seconds"), print, print, left.append) as one:
@@ -110,7 +110,7 @@ def test_the_time_of_a_stopped_process_is_not_its_phases(
 def test_a_stop_in_an_earlier_phase_gives_a_later_one_no_time(
     stores: dist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The main thread goes on before the watchdog has noticed."""
+    """The main thread continues before the watchdog has noticed."""
     clock, left = Clock(), []
     monkeypatch.setattr(watchdog, "time", clock)
     with Watchdog(World(0, 1, CPU, stores), Limit(0.5, "comm.timeout_seconds"), print, print, left.append) as one:
@@ -140,7 +140,7 @@ def test_one_rank_is_looked_at_twice_too(stores: dist.Store, monkeypatch: pytest
 
 
 class SlowStore(dist.HashStore):
-    """Takes a hundred seconds of a watchdog's clock for an answer."""
+    """Takes a hundred seconds of a watchdog's clock to answer."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ def test_another_speaks_where_the_first_goes_on(
 
 
 class GoneStore(dist.HashStore):
-    """Of a rank 0 that has ended, or a torchrun."""
+    """The store of a rank 0 or a torchrun that has ended."""
 
     def set(self, *words: Any) -> None:  # type: ignore[override]
         raise dist.DistNetworkError("Broken pipe")
@@ -337,7 +337,7 @@ def test_going_back_is_done_once(data: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_start_that_is_refused_changes_nothing(data: Path, tmp_path: Path) -> None:
-    """Neither one that went back to a step nor one with other settings: the run's own command goes on."""
+    """Neither one that went back to a step nor one with other settings: the run's own command resumes."""
     folder, other = tmp_path / "run", tmp_path / "other"
     runs.run(data, folder)
     other.mkdir()
@@ -359,7 +359,7 @@ def test_a_start_that_is_refused_changes_nothing(data: Path, tmp_path: Path) -> 
 def test_going_back_after_a_start_that_failed(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """torchrun starts it a second time, and what was asked for is still to be done."""
+    """torchrun starts it a second time, and the request is still to be carried out."""
 
     def no_tokenizer(*arguments: Any) -> Any:
         raise OSError("no tokenizer")

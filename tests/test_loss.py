@@ -1,4 +1,4 @@
-"""The chunked loss against torch's cross entropy on whole float64 logits."""
+"""The chunked loss, compared with torch's cross entropy on all logits in float64."""
 
 import weakref
 from typing import Any
@@ -17,7 +17,7 @@ from titan_fast.ops import REFERENCE, Ops
 
 
 class Operators(TorchDispatchMode):
-    """The operators that run, and dtype and shape of what they give."""
+    """Records the operators that run, and the dtype and shape of their results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def test_no_z_loss_is_not_zero_times_a_square_that_overflows(
 
 @pytest.mark.parametrize("under", [torch.no_grad, torch.inference_mode])
 def test_evaluation_makes_no_gradient(under: Any) -> None:
-    """Of a weight that is trained otherwise: a chunk takes one matrix product, for its logits."""
+    """Even for a weight that is trained otherwise: a chunk has one matrix product, for its logits."""
     x, weight = torch.randn(6, 8), torch.nn.Parameter(torch.randn(9, 8))
     labels = torch.tensor([0, 1, IGNORE_INDEX, 3, 4, 5])
     with under(), FlopCounterMode(display=False) as counted:
@@ -127,7 +127,7 @@ def test_logits_of_one_chunk_at_a_time(trains: bool, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("chunk_size", [0, 32, 16])
 def test_as_root_it_multiplies_with_nothing(chunk_size: int) -> None:
-    """The same gradients bit for bit by `root_gradient` as by torch's own 1, and no pass over either of them."""
+    """With `root_gradient` gradients equal those with torch's own 1 bit for bit, and need no pass over them."""
     torch.manual_seed(0)
     x, weight = torch.randn(64, 32).bfloat16(), torch.randn(50, 32).bfloat16()
     labels = torch.randint(50, (64,))
@@ -146,8 +146,8 @@ def test_as_root_it_multiplies_with_nothing(chunk_size: int) -> None:
 
 
 def test_chunks_are_rounded_at_most_twice() -> None:
-    """The weight's gradient of two chunks is a bfloat16 sum, rounded twice; more are summed in float32 and rounded
-    once, as if there were one."""
+    """The weight's gradient of two chunks is a bfloat16 sum, rounded twice; those of more are summed in float32 and
+    rounded once, as for a single one."""
     torch.manual_seed(0)
     x, weight = torch.randn(256, 64).bfloat16(), torch.randn(500, 64).bfloat16()
     labels = torch.randint(500, (256,))

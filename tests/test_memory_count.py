@@ -1,4 +1,4 @@
-"""Counted memory against sums by hand and against a real allocator."""
+"""Counted memory, compared with sums by hand and with a real allocator."""
 
 import dataclasses
 import itertools
@@ -67,7 +67,7 @@ def test_state_is_the_shard_of_every_parameter(world: int) -> None:
 
 
 def test_full_recomputation_keeps_block_inputs_alone() -> None:
-    """By hand: bfloat16 [B, S, D] for each block, the embedding's output the first block's input."""
+    """By hand: bfloat16 [B, S, D] for each block; the embedding's output is the first block's input."""
     step = segments("--activation_checkpoint.mode full --loss.chunk_size 256", 4, n_layers=4)
     stream = 2 * 8 * 256 * model_shape(parse([*DEBUG.split()]).model).dim
     kept = [part(step, "forward", f"block {block}", "saved activations") for block in range(4)]
@@ -137,6 +137,6 @@ def test_accumulation_holds_the_first_pass_gradients_in_the_second() -> None:
 
 @pytest.mark.parametrize(("mode", "dtype", "world"), [("none", "bfloat16", 4), ("full", "float32", 1)])
 def test_count_against_a_real_allocator(mode: str, dtype: str, world: int) -> None:
-    """torch.profiler's record of every CPU allocation of a real step; the aim is 5%."""
+    """Compared with torch.profiler's record of all CPU allocations in a real step; the aim is 5%."""
     config = measured_config(mode, dtype, n_layers=2, seq_len=64)
     assert counted_peak(config, world) == pytest.approx(measured_peak(config, world), rel=0.01)

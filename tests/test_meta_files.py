@@ -1,4 +1,4 @@
-"""Meta's files: judged by Meta's own arithmetic, rotary embedding of neighbouring pairs in complex numbers."""
+"""Meta's files, judged by Meta's own arithmetic: rotary embedding of neighbouring pairs in complex numbers."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from titan_fast.initial_weights import load_initial_weights
 from titan_fast.meta_files import MetaFolder, released_scaling
 from titan_fast.model import Llama
 
-# Two key/value heads at least, so that two parts can share them; the width is not the vocabulary.
+# At least two key/value heads, so that two parts can share them; the width differs from the vocabulary.
 TWO_PARTS = dataclasses.replace(LLAMA2, vocab_size=132)
 
 

@@ -1,4 +1,4 @@
-"""What a run tells, read back from the files by other means: json, TensorBoard's own reader, a pseudo-terminal."""
+"""What a run reports, read back by other means: json, TensorBoard's own reader, a pseudo-terminal."""
 
 import errno
 import json
@@ -44,7 +44,7 @@ QUIET = ["--metrics.enable_tensorboard", "False"]
 
 
 class Clock:
-    """A time that stands still until it is told to move."""
+    """A clock that stands still until it is moved."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -183,7 +183,7 @@ def test_what_is_left_has_pauses_as_there_were(
 def test_a_run_that_goes_on_has_the_time_and_the_bad_steps_that_count(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Time was spent on steps that are done again, too; that they were bad is no longer true."""
+    """Time spent on steps that are repeated counts too; bad ones among them no longer do."""
     bad = tmp_path / run_history.BAD_STEPS
     lines = [json.dumps({"step": step, "what": "not finite", "loss": "nan", "data": {"epoch": 0}}) for step in (3, 12)]
     bad.write_text("".join(f"{line}\n" for line in lines))
@@ -252,7 +252,7 @@ def a100(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def test_mfu_of_a_published_run(tmp_path: Path, clock: Clock, a100: Callable[[str], None]) -> None:
-    """Llama 3 8B on 64 A100 at 2904 tokens/s: 53.9% where the embedding does not count."""
+    """Llama 3 8B on 64 A100 at 2904 tokens/s: 53.9% if the embedding does not count."""
     a100("NVIDIA A100-SXM4-80GB")
     config = parse(["--model.flavor", "llama3_8b", "--training.seq_len", "8192", *QUIET])
     metrics = logger(tmp_path, config=config, device=torch.device("cuda"), n_devices=64, tokens_per_step=64 * 8192)
@@ -392,7 +392,7 @@ def events(folder: Path) -> Any:
 
 
 def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    # Files of one second are read in the order of the names' last part, which counts in this process: 10 before 9.
+    # Files of the same second are read in the order of their names' last part, a counter of this process: 10 before 9.
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     first = logger(tmp_path, "--optimizer.lr", "0.0123")
     for step in (1, 2, 3, 4):
@@ -497,7 +497,7 @@ def test_progress_bar_on_a_terminal_only(tmp_path: Path, how: str) -> None:
     assert "━" in terminal
     assert "2/4" in terminal
     assert "[bold]" in terminal
-    # The cursor is hidden while the bar lives, and must be back whatever ended the run.
+    # The cursor is hidden while the bar is shown, and must reappear however the run ended.
     assert terminal.rindex("\x1b[?25h") > terminal.rindex("\x1b[?25l")
 
 
@@ -512,7 +512,7 @@ def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
 
 
 def test_a_console_that_nobody_reads_does_not_end_the_run(tmp_path: Path) -> None:
-    """As under `2>&1 | tee` when tee is killed."""
+    """As with `2>&1 | tee` if tee is killed."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-c", DRIVE, str(tmp_path)]
@@ -561,7 +561,7 @@ def test_lines_that_nobody_reads_are_left_out_and_counted(
 
 @pytest.mark.timeout(60)
 def test_a_terminal_that_was_stopped_does_not_stop_the_run(tmp_path: Path) -> None:
-    """Ctrl-S, with the progress bar's thread there too."""
+    """By Ctrl-S, and with the progress bar's thread."""
     controller, terminal = pty.openpty()
     termios.tcflow(terminal, termios.TCOOFF)
     command = [sys.executable, "-c", DRIVE, str(tmp_path)]
@@ -621,7 +621,7 @@ def test_a_run_that_stops_early_says_so(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_window_system_that_is_not_there_is_not_asked_for(tmp_path: Path) -> None:
-    """As a notebook names one for its children."""
+    """As when a notebook names one for its child processes."""
     program = "from pathlib import Path; from titan_fast import run_history as r; import sys;"
     program += "r.draw_loss_curve([{'step': 1, 'loss': 2.0, 'tokens_seen': 10}], Path(sys.argv[1]), 'a run')"
     environment = os.environ | {"MPLBACKEND": "module://nowhere.backend"}
@@ -665,7 +665,7 @@ def test_a_curve_that_cannot_be_drawn_does_not_hide_how_the_run_ended(
 def test_a_disk_that_fails_takes_the_summarys_losses_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What has ended the run is not replaced by what its end met."""
+    """The error that ended the run is not replaced by one during its end."""
     metrics = logger(tmp_path, *QUIET)
     log(metrics, 40)
 

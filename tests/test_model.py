@@ -1,4 +1,4 @@
-"""The model against Hugging Face's LlamaForCausalLM, its published sizes, its cache, its initial weights."""
+"""The model, compared with Hugging Face's LlamaForCausalLM; its published sizes, cache and initial weights."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def build(shape: ModelShape, **ops_changes: object) -> Llama:
 
 @pytest.mark.parametrize(("seq_len", "longest"), [(32, 44), (64, 64)])
 def test_positions_reach_the_end_of_a_sample(seq_len: int, longest: int) -> None:
-    """Of a prompt of one token a byte, with BOS before it, and 40 tokens."""
+    """Of a prompt with one token per byte, BOS before it, and 40 sampled tokens."""
     options = {"training.seq_len": [str(seq_len)], "metrics.sample_prompt": ["é<"], "metrics.sample_tokens": ["40"]}
     assert meta_model(from_options(options), LLAMA3, REFERENCE).cos.shape == (longest, LLAMA3.head_dim // 2)
 
@@ -101,7 +101,7 @@ def test_packing_qkv_keeps_groups_whole() -> None:
     packed = pack_qkv(q, k, v, LLAMA3)
     for before, after in zip((q, k, v), unpack_qkv(packed, LLAMA3), strict=True):
         assert torch.equal(before, after)
-    # Half of the rows is one key/value head with its four query heads: a rank of two has what it needs.
+    # Half of the rows are one key/value head with its four query heads, so each of two ranks has what it needs.
     half = packed[: len(packed) // 2]
     assert torch.equal(half, torch.cat((q[: len(q) // 2], k[: len(k) // 2], v[: len(v) // 2])))
 
@@ -151,7 +151,7 @@ def test_text_is_the_prompt_and_what_follows_without_what_begins_the_document(
 
 def test_text_has_no_token_that_the_tokenizer_lacks() -> None:
     class Few:
-        """A tokenizer of 5 ids for a model of many more."""
+        """A tokenizer with 5 ids, for a model with many more."""
 
         vocab_size, bos_id, eos_id = 5, None, 0
 

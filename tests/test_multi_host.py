@@ -1,4 +1,4 @@
-"""Two hosts, which are network namespaces of this machine: one is cut off and comes back, and no data is lost."""
+"""Two hosts (network namespaces of this machine): one is disconnected and comes back, and no data is lost."""
 
 import json
 import os
@@ -30,7 +30,7 @@ LIMIT_SECONDS = 150
 
 
 def why_not() -> str | None:
-    """What this machine lacks for the test."""
+    """What this machine lacks for the test, if anything."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
@@ -52,7 +52,7 @@ def hosts() -> Iterator["Hosts"]:
 
 
 class Hosts:
-    """Namespaces `a` and `b`, joined by one cable."""
+    """Network namespaces `a` and `b`, joined by a cable."""
 
     def __init__(self, name: str) -> None:
         self.a, self.b = f"{name}a", f"{name}b"
@@ -114,7 +114,7 @@ def logged_steps(folder: Path) -> list[int]:
 
 
 def ledger(path: Path) -> dict[int, list]:
-    """Step -> the tokens that this rank saw, of the last time the step was done."""
+    """Step -> the tokens that this rank saw when the step was last done."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return {record["step"]: record["tokens"] for record in records}
 
@@ -152,7 +152,7 @@ def test_a_host_that_is_cut_off_comes_back(hosts: Hosts, tmp_path: Path) -> None
             process.wait()
         finish(whole)
     assert [process.returncode for process in running] == [0, 0], logs[0].read_text()[-3000:]
-    # It went on from the last checkpoint before the cut, on the same tokens, to the same weights bit for bit.
+    # It resumed from the last checkpoint before the cut, with the same tokens, to the same weights bit for bit.
     assert INTERVAL < cut < STEPS
     assert "goes on" in (parts / "train.log").read_text()
     for rank in range(2):

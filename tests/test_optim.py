@@ -1,4 +1,4 @@
-"""Learning rates, parameter groups, clipping, and the step that a non-finite gradient may not take."""
+"""Learning rates, parameter groups, clipping, and that a step with a non-finite gradient is not taken."""
 
 import math
 from collections.abc import Callable

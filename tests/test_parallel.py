@@ -1,4 +1,4 @@
-"""Every layout of processes trains the same model: loss, gradient norm and weights against one process."""
+"""Every layout of processes trains the same model: loss, gradient norm and weights are those of one process."""
 
 import dataclasses
 import math
@@ -26,11 +26,11 @@ from titan_fast.flavors import ModelShape
 from titan_fast.model import Block, Llama
 from titan_fast.optim import clip_grad_norm_
 
-# 131 rows of embedding and head divide by no degree; TIED's head is its embedding.
+# No degree divides the 131 rows of embedding and head; TIED's head is its embedding.
 ODD = dataclasses.replace(LLAMA3, vocab_size=131)
 TIED = dataclasses.replace(ODD, tied=True)
 SHAPES = {"llama3": LLAMA3, "odd vocabulary": ODD, "tied": TIED}
-# One of them is trained with z-loss, by every layout and by the one process that it is compared with.
+# One of them is trained with z-loss, in every layout and in the single process that it is compared with.
 OPTIONS = {"odd vocabulary": {"loss.z_loss": 1e-2}}
 
 
@@ -56,7 +56,7 @@ class Layout:
 
     @property
     def reference(self) -> str:
-        """The run of one process to compare with."""
+        """The single-process run to compare with."""
         return f"{self.shape}, {self.steps} steps"
 
     @property
@@ -69,13 +69,13 @@ TRITON = {f"kernels.{operator}": "triton" for operator in ("rms_norm", "rope", "
 REEMIT = {"kernels.reemit": "triton"}
 CARRY = {"kernels.carry_residual": True}
 INDUCTOR = {"compile.enable": True}
-# What torch.compile does but generating code, which is the same for every layout and slow.
+# All of torch.compile except generating code, which is the same for every layout and slow.
 TRACED = {"compile.enable": True, "compile.backend": "aot_eager"}
 POINTWISE = {"activation_checkpoint.mode": "pointwise"}
 RESHARD = "parallelism.fsdp_reshard_after_forward"
 DIRECT = {"parallelism.fsdp_buffers": "direct"}
 
-# Tensors of the CPU take the kernels through the interpreter, which a process that may use a GPU has not.
+# For CPU tensors kernels need the interpreter, which is not enabled in a process that may use a GPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 LAYOUTS = [
@@ -126,7 +126,7 @@ REFERENCES = {
 }
 
 
-# Probes: what a layout does inside, and what it does when something is broken on purpose.
+# Probes: what a layout does internally, and what happens if something is broken on purpose.
 
 
 def one_gradient(world: World, model: Llama, options: dict[str, Any]) -> Tensor:
@@ -143,7 +143,7 @@ def local(tensor: Tensor | None) -> Tensor:
 
 
 def broken_norm(world: World, options: dict[str, Any], breakage: str) -> float:
-    """The gradient norm of the first step with a part of the machinery taken out."""
+    """The gradient norm of the first step with something broken."""
     model = build(config_of(options, world.size), LLAMA3, world)
     if breakage == "divide factor":
         for module in model.modules():
@@ -159,7 +159,7 @@ def broken_norm(world: World, options: dict[str, Any], breakage: str) -> float:
 
 
 class Collectives(TorchDispatchMode):
-    """Notes the collectives, with the dtype of what is sent, and whatever else is noted by hand, in order."""
+    """Records collectives with the dtype of what is sent, and whatever else is recorded by hand, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,8 +199,8 @@ def reduced_dtypes(world: World, reduce: str) -> tuple[set[torch.dtype], set[tor
 
 
 def bfloat16_norm_gradients(world: World) -> tuple[bool, bool]:
-    """(each norm's gradient is exactly the float32 sum of the ranks' own, some of those sums need more than bfloat16)
-    under tensor parallelism in bfloat16."""
+    """With tensor parallelism in bfloat16: (each norm's gradient is exactly the float32 sum of the ranks' own, some of
+    these sums need more than bfloat16)."""
     options = mesh(1, 1, 2) | {"training.mixed_precision_param": "bfloat16"}
     model = build(config_of(options, world.size), LLAMA3, world)
     own: list[Tensor] = []
@@ -233,7 +233,7 @@ def warnings_of_a_step(world: World) -> list[str]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """The largest sum of memory that tensors made under it held at any one time."""
+    """Records the most memory that new tensors hold at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ class LiveBytes(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
-                # A DTensor claims the whole tensor's memory and has only its own part.
+                # A DTensor reports the whole tensor's memory but has only its own part.
                 storage = local(tensor).untyped_storage()
                 if storage._cdata not in self.live:
                     self.live[storage._cdata] = storage.nbytes()
@@ -309,7 +309,7 @@ def test_layout_agrees_with_one_process(runs: dict[str, list[Any]], layout: Layo
         assert torch.equal(found[0].first[name], value), f"{name} starts elsewhere"
     assert len(found[0].losses) == layout.steps
     for name, value in expected.clipped.items():
-        # Up to 20 steps on: bounds are for sums over a tensor, single elements near zero may differ by more.
+        # Up to 20 steps later. Bounds are for sums over a tensor; single elements near zero may differ by more.
         assert (found[0].clipped[name] - value).norm() <= 20 * layout.bound * value.norm(), name
         assert (found[0].last[name] - expected.last[name]).norm() <= 20 * layout.bound * expected.last[name].norm(), (
             name
@@ -317,7 +317,7 @@ def test_layout_agrees_with_one_process(runs: dict[str, list[Any]], layout: Layo
 
 
 def test_a_broken_layout_is_seen(runs: dict[str, list[Any]]) -> None:
-    """The matrix above would notice: a gradient divided by too much, and norms whose gradients are not summed."""
+    """The above comparison notices a gradient divided by too much, and norms whose gradients are not summed."""
     expected: float = results(runs, "llama3, 20 steps")[0].norms[0]
     assert results(runs, "whole")[0] == pytest.approx(expected, rel=1e-6)
     assert results(runs, "wrong divide factor")[0] == pytest.approx(expected / 2, rel=1e-5)
@@ -337,7 +337,7 @@ def test_units_are_gathered_one_ahead(runs: dict[str, list[Any]], buffers: str) 
 
 
 def test_what_the_backward_pass_needs_first_is_kept(runs: dict[str, list[Any]]) -> None:
-    """Of four blocks: the last one, and the head's unit. The other three are gathered again, by default."""
+    """The last of four blocks, and the head's unit. By default the other three are gathered again."""
     for reshard, again in (("default", 3), ("never", 0)):
         log = results(runs, f"order, {reshard}")[0]
         backward = log[log.index("forward 3") :]
@@ -362,7 +362,7 @@ def test_no_rank_holds_the_whole_model(runs: dict[str, list[Any]]) -> None:
         # Its shard, and one whole parameter at a time, in the few copies that drawing random values takes.
         assert peak <= whole / 4 + 5 * largest + 2**12 < whole / 2
     peak, whole, _ = results(runs, "building, 1")[0]
-    assert peak >= whole  # the measure sees a model that is held whole
+    assert peak >= whole  # the measurement notices a model that is held whole
 
 
 def test_fsdp_does_not_litter_the_log(runs: dict[str, list[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Traces are opened and searched for the step that they should hold; CUDA's snapshot calls are recorded."""
+"""Traces are opened and searched for the step that they should contain; CUDA's snapshot calls are recorded."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ def trace_events(path: Path) -> list[str]:
 
 @pytest.mark.parametrize(("first", "last", "freq", "traced"), [(1, 14, 6, [6, 12]), (5, 9, 4, [8]), (2, 5, 2, [2, 4])])
 def test_every_nth_step_is_traced(tmp_path: Path, first: int, last: int, freq: int, traced: list[int]) -> None:
-    """Also where a run goes on in the middle, and ends before or within a step that would be traced."""
+    """Also if a run is resumed, and ends before or within a step that would be traced."""
     settings = Profiling(enable_profiling=True, profile_freq=freq)
     run(Profiler(settings, tmp_path, 0, start_step=first - 1), first, last)
     folder = tmp_path / "profile_traces"
@@ -94,7 +94,7 @@ def test_off_is_off(tmp_path: Path) -> None:
 
 @pytest.fixture
 def snapshots(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What is asked of CUDA's allocator, which this machine need not have."""
+    """The calls to CUDA's allocator, which this machine need not have."""
     calls: list[Any] = []
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: calls.append(options))
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", calls.append)
@@ -124,7 +124,7 @@ def test_memory_snapshot_when_memory_runs_out(
 
 
 def test_memory_snapshot_of_the_dry_step(tmp_path: Path, snapshots: list[Any]) -> None:
-    """Where memory that does not suffice runs out by default."""
+    """In which memory runs out by default if there is not enough."""
     wanted = Profiling(enable_memory_snapshot=True)
     with pytest.raises(torch.OutOfMemoryError), memory_history(wanted, tmp_path, 0, lambda: "dry-step"):
         raise torch.OutOfMemoryError

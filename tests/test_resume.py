@@ -1,4 +1,4 @@
-"""A run that was interrupted is the run that was not: bit for bit on the same layout, to rounding on another."""
+"""An interrupted run equals an uninterrupted one: bit for bit in the same layout, up to rounding in another."""
 
 import json
 import math
@@ -86,7 +86,7 @@ def test_one_process_goes_on_bit_for_bit(
 
 
 def test_the_random_state_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing in the model draws numbers; a draw after a resume would be the one that it would have been."""
+    """Nothing in the model draws random numbers, but a draw after a resume would give the right one."""
     drawn: dict[str, dict[int, float]] = {"whole": {}, "parts": {}}
     true_step = loop.Run.step
 
@@ -104,7 +104,7 @@ def test_the_random_state_goes_on(data: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def ledger(path: Path, processes: int, tokenizer: Any) -> dict[int, str]:
-    """Step -> the text of its global batch, in order; the last time a step was run counts."""
+    """Step -> the text of its global batch, in order, from the last time that the step was run."""
     steps: dict[int, dict[int, list[list[list[int]]]]] = {}
     for rank in range(processes):
         for line in Path(f"{path}-{rank}").read_text().splitlines():
@@ -129,7 +129,7 @@ def torchrun(
 
 
 def test_two_processes_restarted_twice_lose_and_repeat_nothing(data: Path, tmp_path: Path) -> None:
-    """torchrun starts the group again after a kill, twice; a ledger of all tokens and the result are compared with an
+    """torchrun restarts the group after a kill, twice; a ledger of all tokens, and the result, are compared with an
     uninterrupted run's."""
     more: dict[str, Any] = {"training__steps": STEPS, "checkpoint__interval": 3} | runs.MEASURED
     status, output = torchrun(
@@ -160,7 +160,7 @@ def validations(folder: Path) -> list[tuple[int, float]]:
 
 
 def test_a_measurement_that_a_stop_left_out_is_made_at_the_next_start(data: Path, tmp_path: Path) -> None:
-    """That of the last step too, where the process was killed after its save."""
+    """Including that of the last step, if the process was killed after its save."""
     more: dict[str, Any] = {"training__steps": 6} | runs.MEASURED | {"metrics__sample_prompt": ""}
     status, output = torchrun(2, data, tmp_path / "whole", [], **more)
     assert status == 0, output
@@ -192,7 +192,7 @@ def test_other_text_to_measure_on_is_told(data: Path, tmp_path: Path, capsys: py
 
 
 def test_tokens_per_second_are_of_each_device_whatever_ranks_share(data: Path, tmp_path: Path) -> None:
-    """Two ranks of tensor parallelism read the same tokens: each counts half. By the run's own clock."""
+    """Two tensor-parallel ranks read the same tokens, so each counts half. By the run's own clock."""
     folder = tmp_path / "run"
     more = {"parallelism__tensor_parallel_degree": 2, "checkpoint__enable": False, "training__steps": 30}
     output = runs.finish(start(2, data, folder, [], **more))
@@ -302,7 +302,7 @@ def test_other_data_is_refused_or_begun_again(data: Path, tmp_path: Path, capsys
 
 
 def test_data_that_was_moved_is_gone_on_with(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under another spelling, and in another place; where other shards lie there, their content is refused."""
+    """Under another spelling, and in another place; other shards there are refused by their content."""
     text = runs.write_documents(tmp_path / "text.jsonl", count=300)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(data, tmp_path / "shards")
@@ -378,7 +378,7 @@ def test_another_seed_is_accepted_when_told(data: Path, tmp_path: Path) -> None:
 
 
 def test_an_epoch_may_end_at_a_save(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last step of an epoch is saved; what follows is the next epoch's first, as without the interruption."""
+    """The last step of an epoch is saved; then the next epoch's first step follows, as without the interruption."""
     text = runs.write_documents(tmp_path / "few.jsonl", count=48)
     more: dict[str, Any] = {"model__tokenizer_path": str(data), "checkpoint__interval": 1, "training__steps": 24}
     seen: dict[str, dict[int, Any]] = {"whole": {}, "parts": {}}

@@ -1,4 +1,4 @@
-"""Kernels of a profile are counted as what they are: by the names that Inductor, torch and our own kernels have."""
+"""Kernels in a profile are classified correctly by the names that Inductor, torch and our own kernels have."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, special tokens, and each kind against another implementation of the same rules."""
+"""Tokenizers: round trips, special tokens, and each kind compared with another implementation of the same rules."""
 
 import base64
 import hashlib
@@ -82,7 +82,7 @@ def byte_level_bpe(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def bytes_and_characters() -> tuple[list[int], list[str]]:
-    """Byte-level BPE's writing of bytes: printable Latin-1 as itself, the rest from U+0100 on."""
+    """How byte-level BPE writes bytes: printable Latin-1 as itself, the rest from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return printable + others, [chr(b) for b in printable] + [chr(256 + n) for n in range(len(others))]
@@ -225,7 +225,7 @@ def test_an_end_that_is_no_special_token_in_the_file_is_text_in_a_text(folder: P
 
 
 def test_an_end_that_a_text_cannot_be_kept_from_is_refused(tmp_path: Path) -> None:
-    """It is also what the model makes of words that it does not know."""
+    """It is also the model's token for unknown words."""
     hugging_face_model("wordlevel").save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<unk>"}))
     with pytest.raises(DataError, match="a text can end or begin a document: '<s>' in it is read as one"):
@@ -330,7 +330,7 @@ def test_hugging_face_ends_are_read_from_the_config_beside_it(folder: Path, tmp_
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.hf"])
 def test_a_copy_is_the_same_tokenizer(name: str, folder: Path, tmp_path: Path) -> None:
-    """Whatever its file is called: what it is, is read off the content."""
+    """Whatever its file is called, because the kind is recognised by the content."""
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "hf" / "tokenizer.json"))
     tokenizer.add_special_tokens(["<stop>"])
     tokenizer.save(str(tmp_path / name))
@@ -355,7 +355,7 @@ def test_a_copy_is_the_same_tokenizer(name: str, folder: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["sentencepiece.model", "tiktoken.model", "hf/tokenizer.json"])
 def test_a_copy_is_of_what_was_loaded(name: str, folder: Path, tmp_path: Path) -> None:
-    """The original may be moved or replaced while a run goes on."""
+    """The original may be moved or replaced during a run."""
     original, beside = tmp_path / "original", tmp_path / "tokenizer_config.json"
     shutil.copyfile(folder / name, original)
     beside.write_text("{}")
@@ -392,7 +392,7 @@ def test_saved_truncation_padding_and_template_lose_and_add_nothing(folder: Path
 
 
 def test_a_model_with_dummy_prefix_keeps_the_usual_manners(tmp_path: Path) -> None:
-    """As Llama 2's own: a space before the text, which decoding takes away again."""
+    """Like Llama 2's own: a space before the text, which decoding removes again."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter("\n".join(TEXTS).split("\n")),
@@ -422,7 +422,7 @@ def test_training_is_deterministic_and_quiet(tmp_path: Path, capfd: pytest.Captu
 
 
 def test_training_draws_a_sample(tmp_path: Path) -> None:
-    """With far more text than is learned from, another seed draws other documents."""
+    """With far more text than is used, another seed draws other documents."""
     shuffled = random.Random(0)
     texts = [" ".join(shuffled.sample(TEXTS[0].split(), 2000)) + f" unique{n}" * 20 for n in range(300)]
     for seed in (0, 1):

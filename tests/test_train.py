@@ -30,7 +30,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 small documents in files of their own."""
+    """120 small documents, each in its own file."""
     folder = tmp_path_factory.mktemp("text")
     words = random.Random(0).choices(["alpha", "beta", "gamma", "delta", "def", "return", "of", "the"], k=8000)
     for i in range(120):
@@ -82,7 +82,7 @@ def test_a_run_leaves_everything_in_its_directory(text: Path, tmp_path: Path, mo
 
 
 def test_a_run_needs_no_triton(text: Path, tmp_path: Path) -> None:
-    """There is none for macOS. All is plain PyTorch then; a kernel that is asked for is refused."""
+    """macOS has none. Then everything is plain PyTorch, and a kernel that is asked for is refused."""
     command = "import sys; sys.modules['triton'] = None; from titan_fast.train import main; main()"  # no such module
 
     def started(folder: str, *more: str) -> subprocess.CompletedProcess[str]:
@@ -101,7 +101,7 @@ def test_a_run_needs_no_triton(text: Path, tmp_path: Path) -> None:
 def test_a_step_is_that_of_the_config(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_decay: bool
 ) -> None:
-    """AdamW's first step by its formula, from the moments that it leaves: m = (1 - beta1) g, v = (1 - beta2) g^2."""
+    """AdamW's first step by its formula, from the moments after it: m = (1 - beta1) g, v = (1 - beta2) g^2."""
     lr, beta1, beta2, eps, decay, max_norm = 2e-3, 0.6, 0.7, 1e-4, 0.2, 0.01
     options = [
         f"--optimizer.lr={2 * lr}", "--lr_scheduler.warmup_steps=2", "--lr_scheduler.total_steps=9",
@@ -154,7 +154,7 @@ def test_a_finished_run_started_again_changes_nothing(
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss of step 4 is made NaN; the weights must stay those of step 3."""
+    """The loss of step 4 is made NaN; the weights must remain those of step 3."""
     kept: dict[int, dict[str, torch.Tensor]] = {}
     true_forward_backward = loop.forward_backward
     calls = 0

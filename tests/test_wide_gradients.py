@@ -77,8 +77,8 @@ def a_step(model: Llama, options: dict[str, Any], world: World) -> None:
 
 
 def reduced(world: World, options: dict[str, Any]) -> list[tuple[bool, bool, bool]]:
-    """Of every weight that is reduced, the embedding's aside: (it is a matrix, it is reduced from memory of its own,
-    its gradient is more than bfloat16 can hold)."""
+    """For every weight that is reduced except the embedding: (it is a matrix, it is reduced from its own memory, its
+    gradient has more than bfloat16 can hold)."""
     model, found = build(config_of(options, world.size), LLAMA3, world), []
     reduce = direct_fsdp.DirectReduceScatter.reduce_each
 
@@ -98,13 +98,13 @@ def reduced(world: World, options: dict[str, Any]) -> list[tuple[bool, bool, boo
 
 
 def units_with_matrices(model: Llama) -> list[Any]:
-    """FSDP2's records of them."""
+    """FSDP2's records of the units with matrices."""
     return [module._get_fsdp_state()._fsdp_param_group for module in (*model.blocks, model.head)]  # type: ignore[operator]
 
 
 def switched(world: World) -> list[bool]:
-    """Of a model that was built narrow, switched to wide, and back: whether all gradients are those of one that was
-    built so, and whether FSDP2 is changed just where it is wide."""
+    """For a model that is built narrow, switched to wide, and back: whether all gradients are those of one that was
+    built that way, and whether FSDP2 is changed exactly when it is wide."""
     narrow, wide = (build(config_of(options, world.size), LLAMA3, world) for options in (NARROW, WIDE))
     one, equal = build(config_of(NARROW, world.size), LLAMA3, world), []
     for options, other in ((WIDE, wide), (NARROW, narrow)):
@@ -140,7 +140,7 @@ def test_matrices_are_reduced_from_where_they_were_made(found: dict[str, list[An
 
 @pytest.mark.parametrize("names", [("exact", "narrow", "wide, plain"), ("exact, HSDP", "narrow, HSDP", "wide, HSDP")])
 def test_a_run_trains_as_in_float32(found: dict[str, list[Any]], names: tuple[str, str, str]) -> None:
-    """Both bfloat16 runs are off by what their activations are rounded."""
+    """Both bfloat16 runs differ by the rounding of their activations."""
     exact, narrow, wide = (results(found, name)[0] for name in names)
     for one in (narrow, wide):
         assert one.losses == pytest.approx(exact.losses, abs=3e-3)
@@ -226,7 +226,7 @@ def test_it_is_done_unasked_where_it_can_be() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu(compiled: bool) -> None:
-    """Real sizes, and a product that the compiler calls."""
+    """With real sizes, and a product that the compiler calls."""
     device = torch.device("cuda", 0)
     linear = Linear(1024, 1536, REFERENCE).to(device, torch.bfloat16)
     wide_gradients.widen(linear, torch.float32, device)

@@ -1,4 +1,4 @@
-"""Matrix products whose float32 sums are kept, against float64."""
+"""Matrix products whose float32 sums are kept, compared with float64."""
 
 import pytest
 import torch

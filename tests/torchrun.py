@@ -1,6 +1,6 @@
-"""torchrun whose processes begin with everything imported, which saves the seconds that each spends on it.
+"""A torchrun whose processes start with everything imported, which saves each of them seconds.
 
-The agent is torch's own, as are its signals, restarts and reports; it only starts a rank by copying itself.
+The agent is torch's own, as are its signals, restarts and reports; but it starts a rank by forking itself.
 """
 
 import atexit
@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 
 
 class Torchrun:
-    """What is needed of a `subprocess.Popen` of torchrun, in a process group of its own."""
+    """The parts of a `subprocess.Popen` that are needed, for a torchrun in its own process group."""
 
     def __init__(self, words: list[str], environment: dict[str, str]) -> None:
         file, name = tempfile.mkstemp()
@@ -42,7 +42,7 @@ class Torchrun:
         return self._process.exitcode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """Waits for its end; (output, None). subprocess.TimeoutExpired where it does not come."""
+        """Waits for its end; (output, None). Raises subprocess.TimeoutExpired after the timeout."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired("torchrun", timeout or 0.0)
@@ -71,7 +71,7 @@ def _agent(words: list[str], environment: dict[str, str], output: Path) -> None:
 
 
 class _Rank:
-    """What the agent needs of a `subprocess.Popen` of `python -u script words`."""
+    """The parts of a `subprocess.Popen` that the agent needs, for `python -u script words`."""
 
     def __init__(self, command: tuple[str, ...], environment: dict[str, str]) -> None:
         sys.stdout.flush()
@@ -98,7 +98,7 @@ class _Rank:
 
 
 def _be(command: tuple[str, ...], environment: dict[str, str]) -> NoReturn:
-    """Turns this copy of the agent into a process of its own, which ends as the interpreter would."""
+    """Turns this fork of the agent into a rank's process, which ends as the interpreter would."""
     status = 1
     try:
         os.setsid()

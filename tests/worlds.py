@@ -1,4 +1,4 @@
-"""Several processes on this machine that run functions together and hand back what each returned."""
+"""Several processes on this machine that run functions together and return each one's results."""
 
 import os
 import socket
@@ -29,7 +29,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Failed:
-    """What a task leaves on a rank where it raised."""
+    """The result of a task on a rank where it raised."""
 
     report: str
 

@@ -1,6 +1,6 @@
-"""Where there is a GPU, the tests that take `device` are GPU tests: `-m gpu` runs the same numerics on CUDA.
+"""On a machine with a GPU, tests that take `device` are GPU tests: `-m gpu` runs the same numerics on CUDA.
 
-Without one they run on the CPU through Triton's interpreter, which tests/conftest.py switches on, and carry no mark.
+Without one they run on the CPU in Triton's interpreter, which tests/conftest.py enables, and are not marked.
 """
 
 import os
@@ -33,9 +33,9 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def unwritten_elements_are_nan() -> Iterator[None]:
-    """Of tensors from `torch.empty`: what a kernel leaves out could else be right by chance, if a right result lay in
-    the same memory before. Not without PyTorch's cache, as compute-sanitizer is run, whose initcheck sees for itself
-    what is read unwritten."""
+    """Fills tensors from `torch.empty`: elements that a kernel does not write could otherwise be right by chance, if a
+    correct result was in the same memory before. Not without PyTorch's cache, which is for compute-sanitizer, whose
+    initcheck notices unwritten elements by itself."""
     before = torch.get_deterministic_debug_mode()
     if "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ:
         torch.set_deterministic_debug_mode("warn")
@@ -45,7 +45,7 @@ def unwritten_elements_are_nan() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def multiply_adds_round_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: the interpreter rounds the product too."""
+    """As on a GPU; the interpreter would round the product too."""
     if find_spec("triton") is None:
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

@@ -1,4 +1,4 @@
-"""Every operator with small inputs, for the tests that ask the same of all."""
+"""Every operator with small inputs, for the tests that are the same for all."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What each process of test_sharding runs: every operator on DTensors against the same on the whole tensors.
+"""Run by each process of test_sharding: every operator on DTensors, compared with the same on whole tensors.
 
 TRITON_INTERPRET=1 python tests/kernels/sharded.py <rank> <world size> <file that does not exist>
 """
@@ -24,8 +24,8 @@ def check(
     outputs: list[Placement],
     gradients: list[Placement],
 ) -> None:
-    """`function` of the inputs, placed as said: its outputs and their gradients are placed as said, no rank talks to
-    another, and gathered they equal what the whole inputs give."""
+    """`function` of inputs with the given placements: its outputs and their gradients have the given placements,
+    nothing is communicated, and gathered they equal the results for the whole inputs."""
     whole = [x.clone().requires_grad_() for x, _ in inputs]
     expected = function(*whole)
     expected = expected if isinstance(expected, tuple) else (expected,)

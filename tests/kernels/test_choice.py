@@ -1,4 +1,4 @@
-"""`choose` against a made-up table."""
+"""`choose` with a made-up table."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def test_auto_tells_compiled_from_eager() -> None:
 
 
 def test_what_was_won_clearly_speaks_for_more_shapes() -> None:
-    """4 times in eager mode, and so for 16 times the rows; a fifth of the time compiled, for twice."""
+    """4 times as fast, as in eager mode, applies to 16 times the rows; 1.8 times, as compiled, to twice."""
     assert norm(width=4096, rows=16 * 8192, compiled=False).implementation == "triton"
     assert norm(width=4096, rows=512, compiled=False).implementation == "triton"
     assert "near this shape" in norm(width=4096, rows=32 * 8192, compiled=False).reason
@@ -58,7 +58,7 @@ def test_a_measurement_speaks_for_its_own_dtype() -> None:
 
 
 def test_a_measurement_speaks_for_its_own_variant() -> None:
-    """The nearest shape is of a variant that is not at hand; what is left is too far."""
+    """The nearest shape is of a variant that does not apply; the others are too far away."""
     assert norm(width=16384, variants=("residual carried", "vocabulary whole")).implementation == "reference"
     uncarried = norm(width=16384, variants=("residual not carried", "vocabulary whole"))
     assert uncarried.implementation == "triton"
@@ -135,7 +135,7 @@ def test_committed_tables_are_of_the_architecture_they_are_named_for() -> None:
 
 
 def test_a_devices_own_measurements_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the architecture's where its own say nothing."""
+    """And the architecture's if its own have none for the shape."""
     own = replace(TABLE, device="Another GPU", cells=(replace(CELLS[1], reference_us=50.0),))
     tables = {"sm_99.json": TABLE, "sm_99-another-gpu.json": own}
     monkeypatch.setattr(choice, "load_table", lambda *names: tables.get(choice.table_name(*names)))
@@ -151,7 +151,7 @@ def test_a_devices_own_measurements_come_first(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_measurements_are_part_of_the_wheel() -> None:
-    """The build back end's own listing of the wheel contains the folder that `load_table` reads."""
+    """The build back end's listing of the wheel contains the folder that `load_table` reads."""
     pytest.importorskip("hatchling", reason="the build back end is not installed")
     code = (
         "from hatchling.builders.wheel import WheelBuilder\n"

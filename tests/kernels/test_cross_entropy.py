@@ -1,4 +1,4 @@
-"""Cross entropy, its gradient in place and its vocabulary-parallel form, against the reference in float64."""
+"""Cross entropy, its gradient in place and its vocabulary-parallel form, compared with the reference in float64."""
 
 import math
 
@@ -35,7 +35,7 @@ SIZES = [
 
 
 def some_labels(rows: int, vocab: int, device: torch.device) -> Tensor:
-    """Random labels, the first and the last column among them, every fifth row ignored."""
+    """Random labels, including the first and the last column; every fifth row is ignored."""
     labels = torch.randint(vocab, (rows,), device=device)
     labels[:1] = vocab - 1
     labels[1:2] = 0
@@ -44,7 +44,7 @@ def some_labels(rows: int, vocab: int, device: torch.device) -> Tensor:
 
 
 def loss_terms(logits: Tensor) -> Tensor:
-    """logsumexp and the label's logit cancel where the model is sure."""
+    """logsumexp and the label's logit, which cancel if the model is sure."""
     return logits.double().abs().amax(-1)
 
 
@@ -65,7 +65,7 @@ def test_cross_entropy(rows: int, vocab: int, dtype: torch.dtype, z_loss: float,
 
 
 def check_in_place(logits: torch.Tensor, labels: torch.Tensor, z_loss: float) -> torch.Tensor:
-    """The gradient that the logits became."""
+    """Checks the gradient that has replaced the logits."""
     scale = torch.tensor(0.37, device=logits.device)
     ours, yardstick, truth = logits.clone(), logits.clone(), logits.double()
     loss = cross_entropy_with_grad_(ours, labels, scale, IGNORED, z_loss)
@@ -140,7 +140,7 @@ def test_impossible_label_gives_nan(label: int, device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("magnitude", [1e30, 1e10, 2e9, 3e8, 1e4, 1e-6])
 def test_huge_and_tiny(magnitude: float, dtype: torch.dtype, device: torch.device) -> None:
-    """Of 3e8, some rows have their largest below and some above what powers of two are relative to in float32."""
+    """At 3e8 some rows' maximum times log2(e) is below 2^30, and some above, where the exponents' base changes."""
     logits, labels = magnitude * torch.randn(40, 130, device=device).to(dtype), some_labels(40, 130, device)
     check(logits, labels, torch.randn(40, device=device), 0.0)
     check_in_place(logits, labels, 0.0)
@@ -148,7 +148,7 @@ def test_huge_and_tiny(magnitude: float, dtype: torch.dtype, device: torch.devic
 
 
 def test_a_row_of_the_least_number(device: torch.device) -> None:
-    """Its columns are equally likely, as of any other number."""
+    """All columns are equally likely, as with any other number."""
     least = torch.full((2, 10), torch.finfo(torch.float32).min, device=device)
     labels = torch.tensor([0, 9], device=device)
     loss = cross_entropy(least, labels)
@@ -264,7 +264,7 @@ def test_bad_input_in_place(
 
 
 def test_one_row_overlaps_with_none(device: torch.device) -> None:
-    """What a chunk of one token is, whatever its stride."""
+    """A chunk of one token, whatever its stride."""
     logits, labels = torch.randn(1, 4, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     expected = logits.clone()
     loss = cross_entropy_with_grad_(logits.as_strided((1, 4), (0, 1)), labels, torch.ones((), device=device))

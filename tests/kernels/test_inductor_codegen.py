@@ -1,6 +1,6 @@
-"""The code that Inductor generates for a Llama block on a Hopper GPU moves no more than it did when it was recorded.
+"""Inductor's code for a Llama block on a Hopper GPU moves no more than when it was recorded.
 
-Catches a fusion that is lost by an edit of the model, of an operator or by another torch. No GPU is needed.
+Catches a fusion that is lost by a change of the model, of an operator or of torch. Needs no GPU.
 """
 
 import json
@@ -42,7 +42,7 @@ def by_name(content: dict[str, Any]) -> Blocks:
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Blocks:
-    """In a process of its own, which pretends to have a GPU and cannot be turned back."""
+    """In a separate process, which pretends to have a GPU and cannot undo that."""
     output = tmp_path_factory.mktemp("inductor") / "bytes.json"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
@@ -72,7 +72,7 @@ def test_nothing_grew(generated: Blocks, model: str) -> None:
 
 @pytest.mark.timeout(600)
 def test_what_is_counted_is_what_must_move(generated: Blocks) -> None:
-    """Against arithmetic on Llama 3 8B's sizes: gate, up and their product forward; five such tensors backward."""
+    """By hand, for Llama 3 8B's sizes: gate, up and their product forward; five such tensors backward."""
     one = 8192 * 14336 * 2 / 1e6
     reference = generated["llama3_8b", "reference, carried"]
     assert max(size for _, size in reference["forward"]["parts"]) == pytest.approx(3 * one, rel=1e-3)
@@ -86,8 +86,8 @@ def test_what_is_counted_is_what_must_move(generated: Blocks) -> None:
 
 @pytest.mark.timeout(600)
 def test_where_ours_move_less(generated: Blocks) -> None:
-    """The claims that README and notes make: fewer kernels always, fewer bytes where Inductor splits the norm's
-    backward; and carrying the residual helps the reference too."""
+    """The claims in README and notes: always fewer kernels, and fewer bytes where Inductor splits the norm's backward;
+    carrying the residual helps the reference too."""
     for model in ("llama3_8b", "llama3_70b"):
         plain, carried = generated[model, "reference"], generated[model, "reference, carried"]
         ours = generated[model, "all, carried"]

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the launches: the sound ones pass, unsound ones are reported. No GPU is needed."""
+"""Ahead-of-time compilation of launches: sound ones pass, unsound ones are reported. Needs no GPU."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SOUND = Cost(
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """In a process where Triton compiles: under its interpreter there is nothing to inspect."""
+    """In a process where Triton compiles; with its interpreter there is nothing to inspect."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT / "kernels")
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
@@ -40,7 +40,7 @@ def test_launches_of_llama3_8b_on_hopper_are_sound() -> None:
     names = {finding["launch"] for finding in findings}
     assert {finding["types"] for finding in findings} >= {"bf16", "fp16", "fp32", "bf16, weight fp32"}
     assert {"Z_LOSS" in finding["sizes"] for finding in findings} == {True, False}
-    # Rows of the whole vocabulary, read twice by 132 programs at a time.
+    # Rows of the whole vocabulary, which 132 programs at a time read twice.
     assert {
         f["cost"]["bytes_read_twice"] for f in findings if "VOCAB=128256" in f["sizes"] and "with_grad" in f["launch"]
     } == {256512, 513024}
@@ -54,7 +54,7 @@ def test_launches_of_llama3_8b_on_hopper_are_sound() -> None:
 
 
 def test_vocabularies_that_are_no_multiple_of_16_do_not_spill() -> None:
-    """As Llama 2's with a token for padding: their rows are loaded in narrow pieces, whose addresses take registers."""
+    """Such as Llama 2's plus a padding token: rows are loaded in narrow pieces, whose addresses need registers."""
     code = """
 import torch
 from titan_kernels.ahead_of_time import compile_launch

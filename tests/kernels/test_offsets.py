@@ -1,8 +1,8 @@
 """Offsets beyond 2^31 elements, read and written, forward and backward.
 
-On the CPU only a few pages of such tensors are ever touched: inputs have rows 2^30 elements apart, or one row that
-stands for all; of a result only the last rows are computed. A 32-bit offset would read or write outside the allocation
-and kill the process, so each check runs in a process of its own. A GPU computes whole tensors of more than 2^31.
+On the CPU only a few pages of such tensors are touched: inputs have rows 2^30 elements apart, or one row used for all,
+and only the last rows of results are computed. A 32-bit offset would read or write outside the allocation and kill the
+process, so each check runs in its own. A GPU computes whole tensors of more than 2^31 elements.
 """
 
 import importlib
@@ -28,7 +28,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def unwritten_elements_are_nan() -> None:
-    """Not here: to fill such tensors would touch every page of them."""
+    """Not here, because filling such tensors would touch all of their pages."""
 
 
 def far_apart(values: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def in_a_process(check: Callable[..., None], *arguments: Any) -> None:
 
 
 def alone(check: Callable[..., None], *arguments: Any) -> None:
-    torch.set_num_threads(1)  # OpenMP's threads did not come along in the fork, and it would wait for them
+    torch.set_num_threads(1)  # OpenMP would wait for its threads, which a fork does not have
     check(*arguments)
 
 
@@ -90,7 +90,7 @@ def check_strides(operator: str, device: torch.device) -> None:
 @pytest.mark.large
 @pytest.mark.parametrize("operator", ["rms_norm", "add_rms_norm", "swiglu", "rope", "cross_entropy"])
 def test_strides_beyond_32_bits(operator: str, device: torch.device) -> None:
-    if device.type == "cuda":  # a CUDA context does not survive a fork, and the GPU reports a bad address by itself
+    if device.type == "cuda":  # a CUDA context does not survive a fork, and a GPU reports bad addresses itself
         check_strides(operator, device)
     else:
         in_a_process(check_strides, operator, device)
@@ -100,8 +100,8 @@ LAST = 2  # rows at the end of a result that are computed, and looked at
 
 
 def run_the_last_programs_only() -> None:
-    """Of long grids the interpreter runs only the end (of long loops too: the sum of dW, not looked at here). Its
-    loop over the programs is its module's `range`."""
+    """The interpreter runs only the end of long grids, and of long loops (the sum of dw, not checked here). Its loop
+    over programs uses its module's `range`."""
 
     def ends(*bounds: int) -> range:
         whole = range(*bounds)
@@ -112,7 +112,7 @@ def run_the_last_programs_only() -> None:
 
 
 def whole_and_last(shape: tuple[int, int], contiguous: bool) -> tuple[Tensor, Tensor]:
-    """[rows, width] of which only the last rows are in memory, or one that stands for all; and those by themselves."""
+    """[rows, width] with only the last rows in memory, or one used for all; and these rows by themselves."""
     row = torch.randn(1, shape[1], dtype=BF16)
     last = row.expand(2 * LAST, -1).contiguous()
     if not contiguous:
@@ -123,7 +123,7 @@ def whole_and_last(shape: tuple[int, int], contiguous: bool) -> tuple[Tensor, Te
 
 
 def check_results(operator: str) -> None:
-    """What the kernel writes at the end of results of more than 2^31 elements against the same rows by themselves."""
+    """The end of results of more than 2^31 elements equals the results for the same rows by themselves."""
     torch.manual_seed(0)
     run_the_last_programs_only()
     if operator == "swiglu":
@@ -135,7 +135,7 @@ def check_results(operator: str) -> None:
     elif operator == "cross_entropy":
         check_cross_entropy()
     else:
-        # Each program of the backward pass is to have its four rows, however many there are.
+        # Each program of the backward pass shall have its four rows, however many there are.
         module: Any = sys.modules["titan_kernels.rms_norm"]
         module._multiprocessors = lambda device: 2**31
         width = {"rms_norm": 8192, "add_rms_norm": 16384}[operator]  # rows that fit a program, rows that do not
@@ -200,8 +200,8 @@ def test_results_beyond_32_bits(operator: str) -> None:
     in_a_process(check_results, operator)
 
 
-# On a GPU: whole tensors of a few rows more than 2^31 elements, whose last rows differ from the others, against those
-# rows by themselves. At most seven of 4.3 GB are held at a time.
+# On a GPU: whole tensors of a few rows more than 2^31 elements, whose last rows differ from the others, compared with
+# these rows by themselves. At most seven of 4.3 GB exist at a time.
 
 
 @pytest.fixture

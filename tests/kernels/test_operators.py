@@ -1,4 +1,4 @@
-"""The operators towards the rest of torch: opcheck, gradcheck, the compiler, checkpoint policies, FLOPs, launches."""
+"""The operators within torch: opcheck, gradcheck, the compiler, checkpoint policies, FLOPs, launches."""
 
 import os
 import subprocess
@@ -55,7 +55,7 @@ def total(outputs: Any) -> Tensor:
 
 
 def raw_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
-    """Arguments of every registered operator, those that differentiate with leaves that want a gradient."""
+    """Arguments of every registered operator; differentiable ones have leaves that require gradients."""
     x, s, gate = (torch.randn(3, 2, 32, device=device) for _ in range(3))
     weight, scale = torch.randn(32, device=device), torch.rand(3, 2, device=device)
     grad = [t.clone().requires_grad_() for t in (x, s, weight)]
@@ -93,7 +93,7 @@ def test_opcheck(name: str, device: torch.device) -> None:
 
 
 @each_operator
-# The kernels take no float64, which gradcheck would rather have; steps and tolerances are those of float32.
+# The kernels do not support float64, which gradcheck prefers, so steps and tolerances are for float32.
 @pytest.mark.filterwarnings("ignore:Input #")
 def test_gradcheck(operator: Operator, device: torch.device) -> None:
     inputs = [x.detach().requires_grad_() for x in leaves(operator, 1, device)]
@@ -110,7 +110,7 @@ def test_no_second_derivative(operator: Operator, device: torch.device) -> None:
 
 @each_operator
 def test_forward_mode_is_refused(operator: Operator, device: torch.device) -> None:
-    """By name, or, where a product is part of it, by torch."""
+    """By us, or if a matrix product is part of it, by torch."""
     inputs = tuple(x.detach() for x in leaves(operator, 2, device))
     tangents = tuple(torch.ones_like(x) for x in inputs)
     for ours in (operator.ours, lambda *x: torch.func.vmap(operator.ours)(*(one[None] for one in x))):
@@ -137,7 +137,7 @@ def test_forward_mode_of_what_takes_no_part_in_autograd_is_refused(device: torch
 
 
 class Watched(Tensor):
-    """A tensor with another inside, whose operators' names go into `seen`."""
+    """A tensor that wraps another, and adds the names of its operators to `seen`."""
 
     seen: ClassVar[list[str]] = []
     inner: Tensor
@@ -160,7 +160,7 @@ class Watched(Tensor):
 
 @each_operator
 def test_a_subclass_of_tensor_sees_the_operators(operator: Operator, device: torch.device) -> None:
-    """As DTensor must, forward and backward: what is inside is not reached around it."""
+    """As DTensor must, forward and backward: the wrapped tensor is not used directly."""
     plain = leaves(operator, 3, device)
     watched = [Watched(x.detach()).requires_grad_() for x in plain]
     expected = torch.autograd.grad(total(operator.ours(*plain)), plain)
@@ -216,7 +216,7 @@ def test_new_row_counts_do_not_recompile(operator: Operator, device: torch.devic
 
 
 class Recorder:
-    """Stands in for `Launch._run`: runs, and writes down what ran."""
+    """Replaces `Launch._run`: runs, and records what ran."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[Launch, tuple[Any, ...]]] = []
@@ -274,7 +274,7 @@ def test_what_runs_is_what_launches_lists(
 
 
 class Binary(CompiledKernel):
-    """Stands in for compiled code: notes what it is launched with, by Triton's way (`binary[grid]`) and past it."""
+    """Replaces compiled code: records what it is launched with, by Triton (`binary[grid]`) and directly."""
 
     function, packed_metadata, module = "function", "metadata", None
 
@@ -288,7 +288,7 @@ class Binary(CompiledKernel):
 
 
 class Kernel:
-    """Stands in for one of Triton's, each launch of which makes code."""
+    """Replaces a Triton kernel; each launch makes code."""
 
     def __init__(self) -> None:
         self.binaries: list[Binary] = []
@@ -303,13 +303,13 @@ class Kernel:
 
 @pytest.fixture
 def stream(monkeypatch: pytest.MonkeyPatch) -> int:
-    """What a driver would say is the current one."""
+    """The driver's current stream."""
     monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_stream=lambda device: 77))
     return 77
 
 
 def test_a_binary_is_launched_again_for_what_it_was_made_for_alone(stream: int) -> None:
-    """Triton makes other code for addresses and integers that 16 divides, for 1, and for integers of 64 bits."""
+    """Triton makes different code for addresses and integers divisible by 16, for 1, and for 64-bit integers."""
     kernel = Kernel()
     launch = Launch("copy", cast(Any, kernel), {"X": "*fp32", "n": "i32"}, {"BLOCK": 8}, num_warps=1)
     aligned = torch.zeros(64)
@@ -353,7 +353,7 @@ def test_binaries_for_ever_new_sizes_do_not_gather(stream: int, monkeypatch: pyt
 
 
 def test_on_rocm_triton_chooses_at_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It makes other code for a tensor of more than 2 GiB there."""
+    """There it makes different code for tensors of more than 2 GiB."""
     monkeypatch.setattr(torch.version, "hip", "7.0")
     kernel = Kernel()
     launch = Launch("copy", cast(Any, kernel), {"X": "*fp32"}, {}, num_warps=1)

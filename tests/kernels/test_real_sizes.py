@@ -1,4 +1,4 @@
-"""On a GPU: the error rule at the sizes of the Llama models, and what only a GPU can show."""
+"""On a GPU: the error rule at the sizes of Llama models, and what can only be tested there."""
 
 from collections.abc import Callable
 
@@ -40,12 +40,12 @@ def randn(*shape: int) -> Tensor:
 
 
 def coarse(*shape: int) -> Tensor:
-    """Numbers whose sums in pairs bfloat16 holds exactly, so that nothing but the kernel's own arithmetic is judged."""
+    """Numbers whose pairwise sums are exact in bfloat16, so that only the kernel's own arithmetic is judged."""
     return (torch.randint(-64, 65, shape, device=DEVICE) / 32).to(BF16)
 
 
 def dx_terms(s: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
-    """What cancels in the gradient of a norm of s: r * w * dy."""
+    """The terms that cancel in the gradient of a norm of s: r * w * dy."""
     r = torch.rsqrt(s.double().square().mean(-1, keepdim=True) + EPS)
     return (r * weight.double() * dy.double()).abs()
 
@@ -122,7 +122,7 @@ def test_cross_entropy(model: str) -> None:
 @large
 @each_model
 def test_units_equal_their_parts(model: str) -> None:
-    """What the backward kernels write again is, bit for bit, what the forward kernels wrote."""
+    """What the backward kernels write again equals, bit for bit, what the forward kernels wrote."""
     shape, wide = LLAMA[model], 512
     x, residual, dresidual = (randn(TOKENS, shape.width) for _ in range(3))
     weight, matrix, dout = randn(shape.width), randn(wide, shape.width) / 64, randn(TOKENS, wide)
@@ -146,7 +146,7 @@ def test_units_equal_their_parts(model: str) -> None:
 @large
 @each_model
 def test_deterministic(model: str) -> None:
-    """Ten times the same bits, on a device busy enough for programs to finish in another order each time."""
+    """The same bits ten times, on a device busy enough for programs to finish in a different order each time."""
     width = LLAMA[model].width
     tensors, weight = [randn(TOKENS, width) for _ in range(4)], randn(width)
     first = evaluate(add_rms_norm, (*tensors[:2], weight, EPS), tensors[2:])

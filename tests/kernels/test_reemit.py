@@ -1,4 +1,4 @@
-"""norm_linear and swiglu_linear: the same numbers as their parts, and nothing saved that can be written again."""
+"""norm_linear and swiglu_linear: the same results as their parts, and nothing saved that can be written again."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def through_products(dtype: torch.dtype, count: int) -> dict[str, Result]:
-    """Each result is a matrix product, or computed from one that was rounded to `dtype`: sums of signed terms, each of
-    about the size 1."""
+    """Each result is a matrix product, or computed from one that was rounded to `dtype`: sums of signed terms of about
+    size 1."""
     result = Result(torch.tensor(1.0), through=dtype)
     return {f"{kind}{i}": result for kind in ("out", "grad") for i in range(count)}
 
 
 def matrices_for(width: int, outs: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Whose products with rows of numbers of size 1 are of size 1."""
+    """Matrices whose products with rows of numbers of size 1 have size 1."""
     return [torch.randn(out, width, dtype=dtype, device=device) / width**0.5 for out in outs]
 
 
@@ -126,7 +126,7 @@ def test_expanded_gradients(device: torch.device) -> None:
 
 
 def test_equal_bits_as_the_parts(device: torch.device) -> None:
-    """The kernels write again what they wrote: with one matrix nothing differs from the operators one by one."""
+    """With one matrix all results equal those of the separate operators, because kernels write the same again."""
     x, residual, dresidual = (torch.randn(2, 5, 64, dtype=BF16, device=device) for _ in range(3))
     weight, matrix = torch.randn(64, dtype=BF16, device=device), torch.randn(24, 64, dtype=BF16, device=device)
     dout = torch.randn(2, 5, 24, dtype=BF16, device=device)
@@ -147,7 +147,7 @@ def test_equal_bits_as_the_parts(device: torch.device) -> None:
 
 
 def saved_bytes(function: object, *inputs: Tensor) -> int:
-    """Bytes of the distinct tensors that autograd keeps for the backward pass, the inputs among them left out."""
+    """Bytes of the distinct tensors that autograd keeps for the backward pass, without inputs."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def test_bad_input(device: torch.device) -> None:
 
 
 def test_autocast_is_refused(device: torch.device) -> None:
-    """Under it the products would be of another dtype than in the backward pass, which it does not reach."""
+    """With it products would have another dtype than in the backward pass, which it does not affect."""
     x, weight = torch.randn(2, 8, device=device), torch.randn(8, device=device)
     matrix = torch.randn(3, 8, device=device)
     with torch.autocast(device.type, torch.bfloat16):

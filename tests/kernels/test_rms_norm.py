@@ -1,4 +1,4 @@
-"""RMSNorm and add + RMSNorm against the reference in float64. N rows, D width."""
+"""RMSNorm and add + RMSNorm, compared with the reference in float64. N rows, D width."""
 
 import sys
 
@@ -38,13 +38,13 @@ SIZES = [
 
 
 def terms(s: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
-    """What cancels in ds: r * w * dy."""
+    """The terms that cancel in ds: r * w * dy."""
     r = torch.rsqrt(s.double().square().mean(-1, keepdim=True) + EPS)
     return (r * weight.double() * dy.double()).abs()
 
 
 def dweight_terms(s: Tensor, dy: Tensor) -> Tensor:
-    """The size that a sum over rows of dy * s * r has where the signs are random."""
+    """The size of a sum over rows of dy * s * r with random signs."""
     r = torch.rsqrt(s.double().square().mean(-1, keepdim=True) + EPS)
     return (dy.double() * s.double() * r).flatten(0, -2).square().sum(0).sqrt()
 
@@ -83,7 +83,7 @@ def test_rms_norm(rows: int, width: int, dtype: torch.dtype, device: torch.devic
 @pytest.mark.parametrize(("rows", "width", "dtype"), SIZES)
 def test_add_rms_norm(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
     tensors = [torch.randn(rows, width, dtype=dtype, device=device) for _ in range(4)]
-    # A float32 weight beside a narrower input is what mixed precision without FSDP has.
+    # A float32 weight with a narrower input, as in mixed precision without FSDP.
     weight = torch.randn(width, dtype=FP32 if rows == 3 else dtype, device=device)
     check_add(tensors[0], tensors[1], weight, tensors[2], tensors[3])
 
@@ -99,7 +99,7 @@ def test_add_rms_norm(rows: int, width: int, dtype: torch.dtype, device: torch.d
 def test_as_many_partial_sums_as_a_gpu_makes(
     rows: int, width: int, multiprocessors: int, partials: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel that sums them takes 32 at a time; the interpreter's two multiprocessors would never make more."""
+    """The kernel that sums them reads 64 at a time, more than the interpreter's two multiprocessors ever make."""
     module = sys.modules["titan_kernels.rms_norm"]
     monkeypatch.setattr(module, "_multiprocessors", lambda device: multiprocessors)
     assert module._n_partials(rows, width, device) == partials

@@ -1,4 +1,5 @@
-"""RoPE on the packed projection against the reference in float64. B batch, S sequence, H and K heads, E their width."""
+"""RoPE on the packed projection, compared with the reference in float64. B batch, S sequence, H and K heads, E their
+width."""
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ def tables(seq_len: int, head_dim: int, device: torch.device) -> tuple[Tensor, T
 
 
 def check(qkv: Tensor, n_heads: int, n_kv_heads: int, gradients: tuple[Tensor, ...]) -> None:
-    """The tables are no inputs here: neither implementation is asked for their gradient. A pair's two products may
-    cancel in one of its halves, but not in both, and the rule is by heads."""
+    """The tables are not inputs here, so neither implementation computes their gradient. A pair's two products may
+    cancel in one of its halves, but not in both, and the rule is per head."""
     head_dim = qkv.shape[-1] // (n_heads + 2 * n_kv_heads)
     cos, sin = tables(qkv.shape[1], head_dim, qkv.device)
     compare(

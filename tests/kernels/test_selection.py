@@ -1,4 +1,4 @@
-"""What `-m gpu` selects on a machine with a GPU, asked of a process that believes to have one."""
+"""What `-m gpu` selects on a machine with a GPU, tested in a process that believes it has one."""
 
 import os
 import subprocess
@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def with_a_gpu(folder: str, *selections: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The names of the tests that pytest collects for each of the selections by mark, a line with its exit status after
-    each, where torch.cuda.is_available() says yes."""
+    """The names of the tests that pytest collects for each selection by mark, each followed by a line with its exit
+    status, if torch.cuda.is_available() is true."""
     kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
     code = (
         "import sys, torch, pytest\n"

@@ -1,4 +1,4 @@
-"""DTensor inputs: which shardings the operators take without a word between ranks, and that the numbers stay."""
+"""DTensor inputs: which shardings the operators support without communication, and that results are the same."""
 
 import os
 import subprocess

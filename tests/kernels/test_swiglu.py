@@ -1,4 +1,4 @@
-"""SwiGLU against the reference in float64."""
+"""SwiGLU, compared with the reference in float64."""
 
 import itertools
 

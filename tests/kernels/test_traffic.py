@@ -1,4 +1,4 @@
-"""The byte formulas against the sizes of real tensors that go in and come out of the reference operators."""
+"""The byte formulas, compared with the sizes of the reference operators' real inputs and outputs."""
 
 import pytest
 import torch

@@ -1,10 +1,10 @@
-"""How wrong a kernel may be: the error rule of every numerics test, in one place.
+"""How wrong a kernel may be: the error rule of all numerics tests.
 
-Truth is the reference in float64. The yardstick is the reference in the dtype under test: in each row (the last
+The truth is the reference in float64, and the yardstick is the reference in the dtype under test. In each row (the last
 dimension) the kernel's largest error may be twice the yardstick's plus one unit in the last place (the rule of
-flash-attention's tests), and the relative root-mean-square error over the whole tensor stays below a limit that the
-dtype sets (float32: or twice the yardstick's, where that is more). Both are relative, so they hold as they are for a
-sum over rows too: it grows with sqrt(rows), as its error does.
+flash-attention's tests). The relative root-mean-square error over the whole tensor stays below a limit for the dtype
+(float32: or twice the yardstick's, if that is more). Both are relative, so they also hold for a sum over rows, which
+grows with sqrt(rows), as its error does.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,10 +27,10 @@ class Allowance:
     @classmethod
     def of(cls, dtype: torch.dtype, device: torch.device) -> "Allowance":
         if dtype == torch.bfloat16 and device.type == "cpu":
-            # Triton's interpreter cuts float32 off to bfloat16 instead of rounding: twice the error, at each store.
+            # Triton's interpreter truncates float32 to bfloat16 instead of rounding: twice the error, at each store.
             return cls(ulps=2, relative_rms=2 * RELATIVE_RMS[dtype])
         if dtype == torch.float32 and device.type == "cuda":
-            # Division, exponential, logarithm and inverse root are PTX's approximate ones, within 1 to 2 units each
+            # Division, exponential, logarithm and inverse root are PTX's approximate ones, each within 1 to 2 units
             # (PTX ISA: div.full, ex2.approx, lg2.approx, rsqrt.approx); torch's are closer.
             return cls(ulps=4, relative_rms=RELATIVE_RMS[dtype])
         return cls(ulps=1, relative_rms=RELATIVE_RMS[dtype])
@@ -38,7 +38,7 @@ class Allowance:
 
 @dataclass(frozen=True)
 class Result:
-    """What is known of one output or gradient beyond its dtype."""
+    """What is known about one output or gradient besides its dtype."""
 
     terms: Tensor | None = None
     """Magnitudes, broadcastable to the result, of the terms that each element is a sum of, where they may cancel: the
@@ -48,7 +48,7 @@ class Result:
 
 
 def assert_accurate(name: str, ours: Tensor, yardstick: Tensor, truth: Tensor, result: Result | None = None) -> None:
-    """Hold `ours` against `truth` by the rule above."""
+    """Compares `ours` with `truth` by the above rule."""
     result = result or Result()
     assert ours.shape == truth.shape, f"{name}: shape {list(ours.shape)}, not {list(truth.shape)}"
     assert ours.dtype == yardstick.dtype, f"{name}: {ours.dtype}, not {yardstick.dtype}"
@@ -71,7 +71,7 @@ def assert_accurate(name: str, ours: Tensor, yardstick: Tensor, truth: Tensor, r
     scale = size.square().mean().sqrt()
     if scale > info.smallest_normal:
         relative, yardstick_relative = (e.square().mean().sqrt() / scale for e in (error, yardstick_error))
-        # A long float32 product alone is wrong by more than the limit, by torch's own kernels too.
+        # The error of a long float32 product alone exceeds the limit, in torch's own kernels too.
         allowed = max(allowance.relative_rms, 2 * yardstick_relative.item() if dtype == torch.float32 else 0.0)
         assert relative <= allowed, f"{name}: relative RMS error {relative:.3e}, allowed {allowed:.1e}"
 
@@ -79,15 +79,15 @@ def assert_accurate(name: str, ours: Tensor, yardstick: Tensor, truth: Tensor, r
 def assert_accurate_logits_gradient(
     ours: Tensor, yardstick: Tensor, truth: Tensor, labels: Tensor, scale: Tensor, ignore_index: int = -100
 ) -> None:
-    """Hold the gradient of `sum(scale * cross_entropy)` by logits [N, V] against `truth`; scale: [N]. Labels and other
-    columns are judged apart: softmax - 1 cancels at the first, and would hide the second, smaller by far."""
+    """Compares the gradient of `sum(scale * cross_entropy)` for logits [N, V] with `truth`; scale: [N]. Labels and
+    other columns are judged separately: softmax - 1 cancels at labels, and would hide the others, far smaller ones."""
     column = torch.where(labels != ignore_index, labels, 0)[:, None]
     mine, other, exact = (x.gather(1, column) for x in (ours, yardstick, truth))
     assert_accurate("gradient at the labels", mine, other, exact, Result(scale[:, None]))
     ours, yardstick, truth = (x.scatter(1, column, 0) for x in (ours, yardstick, truth))
     terms = None
     if ours.dtype == torch.float32:
-        # exp(log p) is wrong by log(p) units where its argument is by one, and four roundings follow. A narrower
+        # exp(log p) is wrong by log(p) units if its argument is wrong by one, and four roundings follow. A narrower
         # result is wrong by its own rounding.
         share = (truth / scale[:, None]).abs().clamp(min=torch.finfo(torch.float32).tiny, max=1)
         terms = truth * (4 + torch.log(share).abs())
@@ -99,20 +99,19 @@ def _row_max(x: Tensor) -> Tensor:
 
 
 def leaf(x: Any) -> Any:
-    """A floating-point tensor as a leaf that wants a gradient, with its strides; anything else as it is."""
+    """A floating-point tensor as a leaf that requires a gradient, with its strides; anything else unchanged."""
     return x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def double(x: Any) -> Any:
-    """A floating-point tensor in float64; anything else as it is."""
+    """A floating-point tensor in float64; anything else unchanged."""
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def evaluate(
     function: Callable[..., Any], inputs: Sequence[Any], gradients: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Any]]:
-    """(outputs, gradients of the floating-point inputs, None where there is none) of `function`, given the gradients of
-    its outputs."""
+    """(outputs, gradients of the floating-point inputs or None) of `function`, given the gradients of its outputs."""
     leaves = [leaf(x) for x in inputs]
     outputs = function(*leaves)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
@@ -128,7 +127,7 @@ def compare(
     gradients: Sequence[Tensor],
     results: dict[str, Result] | None = None,
 ) -> None:
-    """`function` against `reference` on the same inputs, forward and backward, each result by `assert_accurate`.
+    """Compares `function` with `reference` on the same inputs, forward and backward, each result by `assert_accurate`.
 
     Results are named out0, out1, ... and grad0, grad1, ... (of the floating-point inputs).
     """
