@@ -30,22 +30,23 @@ class Fitted:
 
 FITTED = Fitted()
 
-# Seconds of host time. An eager operator passes Python, autograd and the dispatcher, and brings views along. A compiled
-# kernel is launched from generated code; before the first one of a unit come its guards, autograd's node and the hooks
-# of its parameters, and the compiled update is called for each tensor. Fitted to one host, on which torch.mul takes 12
-# us and others take half (the 1B at 1 x 1024 on an H100: 81.0 ms eager, 53.7 compiled, the GPU waiting), units and
-# updates told apart by a CPU, where they are 3 to 1. FSDP2's hooks around a unit are Python too, an estimate.
+# Seconds of host time. An eager operator goes through Python, autograd and the dispatcher, with some views. A compiled
+# kernel is launched from generated code; before the first one of a unit come guards, autograd's node and the hooks of
+# its parameters. The compiled update is called for each tensor. Fitted to one host, on which torch.mul takes 12 us,
+# twice as long as on others (the 1B at 1 x 1024 on an H100, which waits: 81.0 ms eager, 53.7 compiled). How that is
+# divided between units and updates, 3 to 1, is from a CPU. FSDP2's hooks around a unit, also Python, are an estimate.
 EAGER_HOST, COMPILED_HOST, UNIT_HOST, UPDATE_HOST, FSDP_HOST = 36.6e-6, 4e-6, 1.07e-3, 110e-6, 150e-6
 COMPILED_BANDWIDTH = 0.90
-"""Part of a large copy's bandwidth that a compiled or handwritten kernel reaches; torchao's model (roofline_utils.py)
-takes 0.92 of the data sheet's. Not fitted."""
+"""Fraction of a large copy's bandwidth that compiled and handwritten kernels reach; torchao's model (roofline_utils.py)
+uses 0.92 of the data sheet's. Not fitted."""
 KERNEL_GAP = 1.5e-6
-"""Seconds between one kernel's end and the next one's start, launches being ahead. An estimate."""
+"""Seconds between a kernel's end and the next one's start when launches are ahead. An estimate."""
 
 # NCCL's own model of ring latency, Simple protocol (src/graph/tuning.cc): seconds per call and per hop.
 RING_BASE, RING_NVLINK_HOP, RING_NETWORK_HOP = 8.4e-6, 3.4e-6, 14.0e-6
 NETWORK_EFFICIENCY = 0.94
-"""Of the line rate: 376.7 of 400 GB/s in a 16 GiB all-reduce of 4 nodes (stas00/ml-engineering, network benchmarks)."""
+"""As a fraction of the line rate: 376.7 of 400 GB/s in a 16 GiB all-reduce of 4 nodes (stas00/ml-engineering, network
+benchmarks)."""
 
 PARTS = (
     "matrix products",
@@ -63,7 +64,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Network:
-    """Where ranks are: `gpus_per_node` neighbours share NVLink, `nic` bytes/s of the network are each GPU's."""
+    """Where ranks are: `gpus_per_node` neighbours share NVLink, and each GPU has `nic` bytes/s of the network."""
 
     gpus_per_node: int
     nic: float
@@ -83,14 +84,14 @@ class StepTime:
 
     @property
     def hidden(self) -> float:
-        """Part of FSDP's communication that takes no time of its own, 0 to 1."""
+        """The fraction of FSDP's communication that is hidden, 0 to 1."""
         exposed = self.parts["exposed FSDP communication"]
         return 1.0 if self.collectives == 0 else max(0.0, 1.0 - exposed / self.collectives)
 
     @property
     def communication(self) -> float:
-        """The fraction of the step that communication costs, 0 to 1: where it is exposed, and where, hidden, it slows
-        the computation."""
+        """The fraction of the step that communication costs, 0 to 1: what is exposed, and by how much the hidden part
+        slows the computation."""
         return sum(value for name, value in self.parts.items() if "communication" in name) / self.seconds
 
 
@@ -142,7 +143,7 @@ def collective_seconds(operation: Operation, gpu: Gpu, network: Network) -> floa
     hops = (group.size - nodes) * RING_NVLINK_HOP + (nodes if nodes > 1 else 0) * RING_NETWORK_HOP
     if "allreduce" not in operation.name:
         return RING_BASE + hops + max(ring, between)
-    # An all-reduce passes twice, and NCCL takes a tree where the ring is long.
+    # An all-reduce goes around twice, and NCCL uses a tree where the ring is long.
     tree = (per_node - 1) * RING_NVLINK_HOP + math.log2(nodes) * RING_NETWORK_HOP
     return RING_BASE + 2.0 * (min(hops, tree) + max(ring, between))
 
@@ -265,7 +266,7 @@ def step_time(
         replace(segment, operations=[one for one in segment.operations if one.kind != "replicas"])
         for segment in last_pass
     ]
-    for _ in range(2):  # the second time counts: its host has run ahead during the step before, as in a real run
+    for _ in range(2):  # the second counts: as in a real run, the host has run ahead during the step before
         clocks.result = StepTime()
         _run_all(clocks, [segment for segment in in_passes if segment.batch < last_batch])
         for _ in range(passes - 1 - last_batch):
