@@ -1,4 +1,4 @@
-"""`python -m titan_fast.checkpoint list|verify|prune|export DIR`: the checkpoints of a run, without the run."""
+"""`python -m titan_fast.checkpoint list|verify|prune|export DIR`: manages a run's checkpoints without the run."""
 
 import errno
 import os
@@ -54,7 +54,7 @@ def list_lines(path: Path) -> list[str]:
 
 
 def verify(path: Path) -> tuple[list[str], list[str]]:
-    """A line per checkpoint, every byte read; and what is wrong with those that are not whole."""
+    """A line per checkpoint, with every byte read; and what is wrong with those that are not whole."""
     found = {step: manifest.problem(folder) for step, folder in folders(path).items()}
     lines = [f"step {step:>8}  {'whole' if problem is None else _wrong(problem)}" for step, problem in found.items()]
     return lines, [problem for problem in found.values() if problem is not None]
@@ -142,8 +142,8 @@ def main() -> None:
 
 
 def prune(path: Path, keep: int) -> list[str]:
-    """Deletes all but the `keep` newest whole checkpoints, every byte read; damaged ones among the kept stay.
-    ConfigError where a run is using them."""
+    """Deletes all but the `keep` newest whole checkpoints, of which every byte is read; damaged ones among these stay.
+    ConfigError if a run is using them."""
     if keep < 1:
         raise ConfigError(f"--keep is {keep}", "keep at least 1")
     parent = next(iter(folders(path).values())).parent

@@ -31,7 +31,7 @@ _CPU = torch.device("cpu")
 
 @contextmanager
 def fake_world(size: int) -> Iterator[None]:
-    """This process as rank 0 of `size` that never answer; collectives take no time and change nothing."""
+    """This process as rank 0 of `size` ranks that never answer; collectives take no time and change nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
         yield
@@ -41,18 +41,18 @@ def fake_world(size: int) -> Iterator[None]:
 
 
 def _forget_meshes() -> None:
-    """Meshes of two worlds are equal where their shapes are, and compiled code and DTensor's caches would answer the
-    next world with this one's, whose process groups are gone. There is also a limit to how often code is compiled."""
+    """Meshes of two worlds are equal if their shapes are, so compiled code and DTensor's caches would give the next
+    world this one's, whose process groups no longer exist. There is also a limit to how often code is compiled."""
     from torch.distributed.tensor import debug
 
     torch.compiler.reset()
-    clear = getattr(debug, "_clear_sharding_prop_cache", None)  # 2.11 and 2.13 have it; it is not promised to stay
+    clear = getattr(debug, "_clear_sharding_prop_cache", None)  # private; 2.11 and 2.13 have it
     if clear is not None:
         clear()
 
 
 def units_of(model: Llama) -> dict[str, nn.Module]:
-    """The parts of the model that a step goes through in order, by the name they have in reports."""
+    """The parts of the model in the order of a step, by their names in reports."""
     blocks = {f"block {i}": block for i, block in enumerate(model.blocks)}
     return {"embedding": model.embedding, **blocks, "norm": model.norm, "head": model.head}
 
@@ -86,7 +86,7 @@ def count_step(
         size = (config.training.local_batch_size, config.training.seq_len)
         ids = functools.partial(torch.zeros, size, dtype=torch.int64)
         batches = [Batch(ids(), ids()) for _ in range(passes)]
-        recorder.paused = True  # compiling leaves traces of its own, so it is over before anything is counted
+        recorder.paused = True  # compiling leaves traces, so it is done before anything is counted
         if config.compile.enable:
             forward_backward(model, batches[:1], torch.ones(()))
         _make_state(model, optimizer)
@@ -98,8 +98,8 @@ def count_step(
 
 
 def _compiled_by(backend: Any, config: Config) -> Config:
-    """`config` with another compiler, which has none of Inductor's settings. A model that is one graph is counted as
-    its parts, whose boundaries are what is marked."""
+    """`config` with another compiler, which has none of Inductor's settings. A model compiled as one graph is counted
+    by its parts, because marks need their boundaries."""
     compiles: Any = config.compile
     changes: dict[str, Any] = {
         "backend": backend,

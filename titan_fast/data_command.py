@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _check_shown(rest: list[str], options: argparse.Namespace) -> None:
-    """ConfigError for options that would change nothing: what a run was trained on, its own config says."""
+    """ConfigError for options that would have no effect, because a run's own config says what it was trained on."""
     names = [word.partition("=")[0] for word in rest if word.startswith("--")]
     if others := [name for name in names if name not in ("--config", "--job.dump_folder", "--help")]:
         raise ConfigError(f"show reads the run's own config, and {others[0]} is given", "give --job.dump_folder alone")
@@ -108,8 +108,8 @@ def prepare_folder(config: Config, out: Path, max_documents: int | None) -> None
 
 
 def step_documents(run_dir: Path, step: int, data_parallel_degree: int | None, characters: int) -> Iterator[str]:
-    """`sample_documents` of a step, which is samples (step - 1) x global batch and on: ConfigError where the batch was
-    not always what it is now, or the data was begun again."""
+    """`sample_documents` for a step, whose samples start at (step - 1) x global batch: ConfigError if the batch has
+    changed, or the data was restarted."""
     if step < 1:
         raise ConfigError(f"--step is {step}, and the first step is 1", "change it")
     if data_parallel_degree is not None and data_parallel_degree < 1:
@@ -143,8 +143,8 @@ def step_documents(run_dir: Path, step: int, data_parallel_degree: int | None, c
 
 
 def sample_documents(run_dir: Path, first: int, last: int, characters: int) -> Iterator[str]:
-    """Lines that say, for each of these samples of a run on local or prepared data, of which documents it is made. They
-    follow from the run's config and its token shards alone."""
+    """Lines that say of which documents each of these samples of a run on local or prepared data is made. They follow
+    from only the run's config and token shards."""
     config = _config_of(run_dir)
     if is_hub(config.training):
         raise DataError("the documents of a streamed data set are not kept", "prepare it before training", str(run_dir))
@@ -187,7 +187,7 @@ def _shards_of(run_dir: Path) -> Path:
 
 
 def _global_batch_size(config: Config, data_parallel_degree: int | None, logged: list[dict[str, Any]]) -> int:
-    """Sequences of a step, by the config, or else by what the log says that the run has seen."""
+    """Sequences per step, from the config, or else from what the log says that the run has seen."""
     training, parallelism = config.training, config.parallelism
     if training.global_batch_size != -1:
         return training.global_batch_size

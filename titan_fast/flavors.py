@@ -8,7 +8,7 @@ MOST = 2**31
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretch of the rotary wavelengths (`rope_type: llama3` in Hugging Face's config.json)."""
+    """Llama 3.1's scaling of the rotary wavelengths (`rope_type: llama3` in Hugging Face's config.json)."""
 
     factor: float
     low_freq_factor: float = 1.0
@@ -43,7 +43,7 @@ class ModelShape:
         return (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
 
     def problems(self) -> list[str]:
-        """What keeps this from being a Llama, a sentence each; empty when nothing does."""
+        """Sentences that say why this is not a Llama; empty if it is one."""
         found = [
             f"{name} {value} is not positive and finite"
             for name, value in vars(self).items()
@@ -88,7 +88,7 @@ def _llama3(dim: int, n_layers: int, n_heads: int, ffn_dim: int) -> ModelShape:
 def _llama3_extended(
     dim: int, n_layers: int, n_heads: int, ffn_dim: int, *, factor: float, tied: bool = False
 ) -> ModelShape:
-    """Llama 3.1 and 3.2: stretched to 131,072 tokens."""
+    """Llama 3.1 and 3.2: extended to 131,072 tokens."""
     scaling = RopeScaling(factor=factor)
     return ModelShape(dim, n_layers, n_heads, 8, ffn_dim, 128_256, 131_072, 500_000.0, scaling, tied=tied)
 

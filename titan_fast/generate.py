@@ -26,7 +26,7 @@ class Sampling:
     """How the next token is drawn from the model's distribution."""
 
     temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest token always."""
+    """Divides the logits; 0 always takes the likeliest token."""
     top_k: int = 50
     """Only the likeliest K tokens. 0: no limit."""
     top_p: float = 1.0
@@ -36,7 +36,7 @@ class Sampling:
 
 
 COLDEST = 1e-6
-"""The least temperature but 0: logits over less are no float32 numbers."""
+"""The least temperature besides 0: logits divided by less exceed float32."""
 
 
 def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -49,7 +49,7 @@ def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -
         logits = logits.masked_fill(logits < least, float("-inf"))
     if sampling.top_p < 1.0:
         ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # what the likelier tokens have together
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # the likelier tokens' total
         ordered = ordered.masked_fill(before >= sampling.top_p, float("-inf"))
         logits = torch.full_like(logits, float("-inf")).scatter(-1, order, ordered)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
@@ -74,7 +74,7 @@ def generate(
         logits = model(tokens, caches=caches, start=start)[:, -1, :vocab_size]
         start += tokens.shape[1]
         tokens = next_token(logits, sampling, generator)
-        if dist.is_initialized():  # by a last bit a rank may have drawn another, which ends the text at another place
+        if dist.is_initialized():  # ranks may differ in a last bit, draw different tokens, and end at different places
             dist.broadcast(tokens, 0)
         yield tokens
 
@@ -83,7 +83,7 @@ def generate_text(
     model: Llama, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling, device: torch.device
 ) -> str:
     """`prompt` and what follows it, up to the end-of-document token."""
-    ids = tokenizer.encode(prompt)  # what begins the document is read, but no part of the text
+    ids = tokenizer.encode(prompt)  # a token that begins the document is read, but is not part of the text
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     given = torch.tensor([begin + ids or [tokenizer.eos_id]], device=device)
     new = []
@@ -96,7 +96,7 @@ def generate_text(
 
 def load_model(path: Path, device: torch.device) -> tuple[Llama, Tokenizer, Config]:
     """The model of a checkpoint folder (`step-N`), or of the newest one in a run directory or its checkpoint folder, on
-    one device; with its tokenizer and the config that it was trained by."""
+    one device; with its tokenizer and the config that it was trained with."""
     weights = CheckpointWeights(checkpoint_folder(path))
     with torch.device("meta"):
         model = Llama(weights.shape)

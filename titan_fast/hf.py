@@ -184,7 +184,7 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, None),
 }
 _NUMBERS: dict[str, tuple[str, type[int] | type[float], Any]] = {
-    # ModelShape's field -> key, type, and what transformers takes where the key is missing (... where it must not be)
+    # ModelShape's field -> key, type, and transformers' default if the key is missing (...: it must not be)
     "dim": ("hidden_size", int, ...),
     "n_layers": ("num_hidden_layers", int, ...),
     "n_heads": ("num_attention_heads", int, ...),

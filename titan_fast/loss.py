@@ -70,7 +70,7 @@ class LinearCrossEntropy:
 
 
 def has_torch_loss() -> bool:
-    """Whether this torch has a linear cross entropy of its own (2.13 has, 2.11 has not)."""
+    """Whether this torch has its own linear cross entropy (2.13 has, 2.11 has not)."""
     return hasattr(F, "linear_cross_entropy")
 
 

@@ -1,4 +1,4 @@
-"""Matplotlib's figures. They are saved as PNG alone, so a window system that MPLBACKEND names is not asked for."""
+"""Matplotlib figures. They are only saved as PNG, so no window system is needed, even if MPLBACKEND names one."""
 
 import os
 from typing import TYPE_CHECKING, Any

@@ -1,15 +1,15 @@
-"""Secrets in settings and command lines, before these are written or shown anywhere."""
+"""Masks secrets in settings and command lines before these are written or shown."""
 
 import re
 from typing import Any
 
 MASK = "<redacted>"
 _URL_USER = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s@'\"]+@")
-# Tokens of text, and what makes them, are no secrets.
+# Tokens of text, and tokenizers, are not secrets.
 _SECRET = "token(?!s|i[sz])|secret|password|passwd|api_?key|access_?key|credential|signature"
 _NAME = rf"(?:[a-z0-9_.-]*(?:{_SECRET})[a-z0-9_.-]*|sig)"
 _ASSIGNED = re.compile(rf"(?i)(?<![a-z0-9])({_NAME})(\s*[=:]\s*|%3d)(?!//)[^\s&;,'\"]+")
-# The forms that issuers print: Hugging Face, OpenAI and kin, GitHub, GitLab, AWS, Google, Slack, JSON web tokens.
+# The formats of issuers: Hugging Face, OpenAI and similar, GitHub, GitLab, AWS, Google, Slack, JSON web tokens.
 _ISSUED = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}"
     r"|glpat-[A-Za-z0-9_-]{16,}|A[KS]IA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{30,}|xox[abprs]-[0-9A-Za-z-]{10,}"
@@ -18,7 +18,7 @@ _ISSUED = re.compile(
 
 
 def redact(text: str) -> str:
-    """`text` without user names and passwords in URLs, values of names like `token=`, and keys of known forms."""
+    """`text` without user names and passwords in URLs, values of names like `token=`, and keys of known formats."""
     text = _URL_USER.sub(rf"\1{MASK}@", text)
     text = _ASSIGNED.sub(rf"\1\2{MASK}", text)
     return _ISSUED.sub(MASK, text)

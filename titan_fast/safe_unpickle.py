@@ -30,7 +30,7 @@ _ALLOWED = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},  # Python 3.13's name of it
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},  # Python 3.13's name
 }
 
 SCANNED_BYTES = 16 * 2**20
@@ -49,7 +49,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_metadata(content: bytes) -> Metadata:
-    """The `.metadata` of a checkpoint. UnpicklingError names the global that it may not have, and nothing has run."""
+    """The `.metadata` of a checkpoint. UnpicklingError names a forbidden global, and nothing has been run."""
     try:
         _check_sizes(content)
         metadata = _Unpickler(io.BytesIO(content)).load()
@@ -70,8 +70,8 @@ def load_metadata(content: bytes) -> Metadata:
 
 
 def _check_sizes(content: bytes) -> None:
-    """UnpicklingError for numbers that no file of this size can need: pickle would set gigabytes aside for a memo of
-    that length before it saw that the rest is missing. Files beyond SCANNED_BYTES are not looked through."""
+    """UnpicklingError for lengths that no file of this size can need: pickle would allocate gigabytes for such a memo
+    before it noticed that the rest is missing. Files larger than SCANNED_BYTES are not scanned."""
     if len(content) > SCANNED_BYTES:
         return
     for opcode, argument, _ in pickletools.genops(content):

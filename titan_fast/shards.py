@@ -1,4 +1,4 @@
-"""What this rank holds of a tensor that may be spread over several."""
+"""This rank's part of a tensor that may be sharded over several."""
 
 import torch.distributed as dist
 from torch import Tensor
@@ -7,12 +7,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 def local(tensor: Tensor) -> Tensor:
-    """A DTensor's own part; any other tensor as it is."""
+    """A DTensor's local part; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def window(tensor: Tensor) -> tuple[slice, ...]:
-    """Where this rank's part lies in the whole: of any sharding, even or uneven."""
+    """Where this rank's part is in the whole, for any sharding, even or uneven."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, length) for length in tensor.shape)
     lengths, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
