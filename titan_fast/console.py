@@ -1,15 +1,16 @@
 """Standard output that never makes a run wait for its reader."""
 
+import os
 import select
 import threading
 import time
+import weakref
+from contextlib import suppress
 from typing import TextIO
 
 _PATIENCE_SECONDS = 1.0
 _MOST_BYTES = 10
 """The most bytes of a character, where a console that is not UTF-8 shows it as an escape."""
-_TERMINAL_ROOM = 128
-"""A terminal that has room at all has room for this many bytes, even if carriage returns double them."""
 
 
 class Console:
@@ -22,6 +23,13 @@ class Console:
         self._lock = threading.Lock()
         self._is_full = False
         self._left_out = 0  # lines
+        self._terminal: int | None = None
+        if self.isatty():
+            with suppress(OSError):
+                # What is ready to be written to may still make a terminal's writer wait. This one is ours, so that only
+                # we do not wait: the flag of the stream's would be the shell's too.
+                self._terminal = os.open(os.ttyname(stream.fileno()), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+                weakref.finalize(self, os.close, self._terminal)
 
     @property
     def encoding(self) -> str:
@@ -37,23 +45,38 @@ class Console:
         """Raises OSError if the stream is gone."""
         with self._lock:
             note = f"\n({self._left_out} lines were left out while nobody read; train.log has the steps)\n"
-            if not self._left_out or self._show(note) == len(note):
-                self._left_out = text.count("\n", self._show(text))
-            else:
+            if self._left_out and self._show(note):
                 self._left_out += text.count("\n")
+            else:
+                self._left_out = self._show(text).count("\n")
         return len(text)
 
-    def _show(self, text: str) -> int:
-        """Writes pieces that are too small to block as long as there is room. Returns how many characters it wrote."""
-        size = max(1, (_TERMINAL_ROOM if self.isatty() else select.PIPE_BUF) // _MOST_BYTES)
+    def _show(self, text: str) -> str:
+        """Writes as long as there is room. Returns the rest."""
         give_up = time.monotonic() + (0.0 if self._is_full else _PATIENCE_SECONDS)
-        for begin in range(0, len(text), size):
-            self._is_full = not self._has_room(max(0.0, give_up - time.monotonic()))
-            if self._is_full:
-                return begin
-            self._stream.write(text[begin : begin + size])
+        while text:
+            rest = self._write_some(text) if self._has_room(max(0.0, give_up - time.monotonic())) else text
+            if rest != text:
+                text, self._is_full = rest, False
+            elif time.monotonic() >= give_up:
+                self._is_full = True
+                break
+            else:
+                time.sleep(0.01)
+        return text
+
+    def _write_some(self, text: str) -> str:
+        """Writes what does not block, and returns the rest."""
+        if self._terminal is None:
+            size = select.PIPE_BUF // _MOST_BYTES  # a pipe that has room at all has room for so many bytes
+            self._stream.write(text[:size])
             self._stream.flush()
-        return len(text)
+            return text[size:]
+        encoding, content = self._stream.encoding, text.encode(self._stream.encoding, self._stream.errors or "strict")
+        try:
+            return content[os.write(self._terminal, content) :].decode(encoding, "replace")
+        except BlockingIOError:
+            return text
 
     def _has_room(self, seconds: float) -> bool:
         poll = select.poll()
