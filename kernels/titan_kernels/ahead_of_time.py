@@ -67,7 +67,7 @@ class Cost:
         least_wide_stores: float = WIDE_SHARE,
         allow_uncached: bool = False,
     ) -> list[str]:
-        """What no launch of this package may do but this one does, in words."""
+        """The rules of this package that this launch breaks, in words; empty if it breaks none."""
         found = []
         if self.stack_bytes:
             found.append(f"spills {self.stack_bytes} bytes per thread to the stack")

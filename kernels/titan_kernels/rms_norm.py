@@ -28,7 +28,7 @@ from titan_kernels.validation import require_device, require_dtypes, shape
 MAX_WIDTH = 65536
 _WHOLE_ROW_FORWARD = 16384  # wider rows do not fit the registers of one program
 _WHOLE_ROW_BACKWARD = 8192
-_PROGRAM_ROWS = 4  # least rows per program of the backward kernel; wider rows are processed so many together
+_PROGRAM_ROWS = 4  # each program of the backward kernel has as many or more; wider rows are processed so many at once
 _SUM_COLUMNS = 32
 
 # ---- launch: block width, warps and whatever else depends only on the width
