@@ -33,7 +33,7 @@ from titan_fast.corpus import Document, RowLedger, open_corpus
 from titan_fast.errors import CheckpointError, ConfigError, DataError
 from titan_fast.hub import StreamSource, in_shuffled_files, open_stream
 from titan_fast.loader import Loader, Share
-from titan_fast.prepared import PreparedTokens, SampleOrder, check_empty, is_prepared, prepare
+from titan_fast.prepared import PreparedTokens, SampleOrder, check_empty, is_prepared, join, prepare
 from titan_fast.run_lock import _identity
 from titan_fast.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
@@ -541,6 +541,72 @@ def test_damaged_shards_are_named(name: str, damage: str, tokenizer: Tokenizer, 
     assert name in str(caught.value)
 
 
+def parts_of(documents: list[Document], cuts: list[int], tokenizer: Tokenizer, folder: Path) -> list[Path]:
+    """Token shards of the documents between `cuts`, in folders of their own; each has skipped an empty row."""
+    paths = []
+    for number, (begin, end) in enumerate(itertools.pairwise(cuts)):
+        ledger = RowLedger(rows=end - begin + 1)
+        ledger.pass_over("empty", f"{documents[begin].file}:{begin}")
+        paths.append(folder / f"part-{number}")
+        prepare(documents[begin:end], tokenizer, paths[-1], source={"name": str(number)}, ledger=ledger)
+    return paths
+
+
+def test_joined_parts_are_what_one_preparation_of_all_is(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("titan_fast.prepared.SHARD_TOKENS", 700)
+    monkeypatch.setattr("titan_fast.prepared._LENGTHS_TOGETHER", 7)
+    documents = [Document(text, f"file{n // 30}", n) for n, text in enumerate(texts(120))]
+    (whole,) = parts_of(documents, [0, 120], tokenizer, tmp_path / "whole")
+    parts = parts_of(documents, [0, 50, 51, 120], tokenizer, tmp_path / "parts")
+    words = ["titan_fast.data", "join", *map(str, parts), "--out", str(tmp_path / "joined")]
+    monkeypatch.setattr(sys, "argv", words)
+    data_command.main()
+    assert "120 documents" in capsys.readouterr().out
+    shards = sorted((tmp_path / "joined").glob("tokens-*.bin"))
+    assert len(shards) > 3 and all(path.stat().st_nlink == 2 for path in shards)  # they take no room
+    shutil.rmtree(tmp_path / "parts")
+
+    once, joined = PreparedTokens(whole), PreparedTokens(tmp_path / "joined", verify=True)
+    numbers = np.arange(120)
+    for one, other in zip(once.read_documents(numbers), joined.read_documents(numbers), strict=True):
+        assert one.tolist() == other.tolist()
+    assert [joined.origin(n) for n in range(120)] == [once.origin(n) for n in range(120)]
+    for name in ("documents", "tokens", "dtype", "vocab_size", "bos_id", "eos_id", "tokenizer"):
+        assert joined.index[name] == once.index[name]
+    assert joined.index["rows"] == {
+        "read": 123, "passed_over": {"empty": 3}, "mended": {}, "first_place": {"empty": "file0:0"}
+    }  # fmt: skip
+    assert load_tokenizer(tmp_path / "joined").fingerprint == tokenizer.fingerprint
+    config = make_config(tmp_path / "joined")
+    rows = [rows_of(next(make_loader(config, tokenizer, tmp_path / "run", rank, 2))) for rank in range(2)]
+    expected = plain_samples(once, [n for n in range(120) if n % 100], SEQ_LEN, 0, 0)
+    assert rows == [expected[:2], expected[2:4]]
+
+
+def test_parts_that_do_not_belong_together_are_not_joined(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    documents = [Document(text, "rows", n) for n, text in enumerate(texts(20))]
+    first, second = parts_of(documents, [0, 10, 20], tokenizer, tmp_path)
+    train_sentencepiece([Path(data.__file__).read_text()], 390, tmp_path / "other.model", seed=0)
+    (other,) = parts_of(documents, [0, 20], load_tokenizer(tmp_path / "other.model"), tmp_path / "other")
+    out = tmp_path / "out"
+    for parts, message in (
+        (
+            [first, other],
+            r"vocab_size is 400 in \S*part-0 and 390 here .*part-0\]; prepare all parts with one tokenizer",
+        ),
+        ([first, second, first], "part-0 has the same documents"),
+        ([first, tmp_path], "holds no token shards|index.json"),
+    ):
+        with pytest.raises(DataError, match=message):
+            join(parts, out)
+    next(second.glob("tokens-*.bin")).write_bytes(b"")
+    with pytest.raises(DataError, match="has 0 bytes"):
+        join([first, second], out)
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
 @pytest.fixture
 def many_shards(tokenizer: Tokenizer, tmp_path: Path) -> Path:
     """A folder of more shards than a process has open."""
@@ -723,8 +789,9 @@ def test_only_the_main_rank_prepares_and_the_others_wait(
         if rank == 0:
             time.sleep(0.2)  # the other must not look before the barrier
         place = data.DataRank(tmp_path, CPU, rank, 2, is_main=rank == 0, barrier=wait)
-        loaders[rank] = data.build_loader(make_config(corpus_file), tokenizer, place)
+        loaders[rank] = data.build_loader(config, tokenizer, place)
 
+    config = make_config(corpus_file)  # tyro parses in one thread at a time
     threads = [threading.Thread(target=build, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
         thread.start()

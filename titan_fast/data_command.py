@@ -1,4 +1,4 @@
-"""`python -m titan_fast.data prepare|show`: token shards ahead of a run, and what a step of a run was trained on."""
+"""`python -m titan_fast.data prepare|join|show`: token shards before a run, and what a step of a run was trained on."""
 
 import argparse
 import itertools
@@ -24,7 +24,7 @@ from titan_fast.corpus import RowLedger
 from titan_fast.data import DataRank, build_tokenizer, check_column_is_read, local_corpus, training_order
 from titan_fast.errors import ConfigError, DataError, command
 from titan_fast.manifest import checkpoints
-from titan_fast.prepared import PreparedTokens, check_empty, is_prepared, prepare
+from titan_fast.prepared import PreparedTokens, check_empty, is_prepared, join, prepare
 from titan_fast.tokenizer import load_tokenizer
 
 
@@ -41,6 +41,9 @@ def main() -> None:
     writing = commands.add_parser("prepare", help="tokenize a data set into a folder for --training.dataset_path")
     writing.add_argument("--out", required=True, type=Path, help="the folder to write")
     writing.add_argument("--max-documents", type=int, help="read at most so many documents")
+    joining = commands.add_parser("join", help="make one folder of several that prepare has written")
+    joining.add_argument("parts", nargs="+", type=Path, metavar="PART", help="a folder, in the order of the documents")
+    joining.add_argument("--out", required=True, type=Path, help="the folder to write")
     showing = commands.add_parser("show", help="print the documents of one step of a run")
     what = showing.add_mutually_exclusive_group(required=True)
     what.add_argument("--step", type=int, help="the step, as the log counts: the first is 1")
@@ -52,6 +55,11 @@ def main() -> None:
         raise ConfigError(f"--characters is {options.characters}, not at least 1", "change it")
     if options.command == "prepare":
         prepare_folder(configuration.parse(rest), options.out.absolute(), options.max_documents)
+    elif options.command == "join":
+        if rest:
+            raise ConfigError(f"join takes folders and --out, and {rest[0]} is given", "leave it out")
+        index = join(options.parts, options.out.absolute())
+        print(f"{options.out}: {_in_words(index, options.out)}")  # noqa: T201
     else:
         _check_shown(rest, options)
         run_dir = Path(configuration.parse(rest).job.dump_folder)
@@ -101,9 +109,14 @@ def prepare_folder(config: Config, out: Path, max_documents: int | None) -> None
     seconds = time.monotonic() - started
     if summary := ledger.summary():
         print(summary)  # noqa: T201
-    print(  # noqa: T201
-        f"{out}: {index['documents']:,} documents, {index['tokens']:,} tokens of {index['dtype']} in {seconds:.1f} s: "
-        f"{index['tokens'] / seconds:,.0f} tokens/s; use it by --training.dataset_path {shlex.quote(str(out))}"
+    speed = f" in {seconds:.1f} s: {index['tokens'] / seconds:,.0f} tokens/s"
+    print(f"{out}: {_in_words(index, out, speed)}")  # noqa: T201
+
+
+def _in_words(index: dict[str, Any], out: Path, speed: str = "") -> str:
+    return (
+        f"{index['documents']:,} documents, {index['tokens']:,} tokens of {index['dtype']}{speed}; use it by "
+        f"--training.dataset_path {shlex.quote(str(out))}"
     )
 
 

@@ -11,10 +11,12 @@ import itertools
 import json
 import logging
 import math
+import os
 import resource
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -41,6 +43,7 @@ _BATCH_CHARACTERS = 2_000_000  # tokenized together: enough work for every core 
 _BATCH_DOCUMENTS = 4096
 _LENGTHS_TOGETHER = 2**20
 _SECONDS_BETWEEN_LINES = 10.0
+_TOKENIZER_KEYS = ("dtype", "vocab_size", "bos_id", "eos_id", "tokenizer")
 _ORIGIN = np.dtype([("file", "<u4"), ("line", "<u8")])
 
 
@@ -60,6 +63,33 @@ def prepare(
     DataError when there is no document, when the disk is full, or when the folder holds something already; ConfigError
     while another process writes it.
     """
+    return _publish(folder, lambda temporary: _write(documents, tokenizer, temporary, source, ledger))
+
+
+def join(parts: Sequence[Path], folder: Path) -> dict[str, Any]:
+    """Writes `folder` with the documents of folders of token shards, one after another, and returns its index. On the
+    same file system the shards are hard links, which take no room and outlive their part. Errors as for `prepare`, and
+    DataError where the parts do not belong together."""
+    opened = [PreparedTokens(part) for part in parts]
+    first = opened[0]
+    for tokens in opened[1:]:
+        for key in _TOKENIZER_KEYS:
+            if tokens.index[key] != first.index[key]:
+                raise DataError(
+                    f"{key} is {first.index[key]} in {first.folder} and {tokens.index[key]} here",
+                    "prepare all parts with one tokenizer",
+                    str(tokens.folder),
+                )
+    by_fingerprint: dict[str, Path] = {}
+    for tokens in opened:
+        if twin := by_fingerprint.get(tokens.fingerprint):
+            raise DataError(f"{twin} has the same documents", "name each part once", str(tokens.folder))
+        by_fingerprint[tokens.fingerprint] = tokens.folder
+    return _publish(folder, lambda temporary: _join(opened, temporary))
+
+
+def _publish(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Lets `write` fill a folder beside `folder`, which then gets its name."""
     check_empty(folder)
     beside = folder.with_name(f".{folder.name}.tmp")
     temporary = beside / "shards"
@@ -69,7 +99,7 @@ def prepare(
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
-                index = _write(documents, tokenizer, temporary, source, ledger)
+                index = write(temporary)
                 for path in (path for path in temporary.rglob("*") if path.is_file()):
                     sync_file(path)
                 sync_folder(temporary)
@@ -126,11 +156,13 @@ def _write(
         bad = ledger.summary()
         raise DataError(f"the data set has no document{f' ({bad})' if bad else ''}", "give other data", source["name"])
     log.info("tokenized: %s", _progress(count, shards.tokens, time.monotonic() - started))
-    copies = copy_tokenizer(tokenizer, folder)
-    names = [*(shard["name"] for shard in shards.index), "offsets.bin", "origins.bin", *copies]
+    rows = {
+        "read": ledger.rows,
+        "passed_over": ledger.passed_over,
+        "mended": ledger.mended,
+        "first_place": ledger.first_place,
+    }
     index = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
         "documents": count,
         "tokens": shards.tokens,
         "dtype": dtype.name,
@@ -139,21 +171,82 @@ def _write(
         "eos_id": tokenizer.eos_id,
         "tokenizer": tokenizer.fingerprint,
         "source": source,
-        "rows": {
-            "read": ledger.rows,
-            "passed_over": ledger.passed_over,
-            "mended": ledger.mended,
-            "first_place": ledger.first_place,
-        },
+        "rows": rows,
         "shards": shards.index,
         "files": list(files),
-        "sizes": {name: (folder / name).stat().st_size for name in names},
-        "sha256": {name: shards.sha256.get(name) or sha256(folder / name) for name in names},
     }
-    content = [index["dtype"], *(index["sha256"][name] for name in names[: len(shards.index) + 1])]
-    index["fingerprint"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return _write_index(folder, index, copy_tokenizer(tokenizer, folder), shards.sha256)
+
+
+def _write_index(folder: Path, content: dict[str, Any], copies: list[str], known: dict[str, str]) -> dict[str, Any]:
+    """Writes index.json, the last file of the folder, and returns it. copies: the tokenizer's files. known: sha256 of
+    files that need not be read for it."""
+    names = [*(shard["name"] for shard in content["shards"]), "offsets.bin", "origins.bin", *copies]
+    digests = {name: known.get(name) or sha256(folder / name) for name in names}
+    identity = [content["dtype"], *(digests[name] for name in names[: len(content["shards"]) + 1])]
+    index = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        **content,
+        "sizes": {name: (folder / name).stat().st_size for name in names},
+        "sha256": digests,
+        "fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+    }
     (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     return index
+
+
+def _join(parts: Sequence["PreparedTokens"], folder: Path) -> dict[str, Any]:
+    shards: list[dict[str, Any]] = []
+    digests: dict[str, str] = {}
+    files: list[str] = []
+    tokens = 0
+    with (folder / "offsets.bin").open("wb") as offsets, (folder / "origins.bin").open("wb") as origins:
+        offsets.write(np.zeros(1, "<i8").tobytes())
+        for part in parts:
+            for shard in part.index["shards"]:
+                name = _shard_name(len(shards))
+                _link_or_copy(part.folder / shard["name"], folder / name)
+                shards.append({**shard, "name": name})
+                digests[name] = part.index["sha256"][shard["name"]]
+            places = np.memmap(part.folder / "origins.bin", _ORIGIN, mode="r")
+            for begin in range(0, part.documents, _LENGTHS_TOGETHER):
+                offsets.write((part.offsets[begin + 1 :][:_LENGTHS_TOGETHER] + tokens).astype("<i8").tobytes())
+                some = np.array(places[begin:][:_LENGTHS_TOGETHER])
+                some["file"] += len(files)
+                origins.write(some.tobytes())
+            tokens += part.tokens
+            files += part.index["files"]
+    of_one = {"offsets.bin", "origins.bin", *(shard["name"] for shard in parts[0].index["shards"])}
+    copies = [name for name in parts[0].index["sizes"] if name not in of_one]
+    for name in copies:
+        shutil.copyfile(parts[0].folder / name, folder / name)
+    sources = [part.index["source"] for part in parts]
+    columns = {source.get("text_column") for source in sources}
+    rows = [part.index["rows"] for part in parts]
+    index = {
+        **{key: parts[0].index[key] for key in _TOKENIZER_KEYS},
+        "documents": sum(part.documents for part in parts),
+        "tokens": tokens,
+        "source": {"name": f"{len(parts)} parts", "parts": sources}
+        | ({"text_column": columns.pop()} if len(columns) == 1 else {}),
+        "rows": {
+            "read": sum(part["read"] for part in rows),
+            "passed_over": sum((Counter(part["passed_over"]) for part in rows), Counter()),
+            "mended": sum((Counter(part["mended"]) for part in rows), Counter()),
+            "first_place": {reason: place for part in reversed(rows) for reason, place in part["first_place"].items()},
+        },
+        "shards": shards,
+        "files": files,
+    }
+    return _write_index(folder, index, copies, digests)
+
+
+def _link_or_copy(path: Path, to: Path) -> None:
+    try:
+        os.link(path, to)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(path, to)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -180,6 +273,10 @@ def _progress(documents: int, tokens: int, seconds: float) -> str:
     return f"{documents:,} documents, {tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f} per s)"
 
 
+def _shard_name(number: int) -> str:
+    return f"tokens-{number:05d}.bin"
+
+
 class _ShardWriter:
     def __init__(self, folder: Path, dtype: np.dtype) -> None:
         self.folder, self.dtype = folder, dtype
@@ -193,7 +290,7 @@ class _ShardWriter:
     def write(self, tokens: np.ndarray) -> None:
         if not self.index or self.index[-1]["tokens"] + len(tokens) > SHARD_TOKENS:
             self.close()
-            self.index.append({"name": f"tokens-{len(self.index):05d}.bin", "tokens": 0})
+            self.index.append({"name": _shard_name(len(self.index)), "tokens": 0})
             self._file = (self.folder / self.index[-1]["name"]).open("wb")
             self._digest = hashlib.sha256()
         assert self._file is not None
