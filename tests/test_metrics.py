@@ -552,11 +552,11 @@ def test_lines_that_nobody_reads_are_left_out_and_counted(
         after = read()
     metrics.close()
     os.close(reader)
-    missing = 20 * 60 - shown.count("\n")
-    assert 0 < missing < 20 * 60
-    said = re.fullmatch(r"\n\((\d+) lines were left out .* train\.log has the steps\)\none\ntwo\n", after)
-    assert said is not None, after
-    assert int(said[1]) == missing
+    assert re.search(r"\n\(\d+ lines were left out .* train\.log has the steps\)\none\ntwo\n$", after), after
+    # There may be several notes: a terminal moves what it holds in the background, and then has room for more.
+    notes = re.findall(r"^\((\d+) lines were left out .* steps\)$", shown + after, re.MULTILINE)
+    seen = len(re.findall(r"é\n(?!\()", shown + after))
+    assert 0 < seen < 20 * 60 and sum(map(int, notes)) == 20 * 60 - seen
     log = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
     assert len(log) == 20 * 60 + 2 and "line 19 59" in log[-3]
 
