@@ -26,8 +26,8 @@ class Console:
         self._terminal: int | None = None
         if self.isatty():
             with suppress(OSError):
-                # What is ready to be written to may still make a terminal's writer wait. This one is ours, so that only
-                # we do not wait: the flag of the stream's would be the shell's too.
+                # A terminal may make a writer wait although poll says that it has room. A descriptor of our own does
+                # not wait; the stream's own shares that flag with the shell.
                 self._terminal = os.open(os.ttyname(stream.fileno()), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
                 weakref.finalize(self, os.close, self._terminal)
 
@@ -48,35 +48,39 @@ class Console:
             if self._left_out and self._show(note):
                 self._left_out += text.count("\n")
             else:
-                self._left_out = self._show(text).count("\n")
+                rest = self._show(text)
+                self._left_out = rest.count("\n") if isinstance(rest, str) else rest.count(b"\n")
         return len(text)
 
-    def _show(self, text: str) -> str:
+    def _show(self, text: str) -> str | bytes:
         """Writes as long as there is room. Returns the rest."""
+        rest: str | bytes = text
+        if self._terminal is not None:
+            rest = text.encode(self._stream.encoding, self._stream.errors or "strict")
         give_up = time.monotonic() + (0.0 if self._is_full else _PATIENCE_SECONDS)
-        while text:
-            rest = self._write_some(text) if self._has_room(max(0.0, give_up - time.monotonic())) else text
-            if rest != text:
-                text, self._is_full = rest, False
+        while rest:
+            has_room = self._has_room(max(0.0, give_up - time.monotonic()))
+            if has_room and (written := self._write_some(rest)):
+                rest, self._is_full = rest[written:], False
             elif time.monotonic() >= give_up:
                 self._is_full = True
                 break
             else:
                 time.sleep(0.01)
-        return text
+        return rest
 
-    def _write_some(self, text: str) -> str:
-        """Writes what does not block, and returns the rest."""
-        if self._terminal is None:
+    def _write_some(self, content: str | bytes) -> int:
+        """Writes what does not block, and returns how much."""
+        if isinstance(content, str):
             size = select.PIPE_BUF // _MOST_BYTES  # a pipe that has room at all has room for so many bytes
-            self._stream.write(text[:size])
+            self._stream.write(content[:size])
             self._stream.flush()
-            return text[size:]
-        encoding, content = self._stream.encoding, text.encode(self._stream.encoding, self._stream.errors or "strict")
+            return size
+        assert self._terminal is not None
         try:
-            return content[os.write(self._terminal, content) :].decode(encoding, "replace")
+            return os.write(self._terminal, content)
         except BlockingIOError:
-            return text
+            return 0
 
     def _has_room(self, seconds: float) -> bool:
         poll = select.poll()
