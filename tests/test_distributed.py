@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from children import CHILDREN
-from worlds import CPU, Task, free_port, results, run_world
+from worlds import CPU, CountedStore, Task, free_port, results, run_world
 
 from titan_fast import distributed
 from titan_fast.config import Comm, MeshDegrees
@@ -157,18 +157,6 @@ def test_hosts_that_count_restarts_differently_meet_again(lost: int, tmp_path: P
         assert [(status, output.strip()[-13:]) for status, output in found] == [(0, "left in peace")] * SIZE
         counts[lost] += 1
     del agents
-
-
-class CountedStore(dist.HashStore):
-    """Counts what it is asked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked = 0
-
-    def check(self, keys: list[str]) -> bool:
-        self.asked += 1
-        return super().check(keys)
 
 
 def test_of_a_thousand_ranks_one_looks_who_is_lost_and_the_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

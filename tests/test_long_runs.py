@@ -15,6 +15,7 @@ import pytest
 import runs
 import torch
 import torch.distributed as dist
+from worlds import CountedStore
 
 from titan_fast import checkpointer, loop, manifest, watchdog
 from titan_fast.agreement import Agreement
@@ -159,22 +160,6 @@ def test_waiting_for_a_slow_store_is_time_of_the_phase(monkeypatch: pytest.Monke
         one.at(1, "data")
         runs.wait_for(lambda: one._own.alive > 3)
         assert one._age() > 200.0 and not left
-
-
-class CountedStore(dist.HashStore):
-    """Counts what it is asked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked = 0
-
-    def check(self, keys: Any) -> bool:
-        self.asked += 1
-        return super().check(keys)
-
-    def get(self, key: str) -> bytes:
-        self.asked += 1
-        return super().get(key)
 
 
 def test_a_thousand_ranks_do_not_ask_the_store_a_thousand_times_each(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from children import CHILDREN
 
 from titan_fast.config import Comm
@@ -93,3 +94,19 @@ def results(found: dict[str, list[Any]], name: str) -> list[Any]:
 
 
 __all__ = ["CPU", "Failed", "Task", "World", "results", "run_world"]
+
+
+class CountedStore(dist.HashStore):
+    """Counts what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def check(self, keys: list[str]) -> bool:
+        self.asked += 1
+        return super().check(keys)
+
+    def get(self, key: str) -> bytes:
+        self.asked += 1
+        return super().get(key)

@@ -214,8 +214,8 @@ def _unread(name: str, error: OSError) -> str:
 def problem(folder: Path, contents: bool = True, part: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with a published folder, None when nothing is: a file missing, of another size or (with
     `contents`) another sha256, a link, a file that was not there, or one that cannot be read (`Unread`). `part` (i, n)
-    looks only at every n-th file from the i-th on, so that n processes can share the work: thousands that each looked
-    at the files of all would keep a file server busy for an hour. The first looks for what was not there, too."""
+    looks only at every n-th file from the i-th on, so that n processes share the work: if 4096 ranks each looked at all
+    files, a file server would get a hundred million requests. Only the first looks for files that were not there."""
     try:
         files = read(folder)
         extra = set(_files(folder)) - files.keys() if part[0] == 0 else set()
