@@ -831,8 +831,10 @@ def test_the_verdict_names_who_is_behind() -> None:
     ahead = report(0, 12, "gradient norm")
     assert "rank 1 hangs" in watchdog.verdict({0: ahead, 1: report(1, 10, "data")})
     assert "phase 'data'" in watchdog.verdict({0: ahead, 1: report(1, 10, "data")})
-    silent = report(2, 12, "gradient norm", "no sign of life: x")
-    assert "rank 2 hangs" in watchdog.verdict({0: ahead, 1: report(1, 12, "gradient norm"), 2: silent})
+    silent = report(2, 12, "gradient norm", watchdog._NO_SIGN)
+    silent.age = 1.0
+    said = watchdog.verdict({0: ahead, 1: report(1, 12, "gradient norm"), 2: silent})
+    assert "rank 2 hangs: no sign of life" in said and "waited 9 s, of at most 12 s" in said and "cut off" in said
     assert "all 2 ranks hang" in watchdog.verdict({0: ahead, 1: report(1, 12, "gradient norm")})
 
 

@@ -239,8 +239,38 @@ def test_who_hangs_and_can_ask_nobody_ends_too(
         time.sleep(2.5)
     assert left == [6]
     said = capsys.readouterr().err
-    assert "gone for 2 s" in said and "[rank 1, step 4, phase 'checkpoint']" in said, said
+    assert "not answered for 2 s" in said and "[rank 1, step 4, phase 'checkpoint']" in said, said
     assert "time.sleep" in said, "its stack"
+
+
+class UnreachableStore(dist.HashStore):
+    """A store whose host is cut off: a request neither succeeds nor fails until `back` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.back = threading.Event()
+
+    def set(self, *words: Any) -> None:  # type: ignore[override]
+        self.back.wait()
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_who_hangs_and_is_not_answered_ends_too(
+    hangs: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, left = UnreachableStore(), []
+    monkeypatch.setattr(watchdog, "_connection", lambda _: store)
+    monkeypatch.setattr(watchdog, "_JUDGING_SECONDS", 1.0)
+    with watch(store, 1, left, 1.0) as one:
+        one.at(4, "forward and backward", Limit(1.0 if hangs else 3600.0, "x"))
+        if hangs:
+            runs.wait_for(lambda: left)
+        else:
+            time.sleep(4.5)
+        store.back.set()
+    said = capsys.readouterr().err
+    assert left == [6] * hangs and ("not answered for 3 s" in said) == hangs, said
+    assert ("[rank 1, step 4, phase 'forward and backward']" in said) == hangs, said
 
 
 def test_the_setting_to_raise_is_the_phases_own() -> None:

@@ -32,6 +32,9 @@ _WAITING = (
     "cuda/streams.py",  # waits for the device, and so for the other ranks' devices
 )  # fmt: skip
 _REPEAT_SECONDS = 60.0
+_JUDGING_SECONDS = 30.0
+"""More than a judgement takes where the store answers."""
+_NO_SIGN = "no sign of life: the process or its host is gone, stopped or cut off, or it blocks Python's lock"
 _SPEAKER = "watchdog/speaker"
 """Holds the rank that will report the hang unless rank 0 does; empty if that rank has gone on since."""
 
@@ -88,11 +91,15 @@ class Watchdog:
         self._closed = threading.Event()
         self._window: dict[int, tuple[float, int]] = {}
         self._window_began = self._last_line = float("-inf")
+        self._rounds = 0  # grows as long as the store answers
         self._thread = threading.Thread(target=self._run, name="titan_fast watchdog", daemon=True)
+        self._guard = threading.Thread(target=self._guard_against_silence, name="titan_fast guard", daemon=True)
 
     def __enter__(self) -> "Watchdog":
         self._since = time.monotonic()
         self._thread.start()
+        if self.world.size > 1:
+            self._guard.start()
         return self
 
     def at(self, step: int, phase: str, limit: Limit | None = None) -> None:
@@ -111,8 +118,9 @@ class Watchdog:
         next_beat = last = met = time.monotonic()  # met: when the store last answered
         marks = self._own.marks
         while not self._closed.wait(TICK_SECONDS):
+            self._rounds += 1
             now = time.monotonic()
-            frame = sys._current_frames().get(self._main or 0)
+            frame = self._frame()
             if now - last > beat:
                 self._stopped += now - last
                 met += now - last
@@ -133,11 +141,25 @@ class Watchdog:
                     last = met = time.monotonic()
             except (RuntimeError, ValueError):  # the store is gone: so is the run
                 if time.monotonic() - max(met, self._since) > self.limit.seconds:
-                    self._leave_alone(frame)
+                    self._leave_alone(self.limit.seconds)
                     return
                 if self._closed.wait(1.0):
                     return
                 last = time.monotonic()  # waiting for the store is no stop
+
+    def _guard_against_silence(self) -> None:
+        """Ends a process that hangs while the other thread waits for a store on a host that cannot be reached: TCP
+        gives such a request up after a quarter of an hour."""
+        seconds, rounds = 0, self._rounds
+        while not self._closed.wait(1.0):
+            # Counted and not measured: a stopped process does not count.
+            seconds, rounds = (seconds + 1 if self._rounds == rounds else 0), self._rounds
+            if seconds > self.limit.seconds + _JUDGING_SECONDS and self._age() > self._own.allowed:
+                self._leave_alone(seconds)
+                return
+
+    def _frame(self) -> FrameType | None:
+        return sys._current_frames().get(self._main or 0)
 
     def _age(self) -> float:
         return time.monotonic() - self._since - self._stopped
@@ -188,22 +210,22 @@ class Watchdog:
                 reports[rank] = hung[rank]
             elif rank in after and after[rank].alive == before.get(rank, after[rank]).alive:
                 reports[rank] = after[rank]
-                reports[rank].stack = "no sign of life: the process is gone, stopped, or blocks Python's lock"
+                reports[rank].stack = _NO_SIGN
             elif rank in after:
                 reports[rank] = after[rank]
         self._tell(verdict(reports), _stacks(reports))
         self.leave(CommunicationError.exit_status)
         return True
 
-    def _leave_alone(self, frame: FrameType | None) -> None:
+    def _leave_alone(self, seconds: float) -> None:
         """Ends a process that hangs when the store is gone too: without torchrun nobody else would."""
         error = CommunicationError(
-            f"rank 0 or torchrun, where the ranks met, has been gone for {self.limit.seconds:.0f} s, and this rank is "
-            f"where it was",
-            "look at the log of rank 0",
+            f"rank 0 or torchrun, where the ranks met, has not answered for {seconds:.0f} s, and this rank is where it "
+            f"was",
+            "look at the log of rank 0, and at the network between its host and this one",
             where=f"rank {self.world.rank}, step {self._own.step}, phase '{self._own.phase}'",
         )
-        self._tell(str(error), _stack(frame))
+        self._tell(str(error), _stack(self._frame()))
         self.leave(CommunicationError.exit_status)
 
     def _tell(self, why: str, stacks: str) -> None:
@@ -249,7 +271,7 @@ def straggler(busy: dict[int, float], steps: int) -> str | None:
 
 def verdict(reports: dict[int, Report]) -> str:
     """The sentence that names who hangs."""
-    silent = [rank for rank, report in reports.items() if report.stack.startswith("no sign")]
+    silent = [rank for rank, report in reports.items() if report.stack == _NO_SIGN]
     fewest = min(report.marks for report in reports.values())
     behind = silent or [rank for rank, report in reports.items() if report.marks == fewest]
     where = reports[behind[0]]
@@ -260,6 +282,14 @@ def verdict(reports: dict[int, Report]) -> str:
             f"all {len(reports)} ranks hang in the same place, so none can be named",
             "compare the stacks below: a collective that they do not all call alike, or the network",
             where=place,
+        )
+    elif silent and waiting:
+        longest = max(waiting.values(), key=lambda report: report.age)
+        error = CommunicationError(
+            f"rank {listed(behind)} hangs: no sign of life, and the others have waited {longest.age:.0f} s, of at most "
+            f"{longest.allowed:.0f} s, in phase '{longest.phase}'",
+            "its process or host is gone, stopped or cut off from the others, or it blocks Python's lock",
+            where=f"rank {behind[0]}, {place}",
         )
     else:
         waits = f"; the others wait in phase '{next(iter(waiting.values())).phase}'" if waiting else ""
@@ -276,7 +306,7 @@ def _stack(frame: FrameType | None) -> str:
 
 
 def _stacks(reports: dict[int, Report]) -> str:
-    fewest = min(reports.values(), key=lambda report: (not report.stack.startswith("no sign"), report.marks))
+    fewest = min(reports.values(), key=lambda report: (report.stack != _NO_SIGN, report.marks))
     shown = [fewest, *[report for report in reports.values() if report is not fewest][:1]]
     return "".join(
         f"rank {report.rank}, step {report.step}, phase '{report.phase}':\n{report.stack}\n" for report in shown
