@@ -243,6 +243,33 @@ def test_going_back_sets_later_checkpoints_aside(data: Path, copy: Path) -> None
     assert manifest.problem(copy / "checkpoint" / names[2]) is None
 
 
+def test_what_was_set_aside_is_listed_and_deleted_when_asked_for(
+    data: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.run(data, copy, checkpoint__load_step=5, training__steps=6)
+    assert "prune --superseded" in capsys.readouterr().out
+    (aside,) = manifest.superseded(copy / "checkpoint")
+    assert f"MiB  {aside.name}: set aside" in command(capsys, "list", str(copy))[1]
+    assert command(capsys, "prune", str(copy))[1].startswith("nothing to delete") and aside.exists()
+    (killed := aside.with_name(f".deleting-{aside.name}1")).mkdir()  # by an earlier one
+    assert command(capsys, "prune", str(copy), "--superseded")[1] == (
+        f"deleted {killed.name}, which was on its way out\ndeleted {aside.name}\n"
+    )
+    assert not aside.exists() and list(manifest.checkpoints(copy / "checkpoint")) == [5, 6]
+
+
+def test_checkpoints_of_some_steps_are_kept_for_good(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more: dict[str, Any] = {"checkpoint__interval": 2, "checkpoint__keep_latest_k": 1}
+    runs.run(data, tmp_path, **more, training__steps=10, checkpoint__keep_every=4)
+    assert list(manifest.checkpoints(tmp_path / "checkpoint")) == [4, 8, 10]
+    capsys.readouterr()
+    assert command(capsys, "prune", str(tmp_path), "--keep", "1", "--keep-every", "8")[1] == "deleted step 4\n"
+    assert command(capsys, "prune", str(tmp_path), "--keep-every", "-1")[0] == 2
+    assert list(manifest.checkpoints(tmp_path / "checkpoint")) == [8, 10]
+
+
 class Evil:
     """Runs a command when it is unpickled."""
 
@@ -626,6 +653,9 @@ def test_a_run_that_could_not_save_does_not_begin(data: Path, tmp_path: Path, mo
         ({"training__steps": 15, "checkpoint__interval_minutes": 1}, 2),
         ({"training__steps": 10, "checkpoint__interval_minutes": 1}, 0),
         ({"checkpoint__keep_latest_k": 0}, 19),
+        ({"checkpoint__keep_every": 20}, 2 + 5),  # 20, 40, 60, 80, 100
+        ({"checkpoint__keep_every": 10}, 3 + 9),  # 10 makes no room any more; 20 to 100
+        ({"checkpoint__keep_every": 10, "training__steps": 19}, 2),
         ({"checkpoint__keep_latest_k": 0, "checkpoint__interval": 0}, 1),
     ],
 )
@@ -709,10 +739,10 @@ def test_a_folder_that_cannot_be_listed_is_a_failed_save(
     more = {"checkpoint__interval": 2, "checkpoint__on_save_error": "continue"}
     true_prune = manifest.prune
 
-    def prune(*args: Any, **kwargs: Any) -> Any:
-        if kwargs["always"] == 8:
+    def prune(parent: Path, keep: int, every: int, always: int, **more: Any) -> Any:
+        if always == 8:
             raise OSError(errno.ESTALE, "Stale file handle")
-        return true_prune(*args, **kwargs)
+        return true_prune(parent, keep, every, always, **more)
 
     monkeypatch.setattr(manifest, "prune", prune)
     runs.run(data, tmp_path, **more)

@@ -291,6 +291,7 @@ RANGES = {
     "checkpoint.interval_minutes": (["-1", "inf"], ["0"]),
     "checkpoint.max_failed_saves": (["0"], ["1"]),
     "checkpoint.keep_latest_k": (["-1"], ["0"]),
+    "checkpoint.keep_every": (["-1"], ["0"]),
     "checkpoint.load_step": (["-2"], ["-1", "0"]),
     "validation.freq": (["0"], ["1"]),
     "validation.steps": (["0"], ["1"]),

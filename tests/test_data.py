@@ -572,7 +572,10 @@ def test_joined_parts_are_what_one_preparation_of_all_is(
     numbers = np.arange(120)
     for one, other in zip(once.read_documents(numbers), joined.read_documents(numbers), strict=True):
         assert one.tolist() == other.tolist()
-    assert [joined.origin(n) for n in range(120)] == [once.origin(n) for n in range(120)]
+    sources = [0] * 50 + [1] + [2] * 69
+    assert [joined.origin(n) for n in range(120)] == [f"{sources[n]}/{once.origin(n)}" for n in range(120)]
+    again = join([tmp_path / "joined"], tmp_path / "again")
+    assert again["files"] == joined.index["files"], "whose source has been said"
     for name in ("documents", "tokens", "dtype", "vocab_size", "bos_id", "eos_id", "tokenizer"):
         assert joined.index[name] == once.index[name]
     assert joined.index["rows"] == {

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from worlds import CountedStore
 
-from titan_fast import checkpointer, loop, manifest, watchdog
+from titan_fast import checkpointer, loop, manifest, run_history, watchdog
 from titan_fast.agreement import Agreement
 from titan_fast.config import parse
 from titan_fast.data_command import prepare_folder
@@ -340,6 +340,9 @@ def test_going_back_is_done_once(data: Path, tmp_path: Path, capsys: pytest.Capt
     runs.run(data, folder, checkpoint__keep_latest_k=0)
     runs.run(data, folder, checkpoint__load_step=5, training__steps=7, checkpoint__keep_latest_k=0)
     assert max(runs.losses(folder)) == 7
+    abandoned = run_history.read(folder / "metrics-until-10.jsonl")
+    assert [record["step"] for record in run_history.losses(abandoned)] == list(range(1, 11))
+    assert "metrics-until-10.jsonl has all" in capsys.readouterr().out
     again = dict.fromkeys(runs.losses(folder))
     capsys.readouterr()
     runs.run(data, folder, checkpoint__load_step=5, training__steps=9, checkpoint__keep_latest_k=0)

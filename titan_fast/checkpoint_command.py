@@ -34,7 +34,8 @@ def _wrong(problem: str) -> str:
 
 
 def list_lines(path: Path) -> list[str]:
-    """A line per checkpoint: step, size, what state.json says, and the first thing wrong by name and size."""
+    """A line per checkpoint: step, size, what state.json says, and the first thing wrong by name and size. Then a line
+    for each that was set aside."""
     lines = []
     for step, folder in folders(path).items():
         problem = manifest.problem(folder, contents=False)
@@ -49,8 +50,15 @@ def list_lines(path: Path) -> list[str]:
             )
         except (CheckpointError, TypeError, ValueError, OverflowError):
             said = "and its state.json cannot be read"
-        lines.append(f"step {step:>8}  {size / 2**20:10.1f} MiB  {said}")
+        lines.append(f"step {step:>8}  {_mebibytes(size)}  {said}")
+    for aside in manifest.superseded(folder.parent):
+        size = sum(file.lstat().st_size for file in aside.rglob("*"))
+        lines.append(f"{_mebibytes(size)}  {aside.name}: set aside, since the run went back; prune --superseded")
     return lines
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:10.1f} MiB"
 
 
 def verify(path: Path) -> tuple[list[str], list[str]]:
@@ -119,6 +127,10 @@ def main() -> None:
         sub.add_argument("dir", type=Path, help=f"a run directory or its checkpoint folder{one}")
         if name == "prune":
             sub.add_argument("--keep", type=int, default=3, help="how many to keep")
+            sub.add_argument("--keep-every", type=int, default=0, help="keep those of multiples of this step too")
+            sub.add_argument(
+                "--superseded", action="store_true", help="delete also those that were set aside when a run went back"
+            )
         if name == "export":
             sub.add_argument("--out", type=Path, required=True, help="the file to write")
     options = parser.parse_args()
@@ -130,7 +142,7 @@ def main() -> None:
     elif options.action == "export":
         lines = export(options.dir, options.out)
     else:
-        lines = prune(options.dir, options.keep)
+        lines = prune(options.dir, options.keep, options.keep_every, options.superseded)
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     if problems:
         what, fix = "a checkpoint is damaged", "restore it from a copy or move it away"
@@ -141,18 +153,27 @@ def main() -> None:
         raise CheckpointError(what, fix, str(options.dir))
 
 
-def prune(path: Path, keep: int) -> list[str]:
-    """Deletes all but the `keep` newest whole checkpoints, of which every byte is read; damaged ones among these stay.
-    ConfigError if a run is using them."""
+def prune(path: Path, keep: int, every: int, superseded: bool) -> list[str]:
+    """Deletes all but the `keep` newest whole checkpoints, of which every byte is read; damaged ones among these stay,
+    and those of multiples of step `every` (0: none). superseded: deletes also those that a run set aside when it went
+    back. ConfigError if a run is using them."""
     if keep < 1:
         raise ConfigError(f"--keep is {keep}", "keep at least 1")
+    if every < 0:
+        raise ConfigError(f"--keep-every is {every}", "give a number of steps, or 0")
     parent = next(iter(folders(path).values())).parent
     if parent == path.absolute().parent:
         raise ConfigError("prune takes the folder that holds the checkpoints, not one of them", "name that", str(path))
     with without_a_run(parent):
         lines = manifest.clean(parent)
-        deleted, left = manifest.prune(parent, keep)
-    lines += [*(f"deleted step {step}" for step in deleted), *(f"could not delete {path}" for path in left)]
+        deleted, left = manifest.prune(parent, keep, every)
+        lines += [f"deleted step {step}" for step in deleted]
+        for folder in manifest.superseded(parent) if superseded else ():
+            if remains := manifest.delete(folder):
+                left.append(remains)
+            else:
+                lines.append(f"deleted {folder.name}")
+    lines += [f"could not delete {path}" for path in left]
     return lines or [f"nothing to delete: no more than {keep} whole checkpoints"]
 
 

@@ -90,26 +90,35 @@ def check_start(config: Config, run_dir: Path, saved_bytes: int) -> list[str]:
             _room(settings),
             str(folder),
         )
-    more = _checkpoints_to_hold(config, first, sum(step <= first for step in whole))
+    more = _checkpoints_to_hold(config, first, sum(step <= first and not _stays(settings, step) for step in whole))
     if free + comes_free >= more * need:
         return []
-    kept = f"{settings.keep_latest_k} stay while another is written" if settings.keep_latest_k else "all stay"
+    kept = f"checkpoint.keep_latest_k: {settings.keep_latest_k} stay while another is written"
+    if settings.keep_every:
+        kept += f", and each {settings.keep_every}th step's by checkpoint.keep_every"
+    if not settings.keep_latest_k:
+        kept = "checkpoint.keep_latest_k: all stay"
     return [
         f"WARNING: the disk has {free:,} bytes free{and_more}, and the run will need {more * need:,} for {more} "
-        f"checkpoints more (checkpoint.keep_latest_k: {kept}); {_room(settings)}, or keep fewer"
+        f"checkpoints more ({kept}); {_room(settings)}, or keep fewer"
     ]
 
 
 def _checkpoints_to_hold(config: Config, first: int, kept: int) -> int:
-    """How many checkpoints the disk will have to hold at once, besides the `kept` ones, while a run continues after
-    step `first`."""
+    """How many checkpoints the disk will have to hold at once, while a run continues after step `first`: at most, and
+    besides those that stay and the `kept` ones that will make room."""
     settings, steps = config.checkpoint, config.training.steps
     interval = settings.interval or steps
     to_come = math.ceil(steps / interval) - first // interval
     if not settings.keep_latest_k:
         return to_come
-    most = max(settings.keep_latest_k + 1 - kept, 1)
+    stay = sum(_stays(settings, step) for step in range(first - first % interval + interval, steps + 1, interval))
+    most = max(settings.keep_latest_k + 1 - kept, 1) + stay
     return most if settings.interval_minutes > 0 else min(to_come, most)
+
+
+def _stays(settings: Checkpoint, step: int) -> bool:
+    return settings.keep_every > 0 and step % settings.keep_every == 0
 
 
 def _room(settings: Checkpoint) -> str:
@@ -166,7 +175,8 @@ class Checkpointer:
         save."""
         self.stall_seconds = 0.0
         """How long saves have blocked their caller since the last `take_stall_seconds`."""
-        self._goes_back = False  # to checkpoint.load_step
+        self.goes_back = False
+        """Whether this start goes back to checkpoint.load_step."""
         self._passed_over: set[int] = set()  # steps that were found damaged
         self._last_save = time.monotonic()
         self._pending: Future[Path] | None = None
@@ -344,9 +354,9 @@ class Checkpointer:
         manifest.publish(temporary, final, known, step=step, world_size=self.world.size)
         note_saved(self.run_dir, final)
         self._passed_over.discard(step)
-        keep = self.settings.keep_latest_k
+        keep, every = self.settings.keep_latest_k, self.settings.keep_every
         try:
-            _, left = manifest.prune(self.folder, keep, always=step, contents=False, damaged=self._passed_over)
+            _, left = manifest.prune(self.folder, keep, every, step, contents=False, damaged=self._passed_over)
         except OSError as error:  # the save itself has succeeded
             left = []
             self._notes.append(f"WARNING: what older checkpoints there are cannot be read: {error.strerror}")
@@ -530,7 +540,7 @@ class Checkpointer:
             path = manifest.folder_of(self.folder, step)
             reason = self._problem(path)
             if reason is None:
-                self._goes_back = wanted != -1
+                self.goes_back = wanted != -1
                 return path
             self._passed_over.add(step)
             passed_over.append(f"step-{step} is not loaded ({reason})")
@@ -593,13 +603,15 @@ class Checkpointer:
     def begin(self) -> None:
         """Renames later checkpoints where the run goes back. To be called after everything is loaded, so that a start
         that is refused changes nothing."""
-        if not (self._goes_back and self.world.is_main):
+        if not (self.goes_back and self.world.is_main):
             return
         for later, path in manifest.checkpoints(self.folder).items():
             if later > self.saved_step:
-                target = path.with_name(f"superseded-{int(time.time())}-{path.name}")
-                path.rename(target)
-                self._notes.append(f"{path.name} is now {target.name}: the run goes back to step {self.saved_step}")
+                target = manifest.set_aside(path)
+                self._notes.append(
+                    f"{path.name} is now {target.name}: the run goes back to step {self.saved_step}; `python -m "
+                    "titan_fast.checkpoint prune --superseded` deletes what was set aside"
+                )
         self._went_back.write_text(json.dumps({"load_step": self.saved_step}))
 
     def _from_main(self, value: T) -> T:

@@ -290,6 +290,8 @@ class Checkpoint:
     keep_latest_k: int = 3
     """How many whole checkpoints to keep; older ones are deleted. The disk needs room for one more, since that happens
     after the next one is written. 0 keeps all."""
+    keep_every: int = 0
+    """Besides those, checkpoints of steps that are multiples of this are never deleted. 0: none."""
     initial_load_path: str | None = None
     """Weights to begin with, while the run has no checkpoint of its own: a folder of Hugging Face Llama safetensors,
     one of Meta's files, a checkpoint folder, or a run directory. The optimizer begins anew at step 0."""
@@ -693,9 +695,10 @@ class _Needs:
 _NEEDS = (
     *(_Needs((table,), (f"{table}.enable",)) for table in ("compile", "float8", "validation")),
     _Needs(("checkpoint.folder", "checkpoint.interval", "checkpoint.interval_minutes", "checkpoint.keep_latest_k",
-            "checkpoint.async_mode", "checkpoint.on_save_error", "checkpoint.strict", "checkpoint.data_state",
-            "checkpoint.save_timeout_seconds"),
+            "checkpoint.keep_every", "checkpoint.async_mode", "checkpoint.on_save_error", "checkpoint.strict",
+            "checkpoint.data_state", "checkpoint.save_timeout_seconds"),
            ("checkpoint.enable",)),
+    _Needs(("checkpoint.keep_every",), ("checkpoint.keep_latest_k",)),
     _Needs(("checkpoint.initial_load_changes",), ("checkpoint.initial_load_path",)),
     _Needs(("checkpoint.max_failed_saves",), ("checkpoint.on_save_error",), ("continue",)),
     _Needs(("activation_checkpoint.selective_ac_option",), ("activation_checkpoint.mode",), ("selective",)),
@@ -794,6 +797,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "checkpoint.interval_minutes": (0, float("inf"), "0 or more"),
     "checkpoint.max_failed_saves": (1, float("inf"), "at least 1"),
     "checkpoint.keep_latest_k": (0, float("inf"), "0 or more"),
+    "checkpoint.keep_every": (0, float("inf"), "0 or more"),
     "checkpoint.load_step": (-1, float("inf"), "-1 or a step"),
     "validation.freq": (1, float("inf"), "at least 1"),
     "validation.steps": (1, float("inf"), "at least 1"),

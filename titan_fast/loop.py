@@ -147,6 +147,7 @@ class Run:
             start_step=self.progress.step,
             tokens_seen=self.progress.tokens_seen,
             elapsed_before=self.progress.elapsed_seconds,
+            went_back=self.checkpointer.goes_back,
             began=start.began,
         )
         self.recorded = RecordedPasses(self.model, CudaRecorder(device)) if config.training.cuda_graph else None

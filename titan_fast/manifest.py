@@ -26,7 +26,8 @@ FORMAT = 1
 LATE_SECONDS = 10.0
 """So long it may take a network file system to show one host what another has written."""
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
-_LEFTOVER = re.compile(r"\.(writing|deleting|replaced)-(step-(?:0|[1-9][0-9]{0,17}))")
+_SUPERSEDED = re.compile(r"superseded-[0-9]+-step-(0|[1-9][0-9]{0,17})")
+_LEFTOVER = re.compile(r"\.(writing|deleting|replaced)-((?:superseded-[0-9]+-)?step-(?:0|[1-9][0-9]{0,17}))")
 
 
 class Digest(NamedTuple):
@@ -54,6 +55,17 @@ def checkpoints(parent: Path) -> dict[int, Path]:
 def links(parent: Path) -> dict[int, Path]:
     """Symbolic links in `parent` that have the name of a checkpoint, wherever they lead, by step in order."""
     return {step: path for step, path in _named(parent).items() if path.is_symlink()}
+
+
+def superseded(parent: Path) -> list[Path]:
+    """The checkpoints in `parent` that a run set aside when it went back to an earlier step, in the order of names."""
+    paths = parent.iterdir() if parent.is_dir() else ()
+    return sorted(path for path in paths if _SUPERSEDED.fullmatch(path.name) and path.is_dir())
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a checkpoint from which the run does not go on. Returns the new path."""
+    return folder.rename(folder.with_name(f"superseded-{int(time.time())}-{folder.name}"))
 
 
 def _named(parent: Path) -> dict[int, Path]:
@@ -250,18 +262,24 @@ def _changed(folder: Path, files: dict[str, Digest]) -> str | None:
 
 
 def prune(
-    parent: Path, keep: int, always: int | None = None, contents: bool = True, damaged: Collection[int] = ()
+    parent: Path,
+    keep: int,
+    every: int = 0,
+    always: int | None = None,
+    contents: bool = True,
+    damaged: Collection[int] = (),
 ) -> tuple[list[int], list[Path]]:
-    """Deletes the folders of steps before the `keep` newest whole ones (0 keeps all). Returns the deleted steps, and
-    what could not be deleted. A folder is whole by its manifest, sizes and (with `contents`) sha256, unless its step is
-    in `damaged`. Folders that are not whole do not count; the step `always` and folders without a manifest are left
-    alone."""
+    """Deletes the folders of steps before the `keep` newest whole ones (0 keeps all), except those of multiples of
+    `every` (0: no exception). Returns the deleted steps, and what could not be deleted. A folder is whole by its
+    manifest, sizes and (with `contents`) sha256, unless its step is in `damaged`. Folders that are not whole do not
+    count; the step `always` and folders without a manifest are left alone."""
     found = checkpoints(parent)
     newest_first = (step for step in reversed(found) if step not in damaged)
     whole = list(islice((step for step in newest_first if problem(found[step], contents) is None), keep))
     if not keep or len(whole) < keep:
         return [], []
-    old = [step for step, path in found.items() if step < whole[-1] and step != always and (path / NAME).exists()]
+    stay = {always, *(step for step in found if every and step % every == 0)}
+    old = [step for step, path in found.items() if step < whole[-1] and step not in stay and (path / NAME).exists()]
     left = {step: doomed for step in old if (doomed := delete(found[step]))}
     return [step for step in old if step not in left], list(left.values())
 

@@ -122,11 +122,13 @@ class MetricsLogger:
         start_step: int = 0,
         tokens_seen: int = 0,
         elapsed_before: float = 0.0,
+        went_back: bool = False,
         began: float | None = None,
     ) -> None:
         """tokens_per_step: of all devices together. start_step, tokens_seen, elapsed_before: where a resumed run
-        continues; later steps are removed from metrics.jsonl, and a run from step 0 sets the whole file aside. began:
-        when the process started, by time.perf_counter (None: now)."""
+        continues; later steps are removed from metrics.jsonl, and a run from step 0 sets the whole file aside.
+        went_back: whether the later steps were saved, and left on purpose. began: when the process started, by
+        time.perf_counter (None: now)."""
         self.config, self.run_dir, self.is_main, self.device = config, run_dir, is_main, device
         self.n_devices, self.tokens_per_step = n_devices, tokens_per_step
         self.start_step = self.last_step = start_step
@@ -145,15 +147,15 @@ class MetricsLogger:
         self._console = Console(sys.stdout)
         self._log_file, self._metrics_file = LogFile(run_dir / "train.log"), LogFile(self.metrics_path)
         if is_main:
-            self._open()
+            self._open(went_back)
 
-    def _open(self) -> None:
+    def _open(self, went_back: bool) -> None:
         atexit.register(self.close)
         if self.start_step > 0:  # time that was spent on steps after it counts too
             said = [record.get("elapsed_seconds") or 0.0 for record in run_history.read(self.metrics_path)]
             self.elapsed_before = max([self.elapsed_before, *said])
         for path in (self.metrics_path, self.run_dir / run_history.BAD_STEPS):
-            if said_of_it := run_history.go_on_from(path, self.start_step):
+            if said_of_it := run_history.go_on_from(path, self.start_step, went_back):
                 self.say(said_of_it)
 
     def _peak(self) -> tuple[float | None, str]:

@@ -216,7 +216,7 @@ def _join(parts: Sequence["PreparedTokens"], folder: Path) -> dict[str, Any]:
                 some["file"] += len(files)
                 origins.write(some.tobytes())
             tokens += part.tokens
-            files += part.index["files"]
+            files += [_with_source(name, part.index["source"]) for name in part.index["files"]]
     of_one = {"offsets.bin", "origins.bin", *(shard["name"] for shard in parts[0].index["shards"])}
     copies = [name for name in parts[0].index["sizes"] if name not in of_one]
     for name in copies:
@@ -240,6 +240,14 @@ def _join(parts: Sequence["PreparedTokens"], folder: Path) -> dict[str, Any]:
         "files": files,
     }
     return _write_index(folder, index, copies, digests)
+
+
+def _with_source(file: str, source: dict[str, Any]) -> str:
+    """A part's file, named so that it differs from files of that name in other parts."""
+    if "parts" in source:  # joined before
+        return file
+    name = source["name"]
+    return name if Path(name).name == file else f"{name}/{file}"
 
 
 def _link_or_copy(path: Path, to: Path) -> None:

@@ -7,6 +7,7 @@ A number that is not finite is null, and `non_finite` says what it was: {"loss":
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable
 from itertools import chain, count
 from pathlib import Path
@@ -45,14 +46,18 @@ def _record(line: bytes) -> Record | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-def go_on_from(path: Path, step: int) -> str:
-    """Makes the file the history of a run that continues from `step`. Returns a line for the log, or ""."""
+def go_on_from(path: Path, step: int, went_back: bool = False) -> str:
+    """Makes the file the history of a run that continues from `step`. Returns a line for the log, or "". went_back:
+    whether the run leaves steps that were saved, whose lines are then kept beside it."""
     if step == 0:
         aside = set_aside(path)
         return f"the run begins again at step 0; {path.name} of an earlier start is now {aside.name}" if aside else ""
+    last = max((record["step"] for record in read(path)), default=0)
+    copy = shutil.copyfile(path, _aside(path, last)) if went_back and last > step else None
     cut = keep_until(path, step)
     lines = "1 line" if cut == 1 else f"{cut} lines"
-    return f"{path.name}: cut off {lines} after step {step}, where this run starts" if cut else ""
+    kept = f"; {copy.name} has all" if copy else ""
+    return f"{path.name}: cut off {lines} after step {step}, where this run starts{kept}" if cut else ""
 
 
 def set_aside(path: Path) -> Path | None:
@@ -61,9 +66,14 @@ def set_aside(path: Path) -> Path | None:
     if not (records := read(path)):
         path.unlink(missing_ok=True)
         return None
-    stem = f"{path.stem}-until-{max(record['step'] for record in records)}"
+    return path.rename(_aside(path, max(record["step"] for record in records)))
+
+
+def _aside(path: Path, last: int) -> Path:
+    """A name that is free, for a history that ends with step `last`."""
+    stem = f"{path.stem}-until-{last}"
     names = (path.with_stem(f"{stem}{more}") for more in chain([""], (f"-{number}" for number in count(2))))
-    return path.rename(next(name for name in names if not name.exists()))
+    return next(name for name in names if not name.exists())
 
 
 def keep_until(path: Path, step: int) -> int:

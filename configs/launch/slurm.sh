@@ -3,6 +3,9 @@
 #
 #   sbatch --nodes 8 configs/launch/slurm.sh --config configs/llama3_8b.toml
 #
+# For a run longer than the time limit, give that several times with `--dependency=singleton`: each job waits for the one
+# before, and goes on where it has stopped. One that finds the run finished ends at once.
+#
 # What follows the script's name goes to titan_fast.train. Change the #SBATCH lines for your cluster; options of
 # `sbatch` override them.
 #SBATCH --job-name=titan_fast
