@@ -406,3 +406,8 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     least, most = map(int, done.stdout.split())  # the most that the process had so far
     assert many - few > 100_000_000
     assert most - least < 0.2 * (many - few), f"{most - least:,} bytes more for {many - few:,} bytes more of weights"
+
+
+def test_a_parameter_that_hugging_faces_llama_lacks() -> None:
+    with pytest.raises(CheckpointError, match=r"blocks\.3\.attention\.q_norm\.weight has no name"):
+        hf.hf_names("blocks.3.attention.q_norm.weight")

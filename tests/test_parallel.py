@@ -13,6 +13,7 @@ import torch.distributed as dist
 from shapes import LLAMA3
 from small_runs import Trace, build, config_of, own_batches, train
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +22,7 @@ from worlds import Task, World, results, run_world
 
 from titan_fast import parallel, step
 from titan_fast.config import mesh_degrees
+from titan_fast.counted_step import fake_world
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
 from titan_fast.model import Block, Llama
@@ -418,3 +420,14 @@ def test_a_vocabulary_of_which_a_rank_gets_nothing() -> None:
     assert "a vocabulary of 9 leaves the last of 4" in refusal(
         mesh(1, 1, 4), 4, dataclasses.replace(LLAMA3, n_heads=8, n_kv_heads=4, vocab_size=9)
     )
+
+
+def test_a_parameter_of_a_changed_model_that_no_style_takes() -> None:
+    with fake_world(2), torch.device("meta"):
+        tensor = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
+        model = Llama(LLAMA3, max_seq_len=16)
+        parallel.apply_tensor_parallel(model, tensor, asynchronous=False)
+        model = Llama(LLAMA3, max_seq_len=16)
+        model.blocks[1].get_submodule("attention").register_parameter("scale", torch.nn.Parameter(torch.ones(4)))
+        with pytest.raises(ConfigError, match=r"blocks\.1\.attention\.scale has no tensor parallel style"):
+            parallel.apply_tensor_parallel(model, tensor, asynchronous=False)

@@ -85,6 +85,8 @@ def hf_names(name: str) -> tuple[str, ...]:
         return (_TOP[name],)
     blocks, layer, rest = name.split(".", 2)
     assert blocks == "blocks", name
+    if rest != "attention.qkv.weight" and rest not in _BLOCK:
+        raise CheckpointError(f"{name} has no name in Hugging Face's Llama", "convert a Llama, or name it in hf._BLOCK")
     theirs = _QKV if rest == "attention.qkv.weight" else (_BLOCK[rest],)
     return tuple(f"model.layers.{layer}.{their}" for their in theirs)
 

@@ -254,10 +254,19 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, asynchronous: bool) ->
     for block in model.blocks:
         parallelize_module(block, mesh, {name: style() for name, style in BLOCK_PLAN.items()})
     model.tie()
+    check_styles(model)
     for module in (model.embedding, model.blocks[-1]):
         module.register_forward_hook(_arrived)
     if asynchronous:
         overlap_collectives(mesh)
+
+
+def check_styles(model: nn.Module) -> None:
+    """ConfigError for a parameter that no tensor parallel style has taken: the ranks' copies of it would get different
+    gradients and drift apart."""
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            raise ConfigError(f"{name} has no tensor parallel style", "give it one in BLOCK_PLAN or MODEL_PLAN")
 
 
 def overlap_collectives(mesh: DeviceMesh) -> None:

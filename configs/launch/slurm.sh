@@ -3,8 +3,8 @@
 #
 #   sbatch --nodes 8 configs/launch/slurm.sh --config configs/llama3_8b.toml
 #
-# For a run longer than the time limit, give that several times with `--dependency=singleton`: each job waits for the one
-# before, and goes on where it has stopped. One that finds the run finished ends at once.
+# For a run longer than the time limit, give that several times with `--dependency=singleton`: each job waits for the
+# one before, and goes on where it has stopped. One that finds the run finished ends at once.
 #
 # What follows the script's name goes to titan_fast.train. Change the #SBATCH lines for your cluster; options of
 # `sbatch` override them.
@@ -38,6 +38,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # --cpus-per-task: since SLURM 22.05 srun does not inherit sbatch's.
 # --rdzv-backend c10d: hosts meet at the first one and agree on ranks; --rdzv-id keeps jobs apart.
+# --rdzv-conf: hosts that are cut off from the first for up to 10 minutes come back; the default is 1.
 # --max-restarts: if a process dies, or a host cannot be reached for a while, all processes restart from the newest
 #   checkpoint, without SLURM. If a host is lost for good, SLURM restarts the job (--requeue).
 # --shutdown-timeout: how long torchrun lets its processes save after SIGTERM; the default is 30 s. torch 2.11 does not
@@ -50,6 +51,7 @@ srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PE
     --rdzv-backend=c10d \
     --rdzv-id="$SLURM_JOB_ID" \
     --rdzv-endpoint="$HEAD:$PORT" \
+    --rdzv-conf=read_timeout=600 \
     --max-restarts=3 \
     --shutdown-timeout=240 \
     --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 \
