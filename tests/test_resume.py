@@ -297,8 +297,20 @@ def test_other_data_is_refused_or_begun_again(data: Path, tmp_path: Path, capsys
     assert "begins again" not in said, "what can be continued is continued"
     state = json.loads((runs.checkpoint(tmp_path / "run", 8) / "state.json").read_text())
     assert state["data"]["next_sample"] == 4 * 2, "steps 5 to 8 of 2 sequences each"
+    assert list(step_documents(tmp_path / "run", 8, None, 80))[:2] == ["step 8:", "samples 6 to 7, epoch 0"]
+    with pytest.raises(ConfigError, match=r"data was begun again after step 4, at step 5 or before"):
+        next(step_documents(tmp_path / "run", 4, None, 80))
     with pytest.raises(ConfigError, match=r"after step 5 the run's data stood at sample 2, .* begun again"):
         next(step_documents(tmp_path / "run", 8, 1, 80))
+
+
+def test_the_log_tells_a_steps_samples_where_the_batch_has_changed(data: Path, tmp_path: Path) -> None:
+    run, more = tmp_path / "run", {"checkpoint__interval": 100, "metrics__log_freq": 3}
+    runs.run(data, run, **more, training__steps=5, training__global_batch_size=4)
+    runs.run(data, run, **more, training__steps=9, training__global_batch_size=2)
+    told = [list(step_documents(run, step, None, 80))[1] for step in (1, 2, 3, 5, 6, 7, 9, 10)]
+    expected = ["0 to 3", "4 to 7", "8 to 11", "16 to 19", "20 to 21", "22 to 23", "26 to 27", "28 to 29"]
+    assert told == [f"samples {samples}, epoch 0" for samples in expected]
 
 
 def test_data_that_was_moved_is_gone_on_with(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

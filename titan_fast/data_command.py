@@ -121,14 +121,44 @@ def _in_words(index: dict[str, Any], out: Path, speed: str = "") -> str:
 
 
 def step_documents(run_dir: Path, step: int, data_parallel_degree: int | None, characters: int) -> Iterator[str]:
-    """`sample_documents` for a step, whose samples start at (step - 1) x global batch: ConfigError if the batch has
-    changed, or the data was restarted."""
+    """`sample_documents` for a step: of the samples that the log gives for it, or for the logged step before it. A log
+    of an older version gives none; then ConfigError if the batch has changed, or the data was begun again."""
     if step < 1:
         raise ConfigError(f"--step is {step}, and the first step is 1", "change it")
     if data_parallel_degree is not None and data_parallel_degree < 1:
         raise ConfigError(f"--data-parallel-degree is {data_parallel_degree}, not at least 1", "change it")
     config = _config_of(run_dir)
     logged = run_history.read(run_dir / "metrics.jsonl")
+    samples = _samples_by_log(run_dir, step, logged) if data_parallel_degree is None else None
+    if samples is None:
+        samples = _samples_by_batch(run_dir, step, config, data_parallel_degree, logged)
+    last = max((record["step"] for record in logged), default=0)
+    yield f"step {step}:" + ("" if not logged or step <= last else f" not in the log, which ends with step {last}")
+    yield from sample_documents(run_dir, *samples, characters)
+
+
+def _samples_by_log(run_dir: Path, step: int, logged: list[dict[str, Any]]) -> tuple[int, int] | None:
+    """First and last sample of a step. The first step of every start is logged, so from one logged step to the next
+    the batch is the same."""
+    found = {record["step"]: record["data"] for record in logged if "last_sample" in record.get("data", {})}
+    if (before := max((at for at in found if at <= step), default=None)) is None:
+        return None
+    first, last = found[before]["first_sample"], found[before]["last_sample"]
+    for later, data in sorted(found.items()):
+        if later > before and data["first_sample"] <= last:
+            raise ConfigError(
+                f"the run's data was begun again after step {step}, at step {later} or before, and may be others since",
+                "give --samples FIRST:LAST",
+                str(run_dir),
+            )
+    ahead = (step - before) * (last + 1 - first)
+    return first + ahead, last + ahead
+
+
+def _samples_by_batch(
+    run_dir: Path, step: int, config: Config, data_parallel_degree: int | None, logged: list[dict[str, Any]]
+) -> tuple[int, int]:
+    """First and last sample of a step of a run whose batch and data were always the same."""
     batch = _global_batch_size(config, data_parallel_degree, logged)
     for record in logged:
         if record.get("tokens_seen", expected := record["step"] * batch * config.training.seq_len) != expected:
@@ -150,9 +180,7 @@ def step_documents(run_dir: Path, step: int, data_parallel_degree: int | None, c
                 "give --samples FIRST:LAST",
                 str(run_dir),
             )
-    last = max((record["step"] for record in logged), default=0)
-    yield f"step {step}:" + ("" if not logged or step <= last else f" not in the log, which ends with step {last}")
-    yield from sample_documents(run_dir, (step - 1) * batch, step * batch - 1, characters)
+    return (step - 1) * batch, step * batch - 1
 
 
 def sample_documents(run_dir: Path, first: int, last: int, characters: int) -> Iterator[str]:

@@ -271,6 +271,7 @@ class Run:
                 lr=rate,
                 tokens_seen=self.progress.tokens_seen,
                 data_wait_seconds=self.loader.wait_seconds,
+                data=self.loader.position(),
                 extra=self._extra_metrics(),
             )
         validates = self.validation_loader is not None and due(config.validation.freq) and not stops

@@ -251,10 +251,12 @@ class MetricsLogger:
         lr: float,
         tokens_seen: int,
         data_wait_seconds: float,
+        data: dict[str, int] | None = None,
         extra: dict[str, float] | None = None,
     ) -> None:
         """Reports the steps since the last call: `loss`, `grad_norm` and `lr` are of `step`, `tokens_seen` is the whole
-        run's, `data_wait_seconds` what this process has waited for data in all (`Loader.wait_seconds`)."""
+        run's, `data_wait_seconds` what this process has waited for data in all (`Loader.wait_seconds`). data: which
+        samples `step` had (`Loader.position`), for metrics.jsonl alone."""
         if not self.is_main:
             return
         seconds, steps = self.clock.window(), step - self.last_step
@@ -282,7 +284,7 @@ class MetricsLogger:
         self.say(self._line(record, extra or {}))
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step)
-        self._write(record | (extra or {}))
+        self._write(record | (extra or {}), {"data": data} if data else {})
 
     def _line(self, record: Record, extra: dict[str, float]) -> str:
         steps = self.config.training.steps
@@ -306,9 +308,9 @@ class MetricsLogger:
         steps = self.config.training.steps
         return f"step {step:>{len(str(steps))}}/{steps}"
 
-    def _write(self, record: Record) -> None:
-        """To metrics.jsonl and TensorBoard."""
-        self._metrics_file.write(run_history.encode(record))
+    def _write(self, record: Record, more: Record | None = None) -> None:
+        """To metrics.jsonl and TensorBoard; `more`, which is not a number, to the former alone."""
+        self._metrics_file.write(run_history.encode(record | (more or {})))
 
         def add(writer: "SummaryWriter") -> None:
             for name, value in record.items():
