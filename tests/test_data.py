@@ -588,6 +588,47 @@ def test_joined_parts_are_what_one_preparation_of_all_is(
     assert rows == [expected[:2], expected[2:4]]
 
 
+def test_an_epoch_has_each_parts_documents_as_often_as_its_weight_says(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [Document(text, "rows", n) for n, text in enumerate(texts(250))]
+    parts = parts_of(documents, [0, 100, 200, 250], tokenizer, tmp_path)
+    words = ["titan_fast.data", "join", *map(str, parts), "--out", str(tmp_path / "mixed"), "--weights", "2.25,0.5,1"]
+    monkeypatch.setattr(sys, "argv", words)
+    data_command.main()
+    tokens = PreparedTokens(tmp_path / "mixed")
+    config = make_config(tmp_path / "mixed")
+    order = data.training_order(config, tokens)
+    often = np.bincount(order.documents, minlength=250)
+    assert not often[[0, 100, 200]].any(), "held out for validation"
+    assert set(often[1:100]) == {2, 3} and often[:100].sum() == 2 * 99 + 25
+    assert set(often[101:200]) == {0, 1} and often[100:200].sum() == 50  # 49.5
+    assert (often[201:] == 1).all()
+    # Over an epoch each copy is trained on once, with all its tokens.
+    seen = Counter[int]()
+    for sample in range(order.samples_per_epoch):
+        for document, _, count in order.pieces(sample):
+            seen[document] += count
+    lengths = tokens.lengths(np.arange(250))
+    missed = often * lengths - np.array([seen[n] for n in range(250)])
+    assert (missed >= 0).all() and missed.sum() == order.dropped_tokens + 1 <= SEQ_LEN + 1
+    assert tokens.fingerprint != PreparedTokens(_joined(parts, tmp_path / "plain")).fingerprint
+    assert "(weights 2.25, 0.5, 1): 322 documents" in make_loader(config, tokenizer, tmp_path / "run").describe()
+    again = join(
+        [tmp_path / "mixed", parts_of(documents, [0, 30], tokenizer, tmp_path / "more")[0]], tmp_path / "a", [2, 3]
+    )
+    assert [(own["documents"], own["weight"]) for own in again["mixture"]] == [(100, 4.5), (100, 1), (50, 2), (30, 3)]
+    nan = float("nan")
+    for weights, message in (([1.0], "1 weights for 3 parts"), ([1, 0, 1], "a weight is 0"), ([1, nan, 1], "nan")):
+        with pytest.raises(ConfigError, match=message):
+            join(parts, tmp_path / "none", weights)
+
+
+def _joined(parts: list[Path], folder: Path) -> Path:
+    join(parts, folder)
+    return folder
+
+
 def test_parts_that_do_not_belong_together_are_not_joined(tokenizer: Tokenizer, tmp_path: Path) -> None:
     documents = [Document(text, "rows", n) for n, text in enumerate(texts(20))]
     first, second = parts_of(documents, [0, 10, 20], tokenizer, tmp_path)

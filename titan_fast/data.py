@@ -203,17 +203,21 @@ def build_loader(config: Config, tokenizer: Tokenizer, rank: DataRank) -> Loader
     tokens = _open_tokens(config, training.dataset_path, tokenizer, rank, "training")
     order = training_order(config, tokens)
     name = training.dataset_path or training.dataset
-    _check_amount(order, share, name)
     every = HOLD_OUT_EVERY if _holds_out(config) else 0
+    _check_amount(order, share, name, -(-tokens.documents // every) if every else 0)
+    if tokens.mixture:
+        weights = ", ".join(f"{part['weight']:g}" for part in tokens.mixture)
+        name += f" (weights {weights})"
     return Loader(TokenSource(order, share, model_shape(config.model).vocab_size, name, every), rank.device)
 
 
 def training_order(config: Config, tokens: PreparedTokens) -> SampleOrder:
-    """The samples that are trained on: all documents but those held out for validation."""
+    """The samples that are trained on: all documents but those held out for validation, as often as the shards' mixture
+    says."""
     documents = np.arange(tokens.documents, dtype=np.uint32 if tokens.documents < 2**32 else np.int64)
     if _holds_out(config):
         documents = np.delete(documents, np.s_[::HOLD_OUT_EVERY])
-    return SampleOrder(tokens, documents, config.training.seq_len, config.debug.seed)
+    return SampleOrder(tokens, tokens.mixed(documents), config.training.seq_len, config.debug.seed)
 
 
 def build_validation_loader(config: Config, tokenizer: Tokenizer, rank: DataRank) -> Loader | None:
@@ -254,9 +258,8 @@ def _holds_out(config: Config) -> bool:
     return config.validation.enable and config.validation.dataset_path is None
 
 
-def _check_amount(order: SampleOrder, share: Share, name: str) -> None:
+def _check_amount(order: SampleOrder, share: Share, name: str, held_out: int) -> None:
     if len(order.documents) < share.dp_degree:
-        held_out = order.tokens.documents - len(order.documents)
         besides = f", besides {held_out} held out for validation," if held_out else ""
         raise DataError(
             f"{len(order.documents)} documents to train on{besides} are fewer than the {share.dp_degree} data-parallel "

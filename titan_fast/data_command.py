@@ -44,6 +44,9 @@ def main() -> None:
     joining = commands.add_parser("join", help="make one folder of several that prepare has written")
     joining.add_argument("parts", nargs="+", type=Path, metavar="PART", help="a folder, in the order of the documents")
     joining.add_argument("--out", required=True, type=Path, help="the folder to write")
+    joining.add_argument(
+        "--weights", type=_numbers, metavar="W,W,...", help="how often an epoch of training has each part; default once"
+    )
     showing = commands.add_parser("show", help="print the documents of one step of a run")
     what = showing.add_mutually_exclusive_group(required=True)
     what.add_argument("--step", type=int, help="the step, as the log counts: the first is 1")
@@ -58,7 +61,7 @@ def main() -> None:
     elif options.command == "join":
         if rest:
             raise ConfigError(f"join takes folders and --out, and {rest[0]} is given", "leave it out")
-        index = join(options.parts, options.out.absolute())
+        index = join(options.parts, options.out.absolute(), options.weights)
         print(f"{options.out}: {_in_words(index, options.out)}")  # noqa: T201
     else:
         _check_shown(rest, options)
@@ -69,6 +72,10 @@ def main() -> None:
             lines = sample_documents(run_dir, *_first_and_last(options.samples), options.characters)
         for line in lines:
             print(line)  # noqa: T201
+
+
+def _numbers(words: str) -> list[float]:
+    return [float(word) for word in words.split(",")]
 
 
 def _check_shown(rest: list[str], options: argparse.Namespace) -> None:

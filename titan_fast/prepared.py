@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from titan_fast.corpus import Document, RowLedger
-from titan_fast.errors import DataError
+from titan_fast.errors import ConfigError, DataError
 from titan_fast.manifest import obstacle, sha256, sync_file, sync_folder, would_be_taken_for_one
 from titan_fast.run_lock import RunLock
 from titan_fast.tokenizer import Tokenizer, available_processors, copy_tokenizer
@@ -42,6 +42,7 @@ _MOST_MAPPED = 16384  # shards; a process may have 65,530 mappings on Linux
 _BATCH_CHARACTERS = 2_000_000  # tokenized together: enough work for every core in little memory
 _BATCH_DOCUMENTS = 4096
 _LENGTHS_TOGETHER = 2**20
+_MOST_OFTEN = 1000.0  # the largest weight of a part
 _SECONDS_BETWEEN_LINES = 10.0
 _TOKENIZER_KEYS = ("dtype", "vocab_size", "bos_id", "eos_id", "tokenizer")
 _ORIGIN = np.dtype([("file", "<u4"), ("line", "<u8")])
@@ -66,10 +67,15 @@ def prepare(
     return _publish(folder, lambda temporary: _write(documents, tokenizer, temporary, source, ledger))
 
 
-def join(parts: Sequence[Path], folder: Path) -> dict[str, Any]:
+def join(parts: Sequence[Path], folder: Path, weights: Sequence[float] | None = None) -> dict[str, Any]:
     """Writes `folder` with the documents of folders of token shards, one after another, and returns its index. On the
-    same file system the shards are hard links, which take no room and outlive their part. Errors as for `prepare`, and
-    DataError where the parts do not belong together."""
+    same file system the shards are hard links, which take no room and outlive their part. weights: how often an epoch
+    of training has each part's documents (None: once); see `mixed`. Errors as for `prepare`, DataError where the parts
+    do not belong together, ConfigError where the weights are not one positive number for each."""
+    if weights is not None and len(weights) != len(parts):
+        raise ConfigError(f"{len(weights)} weights for {len(parts)} parts", "give one for each")
+    if wrong := [weight for weight in weights or () if not (math.isfinite(weight) and 0 < weight <= _MOST_OFTEN)]:
+        raise ConfigError(f"a weight is {wrong[0]:g}", f"give numbers above 0 and at most {_MOST_OFTEN:g}")
     opened = [PreparedTokens(part) for part in parts]
     first = opened[0]
     for tokens in opened[1:]:
@@ -85,7 +91,7 @@ def join(parts: Sequence[Path], folder: Path) -> dict[str, Any]:
         if twin := by_fingerprint.get(tokens.fingerprint):
             raise DataError(f"{twin} has the same documents", "name each part once", str(tokens.folder))
         by_fingerprint[tokens.fingerprint] = tokens.folder
-    return _publish(folder, lambda temporary: _join(opened, temporary))
+    return _publish(folder, lambda temporary: _join(opened, temporary, weights))
 
 
 def _publish(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -183,7 +189,8 @@ def _write_index(folder: Path, content: dict[str, Any], copies: list[str], known
     files that need not be read for it."""
     names = [*(shard["name"] for shard in content["shards"]), "offsets.bin", "origins.bin", *copies]
     digests = {name: known.get(name) or sha256(folder / name) for name in names}
-    identity = [content["dtype"], *(digests[name] for name in names[: len(content["shards"]) + 1])]
+    identity: list[Any] = [content["dtype"], *(digests[name] for name in names[: len(content["shards"]) + 1])]
+    identity += content.get("mixture", [])
     index = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -196,7 +203,7 @@ def _write_index(folder: Path, content: dict[str, Any], copies: list[str], known
     return index
 
 
-def _join(parts: Sequence["PreparedTokens"], folder: Path) -> dict[str, Any]:
+def _join(parts: Sequence["PreparedTokens"], folder: Path, weights: Sequence[float] | None) -> dict[str, Any]:
     shards: list[dict[str, Any]] = []
     digests: dict[str, str] = {}
     files: list[str] = []
@@ -224,8 +231,14 @@ def _join(parts: Sequence["PreparedTokens"], folder: Path) -> dict[str, Any]:
     sources = [part.index["source"] for part in parts]
     columns = {source.get("text_column") for source in sources}
     rows = [part.index["rows"] for part in parts]
+    mixture = [
+        {"documents": own["documents"], "weight": own["weight"] * weight}
+        for part, weight in zip(parts, weights or [1.0] * len(parts), strict=True)
+        for own in part.mixture or [{"documents": part.documents, "weight": 1.0}]
+    ]
     index = {
         **{key: parts[0].index[key] for key in _TOKENIZER_KEYS},
+        **({"mixture": mixture} if any(own["weight"] != 1.0 for own in mixture) else {}),
         "documents": sum(part.documents for part in parts),
         "tokens": tokens,
         "source": {"name": f"{len(parts)} parts", "parts": sources}
@@ -377,6 +390,25 @@ class PreparedTokens:
                 if digest != self.index["sha256"][name]:
                     place = str(self.folder / name)
                     raise DataError("a file of the token shards has changed (sha256)", "prepare the data again", place)
+
+    @property
+    def mixture(self) -> list[dict[str, Any]]:
+        """`documents` and `weight` of each part, in order, where they were joined with weights; else empty."""
+        return self.index.get("mixture", [])
+
+    def mixed(self, documents: np.ndarray) -> np.ndarray:
+        """What an epoch of training on `documents`, which ascend, has: each as often as its part's weight says. Of a
+        weight of 2.25 all documents come twice, and every fourth once more."""
+        if not self.mixture:
+            return documents
+        chosen, end = [], 0
+        for part in self.mixture:
+            begin, end = end, end + part["documents"]
+            own = documents[slice(*np.searchsorted(documents, [begin, end]))]
+            once_more = round(math.modf(part["weight"])[0] * len(own))
+            chosen += [own] * int(part["weight"])
+            chosen.append(own[np.arange(once_more) * len(own) // max(once_more, 1)])
+        return np.concatenate(chosen)
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
         """How many tokens each document has, int64."""
