@@ -682,6 +682,23 @@ def test_a_start_says_that_the_disk_may_fill_up(
     assert "WARNING: the disk has 2,000,000 bytes free, and the run will need" in capsys.readouterr().out
 
 
+def test_a_file_system_without_fsync_is_no_failing_disk(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as some in user space. A failing disk is not passed over."""
+    raised = [errno.EINVAL]
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(raised[0], os.strerror(raised[0]))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    runs.run(data, tmp_path, training__steps=1)
+    assert manifest.problem(runs.checkpoint(tmp_path, 1)) is None
+    raised[0] = errno.EIO
+    with pytest.raises(CheckpointError, match="could not be written"):
+        runs.run(data, tmp_path, training__steps=2)
+
+
 def failing_save(monkeypatch: pytest.MonkeyPatch, failures: int) -> list[int]:
     """The first `failures` publications after the first one raise ENOSPC; returns the calls' list."""
     true_publish, calls = manifest.publish, []

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -209,6 +210,7 @@ def test_the_order_of_an_epoch_takes_twenty_bytes_a_document(monkeypatch: pytest
     count = 200_000
     tokens = SimpleNamespace(documents=count, offsets=np.arange(count + 1) * 5)
     tokens.lengths = lambda numbers: PreparedTokens.lengths(tokens, numbers)  # type: ignore[arg-type]
+    tokens.mixed = lambda documents: documents
     config, trained_on = make_config(None), np.flatnonzero(np.arange(count) % data.HOLD_OUT_EVERY)
     tracemalloc.start()
     try:
@@ -649,6 +651,21 @@ def test_parts_that_do_not_belong_together_are_not_joined(tokenizer: Tokenizer, 
     with pytest.raises(DataError, match="has 0 bytes"):
         join([first, second], out)
     assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_file_system_that_cannot_map_files_is_named(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (part,) = parts_of([Document(text, "rows", n) for n, text in enumerate(texts(20))], [0, 20], tokenizer, tmp_path)
+
+    def memmap(*words: object, **more: object) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(np, "memmap", memmap)
+    for use in (lambda: PreparedTokens(part).document(3), lambda: join([part], tmp_path / "joined")):
+        with pytest.raises(DataError, match=r"cannot map files into memory \[\S*part-0\]; copy the folder"):
+            use()
+    assert not (tmp_path / "joined").exists()
 
 
 @pytest.fixture

@@ -92,3 +92,9 @@ def test_a_path_that_this_user_may_not_use_is_named(tmp_path: Path) -> None:
     done = run(f"open({str(tmp_path / 'file')!r})", before=as_user)
     assert done.returncode == 2
     assert done.stderr.startswith(f"titan_fast: not allowed: Permission denied [{tmp_path / 'file'}]; ")
+
+
+def test_a_file_that_is_too_large_for_its_limit_is_no_full_disk(tmp_path: Path) -> None:
+    write = f"import pathlib; pathlib.Path({str(tmp_path / 'large')!r}).write_bytes(bytes(99))"
+    done = run(f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9)); {write}")
+    assert done.returncode == 4 and "a file is too large for its limit (ulimit -f)" in done.stderr, done.stderr

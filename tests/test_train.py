@@ -308,3 +308,22 @@ def test_the_first_lines_say_what_is_kept_of_weights(
     loop.train(parse([*arguments(text, tmp_path), *options, "--training.steps", "1"]))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weights")]
     assert line.split(maxsplit=1)[1].startswith(weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("CXX", "/does/not/exist", "compile.enable on a CPU needs a C++ compiler, and none works; install g++"),
+        ("TORCH_COMPILE_DISABLE", "1", "an environment variable (TORCH_COMPILE_DISABLE) turns torch.compile off"),
+    ],
+)
+def test_a_machine_that_cannot_compile_is_told_in_a_sentence(
+    name: str, value: str, sentence: str, data: Path, tmp_path: Path
+) -> None:
+    words = runs.arguments(data, tmp_path / "run", compile__enable=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "titan_fast.train", *words],
+        capture_output=True, text=True, env=runs.environment(**{name: value}), timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -333,7 +333,8 @@ class Checkpointer:
             raise OSError(errno.ENOSPC, "No space left on device", str(temporary))
 
     def _write_tensors(self, tensors: dict[str, Tensor], temporary: Path) -> None:
-        writer = _Writer(temporary, sync_files=True, overwrite=False)
+        # Each file is synced when it is hashed (manifest.digests).
+        writer = _Writer(temporary, sync_files=False, overwrite=False)
         try:
             dcp.save(tensors, storage_writer=writer, process_group=self.group)
         except (dcp.api.CheckpointException, RuntimeError, OSError) as error:
@@ -383,7 +384,9 @@ class Checkpointer:
         except OSError:
             have = "no"
         fix = error.fix if isinstance(error, CheckpointError) else ""
-        if any(word in what for word in ("disk full", *map(os.strerror, NO_ROOM))):
+        if os.strerror(errno.EFBIG) in what:
+            fix = "raise the limit of file sizes (ulimit -f), or choose a file system that has none"
+        elif any(word in what for word in ("disk full", *map(os.strerror, NO_ROOM))):
             what += f": needs {need:,} bytes, has {have} bytes free"
             fix = _room(self.settings)
         what = f"the checkpoint could not be written: {what}"
@@ -410,7 +413,8 @@ class Checkpointer:
         except CheckpointError as error:
             outcome = None, f"rank {self.world.rank}: {error.what}", error.fix
         except OSError as error:
-            words = f"disk full ({cause(error)})" if error.errno in NO_ROOM else cause(error)
+            full = error.errno in NO_ROOM and error.errno != errno.EFBIG
+            words = f"disk full ({cause(error)})" if full else cause(error)
             outcome = None, f"rank {self.world.rank}: {words}", ""
         outcomes: list[Any] = [None] * self.world.size
         try:

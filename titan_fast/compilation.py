@@ -24,6 +24,11 @@ def check(settings: config.Compile, uses_fsdp: bool) -> None:
     """ConfigError for settings that contradict each other, or would do nothing."""
     if not settings.enable:
         return
+    if torch._dynamo.config.disable:
+        raise ConfigError(
+            "compile.enable is True, and an environment variable (TORCH_COMPILE_DISABLE) turns torch.compile off",
+            "unset it, or set compile.enable to False",
+        )
     if settings.backend not in torch._dynamo.list_backends(None):
         known = sorted({*torch._dynamo.list_backends(), "aot_eager", "eager"} - _NEED.keys())
         raise ConfigError(
@@ -49,6 +54,22 @@ def check(settings: config.Compile, uses_fsdp: bool) -> None:
             "compile.components has model, and FSDP2 gathers weights between blocks, within what would be one graph",
             "use blocks, or on a single device parallelism.single_device masters",
         )
+
+
+def check_machine(settings: config.Compile, device: torch.device) -> None:
+    """ConfigError where Inductor cannot work on this machine."""
+    if not settings.enable or settings.backend != "inductor" or device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError) as error:
+        raise ConfigError(
+            "compile.enable on a CPU needs a C++ compiler, and none works",
+            "install g++, name another in CXX, or set compile.enable to False",
+        ) from error
 
 
 def compiler(settings: config.Compile) -> Callable[[Any], Any]:

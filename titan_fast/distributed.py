@@ -1,6 +1,7 @@
 """The process group: the only reader of torchrun's environment."""
 
 import os
+import re
 import resource
 import secrets
 import socket
@@ -121,9 +122,10 @@ def start(comm: Comm, device: torch.device) -> Iterator[World]:
         if isinstance(error, TitanFastError):
             raise
         sentence = str(error).splitlines()[0]
-        raise CommunicationError(
-            f"rank {rank} of {size} could not join the others: {sentence}", "look at the first rank that failed"
-        ) from error
+        fix = "look at the first rank that failed"
+        if re.search(r"address for: lo0?\b", sentence):
+            fix = "bring the loopback interface up (ip link set lo up)"
+        raise CommunicationError(f"rank {rank} of {size} could not join the others: {sentence}", fix) from error
     try:
         yield World(rank, size, device, store, patient)
     except BaseException as error:

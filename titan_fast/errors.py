@@ -100,6 +100,14 @@ def reported() -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
         where = str(error.filename or "")
+        if error.errno == errno.EFBIG:
+            fail(
+                CheckpointError(
+                    f"a file is too large for its limit (ulimit -f) or its file system: {error.strerror}",
+                    "raise the limit, or name another folder",
+                    where,
+                )
+            )
         if error.errno in NO_ROOM:
             fail(CheckpointError(f"the disk is full: {error.strerror}", "make room and start again as before", where))
         if error.errno in _FAILING:

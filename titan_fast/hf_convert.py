@@ -95,7 +95,7 @@ def _write_dcp(weights: Weights, folder: Path) -> None:
         for name, size in our_sizes(weights.shape).items()
     }
     # A file per tensor, because DCP holds a file's tensors until it is written.
-    writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=True, overwrite=False)
+    writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False, overwrite=False)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")

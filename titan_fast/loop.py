@@ -59,6 +59,7 @@ def train(config: Config, start: StartTimes | None = None) -> None:
     check_profiling(config.profiling, device)
     shape = model_shape(config.model)
     parallel.check(config, shape, degrees, device)
+    compilation.check_machine(config.compile, device)
     float8.check_device(config.float8, device)
     set_determinism(config.debug)
     ops = build_ops(config.kernels, device, workload(config, shape, degrees))

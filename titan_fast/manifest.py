@@ -105,16 +105,25 @@ def sha256(path: Path) -> str:
 def sync_file(path: Path) -> None:
     """Waits until the file's content is on the disk."""
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
     """Waits until the folder's entries are on the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """os.fsync. Does nothing where the file system has no such thing, as some in user space."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -122,7 +131,7 @@ def write_file(path: Path, content: bytes) -> None:
     with path.open("xb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def _files(folder: Path) -> list[str]:
@@ -198,13 +207,14 @@ def read(folder: Path) -> dict[str, Digest]:
         raise ValueError(f"{NAME} is damaged")
     try:
         manifest = json.loads((folder / NAME).read_bytes())
-        assert manifest["format"] == FORMAT
+        if manifest["format"] != FORMAT:
+            raise ValueError
         files = {str(name): Digest(int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
     except FileNotFoundError:
         raise ValueError(f"{NAME} is missing") from None
     except OSError as error:
         raise ValueError(f"{NAME} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, ArithmeticError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{NAME} is damaged") from error
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:

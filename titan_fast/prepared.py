@@ -6,6 +6,7 @@ and `index.json`. It is written under another name, by one process at a time, an
 right name is whole.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -25,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from titan_fast.corpus import Document, RowLedger
-from titan_fast.errors import ConfigError, DataError
+from titan_fast.errors import NO_ROOM, ConfigError, DataError
 from titan_fast.manifest import obstacle, sha256, sync_file, sync_folder, would_be_taken_for_one
 from titan_fast.run_lock import RunLock
 from titan_fast.tokenizer import Tokenizer, available_processors, copy_tokenizer
@@ -114,10 +115,11 @@ def _publish(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str,
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
-        free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
+        full = error.errno in NO_ROOM and folder.parent.is_dir()
+        free = f" ({shutil.disk_usage(folder.parent).free / 2**30:.2f} GiB free)" if full else ""
         raise DataError(
-            f"cannot write the token shards: {error.strerror or error} ({free / 2**30:.2f} GiB free)",
-            "make room or name another folder",
+            f"cannot write the token shards: {error.strerror or error}{free}",
+            "make room or name another folder" if full else "name another folder",
             str(folder),
         ) from error
     return index
@@ -216,7 +218,7 @@ def _join(parts: Sequence["PreparedTokens"], folder: Path, weights: Sequence[flo
                 _link_or_copy(part.folder / shard["name"], folder / name)
                 shards.append({**shard, "name": name})
                 digests[name] = part.index["sha256"][shard["name"]]
-            places = np.memmap(part.folder / "origins.bin", _ORIGIN, mode="r")
+            places = _mapped(part.folder / "origins.bin", _ORIGIN)
             for begin in range(0, part.documents, _LENGTHS_TOGETHER):
                 offsets.write((part.offsets[begin + 1 :][:_LENGTHS_TOGETHER] + tokens).astype("<i8").tobytes())
                 some = np.array(places[begin:][:_LENGTHS_TOGETHER])
@@ -327,6 +329,16 @@ class _ShardWriter:
             self.sha256[self.index[-1]["name"]] = self._digest.hexdigest()
 
 
+def _mapped(path: Path, dtype: np.dtype) -> np.memmap:
+    try:
+        return np.memmap(path, dtype, mode="r")
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        what = "the file system of the token shards cannot map files into memory"
+        raise DataError(what, "copy the folder to another disk", str(path.parent)) from error
+
+
 def _may_be_mapped() -> int:
     """How many shards may be mapped at a time: each takes a file descriptor, and training and validation data share
     what the process may open."""
@@ -361,7 +373,7 @@ class PreparedTokens:
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
         self._check_size(name)
-        return np.asarray(np.memmap(self.folder / name, np.dtype(dtype).newbyteorder("<"), mode="r"))
+        return np.asarray(_mapped(self.folder / name, np.dtype(dtype).newbyteorder("<")))
 
     def _map_shard(self, number: int) -> np.ndarray:
         return self._map(self.index["shards"][number]["name"], self.index["dtype"])

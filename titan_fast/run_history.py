@@ -6,13 +6,13 @@ A number that is not finite is null, and `non_finite` says what it was: {"loss":
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from titan_fast.manifest import sync
 from titan_fast.pictures import new_figure
 
 Record = dict[str, Any]
@@ -90,7 +90,7 @@ def keep_until(path: Path, step: int) -> int:
         with replacement.open("wb") as file:
             file.write(after)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         replacement.replace(path)
     return len(lines) - len(kept)
 

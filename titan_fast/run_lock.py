@@ -26,6 +26,8 @@ _GUARD = f".{NAME}.guard"
 PULSE_SECONDS = 10.0
 SILENT_SECONDS = 60.0
 """A holder on another machine whose pulse is older than this is considered dead."""
+_PROC = Path("/proc")
+_HIDDEN = "hidden"
 
 
 @contextmanager
@@ -148,8 +150,9 @@ class RunLock:
     def _doubt(self, holder: dict[str, Any]) -> bool | None:
         """None where the holder is dead, False where it is alive, True where only more time can tell."""
         if all(holder.get(key) == self._me[key] for key in ("machine", "namespace")):
-            alive = _start_time(int(holder.get("pid", 0))) == holder.get("started")
-            return False if alive else None
+            started = _start_time(int(holder.get("pid", 0)))
+            if started != _HIDDEN:
+                return False if started == holder.get("started") else None
         now = self.path.with_name(f".{NAME}.{self._me['token']}")
         now.touch()
         try:
@@ -187,20 +190,24 @@ def _identity() -> dict[str, Any]:
 
 def _start_time(process: int) -> str | None:
     """When the kernel says that a process started, None where there is no such process. Together with the id this is
-    unique: ids alone are reused. A zombie counts as dead."""
+    unique: ids alone are reused. A zombie counts as dead. Where other users' processes are hidden (hidepid) this is
+    _HIDDEN, and where there is no /proc, "alive"."""
     try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        fields = (_PROC / str(process) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None if Path("/proc/self").exists() else _alive_without_proc(process)
+        hidden = _HIDDEN if (_PROC / "self").exists() else "alive"
+        return hidden if process > 0 and _is_there(process) else None
     return None if fields[0] in "ZX" else fields[19]
 
 
-def _alive_without_proc(process: int) -> str | None:
+def _is_there(process: int) -> bool:
     try:
         os.kill(process, 0)
+    except PermissionError:  # it is another user's
+        return True
     except OSError:
-        return None
-    return "alive"
+        return False
+    return True
 
 
 def _text(path: str) -> str:
