@@ -98,3 +98,16 @@ def test_a_file_that_is_too_large_for_its_limit_is_no_full_disk(tmp_path: Path) 
     write = f"import pathlib; pathlib.Path({str(tmp_path / 'large')!r}).write_bytes(bytes(99))"
     done = run(f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9)); {write}")
     assert done.returncode == 4 and "a file is too large for its limit (ulimit -f)" in done.stderr, done.stderr
+
+
+def test_what_all_ranks_have_to_say_is_said_once() -> None:
+    done = runs.torchrun(4, "-m", "titan_fast.train", "--training.seq_length", "5")
+    output = runs.finish(done)
+    said = output.count("unknown key 'training.seq_length'")
+    assert done.returncode == 1 and 1 <= said <= 2, output  # twice where the first is slow to start
+
+
+def test_what_only_a_later_rank_has_to_say_is_said_too() -> None:
+    body = "from titan_fast.errors import ConfigError; raise ConfigError('of rank 1', 'mend it')"
+    done = run(body, env=runs.environment(LOCAL_RANK="1"))
+    assert done.returncode == 2 and "of rank 1" in done.stderr

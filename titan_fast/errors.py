@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -23,6 +24,7 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _FAILING = frozenset({errno.EIO, errno.ESTALE, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO})
 """Errors of a disk or file server that is failing."""
 _NO_HANDLE = frozenset({errno.EMFILE, errno.ENFILE})
+_AFTER_THE_FIRST = 2.0  # seconds
 _NO_PATH = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP})
 
 
@@ -78,6 +80,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def fail(error: TitanFastError) -> NoReturn:
     """Ends the process as the contract says."""
+    if isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0":
+        # Usually all ranks have the same to say. Once the first has said it and has left, torchrun ends the others.
+        time.sleep(_AFTER_THE_FIRST)
     try:
         sys.stdout.flush()
         line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
