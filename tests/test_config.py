@@ -372,6 +372,14 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
             "training.dataset_config is 'en', and the data does not come from the hub",
         ),
         (
+            ["--training.skip_samples", "1:2", "--training.dataset", "c4"],
+            "training.skip_samples is given, and a stream's samples have no numbers",
+        ),
+        (
+            ["--training.skip_samples", "1:2,7:5"],
+            "training.skip_samples is '7:5', not FIRST:LAST",
+        ),
+        (
             ["--checkpoint.load_step", "5", "--checkpoint.enable", "False"],
             "checkpoint.load_step is 5, and checkpoint.enable False loads none",
         ),

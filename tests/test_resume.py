@@ -304,6 +304,20 @@ def test_other_data_is_refused_or_begun_again(data: Path, tmp_path: Path, capsys
         next(step_documents(tmp_path / "run", 8, 1, 80))
 
 
+def test_after_going_back_the_samples_that_were_bad_are_left_out(data: Path, tmp_path: Path) -> None:
+    run, more = tmp_path / "run", {"checkpoint__interval": 2, "metrics__log_freq": 4, "training__global_batch_size": 4}
+    more |= {"training__steps": 8, "checkpoint__keep_latest_k": 0}
+    runs.run(data, run, **more)
+    more |= {"checkpoint__load_step": 2, "training__skip_samples": "100:120,18:21,13:16"}
+    runs.run(data, run, **more | {"training__steps": 4})
+    runs.run(data, run, **more)  # goes on from step 4, and skips the same
+    told = [list(step_documents(run, step, None, 80))[1] for step in range(1, 10)]
+    starts = [0, 4, 8, 22, 26, 30, 34, 38, 42]  # step 4 would have had 12 to 15, and then 17 to 20
+    assert told == [f"samples {start} to {start + 3}, epoch 0" for start in starts]
+    state = json.loads((runs.checkpoint(run, 8) / "state.json").read_text())
+    assert state["data"]["next_sample"] == 42
+
+
 def test_the_log_tells_a_steps_samples_where_the_batch_has_changed(data: Path, tmp_path: Path) -> None:
     run, more = tmp_path / "run", {"checkpoint__interval": 100, "metrics__log_freq": 3}
     runs.run(data, run, **more, training__steps=5, training__global_batch_size=4)

@@ -87,6 +87,9 @@ class Training:
     """The hub data set's split."""
     text_column: str = "text"
     """The field of a row that holds the document. For token shards it was chosen when they were prepared."""
+    skip_samples: str | None = None
+    """Samples that are not trained on, as FIRST:LAST,FIRST:LAST, ... from the lines about bad steps and spikes of the
+    loss: a step that would have one of them begins after LAST. Not for streams."""
     seq_len: int = 256
     """Tokens per sequence."""
     local_batch_size: int = 4
@@ -619,6 +622,20 @@ class Problems:
             raise ConfigError(f"{len(self._found)} settings are wrong: {listed}", "fix each")
 
 
+def sample_range(words: str, name: str) -> tuple[int, int]:
+    """The two numbers of FIRST:LAST, which `name` was given; ConfigError where it is no such thing."""
+    first, _, last = words.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise ConfigError(f"{name} is {words!r}, not FIRST:LAST", "write two numbers, as in 96:127")
+    return int(first), int(last)
+
+
+def skipped_samples(training: Training) -> list[tuple[int, int]]:
+    """First and last of what training.skip_samples names; ConfigError where it is no list of FIRST:LAST."""
+    given = training.skip_samples.split(",") if training.skip_samples is not None else []
+    return [sample_range(words, "training.skip_samples") for words in given]
+
+
 def validate(config: Config) -> None:
     """Every rule that needs neither a device nor the number of processes; ConfigError names the numbers."""
     shape, problems = model_shape(config.model), Problems()
@@ -656,6 +673,12 @@ def validate(config: Config) -> None:
             f"training.dataset_config is {config.training.dataset_config!r}, and the data does not come from the hub",
             "leave it out, or name the hub's data set with training.dataset and no dataset_path",
         )
+    if config.training.skip_samples and is_hub(config.training):
+        problems.add("training.skip_samples is given, and a stream's samples have no numbers", "leave it out")
+    try:
+        skipped_samples(config.training)
+    except ConfigError as error:
+        problems.add(error.what, error.fix)
     _check_folders(config, problems)
     option = config.activation_checkpoint.selective_ac_option
     if option not in ("op", "attention") and not (option.isdecimal() and int(option) > 0):

@@ -11,7 +11,7 @@ import logging
 import random
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from titan_fast.config import Config, Training, grad_accum_steps, is_hub, model_shape
+from titan_fast.config import Config, Training, grad_accum_steps, is_hub, model_shape, skipped_samples
 from titan_fast.corpus import TEXT_SUFFIXES, Corpus, RowLedger, open_corpus, stdlib_corpus
 from titan_fast.errors import DataError
 from titan_fast.loader import Loader, Share, Step
@@ -39,8 +39,18 @@ class TokenSource:
     """Steps out of token shards. Step t has the global samples from t x global batch on, dealt out pass by pass, and
     within a pass rank by rank."""
 
-    def __init__(self, order: SampleOrder, share: Share, vocab_size: int, name: str, held_out: int = 0) -> None:
+    def __init__(
+        self,
+        order: SampleOrder,
+        share: Share,
+        vocab_size: int,
+        name: str,
+        held_out: int = 0,
+        skipped: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """skipped: first and last of samples that no step may have."""
         self._order, self._share, self._vocab_size, self._name = order, share, vocab_size, name
+        self._skipped = skipped
         self._next_sample = 0
         self.identity = {
             "kind": "tokens",
@@ -59,7 +69,8 @@ class TokenSource:
         )
 
     def next_step(self, stopping: threading.Event) -> Step:
-        share, first = self._share, self._next_sample
+        share = self._share
+        first = first_sample(self._next_sample, share.global_batch_size, self._skipped)
         per_pass = share.dp_degree * share.local_batch_size
         starts = [first + turn * per_pass + share.dp_rank * share.local_batch_size for turn in range(share.passes)]
         passes = [self._order.read(start, share.local_batch_size) for start in starts]
@@ -84,6 +95,14 @@ class TokenSource:
 
     def state_to_json(self, state: int) -> dict[str, Any]:
         return {"next_sample": state}
+
+
+def first_sample(first: int, count: int, skipped: Sequence[tuple[int, int]]) -> int:
+    """Where a step of `count` samples begins, that would begin at `first` but for those that are skipped."""
+    for begin, end in sorted(skipped):
+        if begin < first + count and end >= first:
+            first = end + 1
+    return first
 
 
 def check(config: Config) -> None:
@@ -208,7 +227,8 @@ def build_loader(config: Config, tokenizer: Tokenizer, rank: DataRank) -> Loader
     if tokens.mixture:
         weights = ", ".join(f"{part['weight']:g}" for part in tokens.mixture)
         name += f" (weights {weights})"
-    return Loader(TokenSource(order, share, model_shape(config.model).vocab_size, name, every), rank.device)
+    vocab_size, skipped = model_shape(config.model).vocab_size, skipped_samples(training)
+    return Loader(TokenSource(order, share, vocab_size, name, every, skipped), rank.device)
 
 
 def training_order(config: Config, tokens: PreparedTokens) -> SampleOrder:

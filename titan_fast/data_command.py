@@ -19,9 +19,16 @@ from titan_fast import config as configuration
 from titan_fast import run_history
 from titan_fast.checkpoint import read_state
 from titan_fast.command_line import Parser
-from titan_fast.config import Config, is_hub
+from titan_fast.config import Config, is_hub, sample_range, skipped_samples
 from titan_fast.corpus import RowLedger
-from titan_fast.data import DataRank, build_tokenizer, check_column_is_read, local_corpus, training_order
+from titan_fast.data import (
+    DataRank,
+    build_tokenizer,
+    check_column_is_read,
+    first_sample,
+    local_corpus,
+    training_order,
+)
 from titan_fast.errors import ConfigError, DataError, command
 from titan_fast.manifest import checkpoints
 from titan_fast.prepared import PreparedTokens, check_empty, is_prepared, join, prepare
@@ -69,7 +76,8 @@ def main() -> None:
         if options.step is not None:
             lines = step_documents(run_dir, options.step, options.data_parallel_degree, options.characters)
         else:
-            lines = sample_documents(run_dir, *_first_and_last(options.samples), options.characters)
+            samples = sample_range(options.samples, "--samples")
+            lines = sample_documents(run_dir, *samples, options.characters)
         for line in lines:
             print(line)  # noqa: T201
 
@@ -136,7 +144,7 @@ def step_documents(run_dir: Path, step: int, data_parallel_degree: int | None, c
         raise ConfigError(f"--data-parallel-degree is {data_parallel_degree}, not at least 1", "change it")
     config = _config_of(run_dir)
     logged = run_history.read(run_dir / "metrics.jsonl")
-    samples = _samples_by_log(run_dir, step, logged) if data_parallel_degree is None else None
+    samples = _samples_by_log(run_dir, step, config, logged) if data_parallel_degree is None else None
     if samples is None:
         samples = _samples_by_batch(run_dir, step, config, data_parallel_degree, logged)
     last = max((record["step"] for record in logged), default=0)
@@ -144,7 +152,7 @@ def step_documents(run_dir: Path, step: int, data_parallel_degree: int | None, c
     yield from sample_documents(run_dir, *samples, characters)
 
 
-def _samples_by_log(run_dir: Path, step: int, logged: list[dict[str, Any]]) -> tuple[int, int] | None:
+def _samples_by_log(run_dir: Path, step: int, config: Config, logged: list[dict[str, Any]]) -> tuple[int, int] | None:
     """First and last sample of a step. The first step of every start is logged, so from one logged step to the next
     the batch is the same."""
     found = {record["step"]: record["data"] for record in logged if "last_sample" in record.get("data", {})}
@@ -158,8 +166,10 @@ def _samples_by_log(run_dir: Path, step: int, logged: list[dict[str, Any]]) -> t
                 "give --samples FIRST:LAST",
                 str(run_dir),
             )
-    ahead = (step - before) * (last + 1 - first)
-    return first + ahead, last + ahead
+    batch, skipped = last + 1 - first, skipped_samples(config.training)
+    for _ in range(step - before):
+        first = first_sample(first + batch, batch, skipped)
+    return first, first + batch - 1
 
 
 def _samples_by_batch(
@@ -207,13 +217,6 @@ def sample_documents(run_dir: Path, first: int, last: int, characters: int) -> I
             text = tokenizer.decode(tokens.document(document)[start : start + count].tolist())[:characters]
             place = f"{tokens.origin(document)} (document {document})"
             yield f"  {place}, tokens {start} to {start + count - 1}: {text!r}"
-
-
-def _first_and_last(words: str) -> tuple[int, int]:
-    first, _, last = words.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-        raise ConfigError(f"--samples is {words!r}, not FIRST:LAST", "write two numbers, as in 96:127")
-    return int(first), int(last)
 
 
 def _config_of(run_dir: Path) -> Config:

@@ -106,7 +106,8 @@ class StepGuard:
         return NumericsError(
             f"the loss ({loss}) or the gradient (norm {norm}) of step {item.step} is not finite{in_a_row}, and was not "
             "applied",
-            "no checkpoint contains it; look at the data there, lower optimizer.lr or clip harder",
+            "no checkpoint contains it; look at the data there, lower optimizer.lr or clip harder"
+            + ("" if self._is_stream else ", or skip these samples by training.skip_samples"),
             where=f"step {item.step}, {self._where(item)}",
         )
 
