@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import namedtuple
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,7 +25,7 @@ import torch
 from torchrun import start
 from worlds import Task, World, results, run_world
 
-from titan_fast import checkpoint_command, checkpointer, generate, loop, manifest, safe_unpickle
+from titan_fast import checkpoint_command, checkpointer, distributed, generate, loop, manifest, safe_unpickle
 from titan_fast.checkpoint import Progress, check_tensors, gather_data_state, own_data_state, tensors_of
 from titan_fast.config import mesh_degrees, model_shape, parse
 from titan_fast.errors import CheckpointError, NumericsError, TitanFastError
@@ -447,6 +448,13 @@ def test_an_older_checkpoint_may_be_a_link(data: Path, copy: Path, tmp_path: Pat
     assert list(runs.losses(copy)) == list(range(1, 12)) and runs.checkpoint(copy, 5).is_symlink()
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../state.json", "a/../../b"])
+def test_a_manifest_names_no_file_outside(name: str, tmp_path: Path) -> None:
+    (tmp_path / manifest.NAME).write_text(json.dumps({"format": manifest.FORMAT, "files": {name: [1, "a"]}}))
+    with pytest.raises(ValueError, match="outside the folder"):
+        manifest.read(tmp_path)
+
+
 def test_retention_counts_only_whole_checkpoints(tmp_path: Path, data: Path, finished: Path) -> None:
     for step in range(1, 7):
         shutil.copytree(runs.checkpoint(finished, 10), tmp_path / f"step-{step}")
@@ -733,6 +741,21 @@ def test_failed_saves_are_tolerated_as_told(
         runs.run(data, tmp_path / "c", checkpoint__interval=2)
 
 
+def test_failed_saves_count_in_a_row(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_publish, steps = manifest.publish, []
+
+    def publish(*args: Any, **kwargs: Any) -> None:
+        steps.append(kwargs["step"])
+        if kwargs["step"] in (4, 8):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        true_publish(*args, **kwargs)
+
+    monkeypatch.setattr(manifest, "publish", publish)
+    more = {"checkpoint__interval": 2, "checkpoint__on_save_error": "continue", "checkpoint__max_failed_saves": 1}
+    runs.run(data, tmp_path, **more)
+    assert steps == [2, 4, 6, 8, 10] and list(manifest.checkpoints(tmp_path / "checkpoint")) == [2, 6, 10]
+
+
 def test_a_folder_that_cannot_be_listed_is_a_failed_save(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -838,6 +861,52 @@ def test_an_async_save_holds_the_values_of_its_step(
     assert next(record for record in stalls if record["step"] == 6)["checkpoint_stall_seconds"] > 0
 
 
+def test_an_async_save_waits_for_the_one_before(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose copies are in the memory that it is about to use."""
+    true_save, true_staged = checkpointer.Checkpointer.save, checkpointer.Checkpointer._staged
+    true_write, saves, staging, writing = checkpointer.Checkpointer._write_tensors, [0], threading.Event(), [False]
+    second = threading.Event()
+
+    def save(self: Any, *args: Any) -> None:
+        saves[0] += 1
+        if saves[0] == 2:
+            second.set()
+        true_save(self, *args)
+
+    def staged(self: Any, tensors: Any) -> Any:
+        assert not writing[0]
+        staging.set()
+        return true_staged(self, tensors)
+
+    def write(self: Any, *args: Any) -> None:
+        writing[0] = True
+        assert second.wait(60)
+        staging.clear()
+        staging.wait(0.5)
+        true_write(self, *args)
+        writing[0] = False
+
+    monkeypatch.setattr(checkpointer.Checkpointer, "save", save)
+    monkeypatch.setattr(checkpointer.Checkpointer, "_staged", staged)
+    monkeypatch.setattr(checkpointer.Checkpointer, "_write_tensors", write)
+    runs.run(data, tmp_path, checkpoint__async_mode="async")
+    assert saves == [2]
+
+
+def test_the_watchdog_names_a_hanging_save_before_its_collective_ends(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_group, given = distributed.new_group, []
+
+    def new_group(comm: Any, timeout: timedelta) -> Any:
+        given.append(timeout.total_seconds())
+        return true_group(comm, timeout)
+
+    monkeypatch.setattr(distributed, "new_group", new_group)
+    runs.run(data, tmp_path, training__steps=1, checkpoint__save_timeout_seconds=77)
+    assert 77 + distributed.SPARE_SECONDS in given
+
+
 def test_a_failed_async_save_surfaces_at_the_next_step(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -855,6 +924,16 @@ def test_a_failed_async_save_surfaces_at_the_next_step(
         runs.run(data, tmp_path / "run", checkpoint__async_mode="async", checkpoint__interval=3)
     assert ran[-1] == 7, "step 6 was saved, and the failure is seen in the step after it"
     assert caught.value.exit_status == 4
+
+
+@pytest.mark.parametrize("on_save_error", ["abort", "continue"])
+def test_a_last_async_save_that_fails_is_no_success(
+    on_save_error: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_save(monkeypatch, 1)
+    more = {"checkpoint__async_mode": "async", "checkpoint__interval": 5, "checkpoint__on_save_error": on_save_error}
+    with pytest.raises(CheckpointError, match="disk full"):
+        runs.run(data, tmp_path / "run", **more)
 
 
 def test_pinned_memory_needs_cuda(data: Path, tmp_path: Path) -> None:

@@ -439,6 +439,23 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
+def test_a_damaged_block_of_gzip_is_named(tmp_path: Path) -> None:
+    """Its first bytes are the deflate stream's, where zlib raises an error of its own."""
+    path = tmp_path / "rows.txt.gz"
+    content = bytearray(gzip.compress(b"hello world " * 5000))
+    content[12] ^= 0x55
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot read the file"):
+        read(path)
+
+
+def test_a_text_in_csv_may_be_long(tmp_path: Path) -> None:
+    csv.field_size_limit(131_072)  # Python's default
+    path = tmp_path / "rows.csv"
+    path.write_text("text\n" + "a" * 200_000 + "\nb\n")
+    assert [len(text) for text in read(path)[0]] == [200_000, 1]
+
+
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty])
 @pytest.mark.parametrize("kind", [".parquet", ".jsonl.gz", ".jsonl.zst"])
 def test_a_damaged_file_is_named(kind: str, damage, tmp_path: Path) -> None:

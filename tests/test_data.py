@@ -653,6 +653,49 @@ def test_parts_that_do_not_belong_together_are_not_joined(tokenizer: Tokenizer, 
     assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "of the format titan_fast tokens 2, not titan_fast tokens 1"),
+        ({"sizes": None}, "damaged: sizes is 'None'"),
+        ({"documents": "20"}, "damaged: documents is '20'"),
+        ({"dtype": "float64"}, "damaged: dtype is 'float64'"),
+        ({"rows": {}}, "damaged: rows has no read"),
+        ({"shards": [{"name": "tokens-00000.bin"}]}, "damaged: a shard is"),
+        ({"sizes": {}}, "damaged: it has no size or no sha256 of offsets.bin"),
+        ({"mixture": [{"documents": 19, "weight": 1}]}, "damaged: mixture is"),
+        ({"mixture": [20]}, "damaged: mixture is"),
+    ],
+)
+def test_a_damaged_index_is_a_sentence(
+    changes: dict[str, Any], message: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (part,) = parts_of([Document(text, "rows", n) for n, text in enumerate(texts(20))], [0, 20], tokenizer, tmp_path)
+    index = json.loads((part / "index.json").read_text())
+    PreparedTokens(part)
+    (part / "index.json").write_text(json.dumps(index | changes))
+    with pytest.raises(DataError, match=message):
+        PreparedTokens(part)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000])
+def test_what_is_no_index_is_a_sentence(content: str, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(content)
+    assert not is_prepared(tmp_path)
+    with pytest.raises(DataError, match=r"holds no token shards|of the format None"):
+        PreparedTokens(tmp_path)
+
+
+def test_parts_of_different_columns_have_none_in_common(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folders = []
+    for column in ("a", "b"):
+        folders.append(tmp_path / column)
+        document = Document(f"text of {column}", "rows", 1)
+        prepare([document], tokenizer, folders[-1], source={"name": column, "text_column": column}, ledger=RowLedger())
+    assert "text_column" not in join(folders, tmp_path / "both")["source"]
+    assert join(folders[:1], tmp_path / "one")["source"]["text_column"] == "a"
+
+
 def test_a_file_system_that_cannot_map_files_is_named(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,6 +190,7 @@ def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         ({"vocab_size": ...}, "vocab_size is None"),
         ({"vocab_size": 0}, "vocab_size 0 is not positive"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small', not a number"),
+        ({"rope_theta": 10**400}, "rope_theta is beyond any float"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),

@@ -335,6 +335,31 @@ def test_patience_counts_the_steps_before_the_save(
 # A job that is queued again by the same command
 
 
+def test_a_job_goes_on_though_the_step_it_went_back_to_has_been_deleted(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    runs.run(data, folder, checkpoint__keep_latest_k=0)
+    more = {"checkpoint__load_step": 5, "checkpoint__keep_latest_k": 1, "checkpoint__interval": 2}
+    runs.run(data, folder, training__steps=8, **more)
+    assert 5 not in manifest.checkpoints(folder / "checkpoint")
+    runs.run(data, folder, training__steps=10, **more)
+    assert max(runs.losses(folder)) == 10
+
+
+def test_a_run_goes_back_twice_to_different_steps(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within a second, as far as their names say."""
+    monkeypatch.setattr(manifest.time, "time", lambda: 1000.5)
+    folder, more = tmp_path / "run", {"checkpoint__keep_latest_k": 0, "checkpoint__interval": 2, "training__steps": 8}
+    runs.run(data, folder, **more)
+    runs.run(data, folder, checkpoint__load_step=6, **more)
+    capsys.readouterr()
+    runs.run(data, folder, checkpoint__load_step=4, **more)
+    assert "the run goes back to step 4" in capsys.readouterr().out
+    names = [path.name for path in manifest.superseded(folder / "checkpoint")]
+    assert names == ["superseded-1000-step-6", "superseded-1000-step-8", "superseded-1001-step-8"]
+
+
 def test_going_back_is_done_once(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     runs.run(data, folder, checkpoint__keep_latest_k=0)

@@ -631,6 +631,13 @@ def test_a_window_system_that_is_not_there_is_not_asked_for(tmp_path: Path) -> N
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
+def test_what_train_log_alone_is_told_has_no_secret(tmp_path: Path) -> None:
+    metrics = logger(tmp_path, *QUIET)
+    metrics.write_down("ended by OSError: s3://me:hunter2hunter2@bucket")
+    metrics.close()
+    assert "s3://<redacted>@bucket" in (tmp_path / "train.log").read_text()
+
+
 def test_a_long_history_is_gone_through_once_and_not_for_every_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -304,6 +304,22 @@ def test_other_data_is_refused_or_begun_again(data: Path, tmp_path: Path, capsys
         next(step_documents(tmp_path / "run", 8, 1, 80))
 
 
+def test_validation_makes_no_graph(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be kept, and the reported loss would have the terms of training, as z_loss."""
+    true_loss, graphs = loop.validation_loss, []
+
+    def validation_loss(model: torch.nn.Module, *more: Any) -> float:
+        hook = model.register_forward_pre_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+        try:
+            return true_loss(model, *more)  # type: ignore[arg-type]
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(loop, "validation_loss", validation_loss)
+    runs.run(data, tmp_path, **runs.MEASURED | {"training__steps": 1, "metrics__sample_prompt": ""})
+    assert graphs and not any(graphs)
+
+
 def test_after_going_back_the_samples_that_were_bad_are_left_out(data: Path, tmp_path: Path) -> None:
     run, more = tmp_path / "run", {"checkpoint__interval": 2, "metrics__log_freq": 4, "training__global_batch_size": 4}
     more |= {"training__steps": 8, "checkpoint__keep_latest_k": 0}

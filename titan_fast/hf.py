@@ -236,7 +236,10 @@ def _number(config: Mapping[str, Any], key: str, kind: type[int] | type[float], 
         return default
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         raise ConfigError(f"{key} is {value!r}, not {'an integer' if kind is int else 'a number'}", "fix it", where)
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError as error:
+        raise ConfigError(f"{key} is beyond any float", "fix it", where) from error
 
 
 def _rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:

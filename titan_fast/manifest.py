@@ -15,7 +15,7 @@ import time
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +65,8 @@ def superseded(parent: Path) -> list[Path]:
 
 def set_aside(folder: Path) -> Path:
     """Renames a checkpoint from which the run does not go on. Returns the new path."""
-    return folder.rename(folder.with_name(f"superseded-{int(time.time())}-{folder.name}"))
+    names = (folder.with_name(f"superseded-{second}-{folder.name}") for second in count(int(time.time())))
+    return folder.rename(next(name for name in names if not name.exists()))
 
 
 def _named(parent: Path) -> dict[int, Path]:

@@ -46,6 +46,10 @@ _LENGTHS_TOGETHER = 2**20
 _MOST_OFTEN = 1000.0  # the largest weight of a part
 _SECONDS_BETWEEN_LINES = 10.0
 _TOKENIZER_KEYS = ("dtype", "vocab_size", "bos_id", "eos_id", "tokenizer")
+_INDEX: dict[str, type] = {
+    "documents": int, "tokens": int, "dtype": str, "vocab_size": int, "tokenizer": str, "fingerprint": str,
+    "source": dict, "rows": dict, "shards": list, "files": list, "sizes": dict, "sha256": dict,
+}  # fmt: skip
 _ORIGIN = np.dtype([("file", "<u4"), ("line", "<u8")])
 
 
@@ -53,7 +57,7 @@ def is_prepared(path: Path) -> bool:
     """Whether the folder holds token shards."""
     try:
         return json.loads((path / "index.json").read_bytes()).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -346,6 +350,32 @@ def _may_be_mapped() -> int:
     return min(may_open // 4, _MOST_MAPPED) if may_open > 0 else _MOST_MAPPED  # RLIM_INFINITY is -1
 
 
+def _damage(index: dict[str, Any]) -> str:
+    """What is wrong with the content of an index.json of this version, "" if nothing is."""
+    wrong = (key for key, kind in _INDEX.items() if not isinstance(index.get(key), kind))
+    if (key := next(wrong, None)) is not None:
+        return f"{key} is {str(index.get(key))[:40]!r}"
+    if index["dtype"] not in ("uint16", "uint32"):
+        return f"dtype is {index['dtype']!r}"
+    for name, kind in {"read": int, "passed_over": dict, "mended": dict, "first_place": dict}.items():
+        if not isinstance(index["rows"].get(name), kind):
+            return f"rows has no {name}"
+    for shard in index["shards"]:
+        if not (
+            isinstance(shard, dict) and isinstance(shard.get("name"), str) and isinstance(shard.get("tokens"), int)
+        ):
+            return f"a shard is {str(shard)[:40]!r}"
+    for name in ("offsets.bin", "origins.bin", *(shard["name"] for shard in index["shards"])):
+        if not (isinstance(index["sizes"].get(name), int) and isinstance(index["sha256"].get(name), str)):
+            return f"it has no size or no sha256 of {name}"
+    mixture = index.get("mixture", [])
+    try:
+        parts = [int(part["documents"]) for part in mixture if float(part["weight"]) > 0]
+    except (KeyError, TypeError, ValueError, OverflowError):
+        parts = [-1]
+    return f"mixture is {str(mixture)[:40]!r}" if mixture and sum(parts) != index["documents"] else ""
+
+
 class PreparedTokens:
     """A folder written by `prepare`, open for reading. Nothing is read until it is asked for."""
 
@@ -355,14 +385,17 @@ class PreparedTokens:
         looked at every file, on a file system that all share."""
         self.folder = folder
         try:
-            self.index: dict[str, Any] = json.loads((folder / "index.json").read_bytes())
-        except (OSError, ValueError) as error:
+            index = json.loads((folder / "index.json").read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError("the folder holds no token shards", "prepare it again", str(folder)) from error
+        self.index: dict[str, Any] = index if isinstance(index, dict) else {}
         if self.index.get("format") != FORMAT or self.index.get("version") != FORMAT_VERSION:
             found = f"{self.index.get('format')} {self.index.get('version')}"
             raise DataError(
                 f"the shards are of the format {found}, not {FORMAT} {FORMAT_VERSION}", "prepare it again", str(folder)
             )
+        if damaged := _damage(self.index):
+            raise DataError(f"index.json is damaged: {damaged}", "prepare the data again", str(folder))
         self._check_files(verify, sizes)
         self.documents: int = self.index["documents"]
         self.tokens: int = self.index["tokens"]
