@@ -1273,6 +1273,24 @@ def test_show_refuses_what_would_change_nothing(
     assert ended.value.code == 2 and part in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("first", "skipped", "begins"),
+    [
+        (8, [], 8),
+        (8, [(0, 7), (12, 99)], 8),
+        (8, [(11, 11)], 12),
+        (8, [(8, 8)], 9),
+        (8, [(0, 8)], 9),
+        (8, [(14, 20), (10, 10)], 21),
+        (8, [(9, 30), (10, 12)], 31),
+    ],
+)
+def test_a_step_begins_after_the_samples_that_are_skipped(
+    first: int, skipped: list[tuple[int, int]], begins: int
+) -> None:
+    assert data.first_sample(first, 4, skipped) == begins
+
+
 def test_show_prints_the_documents_of_a_step(
     corpus_file: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
