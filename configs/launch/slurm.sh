@@ -34,7 +34,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # Before the time limit SLURM sends SIGUSR1 (--signal above) to all processes of the srun below, on every host. All
 # ranks then save a checkpoint together, and the job ends with status 1, torchrun's after any signal. Not SIGTERM, which
-# SLURM takes for a cancelled step, and which srun, if a shell forwards it, turns into SIGKILL.
+# SLURM takes for a cancelled step, and which srun, if a shell forwards it, turns into SIGKILL. `scancel` and `scontrol
+# requeue` send SIGTERM, and SIGKILL after KillWait, by default 30 s: the run saves if it can within that time.
 
 # --cpus-per-task: since SLURM 22.05 srun does not inherit sbatch's.
 # --rdzv-backend c10d: hosts meet at the first one and agree on ranks; --rdzv-id keeps jobs apart.
