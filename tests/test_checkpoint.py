@@ -248,15 +248,19 @@ def test_what_was_set_aside_is_listed_and_deleted_when_asked_for(
     data: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs.run(data, copy, checkpoint__load_step=5, training__steps=6)
-    assert "prune --superseded" in capsys.readouterr().out
+    assert f"prune {copy / 'checkpoint'} --superseded" in capsys.readouterr().out
     (aside,) = manifest.superseded(copy / "checkpoint")
     assert f"MiB  {aside.name}: set aside" in command(capsys, "list", str(copy))[1]
     assert command(capsys, "prune", str(copy))[1].startswith("nothing to delete") and aside.exists()
+    for step in (7, 8, 9):
+        shutil.copytree(runs.checkpoint(copy, 6), runs.checkpoint(copy, step))
+    assert command(capsys, "prune", str(copy), "--superseded", "--keep-every", "2")[0] == 2
     (killed := aside.with_name(f".deleting-{aside.name}1")).mkdir()  # by an earlier one
     assert command(capsys, "prune", str(copy), "--superseded")[1] == (
         f"deleted {killed.name}, which was on its way out\ndeleted {aside.name}\n"
     )
-    assert not aside.exists() and list(manifest.checkpoints(copy / "checkpoint")) == [5, 6]
+    assert not aside.exists() and list(manifest.checkpoints(copy / "checkpoint")) == [5, 6, 7, 8, 9], "all others stay"
+    assert command(capsys, "prune", str(copy), "--superseded")[1] == "nothing to delete\n"
 
 
 def test_checkpoints_of_some_steps_are_kept_for_good(

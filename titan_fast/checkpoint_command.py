@@ -126,10 +126,10 @@ def main() -> None:
         one = "" if name == "prune" else ", or a step-N folder"
         sub.add_argument("dir", type=Path, help=f"a run directory or its checkpoint folder{one}")
         if name == "prune":
-            sub.add_argument("--keep", type=int, default=3, help="how many to keep")
-            sub.add_argument("--keep-every", type=int, default=0, help="keep those of multiples of this step too")
+            sub.add_argument("--keep", type=int, help="how many to keep: 3, or with --superseded all")
+            sub.add_argument("--keep-every", type=int, help="keep those of multiples of this step too")
             sub.add_argument(
-                "--superseded", action="store_true", help="delete also those that were set aside when a run went back"
+                "--superseded", action="store_true", help="delete those that were set aside when a run went back"
             )
         if name == "export":
             sub.add_argument("--out", type=Path, required=True, help="the file to write")
@@ -153,20 +153,26 @@ def main() -> None:
         raise CheckpointError(what, fix, str(options.dir))
 
 
-def prune(path: Path, keep: int, every: int, superseded: bool) -> list[str]:
+def prune(path: Path, keep: int | None, every: int | None, superseded: bool) -> list[str]:
     """Deletes all but the `keep` newest whole checkpoints, of which every byte is read; damaged ones among these stay,
-    and those of multiples of step `every` (0: none). superseded: deletes also those that a run set aside when it went
-    back. ConfigError if a run is using them."""
-    if keep < 1:
+    and those of multiples of step `every`. superseded: deletes those that a run set aside when it went back, and others
+    only where `keep` is given, which else is 3. ConfigError if a run is using them."""
+    if keep is not None and keep < 1:
         raise ConfigError(f"--keep is {keep}", "keep at least 1")
-    if every < 0:
-        raise ConfigError(f"--keep-every is {every}", "give a number of steps, or 0")
+    if every is not None and every < 1:
+        raise ConfigError(f"--keep-every is {every}", "give a number of steps")
+    if superseded and keep is None:
+        if every is not None:
+            raise ConfigError("--keep-every without --keep: with --superseded all others are kept", "give both")
+        keep = 0  # all
+    elif keep is None:
+        keep = 3
     parent = next(iter(folders(path).values())).parent
     if parent == path.absolute().parent:
         raise ConfigError("prune takes the folder that holds the checkpoints, not one of them", "name that", str(path))
     with without_a_run(parent):
         lines = manifest.clean(parent)
-        deleted, left = manifest.prune(parent, keep, every)
+        deleted, left = manifest.prune(parent, keep, every or 0)
         lines += [f"deleted step {step}" for step in deleted]
         for folder in manifest.superseded(parent) if superseded else ():
             if remains := manifest.delete(folder):
@@ -174,7 +180,7 @@ def prune(path: Path, keep: int, every: int, superseded: bool) -> list[str]:
             else:
                 lines.append(f"deleted {folder.name}")
     lines += [f"could not delete {path}" for path in left]
-    return lines or [f"nothing to delete: no more than {keep} whole checkpoints"]
+    return lines or [f"nothing to delete: no more than {keep} whole checkpoints" if keep else "nothing to delete"]
 
 
 if __name__ == "__main__":

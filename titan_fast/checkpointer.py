@@ -9,6 +9,7 @@ import json
 import math
 import os
 import secrets
+import shlex
 import shutil
 import time
 from collections import deque
@@ -613,8 +614,8 @@ class Checkpointer:
             if later > self.saved_step:
                 target = manifest.set_aside(path)
                 self._notes.append(
-                    f"{path.name} is now {target.name}: the run goes back to step {self.saved_step}; `python -m "
-                    "titan_fast.checkpoint prune --superseded` deletes what was set aside"
+                    f"{path.name} is now {target.name}: the run goes back to step {self.saved_step}; to delete it: "
+                    f"python -m titan_fast.checkpoint prune {shlex.quote(str(self.folder))} --superseded"
                 )
         self._went_back.write_text(json.dumps({"load_step": self.saved_step}))
 
