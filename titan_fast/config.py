@@ -9,6 +9,7 @@ processes, as soon as that is known.
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import tomllib
 from dataclasses import dataclass, field
@@ -624,10 +625,10 @@ class Problems:
 
 def sample_range(words: str, name: str) -> tuple[int, int]:
     """The two numbers of FIRST:LAST, which `name` was given; ConfigError where it is no such thing."""
-    first, _, last = words.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+    found = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", words)
+    if found is None or int(found[1]) > int(found[2]):
         raise ConfigError(f"{name} is {words!r}, not FIRST:LAST", "write two numbers, as in 96:127")
-    return int(first), int(last)
+    return int(found[1]), int(found[2])
 
 
 def skipped_samples(training: Training) -> list[tuple[int, int]]:

@@ -36,8 +36,8 @@ LARGE_HOLD_OUT = 0.05
 
 
 class TokenSource:
-    """Steps out of token shards. Step t has the global samples from t x global batch on, dealt out pass by pass, and
-    within a pass rank by rank."""
+    """Steps out of token shards. A step has the global samples that follow those of the step before, but for those that
+    are skipped, dealt out pass by pass, and within a pass rank by rank."""
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ def main() -> None:
     joining.add_argument("parts", nargs="+", type=Path, metavar="PART", help="a folder, in the order of the documents")
     joining.add_argument("--out", required=True, type=Path, help="the folder to write")
     joining.add_argument(
-        "--weights", type=_numbers, metavar="W,W,...", help="how often an epoch of training has each part; default once"
+        "--weights", type=numbers, metavar="W,W,...", help="how often an epoch of training has each part; default once"
     )
     showing = commands.add_parser("show", help="print the documents of one step of a run")
     what = showing.add_mutually_exclusive_group(required=True)
@@ -82,7 +82,8 @@ def main() -> None:
             print(line)  # noqa: T201
 
 
-def _numbers(words: str) -> list[float]:
+def numbers(words: str) -> list[float]:
+    """Of W,W,...; its name is in the message about others."""
     return [float(word) for word in words.split(",")]
 
 
