@@ -39,7 +39,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # --cpus-per-task: since SLURM 22.05 srun does not inherit sbatch's.
 # --rdzv-backend c10d: hosts meet at the first one and agree on ranks; --rdzv-id keeps jobs apart.
-# --rdzv-conf: hosts that are cut off from the first for up to 10 minutes come back; the default is 1.
+# --rdzv-conf: hosts that are cut off from the first for less than this many seconds come back; the default is 60.
 # --max-restarts: if a process dies, or a host cannot be reached for a while, all processes restart from the newest
 #   checkpoint, without SLURM. If a host is lost for good, SLURM restarts the job (--requeue).
 # --shutdown-timeout: how long torchrun lets its processes save after SIGTERM; the default is 30 s. torch 2.11 does not
