@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import titan_kernels
 import torch
+from needs import needs_triton
 from shapes import LLAMA3
 from titan_kernels import choice
 from titan_kernels.choice import Cell, Table
@@ -88,6 +89,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, **options: str) -> Ops:
     return build_ops(config.kernels, CPU, found, "sm_99")
 
 
+@needs_triton
 def test_blocks_compiled_and_the_loss_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = chosen(monkeypatch, compile__enable="True", compile__components="blocks")
     assert mixed.add_rms_norm is REFERENCE.add_rms_norm
@@ -100,12 +102,14 @@ def test_blocks_compiled_and_the_loss_eager(monkeypatch: pytest.MonkeyPatch) -> 
     assert eager.cross_entropy_stats is REFERENCE.cross_entropy_stats
 
 
+@needs_triton
 def test_a_run_in_float32_does_not_follow_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     found = chosen(monkeypatch, training__mixed_precision_param="float32")
     assert found.add_rms_norm is REFERENCE.add_rms_norm
     assert "not measured in eager mode in float32" in {op: why for op, _, why in found.reasons}["rms_norm"]
 
 
+@needs_triton
 def test_compiled_blocks_in_float8_do_not_follow_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler fuses the casts with the reference. Uncompiled, and in the loss, nothing differs."""
     compiled = chosen(monkeypatch, compile__enable="True", float8__enable="True")
@@ -116,6 +120,7 @@ def test_compiled_blocks_in_float8_do_not_follow_bfloat16(monkeypatch: pytest.Mo
     assert eager.add_rms_norm is titan_kernels.add_rms_norm
 
 
+@needs_triton
 def test_blocks_with_wide_gradients_do_not_reemit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Because re-emitting units' products would make them narrow."""
     monkeypatch.setattr("titan_fast.ops.choose", lambda *_, **__: choice.Choice("triton", "it wins"))
@@ -130,6 +135,7 @@ def test_blocks_with_wide_gradients_do_not_reemit(monkeypatch: pytest.MonkeyPatc
         assert unused == (built.swiglu_linear is not None)
 
 
+@needs_triton
 @pytest.mark.parametrize(
     ("variant", "options", "degree"),
     [

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import needs_triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -254,6 +255,7 @@ def test_wide_gradients_change_nothing_of_what_compiled_blocks_keep(mode: str) -
     assert saved[0] == pytest.approx(saved[1], abs=2**15) and again[0] == again[1]  # but for the ports' own few bytes
 
 
+@needs_triton
 def test_kernels_are_counted_in_compiled_blocks() -> None:
     words = " ".join(f"--kernels.{name} triton" for name in ("rms_norm", "rope", "swiglu", "cross_entropy"))
     found = estimate(plan(f"{SMALL} --compile.enable True {words}"))
@@ -635,6 +637,7 @@ def test_recorded_errors_are_within_the_aims(record: dict[str, Any]) -> None:
     assert [row["name"] for row in record["held_out"]] == [row.name for row in HELD_OUT]
 
 
+@needs_triton
 @pytest.mark.parametrize("index", [3, 6])
 def test_record_is_up_to_date(record: dict[str, Any], index: int) -> None:
     row = FITTED_ROWS[index]

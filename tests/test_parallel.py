@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
+from needs import has_triton
 from shapes import LLAMA3
 from small_runs import Trace, build, config_of, own_batches, train
 from torch import Tensor
@@ -78,7 +79,7 @@ RESHARD = "parallelism.fsdp_reshard_after_forward"
 DIRECT = {"parallelism.fsdp_buffers": "direct"}
 
 # For CPU tensors kernels need the interpreter, which is not enabled in a process that may use a GPU.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
 
 LAYOUTS = [
     Layout("2 passes", 1, 1e-6, mesh(1, 1, 1), passes=2),

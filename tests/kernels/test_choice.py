@@ -10,6 +10,8 @@ import pytest
 from titan_kernels import choice
 from titan_kernels.choice import Cell, Choice, Table, choose
 
+pytest.importorskip("triton", reason="triton is not installed")
+
 CELLS = (
     Cell("rms_norm", True, {"rows": 8192, "width": 4096}, triton_us=100.0, reference_us=95.0, noise_us=1.0),
     Cell("rms_norm", True, {"rows": 8192, "width": 8192}, triton_us=100.0, reference_us=180.0, noise_us=1.0),
