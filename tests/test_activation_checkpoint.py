@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import has_triton
 from shapes import LLAMA3
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +34,8 @@ MODES = {
 }
 NONE = ActivationCheckpoint()
 interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="tensors of the CPU take the kernels through the interpreter"
+    os.environ.get("TRITON_INTERPRET") != "1" or not has_triton(),
+    reason="tensors of the CPU take the kernels through the interpreter",
 )
 CPU = torch.device("cpu")
 

@@ -28,6 +28,8 @@ from titan_fast.config import Loss
 from titan_fast.flavors import FLAVORS
 from titan_fast.ops import Workload
 
+pytest.importorskip("triton", reason="triton is not installed")
+
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are stood in for on the CPU")
