@@ -452,6 +452,16 @@ def test_an_older_checkpoint_may_be_a_link(data: Path, copy: Path, tmp_path: Pat
     assert list(runs.losses(copy)) == list(range(1, 12)) and runs.checkpoint(copy, 5).is_symlink()
 
 
+def test_a_manifest_of_a_later_format_is_refused_without_assertions_too(tmp_path: Path) -> None:
+    (tmp_path / "step-1").mkdir()
+    (tmp_path / "step-1" / manifest.NAME).write_text(json.dumps({"format": manifest.FORMAT + 1, "files": {}}))
+    done = subprocess.run(
+        [sys.executable, "-O", "-m", "titan_fast.checkpoint", "verify", str(tmp_path)],
+        capture_output=True, text=True, timeout=100, env=runs.environment(),
+    )  # fmt: skip
+    assert done.returncode == 4 and f"DAMAGED: {manifest.NAME} is damaged" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd", "../state.json", "a/../../b"])
 def test_a_manifest_names_no_file_outside(name: str, tmp_path: Path) -> None:
     (tmp_path / manifest.NAME).write_text(json.dumps({"format": manifest.FORMAT, "files": {name: [1, "a"]}}))

@@ -5,6 +5,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ def _rank(rank: int, size: int, port: int, tasks: list[Task], folder: Path) -> N
             if isinstance(result, Failed):
                 print(f"rank {rank}, {task.name}: {result.report}", file=sys.stderr, flush=True)  # noqa: T201
                 os._exit(1)
+        with suppress(RuntimeError):  # another rank has failed, and its result says so
+            world.barrier()  # rank 0 has the store, which the others may still need
 
 
 def results(found: dict[str, list[Any]], name: str) -> list[Any]:
