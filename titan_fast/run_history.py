@@ -52,8 +52,8 @@ def go_on_from(path: Path, step: int, went_back: bool = False) -> str:
     if step == 0:
         aside = set_aside(path)
         return f"the run begins again at step 0; {path.name} of an earlier start is now {aside.name}" if aside else ""
-    last = max((record["step"] for record in read(path)), default=0)
-    copy = shutil.copyfile(path, _aside(path, last)) if went_back and last > step else None
+    last = max((record["step"] for record in read(path)), default=0) if went_back else 0  # reading takes time
+    copy = shutil.copyfile(path, _aside(path, last)) if last > step else None
     cut = keep_until(path, step)
     lines = "1 line" if cut == 1 else f"{cut} lines"
     kept = f"; {copy.name} has all" if copy else ""
