@@ -176,11 +176,17 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def gathers_and_blocks(world: World, buffers: str, reshard: str) -> list[Any]:
-    """One step's all-gathers and the starts of blocks, forward and backward, in the order they happen."""
+def gathers_and_blocks(world: World, buffers: str, reshard: str, validates: bool = False) -> list[Any]:
+    """One step's all-gathers and the starts of blocks, forward and backward, in the order they happen. validates: the
+    step comes after a validation."""
     options = mesh(1, 2, 1) | {RESHARD: reshard, "parallelism.fsdp_buffers": buffers}
     model = build(config_of(options, world.size), dataclasses.replace(LLAMA3, n_layers=4), world)
     one_gradient(world, model, options)  # FSDP sets itself up in the first step
+    if validates:
+        batches = own_batches(config_of(options, world.size), world, 0, model.shape.vocab_size)
+        step.validation_loss(
+            model, iter([batches]), 1, mesh_degrees(config_of(options, world.size).parallelism, world.size)
+        )
     with Collectives() as seen:
         for i, block in enumerate(cast(list[Block], list(model.blocks))):
             block.attention.register_forward_pre_hook(lambda *_, i=i: seen.log.append(f"forward {i}"))
@@ -273,6 +279,7 @@ PROBES: dict[int, list[Task]] = {
         Task("missing all-reduce", broken_norm, (mesh(1, 1, 2), "norm gradients")),
         Task("order, flat", gathers_and_blocks, ("flat", "always")),
         Task("order, direct", gathers_and_blocks, ("direct", "always")),
+        Task("order, after validation", gathers_and_blocks, ("direct", "always", True)),
         Task("order, default", gathers_and_blocks, ("flat", "default")),
         Task("order, never", gathers_and_blocks, ("flat", "never")),
         Task("float32 reduction", reduced_dtypes, ("float32",)),
@@ -327,9 +334,9 @@ def test_a_broken_layout_is_seen(runs: dict[str, list[Any]]) -> None:
     assert abs(results(runs, "missing all-reduce")[0] / expected - 1) > 1e-4
 
 
-@pytest.mark.parametrize("buffers", ["flat", "direct"])
-def test_units_are_gathered_one_ahead(runs: dict[str, list[Any]], buffers: str) -> None:
-    log = results(runs, f"order, {buffers}")[0]
+@pytest.mark.parametrize("case", ["flat", "direct", "after validation"])
+def test_units_are_gathered_one_ahead(runs: dict[str, list[Any]], case: str) -> None:
+    log = results(runs, f"order, {case}")[0]
     gathers = {entry: log[: i + 1].count("gather") for i, entry in enumerate(log) if entry != "gather"}
     # Forward: the embedding's, this block's and the next unit's parameters are under way when block i begins to attend.
     assert [gathers[f"forward {i}"] for i in range(4)] == [3, 4, 5, 6], log

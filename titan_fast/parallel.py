@@ -380,6 +380,9 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtypes: Precision, settings: Conf
     _prefetch(model)
     if isinstance(model.embedding, FSDPModule):  # its gradient needs no weight
         model.embedding.set_unshard_in_backward(False)
+        # Itself, which is therefore not gathered. With none named, FSDP2 would gather the unit that ran before it: the
+        # head, after a forward pass without a backward one, as in validation; and nobody would free it.
+        model.embedding.set_modules_to_backward_prefetch([model.embedding])
     # FSDP warns of in-place operators on such an output; the model has none.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
 
