@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_fast.config import Config, from_options, grad_accum_steps, mesh_degrees
 from titan_fast.distributed import World
+from titan_fast.documents import Separators, any_number_of
 from titan_fast.flavors import ModelShape
 from titan_fast.loader import Batch
 from titan_fast.loss import IGNORE_INDEX
@@ -61,10 +62,17 @@ def own_batches(config: Config, world: World, step: int, vocab_size: int) -> lis
     whole, dp_rank = global_batch(step, vocab_size), world.rank // degrees.tensor
     passes, size = grad_accum_steps(config.training, degrees.data), config.training.local_batch_size
     first = dp_rank * passes * size
+    parts = [slice(at, at + size) for at in range(first, first + passes * size, size)]
+    masks = config.training.document_mask
     return [
-        Batch(whole.tokens[at : at + size], whole.labels[at : at + size])
-        for at in range(first, first + passes * size, size)
+        Batch(whole.tokens[part], whole.labels[part], bounds_of(whole.tokens[part]) if masks else None)
+        for part in parts
     ]
+
+
+def bounds_of(tokens: Tensor) -> Tensor:
+    """Every eighth token id, on average, ends a document."""
+    return any_number_of(torch.from_numpy(Separators(None, 0).bounds(tokens.numpy() % 8)))
 
 
 def whole(tensor: Tensor) -> Tensor:

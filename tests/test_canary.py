@@ -90,7 +90,7 @@ def test_the_comparison_takes_a_ranks_part_of_a_batch(
     tensor: int, sequences: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[Any] = []
-    monkeypatch.setattr(canary, "check_compiled_gradients", lambda *arguments, wide: sizes.append(arguments[-2:]))
+    monkeypatch.setattr(canary, "check_compiled_gradients", lambda *arguments, **_: sizes.append(arguments[-2:]))
     config = from_options({"compile.enable": ["True"], "training.local_batch_size": ["12"]})
     check(config, SHAPE, REFERENCE, MeshDegrees(1, 1, tensor), torch.device("cpu"))
     assert sizes == [(sequences, config.training.seq_len)]

@@ -28,6 +28,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "triton, compiled": TRITON | {"compile__enable": True},
     "float8": {"float8__enable": True},
     "float8, compiled": {"float8__enable": True, "float8__recipe_name": "rowwise", "compile__enable": True},
+    "within documents": {"training__document_mask": True},
+    "within documents, compiled": {"training__document_mask": True, "compile__enable": True},
     "saved in the background": {"checkpoint__async_mode": "async_with_pinned_mem"},
 }
 

@@ -28,6 +28,7 @@ WAYS: dict[str, list[str]] = {
     "triton": TRITON,
     "triton, compiled": [*COMPILED, "optimizer", *TRITON],
     "two passes": [*COMPILED, "optimizer", "--training.global_batch_size", "8"],
+    "compiled, within documents": [*COMPILED, "--training.document_mask", "True"],
     "recorded": [*COMPILED, "optimizer", "--training.cuda_graph", "True"],
 }
 

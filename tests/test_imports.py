@@ -19,7 +19,8 @@ LEAVES: dict[str, set[str]] = {
     "distributed": {"errors", "config"},
     "tokenizer": {"errors", "config"},
     "float8": {"errors", "config", "flavors"},
-    "ops": {"errors", "config", "flavors", "float8", "wide_products"},
+    "documents": set(),
+    "ops": {"documents", "errors", "config", "flavors", "float8", "wide_products"},
     "shards": set(),
     "model": {"flavors", "ops", "shards"},
     "wide_products": set(),
@@ -31,7 +32,7 @@ LEAVES: dict[str, set[str]] = {
     "hf_files": {"errors", "flavors", "hf"},
     "meta_files": {"errors", "flavors", "hf", "hf_files"},
     "hf_tokenizer": {"tokenizer"},
-    "activation_checkpoint": {"config", "errors", "model"},
+    "activation_checkpoint": {"config", "documents", "errors", "model"},
     "direct_fsdp": {"errors"},
     "wide_gradients": {"config", "errors", "loss", "model"},
     "parallel": {

@@ -32,9 +32,10 @@ from titan_fast.optim import clip_grad_norm_
 # No degree divides the 131 rows of embedding and head; TIED's head is its embedding.
 ODD = dataclasses.replace(LLAMA3, vocab_size=131)
 TIED = dataclasses.replace(ODD, tied=True)
-SHAPES = {"llama3": LLAMA3, "odd vocabulary": ODD, "tied": TIED}
-# One of them is trained with z-loss, in every layout and in the single process that it is compared with.
-OPTIONS = {"odd vocabulary": {"loss.z_loss": 1e-2}}
+SHAPES = {"llama3": LLAMA3, "odd vocabulary": ODD, "tied": TIED, "documents": LLAMA3}
+# One of them is trained with z-loss and one within documents, in every layout and in the single process that it is
+# compared with.
+OPTIONS = {"odd vocabulary": {"loss.z_loss": 1e-2}, "documents": {"training.document_mask": True}}
 
 
 def mesh(replicate: int, shard: int, tensor: int) -> dict[str, Any]:
@@ -85,6 +86,8 @@ LAYOUTS = [
     Layout("2 passes", 1, 1e-6, mesh(1, 1, 1), passes=2),
     Layout("4 passes", 1, 1e-6, mesh(1, 1, 1), passes=4),
     Layout("compiled", 1, 1e-5, mesh(1, 1, 1) | INDUCTOR),
+    Layout("compiled, documents", 1, 1e-5, mesh(1, 1, 1) | INDUCTOR, "documents", steps=5),
+    Layout("re-emitting, documents", 1, 1e-5, mesh(1, 1, 1) | REEMIT, "documents", steps=1),
     Layout("triton", 1, 1e-5, mesh(1, 1, 1) | TRITON, steps=1),  # the interpreter takes seconds a step
     Layout("re-emitting", 1, 1e-5, mesh(1, 1, 1) | REEMIT, steps=1),
     Layout("re-emitting, carried residual", 1, 1e-5, mesh(1, 1, 1) | REEMIT | CARRY, steps=1),
@@ -100,6 +103,9 @@ LAYOUTS = [
     Layout("FSDP 2, direct, never reshard", 2, 1e-6, mesh(1, 2, 1) | DIRECT | {RESHARD: "never"}, "tied", steps=5),
     Layout("FSDP 1, direct, offload", 1, 1e-6, mesh(1, 1, 1) | DIRECT | {"training.enable_cpu_offload": True}, steps=5),
     Layout("HSDP 2 x 1, direct", 2, 1e-6, mesh(2, 1, 1) | DIRECT, steps=5),
+    Layout("FSDP 2, traced, documents, 2 passes", 2, 1e-5, mesh(1, 2, 1) | TRACED, "documents", passes=2, steps=5),
+    Layout("TP 2, documents", 2, 1e-5, mesh(1, 1, 2), "documents", steps=5),
+    Layout("TP 2, traced, pointwise, documents", 2, 1e-5, mesh(1, 1, 2) | TRACED | POINTWISE, "documents", steps=5),
     Layout("TP 2", 2, 1e-5, mesh(1, 1, 2)),
     Layout("TP 2, odd vocabulary", 2, 1e-5, mesh(1, 1, 2), "odd vocabulary"),
     Layout("TP 2, carried residual", 2, 1e-5, mesh(1, 1, 2) | {"kernels.carry_residual": True}),

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from titan_fast import config
+from titan_fast import config, documents
 from titan_fast.errors import ConfigError
 from titan_fast.model import Block, Llama
 
@@ -25,6 +25,7 @@ _ATTENTION = frozenset(
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
         _aten._scaled_dot_product_fused_attention_overrideable.default,
+        documents.VARLEN,
         _aten.bmm.default,  # attention by its formula, where no fused one takes the inputs
     }
 )

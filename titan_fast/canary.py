@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend
 
 from titan_fast import compilation, wide_gradients
 from titan_fast.config import Compile, Config, MeshDegrees
+from titan_fast.documents import split_in_two
 from titan_fast.errors import ConfigError, NumericsError
 from titan_fast.flavors import ModelShape
 from titan_fast.model import Block, init_values, rope_tables
@@ -34,7 +35,9 @@ def check(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegrees, dev
     wide = gradients_are_wide(config, degrees, device)
     log.info("compiling one block and comparing its gradients with plain PyTorch's (compile.canary)")
     try:
-        check_compiled_gradients(shape, ops, config.compile, dtype, device, *size, wide=wide)
+        check_compiled_gradients(
+            shape, ops, config.compile, dtype, device, *size, wide=wide, document_mask=training.document_mask
+        )
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"out of memory in the comparison of a compiled block's gradients, before the model was built: "
@@ -54,10 +57,11 @@ def check_compiled_gradients(
     batch: int,
     seq_len: int,
     wide: bool = False,
+    document_mask: bool = False,
 ) -> float:
     """Compares one compiled block, built on `ops`, with the same block in eager PyTorch and float32: the gradient of
     every parameter and of the input, on random values at the run's own sizes. wide: the compiled one's matrices have
-    gradients in float32. Returns the largest relative error.
+    gradients in float32. document_mask: each sequence has two documents. Returns the largest relative error.
 
     NumericsError names the parameter. Every rank checks its own device.
     """
@@ -65,25 +69,28 @@ def check_compiled_gradients(
     x = torch.randn(batch, seq_len, shape.dim, generator=generator, device=device)
     dy = torch.randn(batch, seq_len, shape.dim, generator=generator, device=device)
     rope = rope_tables(shape, seq_len, device)
-    exact = _one_by_one(_block(shape, exact_ops(device), torch.float32, device), x, dy, rope)
+    reference = exact_ops(device)
+    exact = _one_by_one(_block(shape, reference, torch.float32, device), x, dy, rope, document_mask)
     compiled = _block(shape, ops, dtype, device)
     if wide:
         wide_gradients.widen(compiled, torch.float32, device)
     compiled.compile(**compilation.arguments(settings))
-    found = _gradients(compiled, x.to(dtype), dy.to(dtype), rope)
-    bounds = dict.fromkeys(exact, FLOAT32_BOUND)
+    bounds = split_in_two(batch, seq_len, device) if document_mask else None
+    found = _gradients(compiled, x.to(dtype), dy.to(dtype), rope, bounds)
+    largest = dict.fromkeys(exact, FLOAT32_BOUND)
     if dtype != torch.float32 or ops.linear is not REFERENCE.linear:
-        plain = dataclasses.replace(REFERENCE, linear=ops.linear)
-        eager = _one_by_one(_block(shape, plain, dtype, device), x.to(dtype), dy.to(dtype), rope)
+        # No fused attention of CUDA's but the reference's takes a mask.
+        plain = dataclasses.replace(reference if document_mask else REFERENCE, linear=ops.linear)
+        eager = _one_by_one(_block(shape, plain, dtype, device), x.to(dtype), dy.to(dtype), rope, document_mask)
         least = torch.finfo(dtype).eps
-        bounds = {name: SLACK * max(_error(eager[name], exact[name]), least) for name in exact}
+        largest = {name: SLACK * max(_error(eager[name], exact[name]), least) for name in exact}
     errors = {name: _error(found[name], exact[name]) for name in exact}
-    wrong = [name for name in errors if not errors[name] <= bounds[name]]  # `not <=`, so that NaN counts as wrong
+    wrong = [name for name in errors if not errors[name] <= largest[name]]  # `not <=`, so that NaN counts as wrong
     if wrong:
-        name = max(wrong, key=lambda name: errors[name] / bounds[name])
+        name = max(wrong, key=lambda name: errors[name] / largest[name])
         raise NumericsError(
             f"the compiled gradient of {name} in a block is off by {errors[name]:.2e} (relative; at most "
-            f"{bounds[name]:.2e} would be rounding), with torch {torch.__version__}, triton {_triton_version()}, "
+            f"{largest[name]:.2e} would be rounding), with torch {torch.__version__}, triton {_triton_version()}, "
             f"backend {settings.backend!r}",
             "do not train on it: set compile.enable False, or [kernels] to reference, or change torch's version; "
             "--compile.canary False turns this check off",
@@ -117,19 +124,24 @@ def _block(shape: ModelShape, ops: Ops, dtype: torch.dtype, device: torch.device
     return block.to(dtype)
 
 
-def _gradients(block: nn.Module, x: Tensor, dy: Tensor, rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def _gradients(
+    block: nn.Module, x: Tensor, dy: Tensor, rope: tuple[Tensor, Tensor], bounds: Tensor | None
+) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
-    block(x, None, rope)[0].backward(dy)
+    block(x, None, rope, None, bounds)[0].backward(dy)
     gradients = wide_gradients.gradients(block) | {"its input": x.grad}
     return {name: gradient.float() for name, gradient in gradients.items() if gradient is not None}
 
 
-def _one_by_one(block: nn.Module, x: Tensor, dy: Tensor, rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def _one_by_one(
+    block: nn.Module, x: Tensor, dy: Tensor, rope: tuple[Tensor, Tensor], document_mask: bool
+) -> dict[str, Tensor]:
     """`_gradients` of one sequence at a time, summed in float32: for a whole batch, eager PyTorch keeps several times
     as much memory as a run that recomputes."""
+    bounds = split_in_two(1, x.shape[1], x.device) if document_mask else None
     inputs, total = [], {}
     for one, upstream in zip(x.split(1), dy.split(1), strict=True):
-        found = _gradients(block, one, upstream, rope)
+        found = _gradients(block, one, upstream, rope, bounds)
         inputs.append(found.pop("its input"))
         total = {name: total[name].add_(found[name]) if name in total else found[name] for name in found}
         block.zero_grad(set_to_none=True)

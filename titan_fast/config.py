@@ -93,6 +93,10 @@ class Training:
     loss: a step that would have one of them begins after LAST. Not for streams."""
     seq_len: int = 256
     """Tokens per sequence."""
+    document_mask: bool = False
+    """Tokens attend to their own document alone, as Llama 3 was trained, instead of to all that is packed into the
+    sequence before them. On CUDA this takes flash attention in bfloat16. MFU and `titan_fast.estimate` still count
+    attention over whole sequences."""
     local_batch_size: int = 4
     """Sequences per device and forward pass."""
     global_batch_size: int = -1

@@ -21,6 +21,7 @@ import torch
 
 from titan_fast.config import Config, Training, grad_accum_steps, is_hub, model_shape, skipped_samples
 from titan_fast.corpus import TEXT_SUFFIXES, Corpus, RowLedger, open_corpus, stdlib_corpus
+from titan_fast.documents import Separators
 from titan_fast.errors import DataError
 from titan_fast.loader import Loader, Share, Step
 from titan_fast.prepared import FORMAT_VERSION, PreparedTokens, SampleOrder, is_prepared, prepare
@@ -218,7 +219,8 @@ def build_loader(config: Config, tokenizer: Tokenizer, rank: DataRank) -> Loader
         from titan_fast.hub import hub_source
 
         patience = 0.8 * config.comm.timeout_seconds  # at the whole of it the waiting ranks would see a hang
-        return Loader(hub_source(training, tokenizer, share, config.debug.seed, patience), rank.device)
+        source = hub_source(training, tokenizer, share, config.debug.seed, patience)
+        return Loader(source, rank.device, _separators(config, tokenizer))
     tokens = _open_tokens(config, training.dataset_path, tokenizer, rank, "training")
     order = training_order(config, tokens)
     name = training.dataset_path or training.dataset
@@ -228,7 +230,8 @@ def build_loader(config: Config, tokenizer: Tokenizer, rank: DataRank) -> Loader
         weights = ", ".join(f"{part['weight']:g}" for part in tokens.mixture)
         name += f" (weights {weights})"
     vocab_size, skipped = model_shape(config.model).vocab_size, skipped_samples(training)
-    return Loader(TokenSource(order, share, vocab_size, name, every, skipped), rank.device)
+    source = TokenSource(order, share, vocab_size, name, every, skipped)
+    return Loader(source, rank.device, _separators(config, tokenizer))
 
 
 def training_order(config: Config, tokens: PreparedTokens) -> SampleOrder:
@@ -271,7 +274,12 @@ def build_validation_loader(config: Config, tokenizer: Tokenizer, rank: DataRank
             tokens.documents,
         )
     name = f"validation ({path or training.dataset})"
-    return Loader(TokenSource(order, share, model_shape(config.model).vocab_size, name), rank.device)
+    source = TokenSource(order, share, model_shape(config.model).vocab_size, name)
+    return Loader(source, rank.device, _separators(config, tokenizer))
+
+
+def _separators(config: Config, tokenizer: Tokenizer) -> Separators | None:
+    return Separators(tokenizer.bos_id, tokenizer.eos_id) if config.training.document_mask else None
 
 
 def _holds_out(config: Config) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from titan_fast.documents import Separators, any_number_of
 from titan_fast.errors import CheckpointError
 
 STEPS_AHEAD = 2
@@ -22,6 +23,8 @@ class Batch(NamedTuple):
 
     tokens: Tensor
     labels: Tensor
+    bounds: Tensor | None = None
+    """Of documents, see documents.py; None where attention does not stop at them."""
 
 
 class Step(NamedTuple):
@@ -79,8 +82,9 @@ class Share(NamedTuple):
 class Loader:
     """Steps of batches on the device, read ahead by one thread; `state_dict` is that of the last step handed out."""
 
-    def __init__(self, source: Source, device: torch.device) -> None:
-        self._source, self._device = source, device
+    def __init__(self, source: Source, device: torch.device, separators: Separators | None = None) -> None:
+        """separators: batches have the bounds of the documents between them."""
+        self._source, self._device, self._separators = source, device, separators
         self._start_state = self._state = source.state()
         self._position: dict[str, int] = {}
         self._reader: _Reader | None = None
@@ -101,12 +105,13 @@ class Loader:
 
     def __next__(self) -> list[Batch]:
         if self._reader is None:
-            self._reader = _Reader(self._source, self._device)
+            self._reader = _Reader(self._source, self._device, self._separators)
         started = time.perf_counter()
         step, passes = self._reader.get()
         self.wait_seconds += time.perf_counter() - started
         self._state, self._position = step.state, step.position
-        return [Batch(*(part.to(self._device, non_blocking=True) for part in parts)) for parts in passes]
+        batches = [Batch(*(part.to(self._device, non_blocking=True) for part in parts)) for parts in passes]
+        return [b if b.bounds is None else b._replace(bounds=any_number_of(b.bounds)) for b in batches]
 
     def position(self) -> dict[str, int]:
         """Epoch, first and last global sample of the last step handed out. Empty before the first step."""
@@ -157,13 +162,12 @@ class _Reader:
     """The thread. It holds no reference to the loader, so it ends when the loader is garbage-collected, or with the
     interpreter."""
 
-    def __init__(self, source: Source, device: torch.device) -> None:
+    def __init__(self, source: Source, device: torch.device, separators: Separators | None) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(STEPS_AHEAD)
         self._failure: BaseException | None = None
         stopping = threading.Event()
-        thread = threading.Thread(
-            target=_read_ahead, args=(source, device, self._queue, stopping), name="titan_fast data", daemon=True
-        )
+        given = source, device, separators, self._queue, stopping
+        thread = threading.Thread(target=_read_ahead, args=given, name="titan_fast data", daemon=True)
         thread.start()
         self.close = weakref.finalize(self, _stop, thread, self._queue, stopping)
 
@@ -176,13 +180,21 @@ class _Reader:
         raise self._failure
 
 
-def _read_ahead(source: Source, device: torch.device, steps: queue.Queue, stopping: threading.Event) -> None:
+def _read_ahead(
+    source: Source,
+    device: torch.device,
+    separators: Separators | None,
+    steps: queue.Queue,
+    stopping: threading.Event,
+) -> None:
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # per thread; pinning on device 0 would make a context there
         while not stopping.is_set():
             step = source.next_step(stopping)
-            passes = [tuple(torch.from_numpy(part) for part in parts) for parts in step.passes]
+            bounds = [(separators.bounds(tokens),) if separators else () for tokens, _ in step.passes]
+            arrays = [(*parts, *more) for parts, more in zip(step.passes, bounds, strict=True)]
+            passes = [tuple(torch.from_numpy(part) for part in parts) for parts in arrays]
             if device.type == "cuda":
                 passes = [tuple(part.pin_memory() for part in parts) for parts in passes]
             steps.put((step, passes))

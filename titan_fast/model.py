@@ -93,17 +93,21 @@ class Attention(nn.Module):
         self.qkv = Linear(shape.dim, shape.qkv_dim, ops)
         self.out = Linear(shape.dim, shape.dim, ops)
 
-    def forward(self, x: Tensor, rope: RopeTables, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: RopeTables, cache: KVCache | None = None, bounds: Tensor | None = None
+    ) -> Tensor:
         """x: [B, S, D] -> [B, S, D]."""
-        return self.attend(self.qkv(x), rope, cache)
+        return self.attend(self.qkv(x), rope, cache, bounds)
 
-    def attend(self, qkv: Tensor, rope: RopeTables, cache: KVCache | None = None) -> Tensor:
+    def attend(
+        self, qkv: Tensor, rope: RopeTables, cache: KVCache | None = None, bounds: Tensor | None = None
+    ) -> Tensor:
         """qkv: [B, S, (H + 2 K) E] -> [B, S, D]."""
         n_kv_heads = qkv.shape[-1] // ((self.group + 2) * self.head_dim)
         q, k, v = self.ops.rope(qkv, *rope, n_kv_heads * self.group, n_kv_heads)
         if cache is not None:
             k, v = cache.append(k, v)
-        mixed = self.ops.attention(q, k, v)  # [B, H, S, E]
+        mixed = self.ops.attention(q, k, v, bounds)  # [B, H, S, E]
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -142,29 +146,36 @@ class Block(nn.Module):
         residual: Tensor | None,
         rope: RopeTables,
         cache: KVCache | None,
+        bounds: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The same arithmetic, but each norm and the SwiGLU product form a unit with the matrices after it, which saves
         less for the backward pass."""
         norm, attention = self.attention_norm, self.attention
         qkv, stream = norm_linear(x, residual, norm.weight, norm.eps, (attention.qkv.weight,))
-        x = attention.attend(qkv, rope, cache)
+        x = attention.attend(qkv, rope, cache, bounds)
         norm, feed_forward = self.feed_forward_norm, self.feed_forward
         matrices = (feed_forward.gate.weight, feed_forward.up.weight)
         gate, up, stream = norm_linear(x, stream, norm.weight, norm.eps, matrices)
         return swiglu_linear(gate, up, feed_forward.down.weight), stream
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, rope: RopeTables, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rope: RopeTables,
+        cache: KVCache | None = None,
+        bounds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x, residual: [B, S, D] -> the same pair for the next block, whose sum is the residual stream.
 
         The last add is done here; with `carry_residual` it is left to the next block's first norm, which reads both.
         """
         if self.ops.norm_linear is not None and self.ops.swiglu_linear is not None:
-            x, stream = self._forward_in_units(self.ops.norm_linear, self.ops.swiglu_linear, x, residual, rope, cache)
+            units = self.ops.norm_linear, self.ops.swiglu_linear
+            x, stream = self._forward_in_units(*units, x, residual, rope, cache, bounds)
         else:
             y, stream = self.attention_norm(x, residual)
-            y, stream = self.feed_forward_norm(self.attention(y, rope, cache), stream)
+            y, stream = self.feed_forward_norm(self.attention(y, rope, cache, bounds), stream)
             x = self.feed_forward(y)
         return (x, stream) if self.carry_residual else (x + stream, None)
 
@@ -226,14 +237,15 @@ class Llama(nn.Module):
         scale: Tensor | None = None,
         caches: list[KVCache] | None = None,
         start: int = 0,
+        bounds: Tensor | None = None,
     ) -> Tensor:
         """tokens: [B, S] int64 -> logits [B, S, V]; with labels [B, S] and a 0-dim float32 scale, the scaled sum of
         the tokens' losses, 0-dim float32. `caches` (one a block) and `start`, the position of the first token, are
-        for generation."""
+        for generation. bounds: attention stays within these documents; see documents.py."""
         rope = self.cos[start : start + tokens.shape[1]], self.sin[start : start + tokens.shape[1]]
         x, residual = self.embedding(tokens), None
         for i, block in enumerate(self.blocks):
-            x, residual = block(x, residual, rope, caches[i] if caches else None)
+            x, residual = block(x, residual, rope, caches[i] if caches else None, bounds)
         x, _ = self.norm(x, residual)
         return self.head(x, labels, scale)
 

@@ -18,8 +18,9 @@ from titan_kernels.choice import Choice, choose, current_architecture, current_d
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from titan_fast import float8, wide_products
+from titan_fast import documents, float8, wide_products
 from titan_fast.config import Kernels
+from titan_fast.documents import Attention
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
 
@@ -53,7 +54,7 @@ class Ops:
     cross_entropy_with_grad_: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
     cross_entropy_stats: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     cross_entropy_grad_: Callable[[Tensor, Tensor, int, Tensor, Tensor, int, float], None]
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attention: Attention
     norm_linear: Callable[..., tuple[Tensor, ...]] | None = None
     """Norm and the matrices after it as one unit, which saves no normalised activation; None: as separate operators."""
     swiglu_linear: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
@@ -86,6 +87,8 @@ class Workload:
     """The recipe by which blocks multiply in float8; None: they do not."""
     wide_gradients: bool = False
     """Whether blocks' products write weight gradients in float32."""
+    document_mask: bool = False
+    """Whether attention stays within documents."""
     carries_residual: bool = False
     """Whether blocks on a GPU pass the residual on where `kernels.carry_residual` is None."""
 
@@ -108,34 +111,38 @@ class Workload:
         }
 
 
-def attention_with(backends: list[SDPBackend]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def attention_with(backends: list[SDPBackend]) -> Attention:
     """Causal scaled dot-product attention by the first of `backends` that accepts the inputs.
 
     The function takes q [B, H, S, E], k and v [B, K, T, E] and returns [B, H, S, E]. With S == T it is causal; with
-    S == 1 (one new token against a cache) everything is visible.
+    S == 1 (one new token against a cache) everything is visible. Within documents it is computed with a mask, so that
+    what lies between them is computed too.
     """
     # cuDNN makes a plan for every length of k, which takes longer than everything else for a new token.
     for_one_token = [backend for backend in backends if backend != SDPBackend.CUDNN_ATTENTION] or backends
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> Tensor:
         causal = q.shape[2] > 1
         assert not causal or q.shape[2] == k.shape[2], "a prompt is read in one piece"
+        grouped = q.shape[1] != k.shape[1]
+        if bounds is not None:
+            mask = documents.visible(bounds, q.shape[0], q.shape[2])
+            with sdpa_kernel(backends, set_priority=True):
+                return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
         with sdpa_kernel(backends if causal else for_one_token, set_priority=True):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
 
     return attention
 
 
-def with_equal_heads(
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def with_equal_heads(attention: Attention) -> Attention:
     """`attention`, but each head of k and v, [B, K, T, E], is repeated for the heads of q that share it."""
 
-    def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def repeated(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> Tensor:
         times = q.shape[1] // k.shape[1]
         if times > 1:
             k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
-        return attention(q, k, v)
+        return attention(q, k, v, bounds)
 
     return repeated
 
@@ -161,32 +168,66 @@ def activate_flash(version: str, group: int, head_dim: int, dtype: torch.dtype, 
 
 
 @functools.cache  # kernels are chosen more than once
-def _try_flash(version: str, group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Tries one call and its gradients; a run needs these kernels compiled anyway. RuntimeError where the results
-    differ from plain attention's by more than bfloat16's rounding."""
+def _try_flash(
+    version: str, group: int, head_dim: int, dtype: torch.dtype, device: torch.device, document_mask: bool = False
+) -> None:
+    """Tries one call and its gradients; a run needs these kernels compiled anyway. document_mask: within two documents.
+    RuntimeError where the results differ from plain attention's by more than bfloat16's rounding."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(heads: int) -> Tensor:
         return torch.randn(1, heads, 256, head_dim, generator=generator, device=device).to(dtype)
 
+    flash, plain = attention_with([_BACKENDS[version]]), attention_with([SDPBackend.MATH])
+    bounds = documents.split_in_two(1, 256, device) if document_mask else None
+    if document_mask:
+        flash = documents.with_flash(flash)
     q, k, v, gradient = normal(group), normal(1), normal(1), normal(group)
     results = []
     # The package restores the current device at its end; if that were another device, it would take memory there.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        for wide, backend in ((dtype, _BACKENDS[version]), (torch.float32, SDPBackend.MATH)):
+        for wide, attention in ((dtype, flash), (torch.float32, plain)):
             inputs = [x.to(wide, copy=True).requires_grad_() for x in (q, k, v)]
-            out = attention_with([backend])(*inputs)
+            out = attention(*inputs, bounds)
             results.append([out.detach(), *torch.autograd.grad(out, inputs, gradient.to(wide))])
-    for name, ours, plain in zip(("result", "dq", "dk", "dv"), *results, strict=True):
-        error = float((ours.float() - plain).norm() / plain.norm())
+    for name, ours, exact in zip(("result", "dq", "dk", "dv"), *results, strict=True):
+        error = float((ours.float() - exact).norm() / exact.norm())
         if not error < 0.02:
             raise RuntimeError(f"its {name} is off by {error:.1%}")
+
+
+def _choose_for_documents(setting: str, device: torch.device, workload: Workload) -> tuple[str, str]:
+    """(choice, reason) of what computes attention within documents on a GPU."""
+    if workload.dtype == "float32":
+        raise ConfigError(
+            "training.document_mask takes no float32 on CUDA, in which this run computes",
+            "use --training.mixed_precision_param bfloat16, or turn it off",
+        )
+    version = "flash" if setting == "auto" else setting
+    if version not in ("flash", *_FLASH_VERSIONS):
+        raise ConfigError(
+            f"kernels.attention {setting!r} cannot stay within documents on CUDA, as training.document_mask wants",
+            "use auto, flash, fa3 or fa4",
+        )
+    shape = workload.shape
+    sizes = shape.n_heads // shape.n_kv_heads, shape.head_dim, getattr(torch, workload.dtype), device
+    try:
+        _try_flash(version, *sizes, document_mask=True)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # of the device, not of the kernels
+        raise
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"attention within documents does not work with torch {torch.__version__} and {version} here: {first}",
+            "turn training.document_mask off",
+        ) from error
+    return version, "within documents" + (", as configured" if setting != "auto" else "")
 
 
 def _choose_attention(
     setting: str, device: torch.device, dtype: str, shape: ModelShape
 ) -> tuple[list[SDPBackend], str, str]:
-    """(backends in order, choice, reason) for activations of `dtype`."""
+    """(backends in order, choice, reason) for activations of `dtype`, not within documents."""
     if setting != "auto":
         if setting in ("cudnn", "efficient", *_FLASH_VERSIONS) and device.type != "cuda":
             raise ConfigError(
@@ -258,6 +299,11 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload, archit
     if architecture is None and device.type == "cuda":
         architecture, gpu = current_architecture(), current_device()
     backends, attention, why = _choose_attention(kernels.attention, device, workload.dtype, workload.shape)
+    packed = workload.document_mask and device.type == "cuda"
+    if packed:
+        attention, why = _choose_for_documents(kernels.attention, device, workload)
+    elif workload.document_mask:
+        why += ", within documents"
     carries, why_carried = kernels.carry_residual, "as configured"
     if carries is None:
         carries = architecture is not None and workload.carries_residual
@@ -265,6 +311,8 @@ def build_ops(kernels: Kernels, device: torch.device, workload: Workload, archit
     chosen: dict[str, Any] = {"attention": attention_with(backends), "carry_residual": carries}
     if attention == "efficient":  # torch's efficient attention does not support grouped heads
         chosen["attention"] = with_equal_heads(chosen["attention"])
+    if packed:
+        chosen["attention"] = documents.with_flash(chosen["attention"])
     reasons = [("attention", attention, why), ("residual", "carried" if carries else "added", why_carried)]
     if workload.float8 is not None:
         chosen["linear"] = float8.linear_with(workload.float8)

@@ -88,7 +88,7 @@ def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: tor
     float8.check(settings, shape, tensor, precision(settings.training, device).param, device.type == "cuda")
     wide_gradients.check(*_of_gradients(settings, degrees, device))
     if settings.training.cuda_graph:
-        check_cuda_graph(device, shards)
+        check_cuda_graph(device, shards, settings.training.document_mask)
     if settings.loss.implementation == "torch":
         check_torch_loss(settings.loss, tensor, settings.kernels.cross_entropy)
     if settings.parallelism.enable_async_tensor_parallel:
@@ -195,7 +195,7 @@ def check_optimizer(settings: Config) -> None:
     raise ConfigError(f"optimizer.implementation is {asked}, and {why} has a step of its own", f"use fused, or {other}")
 
 
-def check_cuda_graph(device: torch.device, shards: bool) -> None:
+def check_cuda_graph(device: torch.device, shards: bool, document_mask: bool) -> None:
     """ConfigError where steps cannot be recorded."""
     if device.type != "cuda":
         raise ConfigError(
@@ -205,6 +205,12 @@ def check_cuda_graph(device: torch.device, shards: bool) -> None:
         raise ConfigError(
             "training.cuda_graph needs weights that stay where they are, and FSDP2 gathers them anew in every step",
             "turn it off, or on a single device use parallelism.single_device masters",
+        )
+    if document_mask:
+        raise ConfigError(
+            "training.cuda_graph needs inputs of one size, and with training.document_mask the number of documents "
+            "changes",
+            "turn one of them off",
         )
 
 
@@ -236,7 +242,7 @@ MODEL_PLAN: dict[str, Callable[[], ParallelStyle]] = {
 BLOCK_PLAN: dict[str, Callable[[], ParallelStyle]] = {
     "attention_norm": lambda: SequenceShardNorm(),
     "attention": lambda: PrepareModuleInput(
-        input_layouts=(_SEQUENCE, None, None), desired_input_layouts=(_WHOLE, None, None)
+        input_layouts=(_SEQUENCE, None, None, None), desired_input_layouts=(_WHOLE, None, None, None)
     ),
     "attention.qkv": lambda: ColwiseParallel(),
     "attention.out": lambda: RowwiseParallel(output_layouts=_SEQUENCE),

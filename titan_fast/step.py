@@ -41,6 +41,7 @@ def workload(config: Config, shape: ModelShape, degrees: MeshDegrees) -> Workloa
         float8=config.float8.recipe_name if config.float8.enable else None,
         wide_gradients=gradients_are_wide(config, degrees, gpu),
         carries_residual=residual_is_carried(config, degrees),
+        document_mask=config.training.document_mask,
     )
 
 
@@ -92,7 +93,7 @@ def forward_backward(model: Llama, batches: Sequence[Batch], scale: Tensor) -> T
     total = torch.zeros_like(scale)
     for i, batch in enumerate(batches):
         replicate_only_after_last(model, is_last=i == len(batches) - 1)
-        loss = model(batch.tokens, batch.labels, scale)
+        loss = model(batch.tokens, batch.labels, scale, bounds=batch.bounds)
         loss.backward(root_gradient(loss))
         total += loss.detach()
     finish_gradients(model)
@@ -113,6 +114,6 @@ def validation_loss(model: Llama, batches: Iterator[Sequence[Batch]], steps: int
     for _ in range(steps):
         passes = next(batches)
         scale = one_over_valid_tokens(passes, degrees)
-        losses += [model(batch.tokens, batch.labels, scale) for batch in passes]
+        losses += [model(batch.tokens, batch.labels, scale, bounds=batch.bounds) for batch in passes]
     free_gathered_weights(model)
     return summed_loss(torch.stack(losses).sum(), degrees).item() / steps
