@@ -836,9 +836,18 @@ def test_a_write_that_failed_is_told_in_the_disks_words(
         except OSError:
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")  # noqa: B904
 
-    monkeypatch.setattr(checkpointer.FileSystemWriter, "write_data", refuse)
+    monkeypatch.setattr(checkpointer.dcp.FileSystemWriter, "write_data", refuse)
     with pytest.raises(CheckpointError, match=r"No space left on device: needs [\d,]+ bytes"):
         runs.run(data, tmp_path)
+
+
+def test_a_file_may_be_flushed_once_more_than_it_is_open(tmp_path: Path) -> None:
+    """By torch, when it forgets the stream; from Python 3.13 on a user would see the error."""
+    writer = checkpointer.Writer(tmp_path, sync_files=False)
+    with writer.fs.create_stream(tmp_path / "file", "wb") as stream:
+        stream.write(b"tensor")  # pyright: ignore[reportAttributeAccessIssue]
+    stream.flush()
+    assert stream.closed and (tmp_path / "file").read_bytes() == b"tensor"
 
 
 @pytest.mark.parametrize("stager", ["lasting", "closed after each use"])  # the latter is torch 2.11's

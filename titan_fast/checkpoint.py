@@ -9,10 +9,14 @@ A checkpoint is the folder `step-N`:
     MANIFEST.json           size and sha256 of every file; what does not match it is not loaded (manifest.py)
 """
 
+import io
 import json
+import os
 import pickle
 import tomllib
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from titan_fast.config import saved_checkpoint_folder
@@ -30,6 +35,37 @@ from titan_fast.manifest import checkpoints, links
 from titan_fast.masters import adamw_state, master_of
 from titan_fast.safe_unpickle import SafeReader, load_metadata
 from titan_fast.tokenizer import CONFIG_BESIDE
+
+
+class Writer(dcp.FileSystemWriter):
+    """Raises the disk's own error where a write fails; torch's only says what it still had to write."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.fs = _Files()
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future[list]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
+class _Files(FileSystem):
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[io.IOBase, None, None]:
+        with _File(io.FileIO(path, mode)) if mode == "wb" else super().create_stream(path, mode) as stream:
+            yield stream
+
+
+class _File(io.BufferedWriter):
+    """torch flushes a file once more when it has been closed, and Python 3.13 shows the error that this is."""
+
+    def flush(self) -> None:
+        if not self.closed:
+            super().flush()
 
 
 @dataclass

@@ -27,12 +27,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from titan_fast import distributed, manifest
 from titan_fast.agreement import Agreement
-from titan_fast.checkpoint import Progress, cause, load_tensors, read_config, read_state, tensors_of
+from titan_fast.checkpoint import Progress, Writer, cause, load_tensors, read_config, read_state, tensors_of
 from titan_fast.config import Checkpoint, Config, model_shape, to_dict
 from titan_fast.distributed import World
 from titan_fast.errors import NO_ROOM, CheckpointError, ConfigError, NumericsError
@@ -134,18 +133,6 @@ def _no_such_step(wanted: int, found: Sequence[int], folder: Path) -> Checkpoint
         "change checkpoint.load_step",
         str(folder),
     )
-
-
-class _Writer(FileSystemWriter):
-    """Raises the disk's own error where a write fails; torch's only says what it still had to write."""
-
-    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future[list]:
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from error
-            raise
 
 
 class Checkpointer:
@@ -335,7 +322,7 @@ class Checkpointer:
 
     def _write_tensors(self, tensors: dict[str, Tensor], temporary: Path) -> None:
         # Each file is synced when it is hashed (manifest.digests).
-        writer = _Writer(temporary, sync_files=False, overwrite=False)
+        writer = Writer(temporary, sync_files=False, overwrite=False)
         try:
             dcp.save(tensors, storage_writer=writer, process_group=self.group)
         except (dcp.api.CheckpointException, RuntimeError, OSError) as error:

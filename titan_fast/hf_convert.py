@@ -18,11 +18,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
 from titan_fast import manifest
-from titan_fast.checkpoint import cause, tokenizer_of
+from titan_fast.checkpoint import Writer, cause, tokenizer_of
 from titan_fast.config import Config, model_of, to_dict
 from titan_fast.errors import CheckpointError
 from titan_fast.flavors import ModelShape
@@ -95,7 +95,7 @@ def _write_dcp(weights: Weights, folder: Path) -> None:
         for name, size in our_sizes(weights.shape).items()
     }
     # A file per tensor, because DCP holds a file's tensors until it is written.
-    writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False, overwrite=False)
+    writer = Writer(folder, single_file_per_rank=False, sync_files=False, overwrite=False)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
