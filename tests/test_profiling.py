@@ -1,5 +1,6 @@
 """Traces are opened and searched for the step that they should contain; CUDA's snapshot calls are recorded."""
 
+import gc
 import gzip
 import json
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerAction
 
 from titan_fast.config import Profiling
@@ -65,6 +67,23 @@ def test_every_step(tmp_path: Path) -> None:
         names = trace_events(tmp_path / "profile_traces" / f"step-{step}" / "rank-0.json.gz")
         assert f"training step {step}." in names
     assert not (tmp_path / "profile_traces" / "step-4").exists()
+
+
+def test_no_trace_but_the_last_stays_in_memory(tmp_path: Path) -> None:
+    """In a run, which collects no garbage by itself, and none that is old."""
+    profiler, events = Profiler(Profiling(enable_profiling=True, profile_freq=6), tmp_path, 0), []
+    gc.collect()
+    gc.disable()
+    try:
+        with profiler:
+            for _ in range(24):
+                torch.randn(8, 8).tanh()
+                profiler.step()
+                gc.collect(1)
+                events.append(sum(type(x) is FunctionEvent for x in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert 0 < events[5] == events[23]
 
 
 def test_other_ranks_write_their_trace_alone(tmp_path: Path) -> None:

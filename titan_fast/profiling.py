@@ -6,6 +6,7 @@
 <run directory>/memory_snapshot/step-123-out-of-memory/...  the same when memory ran out in step 123
 """
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -98,6 +99,8 @@ class Profiler:
             self._in_traced_step = due
             with self.pause() if due else nullcontext():
                 self._profile.step()  # which calls _trace_ready where a trace is due
+                if due:
+                    gc.collect()  # a trace's events form cycles, old enough that the loop's collections miss them
             self._in_traced_step = False
         if self.profiling.enable_memory_snapshot and due:
             with self.pause():
