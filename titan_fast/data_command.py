@@ -144,7 +144,7 @@ def step_documents(run_dir: Path, step: int, data_parallel_degree: int | None, c
     if data_parallel_degree is not None and data_parallel_degree < 1:
         raise ConfigError(f"--data-parallel-degree is {data_parallel_degree}, not at least 1", "change it")
     config = _config_of(run_dir)
-    logged = run_history.read(run_dir / "metrics.jsonl")
+    logged = list(run_history.read(run_dir / "metrics.jsonl"))
     samples = _samples_by_log(run_dir, step, config, logged) if data_parallel_degree is None else None
     if samples is None:
         samples = _samples_by_batch(run_dir, step, config, data_parallel_degree, logged)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -152,8 +153,8 @@ class MetricsLogger:
     def _open(self, went_back: bool) -> None:
         atexit.register(self.close)
         if self.start_step > 0:  # time that was spent on steps after it counts too
-            said = [record.get("elapsed_seconds") or 0.0 for record in run_history.read(self.metrics_path)]
-            self.elapsed_before = max([self.elapsed_before, *said])
+            said = (record.get("elapsed_seconds") or 0.0 for record in run_history.read(self.metrics_path))
+            self.elapsed_before = max(chain([self.elapsed_before], said))
         for path in (self.metrics_path, self.run_dir / run_history.BAD_STEPS):
             if said_of_it := run_history.go_on_from(path, self.start_step, went_back):
                 self.say(said_of_it)
@@ -382,7 +383,7 @@ class MetricsLogger:
             return
         self._stop_progress()
         try:
-            records = run_history.read(self.metrics_path)
+            records = list(run_history.read(self.metrics_path))
         except OSError as error:  # which must not hide the error that has ended the run
             records = []
             self.say(f"WARNING: {self.metrics_path} cannot be read: {error.strerror}; the summary lacks its losses")

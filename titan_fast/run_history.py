@@ -7,7 +7,7 @@ A number that is not finite is null, and `non_finite` says what it was: {"loss":
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ def encode(record: Record) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
 
-def read(path: Path) -> list[Record]:
-    """The records of the file, [] where there is no file. Lines that a kill or a full disk left incomplete are
+def read(path: Path) -> Iterator[Record]:
+    """The records of the file, none where there is no file. Lines that a kill or a full disk left incomplete are
     skipped."""
-    lines = path.read_bytes().splitlines() if path.exists() else ()
-    return [record for line in lines if (record := _record(line)) is not None]
+    if path.exists():
+        with path.open("rb") as lines:
+            yield from (record for line in lines if (record := _record(line)) is not None)
 
 
 def _record(line: bytes) -> Record | None:
@@ -63,10 +64,11 @@ def go_on_from(path: Path, step: int, went_back: bool = False) -> str:
 def set_aside(path: Path) -> Path | None:
     """Renames the history of an earlier start to `metrics-until-STEP.jsonl`, so that a run from step 0 begins a new
     one. Returns the new path; None where there was no history."""
-    if not (records := read(path)):
+    last = max((record["step"] for record in read(path)), default=None)
+    if last is None:
         path.unlink(missing_ok=True)
         return None
-    return path.rename(_aside(path, max(record["step"] for record in records)))
+    return path.rename(_aside(path, last))
 
 
 def _aside(path: Path, last: int) -> Path:
