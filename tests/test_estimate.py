@@ -26,7 +26,16 @@ from titan_fast.estimate_report import limits
 from titan_fast.float8 import FORWARD, rounded
 from titan_fast.gpus import GPUS, calibrated, known_gpu
 from titan_fast.step_record import Group, Operation, Segment
-from titan_fast.step_time import FITTED, Fitted, Network, StepTime, collective_seconds, gemm_seconds, step_time
+from titan_fast.step_time import (
+    FITTED,
+    Fitted,
+    Network,
+    StepTime,
+    collective_seconds,
+    compute_seconds,
+    gemm_seconds,
+    step_time,
+)
 
 H100 = GPUS["h100-sxm"]
 NODE = Network(8, H100.nic.value)
@@ -58,26 +67,35 @@ def gemm(rows: int, columns: int, inner: int) -> Operation:
 def test_matrix_product_at_full_waves_runs_at_the_table_rate() -> None:
     full = gemm(128 * 132, 256 * 8, 8192)  # 8 tiles for each multiprocessor
     assert gemm_seconds(full, H100, EXACT) == pytest.approx(full.flops / H100.gemm.value)
-    one_more = gemm(128 * 132, 256 * 8 + 1, 8192)
-    assert gemm_seconds(one_more, H100, EXACT) > 1.03 * gemm_seconds(full, H100, EXACT)
+    for one_more in (gemm(128 * 132, 256 * 8 + 1, 8192), gemm(128 * 132 + 1, 256 * 8, 8192)):
+        assert gemm_seconds(one_more, H100, EXACT) > 1.03 * gemm_seconds(full, H100, EXACT)
     thin = gemm(8192, 8, 8192)
     assert gemm_seconds(thin, H100, EXACT) >= thin.nbytes / H100.bandwidth.value
     assert H100.float8 is not None
     eighths = dataclasses.replace(full, element_size=1)
     assert gemm_seconds(eighths, H100, EXACT) == pytest.approx(full.flops / H100.float8.value)
+    wide = dataclasses.replace(full, element_size=4)
+    assert gemm_seconds(wide, H100, EXACT) == pytest.approx(2 * full.flops / H100.gemm.value)
+
+
+def test_attention_runs_at_its_backends_rates() -> None:
+    forward, backward = (Operation("attention", "attention", flops=1e12, backward=is_it) for is_it in (False, True))
+    rates = H100.attention["fa3"]
+    assert compute_seconds(forward, H100, "fa3", EXACT) == 1e12 / rates.forward
+    assert compute_seconds(backward, H100, "fa3", EXACT) == 1e12 / rates.backward
 
 
 def test_ring_within_a_node_and_between_nodes() -> None:
     size = 2.0**30
     inside = collective_seconds(Operation("gather", "g", size, group=Group(8, 1)), H100, NODE)
-    assert inside == pytest.approx(size * 7 / 8 / H100.nvlink.value, rel=0.02)
+    assert inside == pytest.approx(8.4e-6 + 7 * 3.4e-6 + size * 7 / 8 / H100.nvlink.value)
     across = collective_seconds(Operation("gather", "g", size, group=Group(64, 1)), H100, NODE)
     hops = 8.4e-6 + 56 * 3.4e-6 + 8 * 14.0e-6
     assert across == pytest.approx(hops + size * 63 / 64 / H100.nvlink.value)  # the slower of NVLink and network
     thin = collective_seconds(Operation("gather", "g", size, group=Group(64, 1)), H100, Network(8, 12.5e9))
     assert thin == pytest.approx(hops + size * 7 / 8 / (0.94 * 8 * 12.5e9))
     alone = collective_seconds(Operation("gather", "g", size, group=Group(8, 8)), H100, NODE)
-    assert alone == pytest.approx(size * 7 / 8 / (0.94 * H100.nic.value), rel=0.02)
+    assert alone == pytest.approx(8.4e-6 + 8 * 14.0e-6 + size * 7 / 8 / (0.94 * H100.nic.value))
 
 
 def test_sum_over_copies_passes_twice_and_by_a_tree() -> None:
@@ -104,6 +122,24 @@ def test_a_gather_hides_behind_what_runs_before_its_weights_are_needed() -> None
     assert exposed.seconds - hidden.seconds == pytest.approx(took, rel=0.3)
     slowed = step_time([segment(gather, product, take)], H100, "cudnn", NODE, fitted=Fitted(1.0, 1.0, 0.5))
     assert slowed.parts["slowed by communication"] == pytest.approx(0.5 * took, rel=0.5)
+
+
+def test_what_is_exposed_of_reductions_and_of_gathers_that_nobody_uses() -> None:
+    product, take = gemm(128 * 132, 256 * 64, 8192), Operation("copy_out", "fsdp.split_with_sizes_copy", 1.0)
+    reduce = Operation("reduce", "_reduce_scatter_base_", 2.0**28, group=Group(8, 1))
+    gather = dataclasses.replace(reduce, kind="gather", name="_allgather_base_")
+    took = collective_seconds(reduce, H100, NODE)
+
+    def timed(*operations: Operation) -> StepTime:
+        return step_time([segment(*operations)], H100, "cudnn", NODE, fitted=EXACT)
+
+    last = timed(product, reduce)  # the step ends with it
+    assert last.parts["exposed FSDP communication"] == pytest.approx(last.collectives) == pytest.approx(took)
+    assert last.hidden == pytest.approx(0.0, abs=1e-9)
+    pair = timed(reduce, reduce, product)  # the second waits for the first, and is hidden
+    assert pair.parts["exposed FSDP communication"] == pytest.approx(took) and pair.hidden == pytest.approx(0.5)
+    unused = timed(gather, take, product, gather)
+    assert unused.parts["exposed FSDP communication"] == pytest.approx(2 * took)
 
 
 @pytest.mark.parametrize(("tensor_degree", "between"), [(1, "FSDP"), (4, "FSDP"), (8, "tensor-parallel")])

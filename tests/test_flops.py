@@ -136,6 +136,7 @@ def test_unknown_formula() -> None:
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H100 NVL", 835),
         ("NVIDIA H200", 989),
+        (" NVIDIA H200 ", 989),
         ("NVIDIA H200 NVL", 835),
         ("NVIDIA B200", 2250),
         ("NVIDIA GeForce RTX 4090", 165.2),
@@ -204,6 +205,10 @@ def test_command_with_a_device_prints_every_formula() -> None:
         (
             "--model llama3_8b --tokens-per-second 1e9 --peak-tflops 312",
             "--tokens-per-second 1e+09 is 1.65e+05 times what a device of 312 TFLOP/s can do by titan_causal",
+        ),
+        (
+            "--model llama3_8b --tokens-per-second 7000 --peak-tflops 312",
+            "--tokens-per-second 7000 is 1.155 times what a device of 312 TFLOP/s can do by titan_causal",
         ),
         ("--model debug --seq-len 0", "--seq-len is 0, not a positive number"),
         ("--model debug --seq-len 4096", "--seq-len 4096 is beyond the 2048 tokens that debug is made for"),

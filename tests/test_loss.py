@@ -66,6 +66,26 @@ def test_a_batch_without_labels_costs_nothing() -> None:
     assert loss.item() == 0 and not gradient(x).any() and not gradient(weight).any()
 
 
+def test_no_token_at_all_has_gradients_of_zero() -> None:
+    x, weight = torch.randn(0, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
+    torch.use_deterministic_algorithms(True)  # which fills what is not written with NaN
+    try:
+        loss = LinearCrossEntropy(REFERENCE, 4)(x, weight, torch.empty(0, dtype=torch.int64), torch.tensor(1.0))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    loss.backward()
+    assert loss.item() == 0 and gradient(x).shape == x.shape and torch.equal(gradient(weight), torch.zeros(300, 8))
+
+
+def test_float64_is_summed_in_float64() -> None:
+    torch.manual_seed(0)
+    x, labels = torch.randn(64, 32, dtype=torch.float64), torch.randint(50, (64,))
+    weight = torch.randn(50, 32, dtype=torch.float64, requires_grad=True)
+    LinearCrossEntropy(REFERENCE, 8)(x, weight, labels, torch.tensor(1.0)).backward()
+    truth = expected(x, weight.detach(), labels, 1.0, 0.0)[2]
+    torch.testing.assert_close(gradient(weight), truth, rtol=1e-12, atol=1e-12)
+
+
 def test_large_logits_stay_finite() -> None:
     x, weight = torch.full((2, 4), 100.0, requires_grad=True), torch.eye(4) * 100
     loss = LinearCrossEntropy(REFERENCE)(x, weight, torch.tensor([0, 3]), torch.tensor(1.0))

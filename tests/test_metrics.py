@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import re
+import resource
 import subprocess
 import sys
 import termios
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from tensorboard.summary.writer import event_file_writer, record_writer
 from titan_fast import console, run_history
 from titan_fast.config import Config, model_shape, parse
 from titan_fast.console import Console
-from titan_fast.metrics import MetricsLogger, aligned, duration, printable
+from titan_fast.metrics import MetricsLogger, aligned, duration, peak_memory, printable
 from titan_fast.start_times import StartTimes
 from titan_fast.training_clock import TrainingClock
 
@@ -239,6 +241,24 @@ def test_the_devices_backlog_is_not_part_of_a_pause(clock: Clock, monkeypatch: p
     clock.now += 1
     assert timer.window() == 1 + 2 + 1
     assert timer.paused_seconds == 7
+    clock.now += 3
+    assert timer.window() == 3, "a pause counts once"
+
+
+@pytest.mark.parametrize(("platform", "resident"), [("linux", 3 * 2**19), ("darwin", 3 * 2**29)])
+def test_resident_memory_in_whatever_unit_the_system_counts(
+    platform: str, resident: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=resident))
+    monkeypatch.setattr(sys, "platform", platform)
+    assert peak_memory(torch.device("cpu")) == 1.5
+
+
+def test_a_devices_memory_is_the_most_since_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = [3 * 2**29]
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: peaks[-1])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.append(2**29))
+    assert [peak_memory(torch.device("cuda")) for _ in range(2)] == [1.5, 0.5]
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ def test_schedule_warms_up_holds_and_decays() -> None:
     assert rates[89] == pytest.approx(2.0 * 0.55) and rates[99] == pytest.approx(0.2)
     odd = LrScheduler(warmup_steps=0, decay_ratio=0.29)  # 0.29 * 100 is 28.999999999999996
     assert learning_rate(71, odd, 1.0, 100) == 1.0 > learning_rate(72, odd, 1.0, 100)
+    long = LrScheduler(warmup_steps=50, decay_ratio=0.8, decay_type="linear", min_lr_factor=0.0)
+    assert learning_rate(60, long, 1.0, 100) == pytest.approx(0.8)  # 50 steps to decay in, not 80
 
 
 @pytest.mark.parametrize("settings", [LrScheduler(2, 10, decay_ratio=0.0), LrScheduler(20, 10)])

@@ -197,6 +197,14 @@ def test_autograd_notices_that_logits_were_overwritten(device: torch.device) -> 
         y.sum().backward()
 
 
+def test_a_label_beside_a_shard_is_not_in_it(device: torch.device) -> None:
+    """Whatever lies beside the shard in memory: here it is a part of wider rows."""
+    wide = torch.randn(4, 20, device=device)
+    labels = torch.tensor([7, 8, 15, 16], device=device)
+    _, _, target = cross_entropy_stats(wide[:, 8:16], labels, 8)
+    assert torch.equal(target, torch.tensor([0.0, wide[1, 8], wide[2, 15], 0.0], device=device))
+
+
 def test_zero_rows(device: torch.device) -> None:
     logits, labels = torch.randn(0, 50, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     (loss,), (gradient,) = evaluate(lambda x: cross_entropy(x, labels), (logits,), (torch.zeros(0, device=device),))

@@ -67,14 +67,17 @@ def check_strides(operator: str, device: torch.device) -> None:
         ]
     elif operator == "swiglu":
         outputs = [f(y, other) for f, y in ((titan_kernels.swiglu, far_x), (reference.swiglu, near_x))]
-    elif operator == "rope":
+    elif operator.startswith("rope"):
         outputs = [
             f(y[None], torch.cos(angle), torch.sin(angle), 4, 2)[0]
             for f, y in ((titan_kernels.rope, far_x), (reference.rope, near_x))
         ]
-        # the gradient of q [1, 4, ROWS, 12] with its tokens far apart
+        # the gradient of q [1, 4, ROWS, 12] with its tokens or its heads far apart
         far_dy = far_apart(dy)[:, :48].view(1, ROWS, 4, 12).transpose(1, 2)
         dy = far_dy.contiguous()
+        if operator == "rope, heads":
+            memory = torch.empty(3 * STRIDE + 12 * ROWS, device=device)
+            far_dy = memory.as_strided((1, 4, ROWS, 12), (0, STRIDE, 12, 1)).copy_(dy)
     else:
         losses = [titan_kernels.cross_entropy_with_grad_(far_x.detach(), labels, scale)]
         losses.append(reference.cross_entropy_with_grad_(near_x.detach(), labels, scale))
@@ -88,7 +91,7 @@ def check_strides(operator: str, device: torch.device) -> None:
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("operator", ["rms_norm", "add_rms_norm", "swiglu", "rope", "cross_entropy"])
+@pytest.mark.parametrize("operator", ["rms_norm", "add_rms_norm", "swiglu", "rope", "rope, heads", "cross_entropy"])
 def test_strides_beyond_32_bits(operator: str, device: torch.device) -> None:
     if device.type == "cuda":  # a CUDA context does not survive a fork, and a GPU reports bad addresses itself
         check_strides(operator, device)
@@ -129,6 +132,7 @@ def check_results(operator: str) -> None:
     if operator == "swiglu":
         for contiguous in (False, True):  # row by row, and as one long row
             compare_last(titan_kernels.swiglu, 1024, 2, 1, contiguous)
+        compare_last(titan_kernels.swiglu, 256, 2, 1, True, 2**23 - LAST)  # whole blocks would be 2^31 elements
     elif operator == "rope":
         cos, sin = torch.ones(LAST, 32), torch.zeros(LAST, 32)  # every position has the same angle
         compare_last(lambda x: rope_of(x, cos, sin), 64 * 64, 1, 1)
@@ -153,9 +157,9 @@ def rope_of(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def compare_last(
-    function: Callable[..., Any], width: int, n_inputs: int, n_outputs: int, contiguous: bool = False
+    function: Callable[..., Any], width: int, n_inputs: int, n_outputs: int, contiguous: bool = False, rows: int = 0
 ) -> None:
-    rows = LAST * (ENOUGH // width // LAST) + 4 * LAST
+    rows = rows or LAST * (ENOUGH // width // LAST) + 4 * LAST
     shape = (rows, width)
     inputs, gradients = ([whole_and_last(shape, contiguous) for _ in range(n)] for n in (n_inputs, n_outputs))
     found, expected = (

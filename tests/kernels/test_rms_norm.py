@@ -9,6 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from titan_kernels import add_rms_norm, reference, rms_norm
+from titan_kernels.rms_norm import run_backward
 
 from tests.kernels.tolerance import Result, compare, evaluate
 
@@ -203,6 +204,20 @@ def test_gradient_of_one_output_alone(device: torch.device) -> None:
     assert torch.equal(found[0], g)
     assert torch.equal(found[1], g)
     assert found[2] is None
+
+
+@pytest.mark.parametrize("width", [96, 8193])
+def test_what_lies_behind_the_last_row_is_not_used(width: int, device: torch.device) -> None:
+    """Five rows are no whole number of what a program has at once."""
+    dy, s = (torch.randn(6, width, device=device) for _ in range(2))
+    weight, scale = torch.randn(width, device=device), torch.rand(6, device=device) + 0.5
+    with torch.no_grad():
+        expected = run_backward(dy[:5].clone(), None, s[:5].clone(), weight, scale[:5].clone())
+        for behind in (dy, s, scale):
+            behind[5:] = torch.nan
+        found = run_backward(dy[:5], None, s[:5], weight, scale[:5])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert found[1].isfinite().all()
 
 
 def test_deterministic(device: torch.device) -> None:

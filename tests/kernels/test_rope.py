@@ -116,8 +116,11 @@ def test_strided_tables(device: torch.device) -> None:
     qkv = torch.randn(1, 5, 8 * 16, device=device)
     cos, sin = tables(5, 16, device)
     strided_cos, strided_sin = (torch.stack((table, table), -1)[..., 0] for table in (cos, sin))
-    for ours, expected in zip(rope(qkv, strided_cos, strided_sin, 4, 2), rope(qkv, cos, sin, 4, 2), strict=True):
-        assert torch.equal(ours, expected)
+    gradients = [torch.randn(1, heads, 5, 16, device=device) for heads in (4, 2, 2)]
+    found, (dqkv,) = evaluate(lambda x: rope(x, strided_cos, strided_sin, 4, 2), (qkv,), gradients)
+    expected, (dqkv_expected,) = evaluate(lambda x: rope(x, cos, sin, 4, 2), (qkv,), gradients)
+    for ours, theirs in zip((*found, dqkv), (*expected, dqkv_expected), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("magnitude", [1e15, 1e-6])
@@ -154,6 +157,7 @@ def table(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
     [
         (torch.ones(1, 3, 65), table(3, 4), table(3, 4), 4, 2, r"\[1, 3, 65\] is not 4 \+ 2 \* 2 heads wide"),
         (torch.ones(1, 3, 24), table(3, 1), table(3, 1), 4, 2, "8 heads of dimension 3: not even"),
+        (torch.ones(1, 3, 0), table(3, 0), table(3, 0), 4, 2, "8 heads of dimension 0: not even"),
         (torch.ones(1, 3, 64), table(3, 4), table(3, 4), 4, 3, "n_heads 4 is not a multiple of n_kv_heads 3"),
         (torch.ones(1, 3, 64), table(3, 4), table(3, 4), 4, 0, "n_kv_heads 0"),
         (torch.ones(3, 64), table(3, 4), table(3, 4), 4, 2, r"qkv has shape \[3, 64\]"),
