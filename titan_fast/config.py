@@ -47,8 +47,9 @@ class Model:
     """Which Llama: debug, llama2_7b, llama2_13b, llama2_70b, llama3_8b, llama3_70b, llama3.1_8b, llama3.1_70b,
     llama3.1_405b, llama3_1b or llama3_3b (the last two are the 3.2 shapes)."""
     tokenizer_path: str | None = None
-    """A sentencepiece model, a tiktoken rank file, an HF tokenizer.json, or a folder with one of them. None: the
-    one that made the token shards, or else a sentencepiece BPE, trained on the corpus and kept in the run directory."""
+    """A sentencepiece model, a tiktoken rank file, an HF tokenizer.json, or a folder with the first of tokenizer.model,
+    tokenizer.json and original/tokenizer.model. None: the one that made the token shards, or else a sentencepiece BPE,
+    trained on the corpus and kept in the run directory."""
     dim: int | None = None
     """Overrides the flavor's width. None: the flavor's."""
     n_layers: int | None = None
