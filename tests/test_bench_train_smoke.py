@@ -172,7 +172,7 @@ def test_a_recorded_variant_takes_turns_with_an_eager_one(monkeypatch: pytest.Mo
         recorders.append(TapeRecorder())
         return recorders[-1]
 
-    monkeypatch.setattr(parallel, "check_cuda_graph", lambda device, shards: None)
+    monkeypatch.setattr(parallel, "check_cuda_graph", lambda *_: None)
     monkeypatch.setattr(train_cell, "CudaRecorder", new_recorder)
     how = dataclasses.replace(HOW, length=Length(3, 4, 2))
     rows = run_cell(few, CPU, how)
