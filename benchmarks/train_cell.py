@@ -11,13 +11,14 @@ import torch._functorch.config as functorch_config
 
 from benchmarks import fake_world
 from benchmarks.parity import compare_losses
-from benchmarks.random_tokens import RandomTokens
+from benchmarks.random_tokens import END_OF_DOCUMENT, RandomTokens
 from benchmarks.variants import COLLECT_EVERY, How, Row, Rows, time_variants
 from benchmarks.workloads import Cell, Variant, config_of, ranks, shape_of
 from titan_fast import activation_checkpoint, compilation, parallel
 from titan_fast.config import Comm, Config, Kernels, mesh_degrees
 from titan_fast.cuda_graph import CudaRecorder, RecordedPasses
 from titan_fast.distributed import World, start
+from titan_fast.documents import Separators
 from titan_fast.loader import Loader
 from titan_fast.loss import LinearCrossEntropy, torch_linear_cross_entropy
 from titan_fast.masters import OnePassAdamW
@@ -26,6 +27,8 @@ from titan_fast.ops import Ops, build_ops
 from titan_fast.optim import build_optimizer, clip_gradients, learning_rate, step_unless
 from titan_fast.step import build_model, forward_backward, one_over_valid_tokens, workload
 
+DOCUMENT_TOKENS = 1024
+"""Of a document on average, in cells that attend within documents."""
 RECOMPILE_LIMIT = 64
 """Every variant adds a graph for the same code."""
 PARITY_BATCHES = 16
@@ -74,8 +77,11 @@ class Bench:
 
     def _loader(self) -> Loader:
         training, cycle = self.config.training, PARITY_BATCHES if self.cell.parity_steps else None
-        source = RandomTokens(training.local_batch_size, training.seq_len, self.shape.vocab_size, cycle)
-        return Loader(source, self.world.device)
+        options = [config_of(self.cell.workload, variant.options, self.smoke) for variant in self.cell.variants]
+        masks = any(config.training.document_mask for config in options)
+        size = training.local_batch_size, training.seq_len, self.shape.vocab_size
+        source = RandomTokens(*size, cycle, DOCUMENT_TOKENS if masks else None)
+        return Loader(source, self.world.device, Separators(None, END_OF_DOCUMENT) if masks else None)
 
     def what_runs(self, variant: Variant) -> object:
         """Equal for `auto` and the reference where they are the same, so that it is not run twice."""
@@ -153,6 +159,8 @@ class Bench:
         """One whole step, as in titan_fast.loop: data, forward, loss over the full vocabulary, backward, clipping,
         AdamW; but no logging or monitoring."""
         batches = next(self.loader)
+        if not self.config.training.document_mask:
+            batches = [batch._replace(bounds=None) for batch in batches]
         scale = one_over_valid_tokens(batches, self.degrees)
         self.loss = self.recorded(batches, scale) if self.recorded else forward_backward(self.model, batches, scale)
         if self.steps_done == 0 and self.world.size > 1:

@@ -89,6 +89,7 @@ FLOAT8_LEVERS = (
 TUNING_SECONDS = 130.0
 """Assumed for coordinate descent (about 25 kernels, each timed with a dozen settings) or autotuning (15 products, 20
 kernels each)."""
+WITHIN_DOCUMENTS = _lever("within documents", {"training.document_mask": True})
 MEMORY_LEVERS = (
     BASE,
     _lever("pointwise", POINTWISE),
@@ -177,6 +178,7 @@ def _more_cells() -> list[Cell]:
         Cell("levers", slice4, (BASE, *ATTENTION_LEVERS, *SCOPE_LEVERS), label="attention and scope"),
         Cell("levers", slice4, (BASE, *LOSS_LEVERS, NO_CLIPPING), label="loss and clipping"),
         *(Cell("levers", slice4, (lever,), label=lever.name.removeprefix("attention ")) for lever in NEW_FLASH_LEVERS),
+        Cell("levers-documents", slice4, (BASE, WITHIN_DOCUMENTS), label="documents"),
         Cell("levers-memory", slice_added, MEMORY_LEVERS, label="one kind of recomputation each"),
         Cell("levers-fsdp", eight_added, FSDP_POLICIES, label="FSDP2"),
         Cell("levers-fsdp", eight_added, (BFLOAT16_REDUCTION,), label="bfloat16 reduction"),

@@ -92,7 +92,7 @@ def described(cell: Cell, row: dict[str, Any], environment: dict[str, Any], know
         per_second = full["tokens_per_step"] / row["step_seconds"]["median"]
         full["tokens_per_second"] = per_second
         peak = peak_flops(environment["device"])
-        if peak is not None and not config.float8.enable:
+        if peak is not None and not _is_other_work(config):
             per_token = {name: flops_per_token(shape, work.seq_len, name) for name in FORMULAS}
             full["mfu"] = {name: mfu(per_second, flops, peak) for name, flops in per_token.items()}
         if known is not None:
@@ -113,10 +113,15 @@ def settings_of(cell: Cell, variant: str, smoke: bool) -> Config:
     return config_of(cell.workload, options | (MASTERS if cell.peer == AS_SHIPPED else {}), smoke)
 
 
+def _is_other_work(config: Config) -> bool:
+    """Whether a row has neither MFU nor limit: float8's products were not measured alone, and within documents there is
+    less attention than both count."""
+    return config.float8.enable or config.training.document_mask
+
+
 def fraction_of_limit(known: Limits, config: Config, shape: ModelShape, world: int, seconds: float) -> dict[str, Any]:
-    """The least step with a row's settings, its fraction of `seconds`, and the attention backend; nothing for float8,
-    whose products were not measured alone."""
-    if config.float8.enable:
+    """The least step with a row's settings, its fraction of `seconds`, and the attention backend."""
+    if _is_other_work(config):
         return {}
     least = least_step(known, config, shape, world)
     return {

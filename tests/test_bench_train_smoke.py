@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 import torch
 from tape import TapeRecorder
+from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import fake_world, limits, train_cell, train_rows, train_suite, train_table
 from benchmarks.least_step import limits_from
 from benchmarks.parity import difference
+from benchmarks.random_tokens import END_OF_DOCUMENT, RandomTokens
 from benchmarks.step_timing import Length
 from benchmarks.train_cell import Bench, run_cell, world_of
 from benchmarks.train_cells import NARROW, PARTS, WIDE, cells
+from benchmarks.train_record import described
 from benchmarks.variants import How
 from benchmarks.workloads import (
     COMPILED,
@@ -39,6 +42,7 @@ from benchmarks.workloads import (
 from titan_fast import parallel
 from titan_fast.checkpoint import tensors_of
 from titan_fast.cuda_graph import WARM_UP_STEPS
+from titan_fast.model import Llama
 
 CPU = torch.device("cpu")
 HOW = How(smoke=True, length=Length(1, 2, 1), profiles=False)
@@ -158,6 +162,31 @@ def test_a_variant_is_put_on_again_as_it_was(bench: Bench) -> None:
     bench.put_on(kept)
     assert (block._compiled_call_impl, block.forward, bench.model.head.loss) == before
     assert bench.config is config
+
+
+def test_one_of_two_variants_attends_within_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    (cell,) = cells(("levers-documents",))
+    seen: list[bool] = []
+    forward = Llama.forward
+
+    def watched(self: Llama, *given: Any, bounds: Tensor | None = None) -> Tensor:
+        seen.append(bounds is not None)
+        return forward(self, *given, bounds=bounds)
+
+    monkeypatch.setattr(Llama, "forward", watched)
+    eager = (dataclasses.replace(v, options=v.options | {"compile.enable": False}) for v in cell.variants)
+    few = rehearsed(dataclasses.replace(cell, variants=tuple(eager)))
+    rows = run_cell(few, CPU, dataclasses.replace(HOW, length=Length(1, 4, 2)))
+    assert all("error" not in row and row["step_seconds"]["timed"] == 4 for row in rows)
+    assert seen.count(True) == seen.count(False) >= 5 and {True, False} == {seen[0], seen[-1]}
+    environment = {"device": "NVIDIA H100 80GB HBM3", "smoke": True}
+    assert ["mfu" in described(few, row, environment, None) for row in rows] == [True, False]
+
+
+def test_documents_have_the_wanted_length() -> None:
+    ((tokens, labels),) = RandomTokens(4, 8192, 100, document=128).next_step(None).passes
+    assert 200 < (tokens == END_OF_DOCUMENT).sum() < 320 and (tokens[:, 1:] == labels[:, :-1]).all()
+    assert set(range(100)) == set(tokens.flatten().tolist())
 
 
 def test_a_recorded_variant_takes_turns_with_an_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
