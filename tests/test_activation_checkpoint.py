@@ -305,3 +305,4 @@ def test_settings_that_would_do_nothing() -> None:
     activation_checkpoint.check(budget, Compile(True, ("model",)), n_layers=2)
     with pytest.raises(ConfigError, match="3 is more than the model's 2 blocks"):
         activation_checkpoint.check(ActivationCheckpoint("selective", "3"), Compile(), n_layers=2)
+    activation_checkpoint.check(ActivationCheckpoint("selective", "2"), Compile(), n_layers=2)

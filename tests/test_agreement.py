@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from titan_fast import agreement
 from titan_fast.agreement import Agreed, Agreement
@@ -28,6 +29,14 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Agreement:
     monkeypatch.setattr(agreement, "_pinned", lambda: torch.empty(4))
     asks = Agreement(torch.device("cpu"))
     asks._on_device = True
+    read = agreement._agreed
+
+    def checked(host: Tensor) -> Agreed:
+        (event,) = [event for copy, event in asks._copies if copy is host]
+        assert isinstance(event, Event) and event.waited
+        return read(host)
+
+    monkeypatch.setattr(agreement, "_agreed", checked)
     return asks
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -467,18 +468,18 @@ def test_too_many_bad_steps_stop_the_run(
     seen = nan_in(monkeypatch, bad, float("inf"))
     with pytest.raises(NumericsError, match=rf"step {stops_at} is not finite") as caught:
         runs.run(
-            data, tmp_path / "run", training__on_nonfinite=policy, training__max_skipped_steps=limit,
+            data, tmp_path / "a run", training__on_nonfinite=policy, training__max_skipped_steps=limit,
             checkpoint__interval=3,
         )  # fmt: skip
     assert caught.value.exit_status == 5
     (command,) = re.findall(r"\((python -m titan_fast\.data show .*)\)\]", str(caught.value))
     shown = subprocess.run(
-        [sys.executable, *command.split()[1:]], capture_output=True, text=True, env=runs.environment()
+        [sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True, env=runs.environment()
     )
     assert shown.returncode == 0, shown.stderr
     first = 2 * stops_at - 2
     assert shown.stdout.startswith(f"samples {first} to {first + 1}, epoch 0\nsample {first}:\n  "), shown.stdout
-    assert whole_steps(tmp_path / "run") == [3] and seen[-1]["step"] == stops_at
+    assert whole_steps(tmp_path / "a run") == [3] and seen[-1]["step"] == stops_at
 
 
 def test_a_nan_on_one_rank_is_skipped_by_all(data: Path, tmp_path: Path) -> None:
@@ -487,6 +488,7 @@ def test_a_nan_on_one_rank_is_skipped_by_all(data: Path, tmp_path: Path) -> None
     output = runs.finish(process)
     assert process.returncode == 0 and "step 4: loss nan, grad norm nan: not applied" in output, output
     assert whole_steps(tmp_path / "run") == [5, 10]
+    assert (tmp_path / "run" / run_history.BAD_STEPS).read_text().count("\n") == 1, "rank 0 alone writes it down"
 
 
 def test_a_loss_spike_is_written_down(tmp_path: Path) -> None:
@@ -506,11 +508,12 @@ def test_losses_that_stay_higher_are_spikes_no_longer(tmp_path: Path) -> None:
     watch = guard.StepGuard(parse([]).training, torch.device("cpu"), tmp_path, True)
     chance, lines = random.Random(0), []
     for step in range(1, 401):
-        watch.judge(
-            step, {}, torch.tensor((2.6 if step > 200 else 2.0) + chance.uniform(-0.01, 0.01)), torch.tensor(1.0)
-        )
+        usual = 2.6 if step > 200 else 2.0
+        loss = 3.0 if step == 300 else usual + chance.uniform(-0.01, 0.01)
+        watch.judge(step, {}, torch.tensor(loss), torch.tensor(1.0))
         lines += watch.look()
-    assert [line.split(":")[0] for line in lines] == [f"step {step}" for step in range(201, 201 + guard.LEAST)]
+    spikes = [*range(201, 201 + guard.LEAST), 300]  # the last one by the deviation of the new level alone
+    assert [line.split(":")[0] for line in lines] == [f"step {step}" for step in spikes]
 
 
 def test_spikes_that_are_not_in_a_row_stay_spikes(tmp_path: Path) -> None:
@@ -524,8 +527,10 @@ def test_spikes_that_are_not_in_a_row_stay_spikes(tmp_path: Path) -> None:
 def test_nothing_is_applied_after_the_step_that_stops_the_run(tmp_path: Path) -> None:
     """The host only looks after further steps have been judged."""
     watch = guard.StepGuard(parse(["--training.on_nonfinite", "stop"]).training, torch.device("cpu"), tmp_path, True)
-    norms = torch.tensor([1.0, math.nan, 1.0])
-    assert [watch.judge(step, {}, norm, norm).item() for step, norm in enumerate(norms, 1)] == [0.0, 1.0, 1.0]
+    norms = torch.tensor([1.0, math.nan, math.nan, 1.0])
+    assert [watch.judge(step, {}, norm, norm).item() for step, norm in enumerate(norms, 1)] == [0.0, 1.0, 1.0, 1.0]
+    with pytest.raises(NumericsError, match="of step 2 is not finite"):
+        watch.look()
 
 
 @pytest.mark.parametrize(("before", "loss", "is_spike"), [(32, 3.65, True), (32, 3.55, False), (31, 300.0, False)])
@@ -535,6 +540,36 @@ def test_a_spike_is_six_deviations_above_32_losses(before: int, loss: float, is_
         watch.judge(step + 1, {}, torch.tensor(2.9 if step % 2 else 3.1), torch.tensor(1.0))
     watch.judge(before + 1, {}, torch.tensor(loss), torch.tensor(1.0))
     assert len(watch.look()) == is_spike
+
+
+@pytest.mark.parametrize(("loss", "is_spike"), [(3.0017, False), (3.0019, True)])
+def test_losses_that_are_all_alike_are_taken_to_deviate_by_a_ten_thousandth(
+    loss: float, is_spike: bool, tmp_path: Path
+) -> None:
+    watch = guard.StepGuard(parse([]).training, torch.device("cpu"), tmp_path, True)
+    for step in range(guard.LEAST):
+        watch.judge(step + 1, {}, torch.tensor(3.0), torch.tensor(1.0))
+    watch.judge(guard.LEAST + 1, {}, torch.tensor(loss), torch.tensor(1.0))
+    assert len(watch.look()) == is_spike
+
+
+def test_a_loss_that_is_not_finite_is_not_applied_whatever_the_norm(tmp_path: Path) -> None:
+    watch = guard.StepGuard(
+        parse(["--training.on_nonfinite", "skip"]).training, torch.device("cpu"), tmp_path, is_main=True
+    )
+    for step in range(guard.LEAST + 1):
+        loss = torch.tensor(math.inf if step == guard.LEAST else 3.0)
+        assert watch.judge(step + 1, {}, loss, torch.tensor(1.0)).item() == (step == guard.LEAST)
+    assert [line.split(", grad")[0] for line in watch.look()] == [f"step {guard.LEAST + 1}: loss inf"]
+
+
+def test_documents_of_a_stream_cannot_be_shown_or_left_out(tmp_path: Path) -> None:
+    training = parse(["--training.dataset", "c4", "--training.on_nonfinite", "stop"]).training
+    watch = guard.StepGuard(training, torch.device("cpu"), tmp_path, True)
+    watch.judge(1, {"first_sample": 0, "last_sample": 8}, torch.tensor(math.nan), torch.tensor(math.nan))
+    with pytest.raises(NumericsError, match="data: first_sample 0, last_sample 8") as caught:
+        watch.look()
+    assert "skip_samples" not in str(caught.value) and "data show" not in str(caught.value)
 
 
 # Disks
@@ -548,7 +583,8 @@ def test_a_bad_step_that_a_full_disk_refused_is_written_at_the_end(tmp_path: Pat
     assert len(watch.look()) == 1
     (tmp_path / run_history.BAD_STEPS).unlink()
     watch.close()
-    assert json.loads((tmp_path / run_history.BAD_STEPS).read_text())["step"] == 7
+    record = json.loads((tmp_path / run_history.BAD_STEPS).read_text())
+    assert record == {"step": 7, "what": "not finite", "loss": "nan", "grad_norm": "nan", "data": {}}, "strict JSON"
 
 
 def test_a_disk_that_takes_no_more_of_one_rank_ends_all(data: Path, tmp_path: Path) -> None:

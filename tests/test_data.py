@@ -325,6 +325,7 @@ def test_validation_is_every_hundredth_document_and_never_trained_on(
     assert set(order_of(validation).documents.tolist()) == held
     first = [rows_of(next(validation)) for _ in range(9)]
     validation.reset()
+    assert validation.position() == {}
     assert [rows_of(next(validation)) for _ in range(9)] == first
     assert validation.position()["epoch"] > 0  # three documents: it has come round
     chosen = order_of(validation)
@@ -914,6 +915,8 @@ def test_the_thread_ends_with_the_loader(make: Callable) -> None:
     loader = make()
     next(loader)
     assert len(reading_threads()) == before + 1
+    while loader._reader is not None and not loader._reader._queue.full():  # then the thread waits for room
+        time.sleep(0.01)
     loader.close()
     loader.close()
     assert len(reading_threads()) == before

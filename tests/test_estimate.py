@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import os
+import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from benchmarks.estimate_errors import FITTED_ROWS, HELD_OUT, MEMORY_ROWS, OUTPUT, counted, plan_of, timed
 from titan_fast import compiled_graph, estimate_report, masters
 from titan_fast import estimate as planner
-from titan_fast.advice import Option, ScalingPoint, _batches, scaling, search
+from titan_fast.advice import Option, ScalingPoint, _batches, _end_when_interrupted, changed, scaling, search
 from titan_fast.config import Config, Float8
 from titan_fast.errors import ConfigError, TitanFastError
 from titan_fast.estimate import Estimate, Plan, estimate
 from titan_fast.estimate_report import limits
 from titan_fast.float8 import FORWARD, rounded
 from titan_fast.gpus import GPUS, calibrated, known_gpu
+from titan_fast.memory_count import PARTS as MEMORY_PARTS
+from titan_fast.memory_count import Peak
 from titan_fast.step_record import Group, Operation, Segment
 from titan_fast.step_time import (
+    EAGER_HOST,
     FITTED,
+    PARTS,
     Fitted,
     Network,
     StepTime,
@@ -153,6 +159,18 @@ def test_what_is_waited_for_at_once_counts_to_whose_group_it_is(tensor_degree: i
     )
 
 
+def test_collectives_within_layers_begin_when_the_host_has_launched_them() -> None:
+    pair = Operation("tensor", "all_reduce", 1.0, group=Group(8, 1)), Operation("wait", "wait_tensor")
+    found = step_time([segment(*pair * 10)], H100, "cudnn", NODE, fitted=EXACT, tensor_degree=8)
+    assert found.seconds == pytest.approx(20 * EAGER_HOST)
+
+
+def test_summed_up_operators_are_launched_a_thousand_at_most() -> None:
+    for kernels in (500.0, 1000.0, 5000.0):
+        found = step_time([segment(Operation("memory", "add", 1.0, kernels=kernels))], H100, "cudnn", NODE)
+        assert found.seconds == pytest.approx(min(kernels, 1000.0) * EAGER_HOST), kernels
+
+
 def test_operators_of_a_step_add_up_to_the_model_flops(small: Estimate) -> None:
     """By hand: 6 FLOPs per token for each element of the matrices."""
     shape, tokens = small.plan.shape, 8 * 256
@@ -225,6 +243,35 @@ def test_what_the_device_holds_beside_torchs_memory(small: Estimate) -> None:
     kept = small.memory_parts["parameters"] + small.memory_parts["optimizer state"]
     assert small.beside_torch["NCCL"] == 2 * 0.3 * 2**30
     assert small.beside_torch["allocator slack"] == pytest.approx(0.04 * (small.peak_memory - kept))
+
+    for words, communicators in (
+        ("--gpus 1", 0),
+        ("--parallelism.data_parallel_replicate_degree 2", 3),
+        ("--parallelism.data_parallel_replicate_degree 2 --parallelism.tensor_parallel_degree 2", 4),
+    ):
+        other = dataclasses.replace(small, plan=plan(f"{SMALL} {words}"))
+        assert other.beside_torch["NCCL"] == communicators * 0.3 * 2**30, words
+
+
+def test_cublas_has_less_workspace_on_an_a100(small: Estimate) -> None:
+    older = dataclasses.replace(small, plan=plan(SMALL.replace("h100-sxm", "a100-80gb")))
+    assert [found.memory_parts["cuBLAS workspace"] for found in (small, older)] == [32 * 2**20, 8.125 * 2**20]
+
+
+def test_what_fits_has_room_for_what_torch_does_not_count_too(small: Estimate) -> None:
+    for room, fits in ((small.device_memory, True), (small.device_memory - 1, False)):
+        gpu = dataclasses.replace(H100, memory=dataclasses.replace(H100.memory, value=room))
+        assert dataclasses.replace(small, plan=dataclasses.replace(small.plan, gpu=gpu)).fits is fits
+
+
+def test_options_of_the_planners_own() -> None:
+    assert plan(f"{SMALL} --nic-gbps 10").network == Network(8, 1.25e9) and plan(SMALL).network == NODE
+    assert plan(f"{SMALL} --all-blocks").whole and not plan(SMALL).whole
+
+
+def test_a_tensor_parallel_group_alone_has_no_communication_of_fsdp() -> None:
+    alone = estimate(plan(f"{SMALL} --gpus 2 --parallelism.tensor_parallel_degree 2"), check_depth=False).time
+    assert alone.parts["exposed tensor-parallel communication"] > 0 == alone.parts["exposed FSDP communication"]
 
 
 def test_recomputation_costs_time_and_saves_memory() -> None:
@@ -389,6 +436,7 @@ def test_what_is_written_in_place_is_written_once_and_takes_no_memory() -> None:
             f"{SMALL} --scaling --gpus-per-node 7",
             ["--scaling is for 256 GPUs and more, which are not whole nodes of 7"],
         ),
+        (f"{SMALL} --job.world-size=4", ["job.world_size is for titan_fast.train"]),
         (f"{SMALL} --job.world_size 4", ["job.world_size is for titan_fast.train; --gpus says it here"]),
         (f"{SMALL} --job.print_config True", ["are for titan_fast.train"]),
         (f"{SMALL} --kernels.attention math", ["no rate of attention 'math' is known for h100-sxm"]),
@@ -445,6 +493,71 @@ def test_tables_name_the_formula_of_mfu_and_the_peak() -> None:
         ):
             assert any("MFU titan" in line for line in lines)
             assert any("bfloat16's peak" in line for line in lines) is says
+
+
+def rows(lines: list[str], unit: str) -> dict[str, float]:
+    found = [re.fullmatch(rf"  (.+?) +([\d,.]+) {unit} *[\d.]+%", line) for line in lines]
+    return {row[1]: float(row[2].replace(",", "")) for row in found if row is not None}
+
+
+def test_table_has_all_parts_that_are_worth_a_line_largest_first(small: Estimate) -> None:
+    lines = estimate_report.table(small)
+    memory = {name: value / 2**30 for name, value in (small.memory_parts | small.beside_torch).items()}
+    for shown, parts, step in (
+        (rows(lines, "GiB"), memory, 0.01),
+        (rows(lines, "ms"), {name: 1e3 * value for name, value in small.time.parts.items()}, 0.1),
+    ):
+        assert list(shown.values()) == sorted(shown.values(), reverse=True)
+        assert set(shown) == {name for name, value in parts.items() if value >= 0.0005 * sum(parts.values())}
+        assert all(value == pytest.approx(parts[name], abs=step) for name, value in shown.items())
+    eighths = dataclasses.replace(small, plan=plan(f"{SMALL} --compile.enable True --float8.enable True"))
+    assert [any("of bfloat16's peak" in line for line in estimate_report.table(one)) for one in (small, eighths)] == [
+        False, True,
+    ]  # fmt: skip
+
+
+def test_limits_are_what_takes_more_than_4_percent_largest_first(small: Estimate) -> None:
+    parts = {"matrix products": 0.71, "memory-bound": 0.03, "waiting for the host": 0.05, "recomputation": 0.09}
+    between = "exposed tensor-parallel communication"
+    slow = dataclasses.replace(small, time=StepTime(dict.fromkeys(PARTS, 0.0) | parts | {between: 0.12}))
+    assert [line.partition(";")[0] for line in limits(slow)] == [
+        f"limit: {name} of the step"
+        for name in (f"{between} is 12%", "recomputation is 9%", "waiting for the host is 5%")
+    ]
+    assert limits(slow)[0].endswith("lower tensor_parallel_degree, or async tensor parallel")
+    config = changed(small.plan.config, {"parallelism.enable_async_tensor_parallel": True})
+    overlapped = dataclasses.replace(slow, plan=dataclasses.replace(small.plan, config=config))
+    assert limits(overlapped)[0].endswith("lower tensor_parallel_degree")
+    fast = dataclasses.replace(small, time=StepTime(dict.fromkeys(PARTS, 0.0) | {"attention": 1.0}))
+    assert limits(fast) == ["limit: matrix products and attention; nothing else is large"]
+
+
+@pytest.mark.parametrize(
+    ("part", "hint"),
+    [
+        ("logits and loss", "lower loss.chunk_size"),
+        ("optimizer state", "shard over more GPUs"),
+        ("saved activations", "recompute more"),
+    ],
+)
+def test_what_takes_most_of_a_memory_that_is_too_small_is_advised_on(small: Estimate, part: str, hint: str) -> None:
+    peak = Peak(2**37, dict.fromkeys(MEMORY_PARTS, 0.0) | {part: 2.0**37})
+    full = dataclasses.replace(small, segments=[Segment("forward", "block 0", 0, 0, peak=peak)])
+    line, over = limits(full)[0], (full.device_memory - H100.memory.value) / 2**30
+    assert f"memory, {over:.1f} GiB too much, most of it {part}; {hint}" in line and over > 0
+
+
+def test_scaling_says_from_where_communication_costs_much_and_what_does_not_fit() -> None:
+    points = [
+        ScalingPoint("FSDP", gpus, 1, gpus, 100.0, 0.5, 10.0, gpus > 256, 1.0, cost)
+        for gpus, cost in ((256, 0.04), (512, 0.06), (1024, 0.08))
+    ]
+    lines = estimate_report.scaling_table(points, Config())
+    assert ["does not fit" in line for line in lines] == [False, True, False, False, False, False]
+    assert lines[-2:] == [
+        "FSDP: communication costs more than 5% of the step from 512 GPUs on",
+        "HSDP: communication costs more than 5% of the step nowhere here",
+    ]
 
 
 def test_calibration_replaces_rates_and_is_of_the_same_device(tmp_path: Path) -> None:
@@ -537,6 +650,33 @@ def test_search_lists_what_fits_best_first(monkeypatch: pytest.MonkeyPatch) -> N
     assert "nothing fits" in estimate_report.options_table([], [], Config())[0]
 
 
+def test_search_tries_all_recomputation_and_keeps_weights_where_they_are_gathered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[tuple[int, tuple[str, ...], str]] = []
+
+    def batches(plan: Plan, degree: int, recompute: dict[str, str], reshard: str) -> tuple[list[Option], str]:
+        tried.append((degree, tuple(recompute.values()), reshard))
+        return [], ""
+
+    monkeypatch.setattr("titan_fast.advice._batches", batches)
+    search(plan(f"{SMALL} --gpus 2"))
+    modes = [("none",), ("pointwise",), *(("selective", option) for option in ("op", "2", "attention")), ("full",)]
+    places = ((1, "default"), (1, "never"), (2, "default"))
+    assert set(tried) == {(degree, mode, reshard) for degree, reshard in places for mode in modes}
+
+
+def test_a_worker_is_interrupted_silently_unless_the_planner_ignores_it() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for handler, then in ((signal.SIG_IGN, signal.SIG_IGN), (signal.default_int_handler, signal.SIG_DFL)):
+            signal.signal(signal.SIGINT, handler)
+            _end_when_interrupted()
+            assert signal.getsignal(signal.SIGINT) == then
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_search_whose_process_is_killed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("titan_fast.advice._end_when_interrupted", functools.partial(os._exit, 9))
     with pytest.raises(TitanFastError, match=r"was killed, perhaps out of memory.*; search on fewer processors"):
@@ -591,6 +731,10 @@ def test_a_series_ends_where_a_doubling_brings_less_than_one_percent(
     monkeypatch.setattr("titan_fast.advice.estimate", Answer)
     options, _ = _batches(plan(f"{SMALL} {words}"), 1, {"mode": "full"}, "default")
     assert [option.changes["training.local_batch_size"] for option in options] == counted
+    wide = plan(f"{SMALL} {words} --parallelism.fsdp_wide_gradients True")
+    for degree, freed in ((1, False), (2, True)):  # which tensor parallelism excludes
+        options, _ = _batches(wide, degree, {"mode": "full"}, "default")
+        assert all(("parallelism.fsdp_wide_gradients" in option.changes) == freed for option in options)
 
 
 def test_search_frees_a_shard_degree_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,6 +766,16 @@ def test_scaling_exposes_communication_sooner_without_copies() -> None:
     assert scaling(plan(f"{SMALL} --nic-gbps 10 --gpus 1"), sizes=(64,)) == points[:2], "whatever --gpus is"
 
 
+def test_copies_take_the_fewest_nodes_in_which_one_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def point(plan: Plan, kind: str, size: int, copies: int) -> ScalingPoint:
+        return ScalingPoint(kind, size, copies, size // copies, 100.0, 0.5, 10.0, copies <= 2, 1.0, 0.0)
+
+    monkeypatch.setattr("titan_fast.advice._point", point)
+    assert [(p.kind, p.replicate, p.fits) for p in scaling(plan(SMALL), sizes=(64,))] == [
+        ("FSDP", 1, True), ("HSDP", 2, True),
+    ]  # fmt: skip
+
+
 def test_scaling_has_no_copies_smaller_than_a_tensor_parallel_group() -> None:
     wide = plan(f"{SMALL} --gpus-per-node 1 --parallelism.tensor_parallel_degree 2")
     (point,) = [p for p in scaling(wide, sizes=(16,)) if p.kind == "HSDP"]
@@ -634,6 +788,9 @@ def test_what_scaling_cannot_run_is_refused_before_anything_is_counted() -> None
     with pytest.raises(ConfigError, match=r"--scaling plans for 256 GPUs.*masters is for one device.*leave --scaling"):
         plan(f"{one} --scaling")
     plan(f"{SMALL} --gpus-per-node 1 --parallelism.tensor_parallel_degree 2 --scaling")
+    plan(f"{SMALL} --training.global_batch_size 128 --scaling")  # it is of a GPU's batch
+    with pytest.raises(ConfigError, match=r"--scaling plans for 256 GPUs.*needs several shards"):  # of the copies
+        plan(f"{SMALL} --gpus-per-node 1 --parallelism.fsdp_wide_gradients True --scaling")
 
 
 def test_what_is_on_already_is_not_advised() -> None:
@@ -655,6 +812,30 @@ def test_command_prints_and_draws(
     monkeypatch.setattr(sys, "argv", ["estimate", *SMALL.split(), "--json"])
     planner.main()
     assert json.loads(capsys.readouterr().out)["gpus"] == 16
+
+
+def test_command_searches_and_scales(
+    small: Estimate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option = Option({"training.local_batch_size": 1}, 100.0, 0.5, 10.0)
+    point = ScalingPoint("FSDP", 256, 1, 256, 100.0, 0.5, 10.0, True, 1.0, 0.0)
+    monkeypatch.setattr(planner, "estimate", lambda plan: small)
+    monkeypatch.setattr("titan_fast.advice.search", lambda *_: ([option], ["a refusal"]))
+    monkeypatch.setattr("titan_fast.advice.scaling", lambda _: [point])
+    monkeypatch.setattr(sys, "argv", ["estimate", *SMALL.split(), "--search", "--scaling"])
+    planner.main()
+    lines = capsys.readouterr().out.splitlines()
+    for table in (
+        estimate_report.table(small),
+        estimate_report.options_table([option], ["a refusal"], small.plan.config),
+        estimate_report.scaling_table([point], small.plan.config),
+    ):
+        assert set(table) <= set(lines)
+    monkeypatch.setattr(sys, "argv", ["estimate", *SMALL.split(), "--search", "--scaling", "--json"])
+    planner.main()
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["search"] == [dataclasses.asdict(option)] and answer["search_refusals"] == ["a refusal"]
+    assert answer["scaling"] == [dataclasses.asdict(point)]
 
 
 @pytest.fixture(scope="module")

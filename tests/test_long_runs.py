@@ -243,6 +243,16 @@ def test_who_hangs_and_can_ask_nobody_ends_too(
     assert "time.sleep" in said, "its stack"
 
 
+def test_who_goes_on_though_it_can_ask_nobody_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_connection", lambda store: store)
+    left: list[int] = []
+    with watch(GoneStore(), 1, left, 2.0) as one:
+        for step in range(20):
+            one.at(step, "data")
+            time.sleep(0.2)
+    assert not left
+
+
 class UnreachableStore(dist.HashStore):
     """A store whose host is cut off: a request neither succeeds nor fails until `back` is set."""
 

@@ -11,10 +11,10 @@ from titan_fast.config import mesh_degrees, model_shape, parse
 from titan_fast.counted_step import count_step, fake_world
 from titan_fast.deep_step import deep_step, period
 from titan_fast.flops import parameters
-from titan_fast.memory_count import GRANULE, MemoryCounter
+from titan_fast.memory_count import GRANULE, PARTS, MemoryCounter, Peak
 from titan_fast.ops import build_ops
 from titan_fast.step import workload
-from titan_fast.step_record import Segment
+from titan_fast.step_record import Operation, Segment
 
 DEBUG = (
     "--model.flavor debug --training.mixed_precision_param bfloat16 --training.seq_len 256 "
@@ -95,7 +95,7 @@ def test_without_recomputation_a_block_keeps_what_its_operators_need() -> None:
     [
         "--activation_checkpoint.mode none",
         "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option 2",
-        "--activation_checkpoint.mode full --optimizer.implementation foreach",
+        "--activation_checkpoint.mode full --optimizer.implementation for-loop",
         "--parallelism.tensor_parallel_degree 2 --activation_checkpoint.mode pointwise",
     ],
 )
@@ -115,6 +115,8 @@ def test_a_deep_step_from_shallow_ones_is_the_counted_one(options: str) -> None:
         assert ours.peak.total == pytest.approx(theirs.peak.total, rel=1e-4)
         moved = [sum(o.nbytes for o in segment.operations) for segment in (ours, theirs)]
         assert moved[0] == pytest.approx(moved[1], rel=1e-4), (ours.phase, ours.unit)
+        kernels = [sum(o.kernels for o in segment.operations) for segment in (ours, theirs)]
+        assert kernels[0] == pytest.approx(kernels[1]), (ours.phase, ours.unit)
     assert grown.peak.unit == whole.peak.unit
 
 
@@ -126,6 +128,25 @@ def test_blocks_that_differ_are_all_counted() -> None:
         return step
 
     assert "not alike" in deep_step(count, 6).how
+
+
+@pytest.mark.parametrize(
+    ("peak", "moved", "alike"), [(1.0, 1.0, True), (1.0001, 1.0, False), (1.0, 1.0001, False), (1.0, 1.000001, True)]
+)
+def test_blocks_may_differ_by_rounding_alone(peak: float, moved: float, alike: bool) -> None:
+    """Here at the third depth, in all blocks."""
+
+    def block(number: int, phase: str, last: bool) -> Segment:
+        found = Operation("memory", "add", 1e10 * (moved if last else 1.0))
+        total = 1e10 * (number + 1) * (peak if last else 1.0)
+        return Segment(phase, f"block {number}", 0, 0, [found], Peak(total, dict.fromkeys(PARTS, 0.0)))
+
+    def count(n_layers: int) -> list[Segment]:
+        blocks = range(n_layers)
+        forward, backward = ([block(i, phase, n_layers == 5) for i in blocks] for phase in ("forward", "backward"))
+        return [*forward, Segment("head", "head", 0, 0, peak=Peak(0.0, dict.fromkeys(PARTS, 0.0))), *backward[::-1]]
+
+    assert ("not alike" not in deep_step(count, 8).how) == alike
 
 
 def test_accumulation_holds_the_first_pass_gradients_in_the_second() -> None:

@@ -29,7 +29,8 @@ class _Step(NamedTuple):
 
 
 class StepGuard:
-    """Decides on the device, from the norm that all ranks share. The host looks at the outcome when it waits anyway."""
+    """Decides on the device, from the loss and the norm, which all ranks share. The host looks at the outcome when it
+    waits anyway."""
 
     def __init__(self, training: Training, device: torch.device, run_dir: Path, is_main: bool) -> None:
         self.limit = 0 if training.on_nonfinite == "stop" else training.max_skipped_steps
@@ -46,10 +47,10 @@ class StepGuard:
         self._spikes: list[float] = []  # in a row
 
     def judge(self, step: int, position: dict[str, Any], loss: Tensor, norm: Tensor) -> Tensor:
-        """0-dim float32 on the device, nonzero where the step must not be applied: its norm is not finite, or an
-        earlier step has already ended the run. `loss` is the global batch's, `norm` the gradient's, both 0-dim and the
-        same on every rank."""
-        bad = ~torch.isfinite(norm)
+        """0-dim float32 on the device, nonzero where the step must not be applied: its loss or norm is not finite, or
+        an earlier step has already ended the run. `loss` is the global batch's, `norm` the gradient's, both 0-dim and
+        the same on every rank."""
+        bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
         self._in_a_row = torch.where(bad, self._in_a_row + 1, 0)
         stops = (self._in_a_row > self.limit) & (self._stopped_at == 0)
         self._stopped_at = torch.where(stops, step, self._stopped_at)
@@ -67,7 +68,7 @@ class StepGuard:
         stopped_at = int(self._stopped_at)
         lines = []
         for item, loss, norm in zip(steps, losses, norms, strict=True):
-            self.last_was_bad = not math.isfinite(norm)
+            self.last_was_bad = not (math.isfinite(norm) and math.isfinite(loss))
             if self.last_was_bad:
                 self.skipped += 1
                 self._record(item, "not finite", loss, norm)
@@ -96,7 +97,7 @@ class StepGuard:
 
     def _spike(self, loss: float) -> float | None:
         """The usual loss, if this one is a spike above it."""
-        if len(self._losses) < LEAST or not math.isfinite(loss):
+        if len(self._losses) < LEAST:
             return None
         mean = fmean(self._losses)
         return mean if loss > mean + DEVIATIONS * max(pstdev(self._losses), 1e-4 * abs(mean)) else None

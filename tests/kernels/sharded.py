@@ -76,6 +76,14 @@ def run(mesh: DeviceMesh) -> None:
             [rows, rows],
             [rows, rows, part],
         )
+    check(
+        mesh,
+        "rms_norm, replicated",
+        lambda x, w: kernels.rms_norm(x, w, EPS),
+        [(x, whole), (weight, whole)],
+        [whole],
+        [whole, whole],
+    )
     for dim in (0, 1, 2):
         columns = Shard(dim)
         check(mesh, f"swiglu over {dim}", kernels.swiglu, [(x, columns), (up, columns)], [columns], [columns, columns])

@@ -24,7 +24,7 @@ from titan_kernels.rms_norm import launches as rms_norm_launches
 from titan_kernels.rope import launches as rope_launches
 from titan_kernels.swiglu import launches as swiglu_launches
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 from triton import knobs
@@ -90,6 +90,17 @@ def test_every_registered_operator_is_checked(device: torch.device) -> None:
 @pytest.mark.parametrize("name", sorted(raw_calls(torch.device("cpu"))))
 def test_opcheck(name: str, device: torch.device) -> None:
     torch.library.opcheck(getattr(OPS, name).default, raw_calls(device)[name])
+
+
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "add_rms_norm", "swiglu", "cross_entropy", "norm_linear", "swiglu_linear"]
+)
+def test_shapes_are_known_without_memory(name: str, device: torch.device) -> None:
+    (operator,) = [one for one in OPERATORS if one.name == name]
+    inputs = leaves(operator, 2, device)
+    real, meta = (operator.ours(*given) for given in (inputs, [x.detach().to("meta") for x in inputs]))
+    for one, other in zip(tree_leaves(real), tree_leaves(meta), strict=True):
+        assert other.is_meta and (other.shape, other.dtype) == (one.shape, one.dtype)
 
 
 @each_operator
