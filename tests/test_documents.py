@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from shapes import LLAMA2, LLAMA3
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from titan_fast import canary, documents, ops
-from titan_fast.config import Compile, Kernels
-from titan_fast.documents import Separators, any_number_of, split_in_two, visible, with_flash
+from titan_fast import canary, documents, ops, parallel
+from titan_fast.config import Compile, Kernels, MeshDegrees, model_shape, parse
+from titan_fast.documents import Separators, any_number_of, many, split_in_two, visible, with_flash
 from titan_fast.errors import ConfigError, NumericsError
 from titan_fast.flavors import ModelShape
 from titan_fast.loader import Loader, Step
@@ -191,6 +192,11 @@ def test_what_gpus_cannot_do_is_refused(setting: Any, dtype: str, said: str, mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(ConfigError, match=said):
         build_ops(Kernels(attention=setting), torch.device("cuda"), workload(dtype), "sm_90")
+    words = [f"--kernels.attention={setting}", f"--training.mixed_precision_param={dtype}"]
+    for masked in ("False", "True"):  # a dry run for the GPU refuses it too
+        config = parse([*words, f"--training.document_mask={masked}"])
+        with pytest.raises(ConfigError, match=said) if masked == "True" else nullcontext():
+            parallel.check(config, model_shape(config.model), MeshDegrees(1, 1, 1), torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -257,9 +263,13 @@ def test_the_canary_looks_within_documents(monkeypatch: pytest.MonkeyPatch) -> N
         canary.check_compiled_gradients(LLAMA3, beyond, *given[2:], document_mask=True)
 
 
-def test_steps_on_random_tokens_have_two_documents_a_sequence() -> None:
+def test_what_is_compared_has_two_documents_a_sequence() -> None:
     assert split_in_two(2, 9, CPU).tolist() == [0, 3, 9, 12, 18]
     assert split_in_two(2, 1, CPU).tolist() == [0, 0, 1, 1, 2]
+
+
+def test_the_dry_step_has_many_documents() -> None:
+    assert many(2, 130, CPU).tolist() == [0, 64, 128, 130, 194, 258, 260]
 
 
 class Rows:
@@ -330,7 +340,8 @@ def test_a_run_within_documents_continues_as_if_it_had_never_stopped(
     masked = "--training.document_mask=True"
     whole = run("whole", masked, "--training.dry_step=always")
     assert len(seen) == 1 + 4 + 2  # the dry step, training, validation
-    assert all(bounds is not None and len(bounds) > 1 + 2 and bounds[-1] == 2 * 32 for bounds in seen)
+    assert seen[0] is not None and seen[0].tolist() == [0, 32, 64]
+    assert all(bounds is not None and len(bounds) > 1 + 2 and bounds[-1] == 2 * 32 for bounds in seen[1:])
     run("parts", masked, "--training.steps=2", "--lr_scheduler.total_steps=4")
     assert run("parts", masked) == whole
     seen.clear()

@@ -455,6 +455,11 @@ def test_refusals_say_what_and_what_to_do(options: str, words: list[str]) -> Non
         assert word in str(caught.value)
 
 
+def test_attention_within_documents_is_timed_as_what_computes_it() -> None:
+    found = [plan(f"{SMALL} --training.document_mask {masked}").attention for masked in (False, True)]
+    assert found == ["cudnn", "flash"]
+
+
 def test_groups_of_whole_nodes_equal_parts_and_within_one_node_can_be_timed() -> None:
     for gpus, copies in ((24, 1), (24, 3), (24, 6), (24, 24), (6, 2), (6, 1)):
         words = f"{SMALL} --gpus {gpus} --parallelism.data_parallel_replicate_degree {copies}"

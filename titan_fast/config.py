@@ -96,8 +96,9 @@ class Training:
     """Tokens per sequence."""
     document_mask: bool = False
     """Tokens attend to their own document alone, as Llama 3 was trained, instead of to all that is packed into the
-    sequence before them. On CUDA this takes flash attention in bfloat16. MFU and `titan_fast.estimate` still count
-    attention over whole sequences."""
+    sequence before them. On CUDA this takes flash attention in bfloat16, and more memory for many short
+    documents; on CPUs each block keeps a mask of seq_len^2 numbers. MFU and `titan_fast.estimate` still count attention
+    over whole sequences."""
     local_batch_size: int = 4
     """Sequences per device and forward pass."""
     global_batch_size: int = -1

@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from titan_fast.errors import ConfigError
+
+SHORT = 64
+"""Tokens of a document in a step on random tokens."""
+
 Attention = Callable[..., Tensor]
 """(q [B, H, S, E], k, v [B, K, T, E], bounds or None) -> [B, H, S, E]."""
 
@@ -42,11 +47,31 @@ class Separators:
         return np.append(np.flatnonzero(begins), tokens.size).astype(np.int32)
 
 
+def check(attention: str, dtype: str) -> None:
+    """ConfigError for what cannot work on CUDA: another `kernels.attention` than flash, activations in float32."""
+    if dtype == "float32":
+        raise ConfigError(
+            "training.document_mask takes no float32 on CUDA, in which this run computes",
+            "use --training.mixed_precision_param bfloat16, or turn it off",
+        )
+    if attention not in ("auto", "flash", "fa3", "fa4"):
+        raise ConfigError(
+            f"kernels.attention {attention!r} cannot stay within documents on CUDA, as training.document_mask wants",
+            "use auto or flash",
+        )
+
+
 def split_in_two(batch: int, seq_len: int, device: torch.device) -> Tensor:
-    """The bounds of a batch whose sequences each have two documents, for steps on random tokens."""
+    """The bounds of a batch whose sequences each have two documents, to compare attention on."""
     begins = torch.arange(0, batch * seq_len, seq_len, dtype=torch.int32, device=device)
     both = torch.stack((begins, begins + seq_len // 3), 1).flatten()
     return any_number_of(torch.cat((both, both.new_tensor([batch * seq_len]))))
+
+
+def many(batch: int, seq_len: int, device: torch.device) -> Tensor:
+    """The bounds of a batch of short documents, which take most memory on a GPU."""
+    begins = [row * seq_len + place for row in range(batch) for place in range(0, seq_len, SHORT)]
+    return any_number_of(torch.tensor([*begins, batch * seq_len], dtype=torch.int32, device=device))
 
 
 def any_number_of(bounds: Tensor) -> Tensor:
@@ -65,7 +90,8 @@ def visible(bounds: Tensor, batch: int, seq_len: int) -> Tensor:
 
 def with_flash(attention: Attention) -> Attention:
     """`attention`, but within documents by torch's flash kernels for packed sequences, which compute nothing between
-    documents. For CUDA, bfloat16 or float16."""
+    documents. For CUDA, bfloat16 or float16. FlashAttention 2's backward pass takes float32 memory for the queries of
+    128 tokens more for each document: 2 MiB with the 8B's heads."""
 
     def packed(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(0, 1)  # [B, H, S, E] -> [B S, H, E]

@@ -6,7 +6,7 @@ import torch
 
 from titan_fast.checkpoint import tensors_of
 from titan_fast.config import Config, MeshDegrees, grad_accum_steps
-from titan_fast.documents import split_in_two
+from titan_fast.documents import many
 from titan_fast.loader import Batch
 from titan_fast.model import Llama
 from titan_fast.step import forward_backward
@@ -32,7 +32,7 @@ def take(
     size = (training.local_batch_size, training.seq_len)
     tokens = torch.randint(0, model.shape.vocab_size, size, generator=generator, device=device)
     passes = min(2, grad_accum_steps(training, degrees.data))
-    bounds = split_in_two(*size, device) if training.document_mask else None
+    bounds = many(*size, device) if training.document_mask else None
     forward_backward(model, [Batch(tokens, tokens, bounds)] * passes, torch.zeros((), device=device))
     tensors_of(model, optimizer)
     optimizer.zero_grad(set_to_none=True)

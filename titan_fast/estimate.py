@@ -68,7 +68,9 @@ class Plan:
     def attention(self) -> str:
         """The backend that `[kernels] attention` means on this GPU."""
         setting = self.config.kernels.attention
-        return self.gpu.default_attention if setting == "auto" else setting
+        if setting != "auto":
+            return setting
+        return "flash" if self.config.training.document_mask else self.gpu.default_attention
 
 
 @dataclass(frozen=True)

@@ -198,18 +198,8 @@ def _try_flash(
 
 def _choose_for_documents(setting: str, device: torch.device, workload: Workload) -> tuple[str, str]:
     """(choice, reason) of what computes attention within documents on a GPU."""
-    if workload.dtype == "float32":
-        raise ConfigError(
-            "training.document_mask takes no float32 on CUDA, in which this run computes",
-            "use --training.mixed_precision_param bfloat16, or turn it off",
-        )
-    version = "flash" if setting == "auto" else setting
-    if version not in ("flash", *_FLASH_VERSIONS):
-        raise ConfigError(
-            f"kernels.attention {setting!r} cannot stay within documents on CUDA, as training.document_mask wants",
-            "use auto, flash, fa3 or fa4",
-        )
-    shape = workload.shape
+    documents.check(setting, workload.dtype)
+    version, shape = "flash" if setting == "auto" else setting, workload.shape
     sizes = shape.n_heads // shape.n_kv_heads, shape.head_dim, getattr(torch, workload.dtype), device
     try:
         _try_flash(version, *sizes, document_mask=True)
@@ -219,7 +209,7 @@ def _choose_for_documents(setting: str, device: torch.device, workload: Workload
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
             f"attention within documents does not work with torch {torch.__version__} and {version} here: {first}",
-            "turn training.document_mask off",
+            "turn training.document_mask off" + (", or use kernels.attention flash" if version != "flash" else ""),
         ) from error
     return version, "within documents" + (", as configured" if setting != "auto" else "")
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils._pytree import tree_map_only
 
-from titan_fast import activation_checkpoint, compilation, config, direct_fsdp, float8, wide_gradients
+from titan_fast import activation_checkpoint, compilation, config, direct_fsdp, documents, float8, wide_gradients
 from titan_fast.config import Config, MeshDegrees
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
@@ -87,6 +87,9 @@ def check(settings: Config, shape: ModelShape, degrees: MeshDegrees, device: tor
         raise ConfigError(problem, "use flat", "parallelism.fsdp_buffers direct")
     float8.check(settings, shape, tensor, precision(settings.training, device).param, device.type == "cuda")
     wide_gradients.check(*_of_gradients(settings, degrees, device))
+    if settings.training.document_mask and device.type == "cuda":
+        param = precision(settings.training, device).param
+        documents.check(settings.kernels.attention, str(param).removeprefix("torch."))
     if settings.training.cuda_graph:
         check_cuda_graph(device, shards, settings.training.document_mask)
     if settings.loss.implementation == "torch":
