@@ -192,8 +192,9 @@ def _read_ahead(
             torch.cuda.set_device(device)  # per thread; pinning on device 0 would make a context there
         while not stopping.is_set():
             step = source.next_step(stopping)
-            bounds = [(separators.bounds(tokens),) if separators else () for tokens, _ in step.passes]
-            arrays = [(*parts, *more) for parts, more in zip(step.passes, bounds, strict=True)]
+            arrays: list[tuple[np.ndarray, ...]] = [*step.passes]
+            if separators is not None:
+                arrays = [(*parts, separators.bounds(parts[0])) for parts in step.passes]
             passes = [tuple(torch.from_numpy(part) for part in parts) for parts in arrays]
             if device.type == "cuda":
                 passes = [tuple(part.pin_memory() for part in parts) for parts in passes]
