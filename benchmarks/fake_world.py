@@ -127,12 +127,13 @@ def use_copies(model: nn.Module) -> None:
             module.set_custom_reduce_scatter(TakeOwnOfEach() if module in direct else TakeOwn())
 
 
-def assert_gathers_real_weights(model: nn.Module, units: Sequence[nn.Module]) -> None:
-    """Asserts that the matrices that `units` gather are whole, finite, and random in every part."""
-    for unit in units:
-        assert isinstance(unit, FSDPModule)
+def assert_gathers_real_weights(model: nn.Module) -> None:
+    """Asserts that all matrices that the FSDP2 units of `model` gather are whole, finite, and random in every part."""
+    for unit in model.modules():
+        if not isinstance(unit, FSDPModule):
+            continue
         shards = {
-            name: parameter.to_local().clone()
+            name: parameter.to_local()
             for name, parameter in unit.named_parameters()
             if isinstance(parameter, DTensor) and parameter.dim() == 2
         }

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import fake_world
@@ -35,6 +35,7 @@ from titan_fast.config import Config
 from titan_fast.flavors import ModelShape
 from titan_fast.hf import hf_config
 from titan_fast.loader import Batch, Loader
+from titan_fast.ops import activate_flash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def hugging_face(config: Config, shape: ModelShape, device: torch.device, liger:
         model.parameters(), lr=config.optimizer.lr, betas=(config.optimizer.beta1, config.optimizer.beta2),
         eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay, fused=True,
     )  # fmt: skip
-    backends = attention_backends(device)
+    backends = chosen_attention(config, shape, device)
     source: list[Loader] = []
     last: list[Tensor] = []
     done = itertools.count(1)
@@ -140,6 +141,16 @@ def hugging_face(config: Config, shape: ModelShape, device: torch.device, liger:
         source[:] = [loader]
 
     return Made(train_on, step, lambda: last[0].item(), versions)
+
+
+def chosen_attention(config: Config, shape: ModelShape, device: torch.device) -> list[SDPBackend]:
+    """A peer's attention backends. Where our own row has a FlashAttention package, the peer has it too, and no other
+    to fall back to, although none of them offers it by itself."""
+    version = config.kernels.attention
+    if version not in ("fa3", "fa4"):
+        return attention_backends(device)
+    activate_flash(version, shape.n_heads // shape.n_kv_heads, shape.head_dim, torch.bfloat16, device)
+    return [SDPBackend.FLASH_ATTENTION]
 
 
 def attention_backends(device: torch.device) -> list[SDPBackend]:
@@ -174,17 +185,23 @@ def torchtitan(config: Config, shape: ModelShape, device: torch.device, as_shipp
     spec = dataclasses.replace(llama3.get_train_spec(), build_tokenizer_fn=None, build_dataloader_fn=None)
     train_spec.register_train_spec(name, spec)
     trainer = trainer_class(manager.parse_args(_torchtitan_arguments(config, name, as_shipped)))
-    if trainer.parallel_dims.world_size > 1:
-        (model,) = trainer.model_parts
+    (model,) = trainer.model_parts
+    if config.kernels.attention in ("fa3", "fa4"):
+        _use_attention(model, chosen_attention(config, shape, device))
+    many = trainer.parallel_dims.world_size > 1
+    if many:
         fake_world.use_copies(model)
-        fake_world.assert_gathers_real_weights(model, [*model.layers.values()][:1])
+        fake_world.assert_gathers_real_weights(model)
     batches: list[Iterator[tuple[dict[str, Tensor], Tensor]]] = []
     losses: list[Tensor] = []
     trainer.step = 1  # it logs step 1 and every log_freq steps, and logging waits for the device
     whole = trainer.forward_backward_step
 
     def noted(**arguments: Any) -> Tensor:
+        first = not losses
         losses[:] = [whole(**arguments).detach()]
+        if first and many:
+            fake_world.assert_reduces_real_gradients(model)
         return losses[0]
 
     trainer.forward_backward_step = noted
@@ -198,6 +215,14 @@ def torchtitan(config: Config, shape: ModelShape, device: torch.device, as_shipp
         batches[:] = [_as_torchtitan_wants(loader)]
 
     return Made(train_on, step, lambda: losses[0].item(), {"torchtitan": version})
+
+
+def _use_attention(model: nn.Module, backends: list[SDPBackend]) -> None:
+    """torchtitan keeps a list of backends in each block's attention."""
+    lists = [module for module in model.modules() if hasattr(module, "sdpa_backends")]
+    assert lists, "torchtitan's attention has no list of backends"
+    for module in lists:
+        module.sdpa_backends = backends  # type: ignore[assignment]
 
 
 def _torchtitan_args(llama3: Any, shape: ModelShape) -> Any:

@@ -59,10 +59,6 @@ class Bench:
         self.optimizer = build_optimizer(self.model, self.config.optimizer, compiled)
         self.update = getattr(self.optimizer, "_update", None)
         self.recorded: RecordedPasses | None = None
-        if world.size > 1:
-            fake_world.use_copies(self.model)
-            units = [self.model.blocks[0], self.model.blocks[-1]]
-            fake_world.assert_gathers_real_weights(self.model, units)
         self.loader = self._loader()
         self.steps_done = 0
         self.good = torch.zeros((), device=world.device)
@@ -114,6 +110,8 @@ class Bench:
         self.recorded = RecordedPasses(model, CudaRecorder(self.world.device)) if config.training.cuda_graph else None
         batch, self.config = self.config.training.local_batch_size, config
         self._set_fsdp_policy()
+        if self.world.size > 1:
+            fake_world.assert_gathers_real_weights(self.model)
         if config.training.local_batch_size != batch:
             self.loader.close()
             self.loader = self._loader()

@@ -42,10 +42,12 @@ def _number(value: float | None, words: str) -> str:
 def _figures(row: Row | None) -> list[str]:
     """The columns of _HEAD."""
     if row is None:
-        return [NOT_MEASURED] * 6
+        return [NOT_MEASURED] * len(_HEAD)
     commit = short(row.get("commit"))
     if "step_seconds" not in row:
-        return [_cell(row["error"]), "", "", "", "", commit] if "error" in row else [NOT_MEASURED] * 6
+        return (
+            [_cell(row["error"]), *[""] * (len(_HEAD) - 2), commit] if "error" in row else [NOT_MEASURED] * len(_HEAD)
+        )
     seconds = row["step_seconds"]
     tokens = row["tokens_per_step"]
     return [
@@ -54,8 +56,15 @@ def _figures(row: Row | None) -> list[str]:
         _number(row.get("mfu", {}).get("titan"), ".1%"),
         _number(row.get("fraction_of_limit"), ".1%"),
         f"{row['peak_bytes'] / 2**30:.1f}",
+        _clock(row.get("gpu", {})),
         commit,
     ]
+
+
+def _clock(state: Row) -> str:
+    """The multiprocessors' clock and the power while the row's steps were timed, medians."""
+    medians = [f"{state[name][1]:.0f} {unit}" for name, unit in (("sm_mhz", "MHz"), ("watts", "W")) if name in state]
+    return ", ".join(medians) or NOT_MEASURED
 
 
 def _cell(words: str) -> str:
@@ -80,7 +89,7 @@ def _attempt(row: Row) -> str:
     return f" (at {short(row[ATTEMPT]['commit'])} it came to: {_cell(row[ATTEMPT]['came to'])})"
 
 
-_HEAD = ("tokens/s", "p90 to p10 step", "MFU (titan)", "of the limit", "peak GiB", "commit")
+_HEAD = ("tokens/s", "p90 to p10 step", "MFU (titan)", "of the limit", "peak GiB", "clock, power", "commit")
 
 
 def _row(device: Device | None, cell: Cell, variant: str | None = None) -> Row | None:
@@ -230,16 +239,19 @@ def parity_table(device: Device | None) -> str:
 
 
 def launch_table(device: Device | None) -> str:
-    """The time from the command to a step of a real run."""
+    """The time from the command to a step of a real run, and the speed of the one that trains on."""
     lines = []
     for start in STARTS:
         row = (device.rows.get((LAUNCH, start)) if device else None) or {}
         figures = [_number(row.get(f"seconds_to_step_{step}"), ".1f") for step in (1, STEP)]
-        said = [_cell(row["error"]), ""] if "error" in row else figures
+        figures.append(_number(row.get("tokens_per_second"), ",.0f") if start == STARTS[1] else "")
+        said = [_cell(row["error"]), "", ""] if "error" in row else figures
         commit = short(row.get("commit")) if row else ""
         lines.append([start + _attempt(row), *said, row.get("start", ""), commit])
     program = "python -m titan_fast.train, Llama 3.2 1B"
-    return _table((program, "seconds to step 1", f"to step {STEP}", "its start, by part", "commit"), lines)
+    return _table(
+        (program, "seconds to step 1", f"to step {STEP}", "tokens/s later", "its start, by part", "commit"), lines
+    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ import importlib.util
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.attention import SDPBackend
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -89,10 +91,10 @@ def test_hugging_face_takes_the_attention_that_is_fastest(monkeypatch: pytest.Mo
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     first, *_ = attention_backends(torch.device("cuda"))
-    assert first == torch.nn.attention.SDPBackend.CUDNN_ATTENTION
+    assert first == SDPBackend.CUDNN_ATTENTION
     capability = (8, 0)
     first, *_ = attention_backends(torch.device("cuda"))
-    assert first == torch.nn.attention.SDPBackend.FLASH_ATTENTION
+    assert first == SDPBackend.FLASH_ATTENTION
 
 
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
@@ -130,6 +132,33 @@ def test_what_a_peer_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchtitans_trainer_trains(peer: str, part: str) -> None:
     rows = run_peer(cell_of(peer, part), CPU, HOW)
     assert all("error" not in row and row["complete"] for row in rows), rows
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed")
+def test_torchtitan_has_the_attention_of_our_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here torch's own flash stands for FlashAttention 4's."""
+    activated: list[tuple[object, ...]] = []
+    seen: list[list[SDPBackend]] = []
+    monkeypatch.setattr(peers, "activate_flash", lambda *of: activated.append(of))
+    cell = cell_of("torchtitan pure bfloat16", "peers-fa4")
+    shape, use = shape_of(cell.workload, True), peers._use_attention
+
+    def noted(model: nn.Module, backends: list[SDPBackend]) -> None:
+        use(model, backends)
+        seen.extend(module.sdpa_backends for module in model.modules() if hasattr(module, "sdpa_backends"))  # type: ignore[misc]
+
+    monkeypatch.setattr(peers, "_use_attention", noted)
+    (row,) = run_peer(cell, CPU, HOW)
+    assert "error" not in row and row["complete"]
+    assert activated == [("fa4", shape.n_heads // shape.n_kv_heads, shape.head_dim, torch.bfloat16, CPU)]
+    assert seen == [[SDPBackend.FLASH_ATTENTION]] * shape.n_layers
+
+
+def test_without_a_package_no_peer_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "activate_flash", lambda *of: pytest.fail("activated"))
+    work = cell_of("torchtitan pure bfloat16").workload
+    config, shape = config_of(work, {}, True), shape_of(work, True)
+    assert peers.chosen_attention(config, shape, CPU) == attention_backends(CPU)
 
 
 def test_a_loop_for_one_device_is_no_rank_of_many() -> None:

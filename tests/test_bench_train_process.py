@@ -428,14 +428,14 @@ def test_clocks_are_numbers() -> None:
 
 
 def test_the_time_to_a_step_is_when_its_line_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, seen, true_steps = tmp_path / "run", tmp_path / "seen", launch_time.steps_of
+    run, seen, true_lines = tmp_path / "run", tmp_path / "seen", launch_time.lines_of
 
-    def steps_of(metrics: Path) -> list[int]:
-        if steps := true_steps(metrics):
+    def lines_of(metrics: Path) -> list[dict[str, Any]]:
+        if lines := true_lines(metrics):
             seen.touch()
-        return steps
+        return lines
 
-    monkeypatch.setattr(launch_time, "steps_of", steps_of)
+    monkeypatch.setattr(launch_time, "lines_of", lines_of)
     words = [*script(tmp_path, """
 import json, pathlib, sys, time
 folder = pathlib.Path(sys.argv[sys.argv.index("--job.dump_folder") + 1])
@@ -446,13 +446,14 @@ with (folder / "metrics.jsonl").open("w", buffering=1) as file:
     while not folder.with_name("seen").exists():
         time.sleep(0.02)
     time.sleep(0.5)
-    file.write(json.dumps({"step": 10}) + "\\n")
+    for step, speed in ((10, 9), (20, 9), (30, 1), (40, 3), (50, 2)):
+        file.write(json.dumps({"step": step, "tokens_per_second": speed}) + "\\n")
 (folder / "train.log").write_text("2026-01-01 00:00:00 model  a Llama\\n2026-01-01 00:00:00 start  7.2 s: data 7.0\\n")
 time.sleep(0.5)
 """), "--job.dump_folder", str(run)]  # fmt: skip
     found = launch_time.one_start(words, tmp_path, dict(os.environ))
     assert 0.4 < found["seconds_to_step_1"] < found["seconds_to_step_10"] - 0.3 and "error" not in found
-    assert found["start"] == "7.2 s: data 7.0"
+    assert found["start"] == "7.2 s: data 7.0" and found["tokens_per_second"] == 2
 
 
 def test_a_start_that_fails_says_why(tmp_path: Path) -> None:

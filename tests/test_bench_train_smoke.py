@@ -378,8 +378,26 @@ def test_a_gather_that_is_not_real_is_noticed(broken: str, buffers: str, monkeyp
     monkeypatch.setattr(fake_world.CopyToAll, "__call__", call)
     monkeypatch.setattr(fake_world.CopyEachToAll, "gather_each", each)
     cell = rank0_cell(buffers)
-    with world_of(cell, CPU, smoke=True) as world, pytest.raises(AssertionError, match="is not random"):
-        Bench(cell, world, smoke=True)
+    with world_of(cell, CPU, smoke=True) as world:
+        bench = Bench(cell, world, smoke=True)
+        with pytest.raises(AssertionError, match="is not random"):
+            bench.configure(bench.config)
+        bench.close()
+
+
+@BOTH_BUFFERS
+@pytest.mark.parametrize("unit", ["embedding", "blocks.0", "head"])
+def test_no_unit_is_left_out(unit: str, buffers: str) -> None:
+    """Its own shard is zero here, as if it had not been initialised."""
+    cell = rank0_cell(buffers)
+    with world_of(cell, CPU, smoke=True) as world:
+        bench = Bench(cell, world, smoke=True)
+        with torch.no_grad():
+            for parameter in bench.model.get_submodule(unit).parameters():
+                parameter.to_local().zero_()  # type: ignore[attr-defined]
+        with pytest.raises(AssertionError, match="is not random"):
+            bench.configure(bench.config)
+        bench.close()
 
 
 @BOTH_BUFFERS
@@ -395,6 +413,7 @@ def test_a_gradient_that_is_not_real_is_noticed(buffers: str, monkeypatch: pytes
     cell = rank0_cell(buffers)
     with world_of(cell, CPU, smoke=True) as world:
         bench = Bench(cell, world, smoke=True)
+        bench.configure(bench.config)
         backward(bench)
         with pytest.raises(AssertionError, match="is zero or not finite"):
             fake_world.assert_reduces_real_gradients(bench.model)

@@ -366,7 +366,7 @@ def test_clocks_of_the_timed_steps_stand_above_the_tables(tmp_path: Path) -> Non
     (device,) = train_rows.load(tmp_path, rehearsal=False)
     text = train_table.markdown(device)
     assert "SM clock 980 to 1755 MHz" in text and "power limit 700 W" in text
-    assert "slowed by power limit" in text
+    assert "slowed by power limit" in text and "| 1.0 | 980 MHz | 1 |" in text and "| 1.0 | 1755 MHz | 1 |" in text
 
 
 def test_losses_that_did_not_fall_are_marked(tmp_path: Path) -> None:
@@ -379,10 +379,11 @@ def test_losses_that_did_not_fall_are_marked(tmp_path: Path) -> None:
 
 def test_the_time_to_a_step_is_shown(tmp_path: Path) -> None:
     rows = [{"cell": "launch", "part": "launch", "variant": STARTS[1], "seconds_to_step_1": 9.0,
-             "seconds_to_step_10": 12.34, "start": "7.2 s: imports 5.0, data 2.2"}]  # fmt: skip
+             "seconds_to_step_10": 12.34, "tokens_per_second": 54321.0,
+             "start": "7.2 s: imports 5.0, data 2.2"}]  # fmt: skip
     write({"environment": {"device": H100, "versions": {}}, "rows": rows}, tmp_path / "train-x-launch.json")
     (device,) = train_rows.load(tmp_path, rehearsal=False)
-    assert f"| {STARTS[1]} | 9.0 | 12.3 | 7.2 s: imports 5.0, data 2.2 |" in train_table.launch_table(device)
+    assert f"| {STARTS[1]} | 9.0 | 12.3 | 54,321 | 7.2 s: imports 5.0, data 2.2 |" in train_table.launch_table(device)
 
 
 def test_a_part_run_again_replaces_its_rows(tmp_path: Path) -> None:
