@@ -39,7 +39,7 @@ class DeviceLost(Exception):
 @dataclass
 class Measured:
     """The results of one provider. `problem` says why there are no samples; `failed`: it is because something is wrong
-    with the provider, and not because it is unavailable."""
+    with the provider, and not because it is unavailable; `wrong`: its results are."""
 
     samples: dict[str, Samples] = field(default_factory=dict)
     """By direction."""
@@ -49,6 +49,7 @@ class Measured:
     """Memory for one forward and backward besides its inputs and the gradients of its outputs. 0 without CUDA."""
     problem: str = ""
     failed: bool = False
+    wrong: bool = False
 
 
 @dataclass
@@ -229,7 +230,7 @@ def _checked(
             function = build(case, provider, backend, device)
             fills = not (provider.compiled or case.op.startswith("block"))
             if problem := fault(case, function, inputs, gradients, reference, truth, fills):
-                measured.problem, measured.failed = f"wrong: {problem}", True
+                measured.problem, measured.failed, measured.wrong = f"wrong: {problem}", True, True
                 continue
             run = functools.partial(results, case, function)
             measured.peak_bytes = peak_bytes(run, fresh(inputs), copies(gradients), device)

@@ -4,6 +4,7 @@ All providers of a case are called with the same tensors, and must return what t
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import types
 from collections.abc import Callable
@@ -28,6 +29,9 @@ from titan_fast.ops import REFERENCE, Ops, Workload, build_ops
 
 EPS = 1e-5
 REEMIT_BUDGET = 0.7  # the partitioner's activation memory budget at which Inductor recomputes the same activations
+
+PACKAGES = {"liger": "liger-kernel", "quack": "quack-kernels"}
+"""Of providers that are libraries."""
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -67,7 +71,16 @@ class Provider:
     budget: float = 1.0
     """The partitioner's activation memory budget."""
     is_peer: bool = False
-    """Another project's library: if it fails or is wrong, this project has not failed."""
+    """Another project's library: if it cannot run, this project has not failed."""
+
+    @property
+    def version(self) -> str:
+        """A library's own version; "" for what torch and this project are."""
+        package = PACKAGES.get(self.name)
+        try:
+            return importlib.metadata.version(package) if package else ""
+        except importlib.metadata.PackageNotFoundError:
+            return ""
 
 
 def _reference() -> Operators:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.timing import Samples
+from benchmarks.timing import Samples, order_of
 
 SLOW_STEP_SECONDS = 2.0
 
@@ -123,13 +123,12 @@ def _cuda_block(step: Contender, before: int, count: int, into: Timed) -> None:
 
 
 def turns(names: Sequence[str], lengths: dict[str, Length]) -> list[tuple[str, int]]:
-    """(contender, steps) in the order in which to run: A B C, B C A, ... until each has its steps."""
+    """(contender, steps) in the order in which to run, by `order_of`, until each has its steps."""
     left = {name: lengths[name].timed for name in names}
     order: list[tuple[str, int]] = []
     turn = 0
     while any(left.values()):
-        at = turn % len(names)
-        for name in [*names[at:], *names[:at]]:
+        for name in order_of(names, turn):
             count = min(lengths[name].block, left[name])
             if count:
                 order.append((name, count))

@@ -120,7 +120,7 @@ def test_operator(
     of_case = measured(case)
     found = of_case.providers[name]
     provider = next(p for p in providers(case) if p.name == name)
-    if found.failed and not provider.is_peer:
+    if found.wrong or (found.failed and not provider.is_peer):
         pytest.fail(f"{name}: {found.problem}", pytrace=False)
     if found.problem:
         pytest.skip(f"{name}: {found.problem}")
@@ -135,6 +135,7 @@ def test_operator(
         dtype=DTYPE,
         direction=direction,
         provider=name,
+        provider_version=provider.version,
         median_us=samples.median * 1e6,
         p10_us=samples.quantile(0.1) * 1e6,
         p90_us=samples.quantile(0.9) * 1e6,

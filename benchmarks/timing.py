@@ -8,7 +8,7 @@ that clocks and heat affect all. Elsewhere (a rehearsal without a GPU) the host'
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,9 +101,17 @@ def measure(
     for name in names:
         one_pass(name, calls, keep=False)
     for turn in range(passes):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name in order_of(names, turn):
             one_pass(name, calls, keep=True)
     return {name: Samples(tuple(taken), queued[name], calls) for name, taken in seconds.items()}
+
+
+def order_of(names: Sequence[str], turn: int) -> list[str]:
+    """Who runs in which order: A B C, C B A, B C A, A C B, ... Rotated, so that nobody is always first; every second
+    turn backwards, so that nobody always follows the same one."""
+    first = turn // 2 % len(names)
+    order = [*names[first:], *names[:first]]
+    return order[::-1] if turn % 2 else order
 
 
 def _host_pass(run: Run, calls: int, flush: Callable[[], object], delay: float) -> tuple[list[float], bool, float]:

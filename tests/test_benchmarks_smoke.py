@@ -108,7 +108,7 @@ def smoke_case(op: str, degree: int = 1) -> Case:
 def test_a_wrong_provider_is_not_timed(operator: Any, wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(titan_kernels, "swiglu", operator)
     found = measured(swiglu_case(), {"ours", "eager"})
-    assert found["ours"].failed == found["ours"].problem.startswith("wrong: ") == wrong
+    assert found["ours"].failed == found["ours"].wrong == found["ours"].problem.startswith("wrong: ") == wrong
     assert bool(found["ours"].samples) != wrong
     assert found["eager"].samples.keys() == {"forward", "backward"}
 
@@ -176,6 +176,15 @@ def test_a_lost_device_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measurement, "_wait", illegal_access)
     with pytest.raises(DeviceLost, match="illegal memory access"):
         measured(swiglu_case(), {"ours"})
+
+
+@pytest.mark.parametrize("provider", ["ours", "liger"])
+def test_whoever_is_wrong_fails_its_test(provider: str) -> None:
+    def wrong(_: Case) -> MeasuredCase:
+        return MeasuredCase({provider: Measured(problem="wrong: out0 by 1", failed=True, wrong=True)}, 1.0)
+
+    with pytest.raises(pytest.fail.Exception, match="wrong: out0"):
+        test_kernels.test_operator(None, (swiglu_case(), "forward", provider), wrong, lambda moved=None: 1.0)
 
 
 def test_ours_failing_fails_a_test_and_a_peer_failing_skips_it() -> None:

@@ -56,7 +56,7 @@ class Cell:
     reference_us: float
     """triton_us minus the difference, which was taken pass by pass."""
     noise_us: float
-    """Twice the standard error of the difference."""
+    """What the difference must exceed: twice its standard error, and at least 1% of the reference's time."""
     dtype: str = "bfloat16"
     variant: str = ""
     """One of VARIANTS if the operator has several forms, or its surroundings matter; empty: all."""
@@ -221,8 +221,15 @@ def _by_measurement(
     at = " x ".join(f"{name} {size}" for name, size in nearest.shape.items())
     if any(max(size / shape[name], shape[name] / size) > nearest.reach for name, size in nearest.shape.items()):
         return Choice("reference", f"not measured {context} on {architecture} near this shape (nearest: {at})"), False
-    verdict = f"{nearest.speedup:.2f}x the reference {context} at {at} on {table.device}"
+    verdict = f"{nearest.speedup:.2f}x the reference {context} at {at} on {table.device}{_other_torch(table)}"
     return Choice("triton" if nearest.triton_wins else "reference", f"the kernel is {verdict}"), True
+
+
+def _other_torch(table: Table) -> str:
+    """With which torch it was measured, if with another release than this one: its compiler may have changed since."""
+    measured = table.versions.get("torch", "")
+    own, other = (version.split("+")[0].split(".")[:2] for version in (torch.__version__, measured))
+    return f" with torch {'.'.join(other)}" if measured and other != own else ""
 
 
 def _distance(cell: Cell, shape: Mapping[str, int]) -> float:

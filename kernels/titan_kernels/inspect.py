@@ -126,13 +126,14 @@ def _is_uncached(launch: Launch) -> bool:
 def _types(launch: Launch) -> str:
     """The dtype of the activations, and the weight's if it differs."""
     first, *others = launch.signature.items()
-    weight = dict(others).get("WEIGHT", first[1])
+    named = dict(others)
+    weight = named.get("WEIGHT", named.get("DWEIGHT", first[1]))
     return first[1].lstrip("*") + (f", weight {weight.lstrip('*')}" if weight != first[1] else "")
 
 
 def _sizes(launch: Launch) -> str:
     """The constexprs that distinguish launches of one name: integers that are not switches, and a z-loss."""
-    values = {key: value for key, value in launch.constexprs.items() if type(value) is int}
+    values = {k: value for k, value in launch.constexprs.items() if type(value) is int and k != "IGNORE_INDEX"}
     values |= {key: value for key, value in launch.constexprs.items() if key == "Z_LOSS" and value}
     return " ".join(f"{key}={value}" for key, value in values.items())
 

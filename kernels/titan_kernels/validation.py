@@ -17,7 +17,7 @@ def shape(x: Tensor) -> list[int]:
 def require_dtypes(operator: str, x: Tensor, *others: Tensor) -> None:
     """Requires x to be bfloat16, float16 or float32, and the others to have the same dtype."""
     if x.dtype not in FLOATING:
-        raise ValueError(f"{operator}: takes bfloat16, float16 or float32, not {x.dtype}")
+        raise ValueError(f"{operator}: takes bfloat16, float16 or float32, not {x.dtype} of shape {shape(x)}")
     for other in others:
         if other.dtype != x.dtype:
             raise ValueError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from titan_kernels import choice
 from titan_kernels.choice import Cell, Choice, Table, choose
 
@@ -22,7 +23,7 @@ CELLS = (
     Cell("rms_norm", True, {"rows": 8192, "width": 4096}, 100.0, 300.0, 1.0, dtype="float32"),
     Cell("swiglu", True, {"rows": 8192, "width": 14336}, triton_us=99.0, reference_us=100.0, noise_us=2.0),
 )
-TABLE = Table("sm_99", "Example GPU", {"torch": "0"}, "0000000", CELLS)
+TABLE = Table("sm_99", "Example GPU", {"torch": torch.__version__}, "0000000", CELLS)
 HERE: dict[str, Any] = {"architecture": "sm_99", "compiled": True, "interpreted": False, "table": TABLE}
 
 
@@ -39,6 +40,14 @@ def test_auto_follows_the_nearest_measured_shape() -> None:
     assert norm(rows=12000, width=7168).implementation == "triton"
     assert norm(width=5120).implementation == "reference"  # nearer to 4096 than to 8192
     assert norm(width=6000).implementation == "triton"  # nearer to 8192, as ratios go
+
+
+def test_another_torchs_measurement_says_so() -> None:
+    """Which counts all the same."""
+    with_patch = replace(TABLE, versions={"torch": f"{'.'.join(torch.__version__.split('.')[:2])}.99+cu999"})
+    assert norm(table=with_patch) == norm()
+    other = norm(table=replace(TABLE, versions={"torch": "1.13.1+cu117"}))
+    assert other == Choice("triton", f"{norm().reason} with torch 1.13")
 
 
 def test_auto_tells_compiled_from_eager() -> None:

@@ -64,6 +64,14 @@ def test_cross_entropy(rows: int, vocab: int, dtype: torch.dtype, z_loss: float,
     check(logits, some_labels(rows, vocab, device), torch.randn(rows, device=device), z_loss)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("vocab", [1, 7, 127, 128, 129, 1000, 4096])
+def test_every_size_in_every_dtype(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+    test_cross_entropy(rows, vocab, dtype, 1e-3, device)
+
+
 def check_in_place(logits: torch.Tensor, labels: torch.Tensor, z_loss: float) -> torch.Tensor:
     """Checks the gradient that has replaced the logits."""
     scale = torch.tensor(0.37, device=logits.device)

@@ -40,6 +40,8 @@ def test_launches_of_llama3_8b_on_hopper_are_sound() -> None:
     names = {finding["launch"] for finding in findings}
     assert {finding["types"] for finding in findings} >= {"bf16", "fp16", "fp32", "bf16, weight fp32"}
     assert {"Z_LOSS" in finding["sizes"] for finding in findings} == {True, False}
+    rows = [(finding["launch"], finding["types"], finding["sizes"]) for finding in findings]
+    assert len(set(rows)) == len(rows), "two launches look alike"
     # Rows of the whole vocabulary, which 132 programs at a time read twice.
     assert {
         f["cost"]["bytes_read_twice"] for f in findings if "VOCAB=128256" in f["sizes"] and "with_grad" in f["launch"]

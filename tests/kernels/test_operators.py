@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
@@ -92,8 +93,56 @@ def test_opcheck(name: str, device: torch.device) -> None:
     torch.library.opcheck(getattr(OPS, name).default, raw_calls(device)[name])
 
 
+def with_gaps(x: Tensor) -> Tensor:
+    """A copy of x whose rows do not lie side by side; one of fewer than two dimensions as it is."""
+    if x.dim() < 2:
+        return x
+    wide = x.detach().new_zeros(*x.shape[:-1], x.shape[-1] + 16)
+    wide[..., : x.shape[-1]] = x.detach()
+    return wide[..., : x.shape[-1]].requires_grad_(x.requires_grad)
+
+
+@pytest.mark.parametrize("name", sorted(raw_calls(torch.device("cpu"))))
+def test_opcheck_of_rows_with_gaps(name: str, device: torch.device) -> None:
+    arguments = tree_map_only(Tensor, with_gaps, raw_calls(device)[name])
+    assert any(isinstance(x, Tensor) and not x.is_contiguous() for x in arguments)
+    torch.library.opcheck(getattr(OPS, name).default, arguments)
+
+
+@each_operator
+def test_gradients_of_any_inputs(operator: Operator, device: torch.device) -> None:
+    """For every subset that wants one: the same gradient as where all do, and none elsewhere."""
+    inputs = [x.detach() for x in leaves(operator, 3, device)]
+
+    def gradients(wanted: tuple[bool, ...]) -> list[Tensor | None]:
+        given = [x.clone().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
+        total(operator.ours(*given)).backward()
+        return [x.grad for x in given]
+
+    everything = gradients((True,) * len(inputs))
+    for wanted in product((False, True), repeat=len(inputs)):
+        if not any(wanted):
+            continue
+        for found, whole, want in zip(gradients(wanted), everything, wanted, strict=True):
+            if want:
+                torch.testing.assert_close(found, whole)
+            else:
+                assert found is None
+
+
+@each_operator
+def test_where_nothing_is_recorded_nothing_is_kept(operator: Operator, device: torch.device) -> None:
+    inputs = leaves(operator, 3, device)
+    recorded = tree_leaves(operator.ours(*inputs))
+    with torch.no_grad():
+        unrecorded = tree_leaves(operator.ours(*inputs))
+    for one, other in zip(recorded, unrecorded, strict=True):
+        assert one.requires_grad and not other.requires_grad and other.grad_fn is None
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
-    "name", ["rms_norm", "add_rms_norm", "swiglu", "cross_entropy", "norm_linear", "swiglu_linear"]
+    "name", ["rms_norm", "add_rms_norm", "rope", "swiglu", "cross_entropy", "norm_linear", "swiglu_linear"]
 )
 def test_shapes_are_known_without_memory(name: str, device: torch.device) -> None:
     (operator,) = [one for one in OPERATORS if one.name == name]

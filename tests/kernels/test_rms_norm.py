@@ -89,6 +89,24 @@ def test_add_rms_norm(rows: int, width: int, dtype: torch.dtype, device: torch.d
     check_add(tensors[0], tensors[1], weight, tensors[2], tensors[3])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("width", [1, 7, 127, 128, 129, 1000, 4096])
+def test_every_size_in_every_dtype(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    test_rms_norm(rows, width, dtype, device)
+    test_add_rms_norm(rows, width, dtype, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_few_columns_cancel(seed: int, device: torch.device) -> None:
+    torch.manual_seed(seed)
+    for width in (1, 7):
+        test_rms_norm(64, width, FP32, device)
+        test_add_rms_norm(64, width, FP32, device)
+
+
 @pytest.mark.parametrize(
     ("rows", "width", "multiprocessors", "partials"),
     [

@@ -40,6 +40,14 @@ def test_swiglu(rows: int, width: int, dtype: torch.dtype, device: torch.device)
     check(gate, up, dh)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("width", [1, 7, 127, 128, 129, 1000, 4096])
+def test_every_size_in_every_dtype(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    test_swiglu(rows, width, dtype, device)
+
+
 @pytest.mark.parametrize("magnitude", [1e15, 1e-6, 1e-25])
 def test_huge_and_tiny(magnitude: float, device: torch.device) -> None:
     gate, up, dh = (torch.randn(3, 130, dtype=BF16, device=device) for _ in range(3))

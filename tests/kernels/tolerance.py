@@ -2,9 +2,9 @@
 
 The truth is the reference in float64, and the yardstick is the reference in the dtype under test. In each row (the last
 dimension) the kernel's largest error may be twice the yardstick's plus one unit in the last place (the rule of
-flash-attention's tests). The relative root-mean-square error over the whole tensor stays below a limit for the dtype
-(float32: or twice the yardstick's, if that is more). Both are relative, so they also hold for a sum over rows, which
-grows with sqrt(rows), as its error does.
+flash-attention's tests; four units in float32, see `Allowance`). The relative root-mean-square error over the whole
+tensor stays below a limit for the dtype (float32: or twice the yardstick's, if that is more). Both are relative, so
+they also hold for a sum over rows, which grows with sqrt(rows), as its error does.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +29,11 @@ class Allowance:
         if dtype == torch.bfloat16 and device.type == "cpu":
             # Triton's interpreter truncates float32 to bfloat16 instead of rounding: twice the error, at each store.
             return cls(ulps=2, relative_rms=2 * RELATIVE_RMS[dtype])
-        if dtype == torch.float32 and device.type == "cuda":
-            # Division, exponential, logarithm and inverse root are PTX's approximate ones, each within 1 to 2 units
-            # (PTX ISA: div.full, ex2.approx, lg2.approx, rsqrt.approx); torch's are closer.
+        if dtype == torch.float32:
+            # Every operation rounds, and not in the same order as torch's: where few columns cancel to almost nothing,
+            # this is up to 2 units beyond twice the yardstick's error (width 1, 40 seeds). On CUDA division,
+            # exponential, logarithm and inverse root are PTX's approximate ones besides, each within 1 to 2 units (PTX
+            # ISA: div.full, ex2.approx, lg2.approx, rsqrt.approx); torch's are closer.
             return cls(ulps=4, relative_rms=RELATIVE_RMS[dtype])
         return cls(ulps=1, relative_rms=RELATIVE_RMS[dtype])
 
