@@ -15,6 +15,7 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -1337,6 +1338,28 @@ def test_show_prints_the_documents_of_a_step(
     (tmp_path / "config.toml").write_text(tomli_w.dumps(configuration.to_dict(free)))
     with pytest.raises(ConfigError, match=r"which is not 2 times 8 x 16: .* or --data-parallel-degree 4 is wrong"):
         list(data_command.step_documents(tmp_path, 3, 4, 10_000))
+
+
+@pytest.mark.parametrize(
+    ("logged", "skip", "step", "found"),
+    [
+        ({1: 0, 10: 36, 12: 44}, "19:22", 8, (28, 31)),  # the setting is newer than these steps
+        ({1: 0, 10: 36, 12: 48}, "60:63", 11, "steps 10 and 12 of the log do not fit"),  # something else was skipped
+        ({1: 0, 10: 40, 20: 80}, "", 5, "steps 1 and 10 of the log do not fit"),  # it was another once
+        ({1: 0, 10: 40, 20: 80}, "8:11", 3, (12, 15)),
+        ({1: 0, 10: 40, 20: 80}, "8:11", 15, (60, 63)),
+        ({1: 0, 10: 40, 20: 80}, "8:11", 20, (80, 83)),
+        ({1: 0, 10: 36}, "44:47", 13, (52, 55)),  # after the last logged step, as the run would go on
+    ],
+)
+def test_samples_of_a_step_are_what_the_log_allows(
+    logged: dict[int, int], skip: str, step: int, found: tuple[int, int] | str, tmp_path: Path
+) -> None:
+    """Four samples a step."""
+    settings = configuration.parse(["--training.skip_samples", skip] if skip else [])
+    lines = [{"step": at, "data": {"first_sample": first, "last_sample": first + 3}} for at, first in logged.items()]
+    with pytest.raises(ConfigError, match=found) if isinstance(found, str) else nullcontext():
+        assert data_command._samples_by_log(tmp_path, step, settings, lines) == found
 
 
 def test_an_unclosed_loader_does_not_hold_up_the_interpreter(

@@ -360,8 +360,9 @@ def test_a_resumed_run_writes_one_history(tmp_path: Path) -> None:
 
 def test_a_torn_line_at_the_resumed_step_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 10, "loss": 2.5}\n\xff\xfe garbage\n[1]\n{"step": 20, "loss": 2.')
-    assert run_history.keep_until(path, 20) == 3
+    nested = b"[" * 100_000
+    path.write_bytes(b'{"step": 10, "loss": 2.5}\n\xff\xfe garbage\n[1]\n' + nested + b'\n{"step": 20, "loss": 2.')
+    assert run_history.keep_until(path, 20) == 4
     assert path.read_bytes() == b'{"step": 10, "loss": 2.5}\n'
 
 

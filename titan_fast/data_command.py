@@ -168,8 +168,21 @@ def _samples_by_log(run_dir: Path, step: int, config: Config, logged: list[dict[
                 str(run_dir),
             )
     batch, skipped = last + 1 - first, skipped_samples(config.training)
-    for _ in range(step - before):
-        first = first_sample(first + batch, batch, skipped)
+    after = min((at for at in found if at > before), default=step)
+    if after > step and found[after]["first_sample"] == first + (after - before) * batch:
+        skipped = []  # nothing was in between, whatever the config skips now
+    firsts = [first]
+    for _ in range(before + 1, max(step + 1, after)):
+        firsts.append(first_sample(firsts[-1] + batch, batch, skipped))
+    if after > step > before:
+        size = found[after]["last_sample"] + 1 - found[after]["first_sample"]
+        if first_sample(firsts[-1] + batch, size, skipped) != found[after]["first_sample"]:
+            raise ConfigError(
+                f"steps {before} and {after} of the log do not fit training.skip_samples as it is now",
+                "give --samples FIRST:LAST",
+                str(run_dir),
+            )
+    first = firsts[step - before]
     return first, first + batch - 1
 
 

@@ -132,12 +132,15 @@ def cross_entropy_with_grad_(
     target = wide.gather(-1, column).squeeze(-1)
     logs = F.log_softmax(wide, dim=-1)
     negative_log = -logs.gather(-1, column).squeeze(-1)
-    logsumexp = target + negative_log
-    weight = torch.where(valid, scale, 0.0).to(wide.dtype)
+    loss = negative_log
+    share = weight = torch.where(valid, scale, 0.0).to(wide.dtype)
+    if z_loss:
+        logsumexp = target + negative_log
+        loss = negative_log + z_loss * logsumexp**2
+        share = weight * (1.0 + 2.0 * z_loss * logsumexp)
     gradient = logs.exp_()
-    gradient *= (weight * (1.0 + 2.0 * z_loss * logsumexp))[:, None]
+    gradient *= share[:, None]
     logits.copy_(gradient.scatter_add_(-1, column, -weight[:, None]))
-    loss = negative_log + z_loss * logsumexp**2 if z_loss else negative_log
     return torch.where(valid, loss, 0.0)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import titan_kernels
 from titan_kernels import (
     cross_entropy,
     cross_entropy_grad_,
@@ -175,6 +176,16 @@ def test_minus_infinity_masks_a_column(device: torch.device) -> None:
     loss = cross_entropy_with_grad_(logits, labels, scale)
     torch.testing.assert_close(loss.double(), true_loss, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(logits.double(), true_gradient, atol=1e-7, rtol=1e-5)
+
+
+def test_a_label_of_minus_infinity_costs_everything(device: torch.device) -> None:
+    """Its loss is infinite, and the gradient what it would be of any label."""
+    row, labels = torch.tensor([[0.0, 1.0, -float("inf")]], device=device), torch.tensor([2], device=device)
+    for module in (titan_kernels, reference):
+        logits = row.clone()
+        loss = module.cross_entropy_with_grad_(logits, labels, torch.ones((), device=device))
+        assert loss.item() == float("inf")
+        torch.testing.assert_close(logits, row.softmax(-1) - torch.eye(3, device=device)[labels])
 
 
 @pytest.mark.parametrize("layout", ["columns", "transposed"])

@@ -99,7 +99,7 @@ def test_every_size_in_every_dtype(rows: int, width: int, dtype: torch.dtype, de
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(10))
 def test_few_columns_cancel(seed: int, device: torch.device) -> None:
     torch.manual_seed(seed)
     for width in (1, 7):
