@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import pytest
 import runs
 import safetensors.torch
 import torch
+from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
 from torchrun import start
 from worlds import Task, World, results, run_world
 
@@ -316,6 +318,143 @@ def test_a_pickle_inside_a_shard_runs_nothing(data: Path, copy: Path, tmp_path: 
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         runs.run(data, copy)
     assert not sentinel.exists()
+
+
+def rewritten(folder: Path, name: str, content: str) -> None:
+    """A checkpoint with another content of one file, and a manifest of that."""
+    (folder / name).write_text(content)
+    (folder / manifest.NAME).unlink()
+    temporary = folder.rename(folder.with_name("being-written"))
+    manifest.publish(temporary, folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", "10"),
+        ("step", True),
+        ("tokens_seen", float("nan")),
+        ("tokens_seen", -1),
+        ("elapsed_seconds", "long"),
+        ("world_size", None),
+        ("data", []),
+        ("data", {"next_sample": -5}),
+        ("data", {"next_sample": "x"}),
+    ],
+)
+def test_state_of_the_wrong_kind_is_refused_by_name(data: Path, copy: Path, key: str, value: Any) -> None:
+    folder = runs.checkpoint(copy, 10)
+    state = json.loads((folder / "state.json").read_text())
+    rewritten(folder, "state.json", json.dumps(state | {key: value}))
+    with pytest.raises(CheckpointError, match=re.escape(f"its state.json has {key} {value!r}")):
+        runs.run(data, copy)
+
+
+def test_a_checkpoint_with_another_steps_name_is_refused(data: Path, copy: Path) -> None:
+    """A run would go on from it again and again, as it stays the newest."""
+    folder = runs.checkpoint(copy, 5)
+    folder.rename(folder.with_name("step-50"))
+    with pytest.raises(CheckpointError, match=r"of step 5 by its state\.json, and of step 50 by its name"):
+        runs.run(data, copy)
+
+
+def test_a_checkpoints_config_has_tables(data: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewritten(runs.checkpoint(copy, 10), "config.toml", "model = 3\n")
+    with pytest.raises(CheckpointError, match=r"model in its config\.toml is no table"):
+        runs.run(data, copy)
+    status, _, said = command(capsys, "export", str(copy), "--out", str(copy / "weights.safetensors"))
+    assert status == 4 and "model in its config.toml is no table" in said
+
+
+def test_prune_deletes_nothing_elsewhere(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a run directory from somebody else may have it in its config."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("../run/checkpoint", str(copy / "checkpoint")):
+        (other / "config.toml").write_text(f'[checkpoint]\nfolder = "{name}"\n')
+        status, _, said = command(capsys, "prune", str(other), "--keep", "1")
+        assert status == 2 and f"elsewhere, in {other / name}" in said
+    assert runs.checkpoint(copy, 5).is_dir()
+
+
+ALLOWED = [(module, name) for module, names in safe_unpickle._ALLOWED.items() for name in names]
+
+
+@pytest.mark.parametrize(("module", "name"), [*ALLOWED, ("torch", "float32")], ids=lambda word: word)
+def test_a_pickle_changes_nothing_that_it_names(module: str, name: str) -> None:
+    """Opcode BUILD sets attributes of what is on the stack: of a class, that would be for the whole process."""
+    named = f"c{module}\n{name}\n".encode()
+    if module == "pathlib._local" and sys.version_info < (3, 13):
+        return  # there is no such module here
+    real = getattr(importlib.import_module(module), name)
+    before = dict(vars(real)) if hasattr(real, "__dict__") else {}
+    for state in (b"N}(X\x04\x00\x00\x00nameNu\x86", b"}(X\x04\x00\x00\x00nameNu"):  # by setattr, and in __dict__
+        with pytest.raises(pickle.UnpicklingError, match=r"refused to change|damaged"):
+            safe_unpickle.load_metadata(b"\x80\x02" + named + state + b"b.")
+    assert before == (dict(vars(real)) if hasattr(real, "__dict__") else {})
+
+
+def test_a_pickle_changes_no_member_of_an_enumeration() -> None:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    member = _MEM_FORMAT_ENCODING(0)
+    named = f"c{type(member).__module__}\n_MEM_FORMAT_ENCODING\n".encode()
+    change = b"K\x00\x85R" + b"N}(X\x07\x00\x00\x00_value_K\x07u\x86b."
+    with pytest.raises(pickle.UnpicklingError, match="not a checkpoint's metadata"):
+        safe_unpickle.load_metadata(b"\x80\x02" + named + change)
+    assert member.value == 0 and _MEM_FORMAT_ENCODING(0) is member
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_metadata_is_read_as_it_was_written(copy: Path, protocol: int) -> None:
+    content = (runs.checkpoint(copy, 10) / ".metadata").read_bytes()
+    real = pickle.loads(content)
+    read = safe_unpickle.load_metadata(pickle.dumps(real, protocol))
+    assert read.state_dict_metadata == real.state_dict_metadata and read.storage_data == real.storage_data
+    assert {type(entry.properties) for entry in read.state_dict_metadata.values()} == {TensorProperties}
+
+
+def _second_half(entry: TensorStorageMetadata) -> None:
+    entry.chunks[0].offsets = torch.Size([entry.size[0] // 2, *entry.size[1:]])
+
+
+def _half(entry: TensorStorageMetadata) -> None:
+    entry.chunks[0].sizes = torch.Size([entry.size[0] // 2, *entry.size[1:]])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda entry: entry.chunks.clear(), "whose pieces are not the whole"),
+        (_half, "whose pieces are not the whole"),
+        (_second_half, "whose pieces are not the whole"),
+        (lambda entry: entry.chunks.append(entry.chunks[0]), "whose pieces are not the whole"),
+        (lambda entry: setattr(entry, "chunks", None), "damaged: TypeError"),
+        (lambda entry: setattr(entry, "size", torch.Size([-1])), "whose size or dtype is none"),
+        (lambda entry: setattr(entry, "size", (32,)), "whose size or dtype is none"),
+        (lambda entry: setattr(entry, "properties", None), "whose size or dtype is none"),
+        (lambda entry: setattr(entry.properties, "dtype", "float32"), "whose size or dtype is none"),
+    ],
+)
+def test_metadata_with_holes_or_of_no_tensor_is_refused(copy: Path, change: Callable[[Any], None], words: str) -> None:
+    """Nothing would be written there, so a model would get what was in memory."""
+    folder = runs.checkpoint(copy, 10)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata.state_dict_metadata["model.norm.weight"])
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=words):
+        runs.tensors(folder)
+
+
+@pytest.mark.parametrize("place", ["../x", "/x", 7])
+def test_metadata_with_places_elsewhere_is_refused(copy: Path, place: Any) -> None:
+    metadata = pickle.loads((runs.checkpoint(copy, 10) / ".metadata").read_bytes())
+    next(iter(metadata.storage_data.values())).relative_path = place
+    with pytest.raises(pickle.UnpicklingError, match="refused a file outside the checkpoint"):
+        safe_unpickle.load_metadata(pickle.dumps(metadata))
+    metadata.storage_data = dict.fromkeys(metadata.storage_data, place)
+    with pytest.raises(pickle.UnpicklingError, match="which is none"):
+        safe_unpickle.load_metadata(pickle.dumps(metadata))
 
 
 @pytest.mark.parametrize("name", ["os.system", "builtins.eval", "torch.load", "torch.serialization.load", "torch.hub"])

@@ -11,6 +11,7 @@ A checkpoint is the folder `step-N`:
 
 import io
 import json
+import math
 import os
 import pickle
 import tomllib
@@ -31,7 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from titan_fast.config import saved_checkpoint_folder
 from titan_fast.distributed import World
 from titan_fast.errors import CheckpointError
-from titan_fast.manifest import checkpoints, links
+from titan_fast.manifest import checkpoints, links, step_of
 from titan_fast.masters import adamw_state, master_of
 from titan_fast.safe_unpickle import SafeReader, load_metadata
 from titan_fast.tokenizer import CONFIG_BESIDE
@@ -172,19 +173,36 @@ def read_state(path: Path) -> dict[str, Any]:
     """The checkpoint's state.json."""
     try:
         state = json.loads((path / "state.json").read_bytes())
-        for key in ("step", "tokens_seen", "elapsed_seconds", "data", "world_size"):
-            state[key]
+        wrong = [key for key in ("step", "tokens_seen", "elapsed_seconds", "world_size") if not _is_count(state[key])]
+        if not isinstance(state["data"], dict) or not _is_count(state["data"].get("next_sample", 0)):
+            wrong.append("data")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"its state.json cannot be read: {cause(error)}", "use another", str(path)) from error
+    if wrong:
+        raise CheckpointError(f"its state.json has {wrong[0]} {state[wrong[0]]!r}", "use another", str(path))
+    if (named := step_of(path)) not in (None, state["step"]):
+        raise CheckpointError(
+            f"it is of step {state['step']} by its state.json, and of step {named} by its name",
+            "give the folder its name back",
+            str(path),
+        )
     return state
+
+
+def _is_count(value: Any) -> bool:
+    """Whether it is a finite number that is not negative."""
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def read_config(path: Path) -> dict[str, dict[str, Any]]:
     """The tables of the checkpoint's config.toml."""
     try:
-        return tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+        tables = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"its config.toml cannot be read: {cause(error)}", "use another", str(path)) from error
+    if odd := [key for key, table in tables.items() if not isinstance(table, dict)]:
+        raise CheckpointError(f"{odd[0]} in its config.toml is no table", "use another", str(path))
+    return tables
 
 
 def refuse_links(folder: Path) -> None:

@@ -170,6 +170,12 @@ def prune(path: Path, keep: int | None, every: int | None, superseded: bool) -> 
     parent = next(iter(folders(path).values())).parent
     if parent == path.absolute().parent:
         raise ConfigError("prune takes the folder that holds the checkpoints, not one of them", "name that", str(path))
+    if not parent.resolve().is_relative_to(path.resolve()):
+        raise ConfigError(
+            f"this run's config has its checkpoints elsewhere, in {parent}",
+            "name that folder, if it is the right one",
+            str(path),
+        )
     with without_a_run(parent):
         lines = manifest.clean(parent)
         deleted, left = manifest.prune(parent, keep, every or 0)

@@ -197,7 +197,8 @@ def _write_configs(weights: CheckpointWeights, dtypes: set[torch.dtype], folder:
     if has_tokenizer:
         tokenizer = load_tokenizer(tokenizer_of(weights.path))
         generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    kept = {file.name: file for file in (weights.path / KEPT).glob("*")}
+    names = (GENERATION, *_TOKENIZER_FILES)
+    kept = {name: file for name in names if (file := weights.path / KEPT / name).is_file()}
     if GENERATION in kept:
         generation = read_json(kept[GENERATION])
     if CONFIG_BESIDE in kept:

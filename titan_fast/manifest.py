@@ -42,6 +42,12 @@ def folder_of(parent: Path, step: int) -> Path:
     return parent / f"step-{step}"
 
 
+def step_of(path: Path) -> int | None:
+    """The step by the name of a checkpoint's folder; None for another name."""
+    found = _STEP.fullmatch(path.absolute().name)
+    return int(found[1]) if found else None
+
+
 def writing(final: Path) -> Path:
     """Where `final` is written before it is published."""
     return final.with_name(f".writing-{final.name}")
