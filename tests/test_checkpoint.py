@@ -408,8 +408,8 @@ def test_a_pickle_changes_no_member_of_an_enumeration() -> None:
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_metadata_is_read_as_it_was_written(copy: Path, protocol: int) -> None:
     content = (runs.checkpoint(copy, 10) / ".metadata").read_bytes()
-    real = pickle.loads(content)
-    read = safe_unpickle.load_metadata(pickle.dumps(real, protocol))
+    real: Any = pickle.loads(content)
+    read: Any = safe_unpickle.load_metadata(pickle.dumps(real, protocol))
     assert read.state_dict_metadata == real.state_dict_metadata and read.storage_data == real.storage_data
     assert {type(entry.properties) for entry in read.state_dict_metadata.values()} == {TensorProperties}
 

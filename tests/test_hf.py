@@ -117,6 +117,17 @@ def test_small_files_of_the_source_come_back(tmp_path: Path) -> None:
     for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.model"):
         assert (tmp_path / "back" / name).read_bytes().split() == (tmp_path / "source" / name).read_bytes().split()
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == [2, 7]
+    # What no import has put there is not handed on.
+    imported, moved = tmp_path / "again" / "step-0", tmp_path / "again" / "being-written"
+    for name in ("model.safetensors", "pytorch_model.bin", "modeling_llama.py"):
+        (imported / "hf" / name).write_text("not ours")
+    (imported / manifest.NAME).unlink()
+    manifest.publish(imported.rename(moved), imported)
+    export_checkpoint(tmp_path / "again", tmp_path / "third", None, BIG)
+    assert {path.name for path in (tmp_path / "third").iterdir()} == {
+        path.name for path in (tmp_path / "back").iterdir()
+    }
+    assert_same_tensors(tensors(tmp_path / "third"), tensors(tmp_path / "back"))
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
