@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from benchmarks.launch_time import PART as LAUNCH
 from benchmarks.launch_time import STARTS, STEP
@@ -364,21 +365,37 @@ def draw(device: Device, path: Path) -> None:
     """The speed of each row except levers, as a fraction of that of the least step."""
     rows = [row for row in device.rows.values() if "fraction_of_limit" in row and not row["part"].startswith("levers")]
     rows.sort(key=lambda row: (row["workload"], row["peer"], row["variant"]))
-    figure = Figure(figsize=(9, 1 + 0.3 * max(1, len(rows))), layout="constrained")
+    figure = Figure(figsize=(11, 1.5 + 0.3 * max(1, len(rows))), layout="constrained")
     axes = figure.subplots()
-    names = [f"{row['workload']}: {row['peer'] or 'titan_fast'} {row['label']} {row['variant']}" for row in rows]
-    axes.barh(names, [100 * row["fraction_of_limit"] for row in rows], color=[_color(row) for row in rows])
-    axes.set_xlabel(f"% of the least step time of {device.name}, as its own copies, products and attention bound it")
+    bars = axes.barh(
+        [_bar_name(row) for row in rows],
+        [100 * row["fraction_of_limit"] for row in rows],
+        color=[_COLORS[_kind(row)] for row in rows],
+    )
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.set_title(f"{device.name}: speed as a part of its limit")
+    axes.set_xlabel("% of the limit: the rates of its own copies, matrix products and attention")
     axes.invert_yaxis()
-    axes.set_xlim(0, 100)
+    axes.set_xlim(0, 108)
+    handles = [Patch(color=color, label=kind) for kind, color in _COLORS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def _color(row: Row) -> str:
+_COLORS = {"titan_fast, compiled": "tab:blue", "titan_fast, eager": "tab:orange", "others": "tab:gray"}
+
+
+def _kind(row: Row) -> str:
+    """The bar's key in _COLORS."""
     if row["peer"]:
-        return "tab:gray"
-    return "tab:blue" if row["variant"].startswith("compiled") else "tab:orange"
+        return "others"
+    return "titan_fast, eager" if row["variant"].startswith("eager") else "titan_fast, compiled"
+
+
+def _bar_name(row: Row) -> str:
+    parts = [row["peer"] or "titan_fast", row["label"].removeprefix("largest batch, "), row["variant"]]
+    return f"{row['workload']}: {', '.join(part for part in parts if part)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

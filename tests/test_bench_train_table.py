@@ -1,5 +1,6 @@
 """The end-to-end benchmark's arithmetic: how long to time, the least step, the plan, and tables of invented figures."""
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -384,6 +385,23 @@ def test_the_time_to_a_step_is_shown(tmp_path: Path) -> None:
     write({"environment": {"device": H100, "versions": {}}, "rows": rows}, tmp_path / "train-x-launch.json")
     (device,) = train_rows.load(tmp_path, rehearsal=False)
     assert f"| {STARTS[1]} | 9.0 | 12.3 | 54,321 | 7.2 s: imports 5.0, data 2.2 |" in train_table.launch_table(device)
+
+
+def test_readmes_rows_are_in_the_committed_files() -> None:
+    """The tables of whole steps: each line has its figures from one row."""
+    (device,) = train_rows.load(limits.RESULTS, rehearsal=False)
+    measured = set()
+    for row in device.rows.values():
+        if "tokens_per_second" in row and "peak_bytes" in row:
+            found = (row.get("mfu", {}).get("titan"), row.get("fraction_of_limit"))
+            shares = [f"{share:.1%}" if share else "" for share in found]
+            measured.add((f"{row['tokens_per_second']:,.0f}", *shares, f"{row['peak_bytes'] / 2**30:.1f}"))
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    models = re.findall(r"^\|[^|\n]*\| (?:titan_fast|torchtitan|Hugging).*\|$", text, re.MULTILINE)
+    figures = [tuple(cell.strip() for cell in line.split("|")[3:7]) for line in models]
+    assert len(figures) > 15 and set(figures) <= measured
+    both = re.findall(r"([\d,]+); ([\d.]+)", text[text.index("| | kernels off | kernels `auto`") :].split("\n\n")[0])
+    assert len(both) == 5 and set(both) <= {(speed, peak) for speed, _, _, peak in measured}
 
 
 def test_a_part_run_again_replaces_its_rows(tmp_path: Path) -> None:
