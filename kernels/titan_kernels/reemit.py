@@ -64,6 +64,7 @@ class _NormLinear(torch.autograd.Function):
             dy = dy + dout @ matrices[i]
         if any(ctx.needs_input_grad[4:]):
             ds, dweight, y = run_norm_backward_emit(dy, dresidual, s, weight, scale)
+            del dy  # freed before the products below
             for i, dout in used:
                 dmatrices[i] = _weight_gradient(dout, y) if ctx.needs_input_grad[4 + i] else None
         else:
@@ -80,10 +81,10 @@ class _SwigluLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, up, matrix = ctx.saved_tensors
-        dh = dout @ matrix
         if not ctx.needs_input_grad[2]:
-            return *run_swiglu_backward(dh, gate, up), None
-        dgate, dup, h = run_swiglu_backward_emit(dh, gate, up)
+            return *run_swiglu_backward(dout @ matrix, gate, up), None
+        # dout @ matrix has no name, so it is freed before the product below.
+        dgate, dup, h = run_swiglu_backward_emit(dout @ matrix, gate, up)
         return dgate, dup, _weight_gradient(dout, h)
 
 

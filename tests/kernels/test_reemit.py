@@ -1,5 +1,7 @@
 """norm_linear and swiglu_linear: the same results as their parts, and nothing saved that can be written again."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from titan_kernels import add_rms_norm, norm_linear, reference, rms_norm, swiglu, swiglu_linear
+from titan_kernels import add_rms_norm, norm_linear, reemit, reference, rms_norm, swiglu, swiglu_linear
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.kernels.tolerance import Result, compare, evaluate
 
@@ -176,6 +179,35 @@ def test_what_is_saved(device: torch.device) -> None:
     assert saved_bytes(lambda x, w, a: F.linear(rms_norm(x, w, EPS), a), x, weight, a) == tensor + scale
     assert saved_bytes(swiglu_linear, x, up, a) == 0
     assert saved_bytes(lambda g, u, a: F.linear(swiglu(g, u), a), x, up, a) == tensor
+
+
+@pytest.mark.parametrize("unit", ["norm_linear", "swiglu_linear"])
+def test_products_gradients_are_freed_before_weight_gradients(
+    unit: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the backward kernel has read is not alive beside what it wrote while weight gradients are computed."""
+    read: list[StorageWeakRef] = []
+    freed: list[bool] = []
+    name = "run_norm_backward_emit" if unit == "norm_linear" else "run_swiglu_backward_emit"
+    run, weight_gradient = getattr(reemit, name), reemit._weight_gradient
+
+    def run_and_remember(dy: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+        read.append(StorageWeakRef(dy.untyped_storage()))
+        return run(dy, *others)
+
+    def look(dout: Tensor, y: Tensor) -> Tensor:
+        gc.collect()  # of Triton's interpreter, which leaves cycles
+        freed.append(all(storage.expired() for storage in read))
+        return weight_gradient(dout, y)
+
+    monkeypatch.setattr(reemit, name, run_and_remember)
+    monkeypatch.setattr(reemit, "_weight_gradient", look)
+    x, up = (torch.randn(6, 64, device=device, requires_grad=True) for _ in range(2))
+    weight = torch.randn(64, device=device, requires_grad=True)
+    a, b = (torch.randn(8, 64, device=device, requires_grad=True) for _ in range(2))
+    outputs = norm_linear(x, up, weight, EPS, (a, b)) if unit == "norm_linear" else (swiglu_linear(x, up, a),)
+    torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    assert read and freed == [True] * (2 if unit == "norm_linear" else 1)
 
 
 def test_frozen_matrices(device: torch.device) -> None:
