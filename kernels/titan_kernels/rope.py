@@ -66,10 +66,10 @@ def launches(n_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) -
 
 
 @triton.jit
-def _load_tables(COS, SIN, token, half, inside, seq_len, HALF: tl.constexpr):
-    """cos and sin of each token's position, float32."""
-    place = (token % seq_len).to(tl.int64) * HALF + half
-    return tl.load(COS + place, mask=inside, other=0.0), tl.load(SIN + place, mask=inside, other=0.0)
+def _load_tables(COS, SIN, place, half, inside, HALF: tl.constexpr):
+    """cos and sin of each token's place in its sequence, float32."""
+    entry = place.to(tl.int64) * HALF + half
+    return tl.load(COS + entry, mask=inside, other=0.0), tl.load(SIN + entry, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _forward_kernel(
     token = (tl.program_id(0) // KV_HEADS).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
     half = tl.arange(0, BLOCK)[None, :]
     inside = (token < n_tokens) & (half < HALF)
-    cos, sin = _load_tables(COS, SIN, token, half, inside, seq_len, HALF)  # pyright: ignore
+    cos, sin = _load_tables(COS, SIN, token % seq_len, half, inside, HALF)  # pyright: ignore
     source = token * qkv_stride + kv_head * ((GROUP + 2) * 2 * HALF) + half
     q = (token * KV_HEADS + kv_head) * (GROUP * 2 * HALF) + half
     kv = (token * KV_HEADS + kv_head) * (2 * HALF) + half
@@ -164,8 +164,10 @@ def _backward_kernel(
     token = (tl.program_id(0) // KV_HEADS).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
     half = tl.arange(0, BLOCK)[None, :]
     inside = (token < n_tokens) & (half < HALF)
-    cos, sin = _load_tables(COS, SIN, token, half, inside, seq_len, HALF)  # pyright: ignore
-    batch, place = token // seq_len, token % seq_len
+    # Divided in the type of n_tokens, 32 bits below 2^31 tokens: a division in 64 bits is a function call.
+    index = token.to(n_tokens.dtype)
+    batch, place = (index // seq_len).to(tl.int64), (index % seq_len).to(tl.int64)
+    cos, sin = _load_tables(COS, SIN, place, half, inside, HALF)  # pyright: ignore
     out = (token * KV_HEADS + kv_head) * ((GROUP + 2) * 2 * HALF) + half
     dq = batch * dq_batch_stride + kv_head * GROUP * dq_head_stride + place * dq_token_stride + half
     dk = batch * dk_batch_stride + kv_head * dk_head_stride + place * dk_token_stride + half

@@ -70,6 +70,28 @@ for vocab in (1001, 32001, 50257, 128257):
     assert result.stdout.split() == ["0"] * 40
 
 
+def test_rope_backward_divides_in_32_bits() -> None:
+    """A division in 64 bits is a function call. Only 2^31 tokens or more need it."""
+    code = """
+import re
+import torch
+import triton
+from dataclasses import replace
+from triton.backends.compiler import GPUTarget
+from titan_kernels.ahead_of_time import _source
+from titan_kernels.rope import launches
+for dtype in (torch.bfloat16, torch.float32):
+    backward = launches(32, 8, 128, dtype)[1]
+    for n_tokens in ("i32", "i64"):
+        launch = replace(backward, signature={**backward.signature, "n_tokens": n_tokens})
+        compiled = triton.compile(_source(launch), target=GPUTarget("cuda", 90, 32), options=launch.options)
+        print(launch.name, n_tokens, bool(re.search(r"(div|rem)[.][su]64", compiled.asm["ptx"])))
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["rope_backward i32 False", "rope_backward i64 True"] * 2
+
+
 def test_refuses_before_it_compiles(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from titan_kernels import inspect
 
