@@ -680,6 +680,33 @@ def test_a_damaged_index_is_a_sentence(
         PreparedTokens(part)
 
 
+@pytest.mark.parametrize("where", ["sizes", "shards"])
+@pytest.mark.parametrize("name", ["../x", "/abs", "a/b", "..", "", "index.json"])
+def test_an_index_names_no_file_outside_its_folder(name: str, where: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Joining would write to it, or make it a part of what is joined."""
+    (part,) = parts_of([Document("text", "rows", 1)], [0, 1], tokenizer, tmp_path / "parts")
+    index = json.loads((part / "index.json").read_text())
+    index["sizes"][name], index["sha256"][name] = 0, "0" * 64
+    if where == "shards":
+        index["shards"].append({"name": name, "tokens": 0})
+    (part / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=rf"index.json is damaged: it names the file {name!r} \[\S*part-0\]; prepare"):
+        join([part], tmp_path / "joined")
+
+
+def test_what_is_copied_is_written_into_no_other_part(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A file of the first part that has the name of what will be a link to the second's shard."""
+    documents = [Document(text, "rows", n) for n, text in enumerate(texts(20))]
+    first, second = parts_of(documents, [0, 10, 20], tokenizer, tmp_path)
+    index = json.loads((first / "index.json").read_text())
+    (first / "tokens-00001.bin").write_bytes(b"other")
+    index["sizes"]["tokens-00001.bin"], index["sha256"]["tokens-00001.bin"] = 5, "0" * 64
+    (first / "index.json").write_text(json.dumps(index))
+    join([first, second], tmp_path / "joined")
+    PreparedTokens(second, verify=True)
+    assert PreparedTokens(tmp_path / "joined", verify=True).documents == 20
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000])
 def test_what_is_no_index_is_a_sentence(content: str, tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(content)

@@ -214,6 +214,10 @@ def _join(parts: Sequence["PreparedTokens"], folder: Path, weights: Sequence[flo
     digests: dict[str, str] = {}
     files: list[str] = []
     tokens = 0
+    of_one = {"offsets.bin", "origins.bin", *(shard["name"] for shard in parts[0].index["shards"])}
+    copies = [name for name in parts[0].index["sizes"] if name not in of_one]
+    for name in copies:  # before there are links: whatever its name, it is no other part's shard that is written to
+        shutil.copyfile(parts[0].folder / name, folder / name)
     with (folder / "offsets.bin").open("wb") as offsets, (folder / "origins.bin").open("wb") as origins:
         offsets.write(np.zeros(1, "<i8").tobytes())
         for part in parts:
@@ -230,10 +234,6 @@ def _join(parts: Sequence["PreparedTokens"], folder: Path, weights: Sequence[flo
                 origins.write(some.tobytes())
             tokens += part.tokens
             files += [_with_source(name, part.index["source"]) for name in part.index["files"]]
-    of_one = {"offsets.bin", "origins.bin", *(shard["name"] for shard in parts[0].index["shards"])}
-    copies = [name for name in parts[0].index["sizes"] if name not in of_one]
-    for name in copies:
-        shutil.copyfile(parts[0].folder / name, folder / name)
     sources = [part.index["source"] for part in parts]
     columns = {source.get("text_column") for source in sources}
     rows = [part.index["rows"] for part in parts]
@@ -365,6 +365,9 @@ def _damage(index: dict[str, Any]) -> str:
             isinstance(shard, dict) and isinstance(shard.get("name"), str) and isinstance(shard.get("tokens"), int)
         ):
             return f"a shard is {str(shard)[:40]!r}"
+    for name in (*index["sizes"], *(shard["name"] for shard in index["shards"])):
+        if name in ("", "..", "index.json") or Path(name).name != name:  # a path would lead out of the folder
+            return f"it names the file {name[:40]!r}"
     for name in ("offsets.bin", "origins.bin", *(shard["name"] for shard in index["shards"])):
         if not (isinstance(index["sizes"].get(name), int) and isinstance(index["sha256"].get(name), str)):
             return f"it has no size or no sha256 of {name}"
