@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -667,6 +668,24 @@ def test_parts_that_do_not_belong_together_are_not_joined(tokenizer: Tokenizer, 
         ({"sizes": {}}, "damaged: it has no size or no sha256 of offsets.bin"),
         ({"mixture": [{"documents": 19, "weight": 1}]}, "damaged: mixture is"),
         ({"mixture": [20]}, "damaged: mixture is"),
+        ({"mixture": [{"documents": 25, "weight": 1}, {"documents": -5, "weight": 1}]}, "damaged: mixture is"),
+        ({"mixture": [{"documents": 20, "weight": math.inf}]}, "damaged: mixture is"),
+        ({"eos_id": None}, "damaged: eos_id is 'None'"),
+        ({"bos_id": "1"}, "damaged: it has no bos_id"),
+        ({"documents": 10**12}, r"damaged: offsets.bin has 168 bytes, and what it holds 8000000000008 \[\S*part-0\]"),
+        ({"documents": 19}, "damaged: offsets.bin has 168 bytes, and what it holds 160"),
+        ({"documents": 0}, "damaged: it has 0 documents in 1 shards"),
+        ({"documents": -1}, "damaged: it has -1 documents in 1 shards"),
+        ({"shards": []}, "damaged: it has 20 documents in 0 shards"),
+        ({"shards": [{"name": "tokens-00000.bin", "tokens": 0}]}, "in 1 shards, the smallest of 0"),
+        (
+            {"shards": [{"name": "tokens-00000.bin", "tokens": 10**30}]},
+            r"damaged: it has \d+ tokens, and its shards 1000",
+        ),
+        (
+            {"shards": [{"name": "tokens-00000.bin", "tokens": 10**12}], "tokens": 10**12},
+            r"damaged: tokens-00000.bin has \d+ bytes, and what it holds 2000000000000",
+        ),
     ],
 )
 def test_a_damaged_index_is_a_sentence(
@@ -678,6 +697,37 @@ def test_a_damaged_index_is_a_sentence(
     (part / "index.json").write_text(json.dumps(index | changes))
     with pytest.raises(DataError, match=message):
         PreparedTokens(part)
+
+
+OFFSETS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "none are the first document's": lambda offsets: offsets + 1,
+    "they end beyond the shards": lambda offsets: offsets * 100,
+    "they are negative": lambda offsets: -offsets,
+    "they are shuffled": lambda offsets: np.concatenate([offsets[:1], offsets[-2:0:-1], offsets[-1:]]),
+    "one is negative": lambda offsets: np.where(np.arange(len(offsets)) == 5, -3, offsets),
+    "one is the least": lambda offsets: np.where(np.arange(len(offsets)) == 5, -(2**63), offsets),
+    "one is beyond the shards": lambda offsets: np.where(np.arange(len(offsets)) == 5, 2**50, offsets),
+}
+
+
+@pytest.mark.parametrize("name", OFFSETS)
+def test_offsets_that_are_none_are_a_sentence(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Where they are read: by training, before room is made for an epoch."""
+    (part,) = parts_of([Document(text, "rows", n) for n, text in enumerate(texts(20))], [0, 20], tokenizer, tmp_path)
+    path = part / "offsets.bin"
+    OFFSETS[name](np.fromfile(path, "<i8")).astype("<i8").tofile(path)
+    with pytest.raises(DataError, match=r"offsets.bin is damaged: documents do not begin .* \[\S*part-0\]; prepare"):
+        data.training_order(make_config(part), PreparedTokens(part))
+
+
+def test_a_document_that_would_lie_in_two_shards_is_a_sentence(many_shards: Path) -> None:
+    path = many_shards / "offsets.bin"
+    offsets = np.fromfile(path, "<i8")
+    first = PreparedTokens(many_shards).index["shards"][0]["tokens"]
+    offsets[offsets == first] += 1
+    offsets.astype("<i8").tofile(path)
+    with pytest.raises(DataError, match=r"offsets\.bin is damaged"):
+        list(PreparedTokens(many_shards).read_documents(np.arange(200)))
 
 
 @pytest.mark.parametrize("where", ["sizes", "shards"])

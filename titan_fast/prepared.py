@@ -47,8 +47,8 @@ _MOST_OFTEN = 1000.0  # the largest weight of a part
 _SECONDS_BETWEEN_LINES = 10.0
 _TOKENIZER_KEYS = ("dtype", "vocab_size", "bos_id", "eos_id", "tokenizer")
 _INDEX: dict[str, type] = {
-    "documents": int, "tokens": int, "dtype": str, "vocab_size": int, "tokenizer": str, "fingerprint": str,
-    "source": dict, "rows": dict, "shards": list, "files": list, "sizes": dict, "sha256": dict,
+    "documents": int, "tokens": int, "dtype": str, "vocab_size": int, "eos_id": int, "tokenizer": str,
+    "fingerprint": str, "source": dict, "rows": dict, "shards": list, "files": list, "sizes": dict, "sha256": dict,
 }  # fmt: skip
 _ORIGIN = np.dtype([("file", "<u4"), ("line", "<u8")])
 
@@ -355,6 +355,8 @@ def _damage(index: dict[str, Any]) -> str:
     wrong = (key for key, kind in _INDEX.items() if not isinstance(index.get(key), kind))
     if (key := next(wrong, None)) is not None:
         return f"{key} is {str(index.get(key))[:40]!r}"
+    if not isinstance(index.get("bos_id", ""), int | None):
+        return "it has no bos_id"
     if index["dtype"] not in ("uint16", "uint32"):
         return f"dtype is {index['dtype']!r}"
     for name, kind in {"read": int, "passed_over": dict, "mended": dict, "first_place": dict}.items():
@@ -371,12 +373,34 @@ def _damage(index: dict[str, Any]) -> str:
     for name in ("offsets.bin", "origins.bin", *(shard["name"] for shard in index["shards"])):
         if not (isinstance(index["sizes"].get(name), int) and isinstance(index["sha256"].get(name), str)):
             return f"it has no size or no sha256 of {name}"
+    if miscounted := _miscounted(index):
+        return miscounted
     mixture = index.get("mixture", [])
     try:
-        parts = [int(part["documents"]) for part in mixture if float(part["weight"]) > 0]
+        parts = [int(part["documents"]) for part in mixture if 0 < float(part["weight"]) < math.inf]
     except (KeyError, TypeError, ValueError, OverflowError):
         parts = [-1]
-    return f"mixture is {str(mixture)[:40]!r}" if mixture and sum(parts) != index["documents"] else ""
+    told = not mixture or (min(parts, default=-1) >= 0 and sum(parts) == index["documents"])
+    return "" if told else f"mixture is {str(mixture)[:40]!r}"
+
+
+def _miscounted(index: dict[str, Any]) -> str:
+    """Where the numbers of documents and tokens in an index.json contradict each other or the files' sizes, "" if
+    nowhere. Who reads the folder makes room by them."""
+    documents, tokens, sizes = index["documents"], index["tokens"], index["sizes"]
+    of_shards = [shard["tokens"] for shard in index["shards"]]
+    if documents < 1 or not of_shards or min(of_shards) < 1:
+        return f"it has {documents} documents in {len(of_shards)} shards, the smallest of {min(of_shards, default=0)}"
+    if sum(of_shards) != tokens:
+        return f"it has {tokens} tokens, and its shards {sum(of_shards)}"
+    for name, size in {
+        "offsets.bin": 8 * (documents + 1),
+        "origins.bin": _ORIGIN.itemsize * documents,
+        **{shard["name"]: np.dtype(index["dtype"]).itemsize * shard["tokens"] for shard in index["shards"]},
+    }.items():
+        if sizes[name] != size:
+            return f"{name} has {sizes[name]} bytes, and what it holds {size}"
+    return ""
 
 
 class PreparedTokens:
@@ -404,6 +428,8 @@ class PreparedTokens:
         self.tokens: int = self.index["tokens"]
         self.fingerprint: str = self.index["fingerprint"]
         self.offsets = self._map("offsets.bin", "<i8")
+        if (self.offsets[0], self.offsets[-1]) != (0, self.tokens):
+            raise self._misplaced()
         self._shard = lru_cache(maxsize=_may_be_mapped())(self._map_shard)
         self._shard_starts = np.cumsum([0] + [shard["tokens"] for shard in self.index["shards"]])[:-1]
 
@@ -460,7 +486,14 @@ class PreparedTokens:
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
         """How many tokens each document has, int64."""
-        return self.offsets[numbers + 1] - self.offsets[numbers]
+        starts, ends = self.offsets[numbers], self.offsets[numbers + 1]
+        if len(starts) and (starts.min() < 0 or ends.max() > self.offsets[-1] or (ends < starts).any()):
+            raise self._misplaced()
+        return ends - starts
+
+    def _misplaced(self) -> DataError:
+        what = "offsets.bin is damaged: documents do not begin where others end"
+        return DataError(what, "prepare the data again", str(self.folder))
 
     def document(self, number: int) -> np.ndarray:
         """The ids of a document, with BOS and EOS."""
@@ -472,7 +505,10 @@ class PreparedTokens:
         shards = np.searchsorted(self._shard_starts, starts, side="right") - 1
         before = self._shard_starts[shards]
         for shard, start, end in zip(shards, starts - before, ends - before, strict=True):
-            yield self._shard(int(shard))[start:end]
+            document = self._shard(int(shard))[start:end]
+            if len(document) != end - start:  # it would not lie in one shard
+                raise self._misplaced()
+            yield document
 
     def origin(self, number: int) -> str:
         """`file:line` of a document."""
