@@ -852,6 +852,26 @@ def test_a_process_with_a_dead_holders_id_is_not_the_holder(tmp_path: Path) -> N
         lock.check()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            json.dumps(run_lock._identity() | {"pid": pid, "token": "t"})
+            for pid in ("x", None, [], 1.5, math.inf, -1, 2**31, int("9" * 400))
+        ),
+        "[" * 100_000,
+        "[]",
+        "{",
+    ],
+    ids=lambda content: content[:1] + content[content.find("pid") :][:10],
+)
+def test_a_lock_that_no_run_has_written_holds_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(content)
+    with RunLock(tmp_path) as lock:
+        (tmp_path / LOCK).write_text(content)
+        lock.check()
+
+
 def test_a_holder_that_ends_while_it_is_judged_is_gone(tmp_path: Path) -> None:
     assert RunLock(tmp_path)._doubt({"machine": "x", "namespace": "y"}) is None
     assert not list(tmp_path.iterdir())

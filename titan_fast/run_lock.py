@@ -28,6 +28,7 @@ SILENT_SECONDS = 60.0
 """A holder on another machine whose pulse is older than this is considered dead."""
 _PROC = Path("/proc")
 _HIDDEN = "hidden"
+_LARGEST_ID = 2**31 - 1
 
 
 @contextmanager
@@ -113,14 +114,14 @@ class RunLock:
         somebody has deleted is written again; one that cannot be read, as on a file server that is away for a moment,
         is ignored."""
         try:
-            holder = json.loads(self.path.read_text())
+            holder = _parsed(self.path.read_text())
         except FileNotFoundError:
             if self.path.parent.is_dir():
                 self._write()
             return
         except (OSError, ValueError):
             return
-        if holder.get("token") != self._me["token"]:
+        if holder and holder.get("token") != self._me["token"]:
             raise CheckpointError(
                 f"{self._key} is now held by process {holder.get('pid')} on {holder.get('host')}",
                 "one run at a time can write there",
@@ -150,7 +151,7 @@ class RunLock:
     def _doubt(self, holder: dict[str, Any]) -> bool | None:
         """None where the holder is dead, False where it is alive, True where only more time can tell."""
         if all(holder.get(key) == self._me[key] for key in ("machine", "namespace")):
-            started = _start_time(int(holder.get("pid", 0)))
+            started = _start_time(holder["pid"])
             if started != _HIDDEN:
                 return False if started == holder.get("started") else None
         now = self.path.with_name(f".{NAME}.{self._me['token']}")
@@ -226,7 +227,16 @@ def _link(path: str) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        holder = json.loads(path.read_text())
+        return _parsed(path.read_text())
     except (OSError, ValueError):
         return {}
-    return holder if isinstance(holder, dict) else {}
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """What a lock says, {} where no lock was ever written so."""
+    try:
+        holder = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    process = holder.get("pid") if isinstance(holder, dict) else None
+    return holder if isinstance(process, int) and 0 <= process <= _LARGEST_ID else {}
