@@ -105,6 +105,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"MANIFEST.json is damaged",
     ),
     "a file added": (lambda folder: (runs.checkpoint(folder, 10) / "x.py").touch(), r"x.py: not in MANIFEST.json"),
+    "a pipe added": (lambda folder: os.mkfifo(runs.checkpoint(folder, 10) / "x"), r"x: not in MANIFEST.json"),
+    "a pipe for a shard": (
+        lambda folder: (path := shard(folder, 10), path.unlink(), os.mkfifo(path)),
+        r"__0_0.distcp: not a regular file",
+    ),
     "state.json edited": (
         lambda folder: (runs.checkpoint(folder, 10) / "state.json").write_text("{}"),
         r"state.json: 2 bytes",

@@ -142,7 +142,9 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    """Everything but folders: links, and pipes and devices too, at which a reader would wait."""
+    there = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = (path.relative_to(folder).as_posix() for path in there)
     return sorted(name for name in names if name != NAME)
 
 
