@@ -371,6 +371,23 @@ def test_a_copy_is_of_what_was_loaded(name: str, folder: Path, tmp_path: Path) -
         assert (copy / beside.name).exists() == (loaded.kind == "tokenizers")
 
 
+@pytest.mark.parametrize("charsmap", [b"\0\0\0", b"\xff\xff\xff\xffabc", b"\x10\0\0\0" + b"x" * 20])
+def test_a_panic_of_tokenizers_is_a_sentence(charsmap: bytes, folder: Path, tmp_path: Path) -> None:
+    """Of the last table it is one when a text is read."""
+    content = json.loads((folder / "hf" / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    for read in ("encode", "encode_batch"):
+        with pytest.raises(DataError, match=r"the tokenizer\.json cannot be used: .* \[\S*tokenizer\.json\]; fix it"):
+            getattr(load_tokenizer(tmp_path), read)("abc" if read == "encode" else ["abc", "def"])
+
+
+def test_an_interrupt_of_tokenizers_is_no_failure_of_the_file(folder: Path) -> None:
+    tokenizer: Any = load_tokenizer(folder / "hf")
+    with pytest.raises(KeyboardInterrupt), tokenizer._used():
+        raise KeyboardInterrupt
+
+
 def test_hugging_face_without_an_end_is_refused(tmp_path: Path) -> None:
     byte_level_bpe(["abc"], 300).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError, match="no end-of-text token"):

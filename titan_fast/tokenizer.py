@@ -12,7 +12,8 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -310,10 +311,8 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path, content: bytes) -> None:
         self.path = path
         self.fingerprint = hashlib.sha256(content).hexdigest()
-        try:
+        with self._used():
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise DataError(f"the tokenizer.json cannot be used: {error}", "fix it", str(path)) from error
         self._tokenizer.no_truncation()  # both may be set in the file, and would lose or add tokens
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # in a text, their names are only text
@@ -333,6 +332,17 @@ class HuggingFaceTokenizer:
             )
         self.eos_id: int = eos_id
         self._read_special_names_as_text()
+
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        """DataError where the file's content makes tokenizers fail. It raises bare Exception, or, where its Rust code
+        panics, a BaseException whose class cannot be imported."""
+        try:
+            yield
+        except BaseException as error:
+            if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+                raise
+            raise DataError(f"the tokenizer.json cannot be used: {error}", "fix it", str(self.path)) from error
 
     def _read_special_names_as_text(self) -> None:
         """`encode_special_tokens` turns off the search for special tokens, but the model may also have their names
@@ -374,14 +384,17 @@ class HuggingFaceTokenizer:
         return None if name is None else ids[name]
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(valid_unicode(text), add_special_tokens=False).ids
+        with self._used():
+            return self._tokenizer.encode(valid_unicode(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         texts = [valid_unicode(text) for text in texts]
-        return [encoded.ids for encoded in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        with self._used():
+            return [encoded.ids for encoded in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=False)
+        with self._used():
+            return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=False)
 
 
 def _special_names(path: Path) -> tuple[dict[str, str | None], dict[str, bytes]]:
