@@ -6,7 +6,7 @@ or communicates.
 """
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from titan_kernels.traffic import TRAFFIC
@@ -90,12 +90,17 @@ class Limits:
     """FLOP/s by matrix (`Matrix.key`) and product."""
     attention: dict[str, dict[str, dict[str, float]]]
     """FLOP/s by call (`AttentionCall.key`), backend and direction; a direction that failed is missing."""
+    float8: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """FLOP/s of float8 operands' products by matrix, recipe and product; a recipe that failed has an error instead."""
     assumed_gemm: float = 0.0
     assumed_attention: tuple[float, float] = (0.0, 0.0)
 
-    def product_seconds(self, matrix: Matrix, product: str) -> float:
+    def product_seconds(self, matrix: Matrix, product: str, float8: str = "") -> float:
+        """float8: the recipe, if the operands are float8."""
         if self.assumed_gemm:
             return matrix.flops / self.assumed_gemm
+        if float8:
+            return matrix.flops / self.float8[matrix.key][float8][product]
         rates = self.gemm.get(matrix.key) or self._most_alike(matrix)
         return matrix.flops / rates[product]
 
@@ -105,6 +110,14 @@ class Limits:
         if same:
             return self.gemm[max(same, key=lambda key: int(key.partition("x")[0]))]
         return {p: statistics.median(rates[p] for rates in self.gemm.values()) for p in PRODUCTS}
+
+    def knows(self, config: Config, shape: ModelShape) -> bool:
+        """Whether the products of this config were measured in its number format."""
+        if not config.float8.enable or self.assumed_gemm:
+            return True
+        found = matrices(shape, config.training.local_batch_size * config.training.seq_len)
+        recipe = config.float8.recipe_name
+        return all(PRODUCTS[0] in self.float8.get(found[n].key, {}).get(recipe, {}) for n in BLOCK_MATRICES)
 
     def attention_seconds(self, call: AttentionCall) -> tuple[float, float, str]:
         """(forward, backward, backend), for the backend that is fastest in both together."""
@@ -126,19 +139,22 @@ ASSUMED_H100 = Limits(2.9e12, {}, {}, assumed_gemm=700e12, assumed_attention=(60
 
 def limits_from(content: dict[str, Any]) -> Limits:
     """From the JSON that `limits` writes."""
-    return Limits(content["rates"]["bandwidth"], content["gemm_by_shape"], content["attention_by_call"])
+    found = content["rates"]["bandwidth"], content["gemm_by_shape"], content["attention_by_call"]
+    return Limits(*found, content.get("float8_by_shape", {}))
 
 
 def least_step(limits: Limits, config: Config, shape: ModelShape, world: int) -> dict[str, float]:
     """The seconds of each part of one device's least step, and their "total", which includes "recomputed": what the
-    configured activation checkpointing adds."""
+    configured activation checkpointing adds. In float8, blocks' products have float8's rates, and casts, which could be
+    part of what makes their input, cost nothing."""
     training = config.training
     tokens = training.local_batch_size * training.seq_len
     found = matrices(shape, tokens)
     call = attention_call(shape, training.local_batch_size, training.seq_len)
     forward, backward, _ = limits.attention_seconds(call)
     gemm = sum(limits.product_seconds(found["head"], product) for product in PRODUCTS)
-    gemm += shape.n_layers * sum(limits.product_seconds(found[n], p) for n in BLOCK_MATRICES for p in PRODUCTS)
+    recipe = _recipe(config)
+    gemm += shape.n_layers * sum(limits.product_seconds(found[n], p, recipe) for n in BLOCK_MATRICES for p in PRODUCTS)
     parts: dict[str, float] = {
         "matrix products": gemm,
         "attention": shape.n_layers * (forward + backward),
@@ -148,6 +164,10 @@ def least_step(limits: Limits, config: Config, shape: ModelShape, world: int) ->
         "recomputed": _recomputed(limits, config, shape, found, forward),
     }
     return parts | {"total": sum(parts.values())}
+
+
+def _recipe(config: Config) -> str:
+    return config.float8.recipe_name if config.float8.enable else ""
 
 
 def _optimizer_bytes(config: Config) -> int:
@@ -183,7 +203,7 @@ def _recomputed(limits: Limits, config: Config, shape: ModelShape, found: dict[s
     pointwise = sum(again.values()) / limits.bandwidth
 
     def products(*names: str) -> float:
-        return sum(limits.product_seconds(found[name], "forward") for name in names)
+        return sum(limits.product_seconds(found[name], "forward", _recipe(config)) for name in names)
 
     if settings.mode == "pointwise":
         return layers * pointwise

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.device_state import reader_of
-from benchmarks.least_step import AttentionCall, Matrix, attention_call, matrices
+from benchmarks.least_step import BLOCK_MATRICES, AttentionCall, Matrix, attention_call, matrices
 from benchmarks.provenance import environment
 from benchmarks.result_files import place, read, without_driver, write
 from benchmarks.timing import Run, copy_bandwidth, measure
@@ -32,11 +32,14 @@ from benchmarks.variants import sentence
 from benchmarks.workloads import LLAMA_1B, LLAMA_3B, RANK0, SHORT_1B, SMOKE_MODEL, SMOKE_SEQ_LEN, Workload, shape_of
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
+from titan_fast.float8 import FORWARD, GRADIENT, product, rounded
 from titan_fast.ops import activate_flash
 
 RESULTS = Path(__file__).parent / "results"
 WORKLOADS = (LLAMA_1B, replace(LLAMA_1B, batch=4), SHORT_1B, LLAMA_3B, *RANK0.values())
 """The workloads whose shapes are measured: every timed batch except those of searches, which use others' rates."""
+IN_FLOAT8 = (LLAMA_1B, RANK0["8b"])
+"""Those that are run in float8 too, if only some of their layers."""
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -58,16 +61,24 @@ def calls_of(smoke: bool) -> tuple[dict[str, Matrix], dict[str, AttentionCall]]:
     return gemms, attention
 
 
+def float8_matrices(smoke: bool) -> dict[str, Matrix]:
+    """The matrices of blocks that are run in float8, by key."""
+    works = [(w, _tiny(w) if smoke else shape_of(w, False)) for w in IN_FLOAT8]
+    tokens = {w.name: SMOKE_SEQ_LEN if smoke else w.tokens for w in IN_FLOAT8}
+    found = [matrices(shape, tokens[w.name])[name] for w, shape in works for name in BLOCK_MATRICES]
+    return {matrix.key: matrix for matrix in found}
+
+
 def measure_limits(
     device: torch.device, smoke: bool, known: dict[str, Any], save: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """The contents of a limits file without its environment. known: what an earlier process has measured; save: called
-    with all that is known after each shape. The contents are complete before the packages' attention is tried, whatever
-    that does to the process."""
+    with all that is known after each shape. The contents are complete before float8 and the packages' attention are
+    tried, whatever these do to the process."""
     passes, calls = (1, 2) if smoke else (3, 6)
     gemms, attention = calls_of(smoke)
     found: dict[str, Any] = {"complete": False, "rates": {}, "attention": "", "gemm_by_shape": {}, "clocks": {}}
-    found |= {"attention_by_call": {}} | known
+    found |= {"attention_by_call": {}, "float8_by_shape": {}} | known
     if "bandwidth" not in found["rates"]:
         found["rates"]["bandwidth"] = copy_bandwidth(device)
     for key, call in attention.items():
@@ -85,6 +96,10 @@ def measure_limits(
     found["rates"] |= {"gemm": fastest, **best}
     found["complete"] = True
     save(found)
+    for key, matrix in float8_matrices(smoke).items():
+        if key not in found["float8_by_shape"]:
+            found["float8_by_shape"][key] = _float8_rates(matrix, device, passes, calls)
+            save(found)
     for version in OF_PACKAGES:
         for key, call in attention.items():
             rates = found["attention_by_call"][key]
@@ -141,6 +156,37 @@ def _gemm_rates(matrix: Matrix, device: torch.device, passes: int, calls: int) -
     _warm(runs, device)
     found = measure(runs, device, working_set, passes, calls)
     return {name: matrix.flops / samples.median for name, samples in found.items()}
+
+
+def _float8_rates(matrix: Matrix, device: torch.device, passes: int, calls: int) -> dict[str, dict[str, Any]]:
+    """Of each recipe's products, with the operands rounded before; or why there are none."""
+    generator = torch.Generator(device).manual_seed(7)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    x, weight = random(matrix.tokens, matrix.inner), random(matrix.columns, matrix.inner)
+    dy = random(matrix.tokens, matrix.columns)
+    rates: dict[str, dict[str, Any]] = {}
+    for recipe, gradient in GRADIENT.items():
+        operands = {
+            "forward": (rounded(x, FORWARD, recipe), rounded(weight, FORWARD, recipe)),
+            "grad_input": (rounded(dy, gradient, recipe), rounded(weight.t(), FORWARD, recipe)),
+            "grad_weight": (rounded(dy.t(), gradient, recipe), rounded(x.t(), FORWARD, recipe)),
+        }
+        runs = {
+            name: Run(functools.partial(product, *pair, torch.bfloat16, name == "forward"))
+            for name, pair in operands.items()
+        }
+        try:
+            _warm(runs, device)
+            found = measure(runs, device, 3 * x.numel() // 2, passes, calls)
+            rates[recipe] = {name: matrix.flops / samples.median for name, samples in found.items()}
+        except torch.AcceleratorError:  # this process can measure nothing more
+            raise
+        except RuntimeError as error:
+            rates[recipe] = {"error": sentence(error)}
+    return rates
 
 
 def _attention_rates(call: AttentionCall, device: torch.device, passes: int, calls: int) -> dict[str, dict[str, Any]]:
@@ -218,6 +264,10 @@ def summary(content: dict[str, Any]) -> str:
     lines = [f"{content['device']}: copy {rates['bandwidth'] / 1e12:.2f} TB/s, best product {rates['gemm'] / 1e12:.0f}"]
     for key, products in content["gemm_by_shape"].items():
         lines.append(f"  {key:>22}  " + "  ".join(f"{n} {r / 1e12:7.1f}" for n, r in products.items()) + " TFLOP/s")
+    for key, recipes in content.get("float8_by_shape", {}).items():
+        for recipe, found in recipes.items():
+            said = found.get("error") or "  ".join(f"{n} {r / 1e12:7.1f}" for n, r in found.items()) + " TFLOP/s"
+            lines.append(f"  {key:>22}  {recipe} float8: {said}")
     for key, backends in content["attention_by_call"].items():
         for name, found in backends.items():
             said = found.get("error") or "  ".join(f"{n} {r / 1e12:7.1f}" for n, r in found.items()) + " TFLOP/s"

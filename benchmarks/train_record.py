@@ -114,14 +114,14 @@ def settings_of(cell: Cell, variant: str, smoke: bool) -> Config:
 
 
 def _is_other_work(config: Config) -> bool:
-    """Whether a row has neither MFU nor limit: float8's products were not measured alone, and within documents there is
-    less attention than both count."""
+    """Whether a row has no MFU: the peak is bfloat16's, and within documents there is less attention than it counts."""
     return config.float8.enable or config.training.document_mask
 
 
 def fraction_of_limit(known: Limits, config: Config, shape: ModelShape, world: int, seconds: float) -> dict[str, Any]:
-    """The least step with a row's settings, its fraction of `seconds`, and the attention backend."""
-    if _is_other_work(config):
+    """The least step with a row's settings, its fraction of `seconds`, and the attention backend. Nothing within
+    documents, where there is less attention than it counts, and where the row's products were not measured alone."""
+    if config.training.document_mask or not known.knows(config, shape):
         return {}
     least = least_step(known, config, shape, world)
     return {

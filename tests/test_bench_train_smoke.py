@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import fake_world, limits, train_cell, train_rows, train_suite, train_table
-from benchmarks.least_step import limits_from
+from benchmarks.least_step import PRODUCTS, limits_from
 from benchmarks.parity import difference
 from benchmarks.random_tokens import END_OF_DOCUMENT, RandomTokens
 from benchmarks.step_timing import Length
@@ -425,6 +425,10 @@ def test_measured_limits_calibrate_the_planner(results: Path) -> None:
     assert set(content["rates"]) == {"gemm", "bandwidth", "attention_forward", "attention_backward"}
     assert all(rate > 0 for rate in content["rates"].values()) and content["attention"] == "flash"
     assert limits_from(content).bandwidth == content["rates"]["bandwidth"] and content["complete"]
+    assert content["float8_by_shape"].keys() == limits.float8_matrices(smoke=True).keys()
+    for recipes in content["float8_by_shape"].values():
+        assert recipes.keys() == {"tensorwise", "rowwise"}
+        assert all(min(rates[name] for name in PRODUCTS) > 0 for rates in recipes.values())
 
 
 def test_limits_know_attention_of_packages_where_they_are(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,16 +10,14 @@ import torch
 
 from benchmarks import limits, step_timing, train_rows, train_table
 from benchmarks.launch_time import STARTS
-from benchmarks.least_step import Limits, Matrix, least_step
+from benchmarks.least_step import BLOCK_MATRICES, PRODUCTS, Limits, Matrix, attention_call, least_step, matrices
 from benchmarks.result_files import read, write
 from benchmarks.step_timing import FULL, SLOW, Timed
 from benchmarks.train_cells import AS_SHIPPED, PARTS, TABLE_PARTS, cells
 from benchmarks.train_plan import estimated_seconds, plan
 from benchmarks.train_record import described, known_limits, record
 from benchmarks.workloads import (
-    FULL as FULL_RECOMPUTATION,
-)
-from benchmarks.workloads import (
+    COMPILED,
     LLAMA_1B,
     MASTERS,
     NONE,
@@ -28,8 +26,12 @@ from benchmarks.workloads import (
     RANK0,
     SELECTIVE_OP,
     Cell,
+    Options,
     config_of,
     shape_of,
+)
+from benchmarks.workloads import (
+    FULL as FULL_RECOMPUTATION,
 )
 from titan_fast.flops import flops_per_token, parameters
 
@@ -89,6 +91,46 @@ def test_recomputation_costs_what_is_recomputed() -> None:
     attention = shape.n_layers * 2 * shape.n_heads * shape.head_dim * work.seq_len * work.tokens
     gemm = per_token * (shape.qkv_dim + shape.dim + 2 * shape.ffn_dim) * work.tokens
     assert costs["full"] == pytest.approx(gemm + attention)
+
+
+def test_the_least_step_in_float8_has_its_products_rates() -> None:
+    """In blocks; the head's stay bfloat16."""
+    work, slow, fast = LLAMA_1B, dict.fromkeys(PRODUCTS, 1.0), dict.fromkeys(PRODUCTS, 2.0)
+    shape = shape_of(work, False)
+    found = matrices(shape, work.tokens)
+    keys = [found[name].key for name in BLOCK_MATRICES]
+    attention = {attention_call(shape, work.batch, work.seq_len).key: {"cudnn": {"forward": 1e30, "backward": 1e30}}}
+    gemm = {matrix.key: slow for matrix in found.values()}
+    known = Limits(1e30, gemm, attention, {key: {"tensorwise": fast, "rowwise": {"error": "none"}} for key in keys})
+
+    def products(options: Options) -> float:
+        config = config_of(work, COMPILED | options, False)
+        assert known.knows(config, shape)
+        return least_step(known, config, shape, 1)["matrix products"]
+
+    head = 3 * found["head"].flops
+    float8: Options = {"float8.enable": True}
+    plain = products({})
+    assert plain == pytest.approx(head + 3 * shape.n_layers * sum(found[name].flops for name in BLOCK_MATRICES))
+    assert products(float8) == pytest.approx(head + (plain - head) / 2)
+    rowwise = config_of(work, COMPILED | float8 | {"float8.recipe_name": "rowwise"}, False)
+    other = config_of(work, COMPILED | float8 | {"training.local_batch_size": 1}, False)
+    assert not known.knows(rowwise, shape) and not known.knows(other, shape)
+    (cell,) = [cell for cell in cells(("levers-float8",)) if cell.workload.flavor == work.flavor]
+    environment = {"device": H100, "versions": {}}
+    for variant, has in (("compiled, auto", True), ("float8, tensorwise", True), ("float8, rowwise", False)):
+        row = described(cell, timed(variant, 1.0), environment, known)
+        assert ("fraction_of_limit" in row) == has and ("mfu" in row) == (variant == "compiled, auto")
+
+
+def test_every_shape_in_float8_is_measured() -> None:
+    known = limits.float8_matrices(smoke=False)
+    for cell in cells(PARTS):
+        for variant in cell.variants:
+            config = config_of(cell.workload, variant.options, False)
+            if config.float8.enable and not cell.parity_steps:
+                found = matrices(shape_of(cell.workload, False), cell.workload.tokens)
+                assert {found[name].key for name in BLOCK_MATRICES} <= known.keys(), cell.name
 
 
 def test_a_block_is_timed_after_a_step_that_is_not() -> None:
