@@ -10,7 +10,9 @@ import torch
 # Both are read when triton and inductor are first imported, which has not happened yet.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "titan_fast_test_inductor"))
+# Each user's own: another could not write there.
+_CACHE = Path(tempfile.gettempdir()) / f"titan_fast_test_inductor_{os.getuid()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_CACHE))
 # Read once, in the first matrix product on a GPU: without it no later run in this process could be deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # The clean process that tests/children.py forks looks nowhere else for that module on Python 3.11.

@@ -95,13 +95,15 @@ def test_recomputation_costs_what_is_recomputed() -> None:
 
 def test_the_least_step_in_float8_has_its_products_rates() -> None:
     """In blocks; the head's stay bfloat16."""
-    work, slow, fast = LLAMA_1B, dict.fromkeys(PRODUCTS, 1.0), dict.fromkeys(PRODUCTS, 2.0)
+    work = LLAMA_1B
+    slow: dict[str, float] = dict.fromkeys(PRODUCTS, 1.0)
+    recipes: dict[str, dict[str, Any]] = {"tensorwise": dict.fromkeys(PRODUCTS, 2.0), "rowwise": {"error": "none"}}
     shape = shape_of(work, False)
     found = matrices(shape, work.tokens)
     keys = [found[name].key for name in BLOCK_MATRICES]
     attention = {attention_call(shape, work.batch, work.seq_len).key: {"cudnn": {"forward": 1e30, "backward": 1e30}}}
     gemm = {matrix.key: slow for matrix in found.values()}
-    known = Limits(1e30, gemm, attention, {key: {"tensorwise": fast, "rowwise": {"error": "none"}} for key in keys})
+    known = Limits(1e30, gemm, attention, dict.fromkeys(keys, recipes))
 
     def products(options: Options) -> float:
         config = config_of(work, COMPILED | options, False)

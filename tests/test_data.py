@@ -1072,7 +1072,8 @@ def stream_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def open_files(files: list[str]) -> datasets.IterableDataset:
-    stream = datasets.load_dataset("json", data_files=files, split="train", streaming=True)
+    cache = str(Path(files[0]).parent / "cache")  # not ~/.cache, where each call would leave a lock of its own
+    stream = datasets.load_dataset("json", data_files=files, split="train", streaming=True, cache_dir=cache)
     assert isinstance(stream, datasets.IterableDataset)
     return stream
 

@@ -6,13 +6,13 @@ process, so each check runs in its own. A GPU computes whole tensors of more tha
 """
 
 import importlib
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from children import CHILDREN
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -38,7 +38,7 @@ def far_apart(values: Tensor) -> Tensor:
 
 
 def in_a_process(check: Callable[..., None], *arguments: Any) -> None:
-    process = multiprocessing.get_context("fork").Process(target=alone, args=(check, *arguments))
+    process = CHILDREN.Process(target=alone, args=(check, *arguments))
     process.start()
     process.join(120)
     assert process.exitcode == 0, f"exit code {process.exitcode}"
