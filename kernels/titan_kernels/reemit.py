@@ -32,6 +32,15 @@ def _weight_gradient(dout: Tensor, y: Tensor) -> Tensor:
     return dout.flatten(0, -2).t() @ y.flatten(0, -2)
 
 
+def _sum_of_products(products: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of dout [..., out] @ W [out, D] over one or more pairs of them."""
+    (dout, matrix), *others = products
+    total = dout @ matrix
+    for dout, matrix in others:
+        total = total + dout @ matrix
+    return total
+
+
 class _NormLinear(torch.autograd.Function):
     """x, residual or None, weight, eps, matrices -> the products, and with a residual new_residual."""
 
@@ -59,16 +68,17 @@ class _NormLinear(torch.autograd.Function):
         dmatrices: list[Tensor | None] = [None] * len(matrices)
         if not used:
             return dresidual, dresidual, None, None, *dmatrices
-        dy = used[0][1] @ matrices[used[0][0]]
-        for i, dout in used[1:]:
-            dy = dy + dout @ matrices[i]
+        products = [(dout, matrices[i]) for i, dout in used]
         if any(ctx.needs_input_grad[4:]):
-            ds, dweight, y = run_norm_backward_emit(dy, dresidual, s, weight, scale)
-            del dy  # freed before the products below
+            *others, (last, matrix) = products
+            # The kernel adds the last product to the others. They have no names, so they are freed before those below.
+            ds, dweight, y = run_norm_backward_emit(
+                last @ matrix, _sum_of_products(others) if others else None, dresidual, s, weight, scale
+            )
             for i, dout in used:
                 dmatrices[i] = _weight_gradient(dout, y) if ctx.needs_input_grad[4 + i] else None
         else:
-            ds, dweight = run_norm_backward(dy, dresidual, s, weight, scale)
+            ds, dweight = run_norm_backward(_sum_of_products(products), dresidual, s, weight, scale)
         return ds, ds if ctx.added else None, dweight, None, *dmatrices
 
 

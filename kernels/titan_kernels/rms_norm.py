@@ -5,10 +5,10 @@
     ds = r * (w * dy - s * r * mean(w * dy * s * r)) + ds_from_the_residual_stream
     dw = sum over rows of dy * s * r
 
-Shapes: N rows (all leading dimensions), D width. The backward pass reads dy, s and the residual's gradient once: one
-kernel computes ds and float32 partial sums of dw. Each of a fixed number P of programs sums its rows in order, and a
-second, small kernel sums the P partials in order. There are no atomics, so equal inputs give equal bits on one kind of
-device.
+Shapes: N rows (all leading dimensions), D width. The backward pass reads dy (or two terms of it), s and the residual's
+gradient once: one kernel computes ds and float32 partial sums of dw. Each of a fixed number P of programs sums its rows
+in order, and a second, small kernel sums the P partials in order. There are no atomics, so equal inputs give equal bits
+on one kind of device.
 """
 
 from functools import cache
@@ -28,7 +28,7 @@ from titan_kernels.validation import require_device, require_dtypes, shape
 MAX_WIDTH = 65536
 _WHOLE_ROW_FORWARD = 16384  # wider rows do not fit the registers of one program
 _WHOLE_ROW_BACKWARD = 8192
-_PROGRAM_ROWS = 4  # each program of the backward kernel has as many or more; wider rows are processed so many at once
+_PROGRAM_ROWS = 4  # each program of the backward kernel has as many or more
 _SUM_COLUMNS = 32
 
 # ---- launch: block width, warps and whatever else depends only on the width
@@ -68,30 +68,36 @@ def _backward_warps(block: int, dtype: torch.dtype) -> int:
 
 
 @cache
-def _backward_launch(width: int, dtype: torch.dtype, weight_dtype: torch.dtype, add: bool, emit: bool) -> Launch:
-    """`add`: the residual's gradient is added; `emit`: the normalised output is written again."""
+def _backward_launch(
+    width: int, dtype: torch.dtype, weight_dtype: torch.dtype, add: bool, emit: bool, two: bool
+) -> Launch:
+    """`add`: the residual's gradient is added; `emit`: the normalised output is written again; `two`: the gradient of
+    the normalised output is a sum of two."""
     whole = width <= _WHOLE_ROW_BACKWARD
-    block = power_of_two(width) if whole else 2048
+    # An A100's level-2 cache holds four rows of two tensors for each program, but not of three.
+    wide_rows, wide_block = (2, 2048 if dtype == torch.float32 else 4096) if two else (4, 2048)
+    block = power_of_two(width) if whole else wide_block
     # Chosen so that nothing spills on sm_80, sm_90 and sm_100: ptxas aims for a number of threads, not for no spills.
     stages = 2 if dtype == torch.float32 or (dtype == torch.float16 and block > 4096) else 3
     wide_warps = 8 if dtype == torch.float32 else 16
     pointer = POINTER[dtype]
+    strides = "dy_stride dy2_stride s_stride dresidual_stride"
     return Launch(
-        name="rms_norm_backward" + "_add" * add + "_emit" * emit,
+        name="rms_norm_backward" + "_add" * add + "_emit" * emit + "_two" * two,
         kernel=_backward_kernel if whole else _backward_wide_kernel,
         signature={
-            **dict.fromkeys(("DY", "S"), pointer),
+            **dict.fromkeys(("DY", "DY2", "S"), pointer),
             "WEIGHT": POINTER[weight_dtype],
             "SCALE": "*fp32",
             **dict.fromkeys(("DRESIDUAL", "DS", "Y"), pointer),
             "PARTIALS": "*fp32",
-            **dict.fromkeys(("dy_stride", "s_stride", "dresidual_stride", "n_rows"), "i32"),
+            **dict.fromkeys((*strides.split(), "n_rows"), "i32"),
         },
-        constexprs={"WIDTH": width, "ADD": add, "EMIT": emit, "BLOCK": block}
-        | ({"STAGES": stages} if whole else {"ROWS": _PROGRAM_ROWS}),
+        constexprs={"WIDTH": width, "TWO": two, "ADD": add, "EMIT": emit, "BLOCK": block}
+        | ({"STAGES": stages} if whole else {"ROWS": wide_rows}),
         num_warps=_backward_warps(block, dtype) if whole else wide_warps,
-        aligned=_aligned(width, "DY S WEIGHT SCALE DRESIDUAL DS Y PARTIALS", "dy_stride s_stride dresidual_stride"),
-        bytes_read_twice=0 if whole else _PROGRAM_ROWS * 2 * width * dtype.itemsize,  # dy and s
+        aligned=_aligned(width, "DY DY2 S WEIGHT SCALE DRESIDUAL DS Y PARTIALS", strides),
+        bytes_read_twice=0 if whole else wide_rows * (2 + two) * width * dtype.itemsize,  # dy, dy2 and s
         max_resident=MAX_BLOCKS if whole else 1,
     )
 
@@ -137,7 +143,9 @@ def launches(
     weight_dtype = weight_dtype or dtype
     forward = [_forward_launch(width, dtype, weight_dtype, eps, add) for add in (False, True)]
     backward = [
-        _backward_launch(width, dtype, weight_dtype, add, emit) for emit in (False, True) for add in (False, True)
+        _backward_launch(width, dtype, weight_dtype, add, emit, two)
+        for emit, two in ((False, False), (True, False), (True, True))
+        for add in (False, True)
     ]
     return [*forward, *backward, _sum_launch(width, weight_dtype)]
 
@@ -224,8 +232,9 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward_kernel(
-    DY, S, WEIGHT, SCALE, DRESIDUAL, DS, Y, PARTIALS, dy_stride, s_stride, dresidual_stride, n_rows,
-    WIDTH: tl.constexpr, ADD: tl.constexpr, EMIT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    DY, DY2, S, WEIGHT, SCALE, DRESIDUAL, DS, Y, PARTIALS, dy_stride, dy2_stride, s_stride, dresidual_stride, n_rows,
+    WIDTH: tl.constexpr, TWO: tl.constexpr, ADD: tl.constexpr, EMIT: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program p processes rows p, p + P, ...; weight and the partial sum of dw stay in registers. With 3 STAGES the
     next row is fetched while this one is processed; with 2 Triton has a single buffer, and each row is waited for."""
@@ -237,6 +246,8 @@ def _backward_kernel(
     for row_index in tl.range(program, n_rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.full((), row_index, tl.int64)
         dy = tl.load(DY + row * dy_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        if TWO:
+            dy += tl.load(DY2 + row * dy2_stride + columns, mask=inside, other=0.0).to(tl.float32)
         normed = tl.load(S + row * s_stride + columns, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(SCALE + row)
         normed *= scale
@@ -253,8 +264,9 @@ def _backward_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward_wide_kernel(
-    DY, S, WEIGHT, SCALE, DRESIDUAL, DS, Y, PARTIALS, dy_stride, s_stride, dresidual_stride, n_rows,
-    WIDTH: tl.constexpr, ADD: tl.constexpr, EMIT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    DY, DY2, S, WEIGHT, SCALE, DRESIDUAL, DS, Y, PARTIALS, dy_stride, dy2_stride, s_stride, dresidual_stride, n_rows,
+    WIDTH: tl.constexpr, TWO: tl.constexpr, ADD: tl.constexpr, EMIT: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """For rows that do not fit in registers. ROWS rows at a time are read in blocks of columns, first for the mean and
     then for the gradients, the second time from cache if the rows of all programs fit in it: on an H100 in bfloat16 up
@@ -271,6 +283,8 @@ def _backward_wide_kernel(
             column = (start + columns)[None, :]
             inside = (row < n_rows) & (column < WIDTH)
             dy = tl.load(DY + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+            if TWO:
+                dy += tl.load(DY2 + row * dy2_stride + column, mask=inside, other=0.0).to(tl.float32)
             s = tl.load(S + row * s_stride + column, mask=inside, other=0.0).to(tl.float32)
             weight = tl.load(WEIGHT + column, mask=column < WIDTH, other=0.0).to(tl.float32)
             products += dy * weight * (s * scale)
@@ -279,6 +293,8 @@ def _backward_wide_kernel(
             column = (start + columns)[None, :]
             inside = (row < n_rows) & (column < WIDTH)
             dy = tl.load(DY + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+            if TWO:
+                dy += tl.load(DY2 + row * dy2_stride + column, mask=inside, other=0.0).to(tl.float32)
             normed = tl.load(S + row * s_stride + column, mask=inside, other=0.0).to(tl.float32) * scale
             weight = tl.load(WEIGHT + column, mask=column < WIDTH, other=0.0).to(tl.float32)
             ds = (dy * weight - normed * mean) * scale
@@ -309,9 +325,9 @@ def _sum_partials_kernel(PARTIALS, DWEIGHT, n_partials, WIDTH: tl.constexpr, ROW
 
 
 def _backward(
-    dy: Tensor, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor, emit: bool
+    dy: Tensor, dy2: Tensor | None, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor, emit: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(ds, dweight, y); y is written only if `emit`."""
+    """(ds, dweight, y) from the gradient dy + dy2 of y; y is written only if `emit`."""
     width = s.shape[-1]
     ds = empty_rows(s)
     y = empty_rows(s) if emit else ds
@@ -322,11 +338,12 @@ def _backward(
     n_partials = _n_partials(n_rows, width, s.device)
     partials = torch.empty(n_partials, width, dtype=torch.float32, device=s.device)
     dy_rows, dy_stride = rows_of(dy)
+    dy2_rows, dy2_stride = (dy_rows, dy_stride) if dy2 is None else rows_of(dy2)
     s_rows, s_stride = rows_of(s)
     dresidual_rows, dresidual_stride = (dy_rows, dy_stride) if dresidual is None else rows_of(dresidual)
-    _backward_launch(width, s.dtype, weight.dtype, dresidual is not None, emit)(
-        (n_partials,), dy_rows, s_rows, weight.contiguous(), scale, dresidual_rows, ds, y, partials,
-        dy_stride, s_stride, dresidual_stride, n_rows,
+    _backward_launch(width, s.dtype, weight.dtype, dresidual is not None, emit, dy2 is not None)(
+        (n_partials,), dy_rows, dy2_rows, s_rows, weight.contiguous(), scale, dresidual_rows, ds, y, partials,
+        dy_stride, dy2_stride, s_stride, dresidual_stride, n_rows,
     )  # fmt: skip
     _sum_launch(width, weight.dtype)((blocks(width, _SUM_COLUMNS),), partials, dweight, n_partials)
     return ds, dweight, y
@@ -336,15 +353,16 @@ def _rms_norm_backward(
     dy: Tensor, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(ds, dweight)."""
-    ds, dweight, _ = _backward(dy, dresidual, s, weight, scale, emit=False)
+    ds, dweight, _ = _backward(dy, None, dresidual, s, weight, scale, emit=False)
     return ds, dweight
 
 
 def _rms_norm_backward_emit(
-    dy: Tensor, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor
+    dy: Tensor, dy2: Tensor | None, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(ds, dweight, y): y again, so that the forward pass need not save it."""
-    return _backward(dy, dresidual, s, weight, scale, emit=True)
+    """(ds, dweight, y): y again, so that the forward pass need not save it. Its gradient is dy, or dy + dy2, which are
+    added in float32 and not rounded."""
+    return _backward(dy, dy2, dresidual, s, weight, scale, emit=True)
 
 
 # ---- operators
@@ -373,7 +391,9 @@ def _(dy: Tensor, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Te
 
 
 @backward_emit_op.register_fake
-def _(dy: Tensor, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    dy: Tensor, dy2: Tensor | None, dresidual: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return s.new_empty(s.shape), weight.new_empty(weight.shape), s.new_empty(s.shape)
 
 
@@ -433,7 +453,7 @@ _BACKWARD_INPUTS = (ROWS, ROWS, ROWS, WHOLE, ROWS)
 register_row_sharding(_ops.rms_norm.default, (ROWS, ROWS), (ROWS, WHOLE, None), _leading_dims)
 register_row_sharding(_ops.add_rms_norm.default, (ROWS, ROWS, ROWS), (ROWS, ROWS, WHOLE, None), _leading_dims)
 register_row_sharding(_ops.rms_norm_backward.default, (ROWS, SUM), _BACKWARD_INPUTS, _leading_dims)
-register_row_sharding(_ops.rms_norm_backward_emit.default, (ROWS, SUM, ROWS), _BACKWARD_INPUTS, _leading_dims)
+register_row_sharding(_ops.rms_norm_backward_emit.default, (ROWS, SUM, ROWS), (ROWS, *_BACKWARD_INPUTS), _leading_dims)
 
 
 # ---- public functions

@@ -59,17 +59,17 @@ def cross_entropy(rows: int, vocab: int, element_size: int = 2) -> Traffic:
     return Traffic(forward=2 * logits + rows * (_LABEL_BYTES + _TABLE_BYTES), backward=0)
 
 
-def norm_linear(rows: int, width: int, element_size: int = 2) -> Traffic:
-    """`rms_norm` before a linear; the backward writes y again for the weight gradient, so that y is not saved. Matrix
-    products are not counted."""
+def norm_linear(rows: int, width: int, element_size: int = 2, n_matrices: int = 1) -> Traffic:
+    """`rms_norm` before `n_matrices` linears; the backward reads dy from each, and writes y again for the weight
+    gradients, so that y is not saved. Matrix products are not counted."""
     plain = rms_norm(rows, width, element_size)
-    return Traffic(forward=plain.forward, backward=plain.backward + rows * width * element_size)
+    return Traffic(forward=plain.forward, backward=plain.backward + n_matrices * rows * width * element_size)
 
 
-def add_norm_linear(rows: int, width: int, element_size: int = 2) -> Traffic:
-    """`add_rms_norm` before a linear; the backward writes y again."""
+def add_norm_linear(rows: int, width: int, element_size: int = 2, n_matrices: int = 1) -> Traffic:
+    """`add_rms_norm` before `n_matrices` linears; the backward reads dy from each, and writes y again."""
     plain = add_rms_norm(rows, width, element_size)
-    return Traffic(forward=plain.forward, backward=plain.backward + rows * width * element_size)
+    return Traffic(forward=plain.forward, backward=plain.backward + n_matrices * rows * width * element_size)
 
 
 def swiglu_linear(rows: int, width: int, element_size: int = 2) -> Traffic:

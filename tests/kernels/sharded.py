@@ -103,6 +103,14 @@ def run(mesh: DeviceMesh) -> None:
         [Shard(0), Shard(0)],
         [Shard(0), Shard(0), part, part],
     )
+    check(
+        mesh,
+        "norm_linear with two matrices over the batch",
+        lambda x, w, a, b: kernels.norm_linear(x, None, w, EPS, (a, b))[:2],
+        [(x, Shard(0)), (weight, whole), (down, whole), (down.flip(0), whole)],
+        [Shard(0), Shard(0)],
+        [Shard(0), part, part, part],
+    )
     check_rope(mesh)
     check_cross_entropy(mesh)
 

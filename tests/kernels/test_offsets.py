@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import titan_kernels
 from titan_kernels import reference
+from titan_kernels.rms_norm import run_backward_emit
 
 ROWS, WIDTH, STRIDE = 3, 96, 2**30
 EPS = 1e-5
@@ -65,6 +66,11 @@ def check_strides(operator: str, device: torch.device) -> None:
             f(y, r, weight, EPS)[0]
             for f, y, r in ((titan_kernels.add_rms_norm, far_x, far_other), (reference.add_rms_norm, near_x, other))
         ]
+    elif operator == "two gradients":  # of the norm: the second far apart
+        scale = torch.rsqrt(x.square().mean(-1) + EPS)
+        near, far = (run_backward_emit(other, d, None, x, weight, scale) for d in (dy, far_dy))
+        torch.testing.assert_close(far, near, rtol=0, atol=0)
+        return
     elif operator == "swiglu":
         outputs = [f(y, other) for f, y in ((titan_kernels.swiglu, far_x), (reference.swiglu, near_x))]
     elif operator.startswith("rope"):
@@ -91,7 +97,9 @@ def check_strides(operator: str, device: torch.device) -> None:
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("operator", ["rms_norm", "add_rms_norm", "swiglu", "rope", "rope, heads", "cross_entropy"])
+@pytest.mark.parametrize(
+    "operator", ["rms_norm", "add_rms_norm", "two gradients", "swiglu", "rope", "rope, heads", "cross_entropy"]
+)
 def test_strides_beyond_32_bits(operator: str, device: torch.device) -> None:
     if device.type == "cuda":  # a CUDA context does not survive a fork, and a GPU reports bad addresses itself
         check_strides(operator, device)

@@ -69,7 +69,8 @@ def raw_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "rms_norm": (grad[0], grad[2], 1e-5),
         "add_rms_norm": (*grad, 1e-5),
         "rms_norm_backward": (x, None, s, weight, scale),
-        "rms_norm_backward_emit": (x, gate, s, weight, scale),
+        "rms_norm_backward_emit": (x, None, gate, s, weight, scale),
+        "rms_norm_backward_emit, of two": (x, s.cos(), None, s, weight, scale),
         "swiglu": (grad[0], grad[1]),
         "swiglu_backward": (x, s, gate),
         "swiglu_backward_emit": (x, s, gate),
@@ -90,7 +91,7 @@ def test_every_registered_operator_is_checked(device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", sorted(raw_calls(torch.device("cpu"))))
 def test_opcheck(name: str, device: torch.device) -> None:
-    torch.library.opcheck(getattr(OPS, name).default, raw_calls(device)[name])
+    torch.library.opcheck(getattr(OPS, name.partition(",")[0]).default, raw_calls(device)[name])
 
 
 def with_gaps(x: Tensor) -> Tensor:
@@ -308,8 +309,11 @@ def test_what_runs_is_what_launches_lists(
     for operator in OPERATORS:
         inputs = [x.detach().to(dtype).requires_grad_() for x in leaves(operator, 16, device)]
         torch.autograd.grad(total(operator.ours(*inputs)), inputs)
-    x, weight, matrix = (torch.randn(shape, dtype=dtype, device=device) for shape in ((16, 32), (32,), (8, 32)))
-    total(titan_kernels.norm_linear(x.requires_grad_(), None, weight, 1e-5, (matrix.requires_grad_(),))).backward()
+    shapes = ((16, 32), (16, 32), (32,), (8, 32), (8, 32))
+    x, residual, weight, *matrices = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
+    for given, n_matrices in ((None, 1), (None, 2), (residual, 1)):
+        used = [matrix.requires_grad_() for matrix in matrices[:n_matrices]]
+        total(titan_kernels.norm_linear(x.requires_grad_(), given, weight, 1e-5, tuple(used))).backward()
     logits, labels, one = torch.randn(4, 48, dtype=dtype, device=device), torch.arange(4, device=device), torch.ones(())
     titan_kernels.cross_entropy_with_grad_(logits, labels, one.to(device), ignore_index=2, z_loss=1e-2)
     _, logsumexp, _ = titan_kernels.cross_entropy_stats(logits, labels, 16)

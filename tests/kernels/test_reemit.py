@@ -1,6 +1,7 @@
 """norm_linear and swiglu_linear: the same results as their parts, and nothing saved that can be written again."""
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from titan_kernels import add_rms_norm, norm_linear, reemit, reference, rms_norm, swiglu, swiglu_linear
+from titan_kernels.rms_norm import run_backward_emit
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.tolerance import Result, compare, evaluate
 
@@ -45,7 +48,7 @@ def check_norm_linear(
             lambda x, residual, weight, *matrices: reference.norm_linear(x, residual, weight, EPS, matrices),
             (x, residual, weight, *matrices),
             (*gradients, dresidual),
-            through_products(dtype, 5),
+            through_products(dtype, 6),
         )
     else:
         compare(
@@ -53,7 +56,7 @@ def check_norm_linear(
             lambda x, weight, *matrices: reference.norm_linear(x, None, weight, EPS, matrices),
             (x, weight, *matrices),
             (*gradients, dresidual),
-            through_products(dtype, 4),
+            through_products(dtype, 5),
         )
 
 
@@ -62,12 +65,12 @@ def check_swiglu_linear(gate: Tensor, up: Tensor, matrix: Tensor, dout: Tensor) 
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("n_matrices", [1, 2])
+@pytest.mark.parametrize("n_matrices", [1, 2, 3])
 @pytest.mark.parametrize("with_residual", [True, False])
 def test_norm_linear(dtype: torch.dtype, n_matrices: int, with_residual: bool, device: torch.device) -> None:
     x, residual, dresidual = (torch.randn(2, 5, 64, dtype=dtype, device=device) for _ in range(3))
     weight = torch.randn(64, dtype=dtype, device=device)
-    matrices = matrices_for(64, (24, 40)[:n_matrices], dtype, device)
+    matrices = matrices_for(64, (24, 40, 16)[:n_matrices], dtype, device)
     gradients = [torch.randn(2, 5, len(matrix), dtype=dtype, device=device) for matrix in matrices]
     check_norm_linear(x, residual if with_residual else None, weight, matrices, gradients, dresidual)
 
@@ -98,6 +101,58 @@ def test_other_widths(rows: int, width: int, dtype: torch.dtype, device: torch.d
     gradients = [torch.randn(rows, len(matrix), dtype=dtype, device=device) for matrix in matrices]
     check_norm_linear(x, residual, weight, matrices, gradients, dresidual)
     check_swiglu_linear(x, residual, matrices[0], gradients[0])
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize(("rows", "width", "dtype"), WIDTHS)
+def test_two_gradients_of_the_norm(
+    rows: int, width: int, dtype: torch.dtype, with_residual: bool, device: torch.device
+) -> None:
+    """As for their sum, which is exact here; with different strides. In the interpreter the same bits, except in rows
+    that do not fit a program, where other elements are added first."""
+    dy = torch.randint(-16, 17, (rows, width), device=device).to(dtype) / 16
+    dy2 = (torch.randint(-16, 17, (rows, width + 8), device=device).to(dtype) / 128)[:, :width]
+    s, dresidual = (torch.randn(rows, width, dtype=dtype, device=device) for _ in range(2))
+    weight = torch.randn(width, dtype=FP32 if rows == 3 else dtype, device=device)
+    scale = torch.rsqrt(s.float().square().mean(-1) + EPS)
+    others = (dresidual if with_residual else None, s, weight, scale)
+    with torch.no_grad():
+        found = run_backward_emit(dy, dy2, *others)
+        swapped, of_sum = run_backward_emit(dy2, dy, *others), run_backward_emit(dy + dy2, None, *others)
+    torch.testing.assert_close(found, swapped, rtol=0, atol=0)
+    tolerance = 0.0 if width <= 8192 and device.type == "cpu" else None
+    torch.testing.assert_close(found, of_sum, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("width", [96, 8193])
+def test_two_gradients_are_not_rounded_to_one(width: int, device: torch.device) -> None:
+    """1 + 2^-9 is 1 in bfloat16: the gradient of the weight shows which of them was used."""
+    dy, s = (torch.ones(5, width, dtype=BF16, device=device) for _ in range(2))
+    weight, scale = torch.ones(width, device=device), torch.ones(5, device=device)
+    with torch.no_grad():
+        _, dweight, y = run_backward_emit(dy, dy / 512, None, s, weight, scale)
+    assert torch.equal(dweight, torch.full_like(dweight, 5 * (1 + 2**-9)))
+    assert torch.equal(y, s)
+
+
+class Additions(TorchDispatchMode):
+    """Counts sums of two tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        self.count += function is torch.ops.aten.add.Tensor
+        return function(*arguments, **(options or {}))
+
+
+def test_the_kernel_adds_the_last_of_several_products(device: torch.device) -> None:
+    x, weight = torch.randn(6, 64, device=device, requires_grad=True), torch.randn(64, device=device)
+    for n_matrices, additions in ((1, 0), (2, 0), (3, 1)):
+        matrices = [m.requires_grad_() for m in matrices_for(64, (8, 9, 10)[:n_matrices], FP32, device)]
+        outputs = norm_linear(x, None, weight, EPS, tuple(matrices))[:-1]
+        with Additions() as counter:
+            torch.autograd.grad(outputs, (x, *matrices), [torch.ones_like(output) for output in outputs])
+        assert counter.count == additions
 
 
 @pytest.mark.parametrize("layout", ["columns", "transposed", "three_dims", "one_row"])
@@ -192,7 +247,8 @@ def test_products_gradients_are_freed_before_weight_gradients(
     run, weight_gradient = getattr(reemit, name), reemit._weight_gradient
 
     def run_and_remember(dy: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
-        read.append(StorageWeakRef(dy.untyped_storage()))
+        products = (dy, *others[:1]) if unit == "norm_linear" else (dy,)
+        read.extend(StorageWeakRef(product.untyped_storage()) for product in products if product is not None)
         return run(dy, *others)
 
     def look(dout: Tensor, y: Tensor) -> Tensor:
@@ -207,7 +263,8 @@ def test_products_gradients_are_freed_before_weight_gradients(
     a, b = (torch.randn(8, 64, device=device, requires_grad=True) for _ in range(2))
     outputs = norm_linear(x, up, weight, EPS, (a, b)) if unit == "norm_linear" else (swiglu_linear(x, up, a),)
     torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-    assert read and freed == [True] * (2 if unit == "norm_linear" else 1)
+    assert len(read) == len(freed) == (2 if unit == "norm_linear" else 1)
+    assert all(freed)
 
 
 def test_frozen_matrices(device: torch.device) -> None:

@@ -61,5 +61,13 @@ def test_reemitting_writes_one_activation_more(unit: str, plain: str) -> None:
     assert more.backward - less.backward == nbytes(random(ROWS, WIDTH))
 
 
+@pytest.mark.parametrize("unit", ["norm_linear", "add_norm_linear"])
+def test_a_second_matrix_has_a_gradient_that_is_read(unit: str) -> None:
+    shape = {"rows": ROWS, "width": WIDTH}
+    more, less = traffic.TRAFFIC[unit](**shape, n_matrices=2), traffic.TRAFFIC[unit](**shape)
+    assert more.forward == less.forward
+    assert more.backward - less.backward == nbytes(random(ROWS, WIDTH))
+
+
 def test_element_size_scales_activations() -> None:
     assert traffic.swiglu(ROWS, WIDTH, element_size=4).total == 2 * traffic.swiglu(ROWS, WIDTH).total
