@@ -1,11 +1,13 @@
 """The command itself: a small run from text to sample, and every wrong input's sentence and exit status."""
 
 import errno
+import io
 import json
 import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -278,6 +280,26 @@ def test_the_folder_of_another_run_is_left_alone(
     assert stopped.value.code == 2
     assert "model.ffn_dim was 48 and is 64" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_a_signal_kills_says_where_it_was(tmp_path: Path) -> None:
+    """As when token shards are cut off while they are mapped."""
+    program = (
+        "import sys, numpy as np; from titan_fast.train import main; main()\n"
+        "tokens = np.memmap('shard', 'u1', 'r'); open('shard', 'w').close(); int(tokens[0])"
+    )
+    (tmp_path / "shard").write_bytes(b"x")
+    command = [sys.executable, "-c", program, "--job.print_config", "True"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=runs.environment(), cwd=tmp_path)
+    assert done.returncode == -signal.SIGBUS and "[job]" in done.stdout
+    assert done.stderr.startswith("Fatal Python error: Bus error") and 'File "<string>", line 2' in done.stderr
+
+
+def test_standard_error_that_is_no_file_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    monkeypatch.setattr("faulthandler.is_enabled", lambda: False)
+    monkeypatch.setattr("sys.argv", ["train", "--job.print_config", "True"])
+    main()
 
 
 def test_help_is_a_manual_and_quick_to_come() -> None:

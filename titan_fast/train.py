@@ -1,8 +1,10 @@
 """The entry: `torchrun -m titan_fast.train [--config FILE] [--table.key VALUE ...]`. The run itself is in loop.py."""
 
+import faulthandler
 import gc
 import os
 import sys
+from contextlib import suppress
 
 import tomli_w
 
@@ -13,6 +15,9 @@ from titan_fast.start_times import StartTimes
 
 @command
 def main() -> None:
+    if not faulthandler.is_enabled():
+        with suppress(OSError):  # standard error is no file
+            faulthandler.enable()  # so that a signal like SIGBUS, as of a mapped shard that is cut off, has a traceback
     start = StartTimes()
     config = parse(sys.argv[1:])
     if config.job.print_config:
