@@ -464,6 +464,7 @@ def test_duration(seconds: float, text: str) -> None:
 
 def test_a_sample_cannot_steer_the_terminal() -> None:
     assert printable("a\x1b[2J\r\n\tb\x00\u202eé") == "a\ufffd[2J\ufffd\n\tb\ufffd\ufffdé"
+    assert printable("\u200cन्\u200dष\u3000\xa0") == "\u200cन्\u200dष\u3000\xa0", "what scripts need stays"
 
 
 DRIVE = """

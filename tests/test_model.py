@@ -234,3 +234,16 @@ def test_a_draw_that_is_none_is_refused(words: str, monkeypatch: pytest.MonkeyPa
     with pytest.raises(SystemExit) as ended:
         generate_command()
     assert ended.value.code == 2
+
+
+def test_what_is_generated_cannot_steer_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither can the prompt, which is repeated."""
+    monkeypatch.setattr("titan_fast.generate.load_model", lambda *_: (None, None, None))
+    monkeypatch.setattr("titan_fast.generate.generate_text", lambda model, tokenizer, prompt, *_: prompt + "\x07\n\tb")
+    monkeypatch.setattr(
+        "sys.argv", ["generate", "--checkpoint", "somewhere", "--prompt", "a\x1b[2J", "--device", "cpu"]
+    )
+    generate_command()
+    assert capsys.readouterr().out == "a\ufffd[2J\ufffd\n\tb\n"

@@ -17,6 +17,7 @@ from titan_fast.checkpoint import read_config, tokenizer_of
 from titan_fast.config import Config, from_dict
 from titan_fast.errors import ConfigError, command
 from titan_fast.initial_weights import CheckpointWeights, checkpoint_folder
+from titan_fast.metrics import printable
 from titan_fast.model import KVCache, Llama
 from titan_fast.tokenizer import Tokenizer, load_tokenizer
 
@@ -149,7 +150,7 @@ def main() -> None:
     device = torch.device(name)
     model, tokenizer, _ = load_model(Path(arguments.checkpoint), device)
     text = generate_text(model, tokenizer, arguments.prompt, arguments.max_new_tokens, sampling, device)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
 
 
 if __name__ == "__main__":

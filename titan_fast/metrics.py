@@ -9,6 +9,7 @@ import shlex
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -54,8 +55,13 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Sampled text without control characters, which could do anything to the reader's terminal."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    """Sampled text without control characters, which could do anything to the reader's terminal. Spaces of every
+    script stay, as do the joiners that some need."""
+
+    def stays(char: str) -> bool:
+        return char.isprintable() or char in "\n\t\u200c\u200d" or unicodedata.category(char) == "Zs"
+
+    return "".join(char if stays(char) else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def peak_memory(device: torch.device) -> float:
