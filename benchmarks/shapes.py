@@ -73,19 +73,7 @@ class Case:
         """The operator's least bytes; None with matrix products."""
         if self.context != "alone" or self.op in UNITS:
             return None
-        return (
-            sharded_cross_entropy(**self.sizes)
-            if self.op == "cross_entropy_sharded"
-            else TRAFFIC[self.op](**self.sizes)
-        )
-
-
-def sharded_cross_entropy(rows: int, vocab: int, element_size: int = 2) -> Traffic:
-    """`cross_entropy_stats`, then `cross_entropy_grad_`, over one slice of the vocabulary. In between ranks exchange
-    statistics, so the logits are read twice: logits, labels -> three numbers per row; logits, labels, logsumexp ->
-    gradient. All count as forward, as in `titan_kernels.traffic.cross_entropy`."""
-    logits, label, number = rows * vocab * element_size, rows * 8, rows * 4
-    return Traffic(forward=3 * logits + 2 * label + 4 * number, backward=0)
+        return TRAFFIC[self.op](**self.sizes)
 
 
 def cases(smoke: bool) -> list[Case]:

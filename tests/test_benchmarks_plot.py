@@ -11,6 +11,9 @@ from benchmarks import plot, provenance
 
 MACHINE = {"device": "Example GPU", "architecture": "sm_99", "versions": {"torch": "2"}, "commit": "0", "smoke": False}
 SHAPE = {"rows": 8192, "width": 4096}
+RESULTS = Path(plot.__file__).parent / "results"
+README = RESULTS.parents[1] / "README.md"
+PROVIDERS = ("compiled", "liger", "quack", "ours")
 
 
 def info(
@@ -234,6 +237,34 @@ def test_a_file_of_something_else_is_refused_in_a_sentence(
         plotted(tmp_path, path)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"titan_fast: {words}") and str(path) in line
+
+
+def test_readmes_kernels_are_in_the_committed_files() -> None:
+    """Each median to a microsecond and each share of the copy to a percent, of one of the runs."""
+    measured: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    for path in RESULTS.glob("kernels-nvidia-h100-80gb-hbm3-*.json"):
+        for benchmark in json.loads(path.read_text())["benchmarks"]:
+            found = benchmark["extra_info"]
+            if (found.get("context"), found.get("tokens"), found.get("tensor_parallel")) == ("alone", 8192, 1):
+                key = found["op"], found["model"], found["provider"], found["direction"]
+                measured.setdefault(key, []).append((found["median_us"], found["percent_of_copy"]))
+    lines = README.read_text().split("| | 8B: compiled | Liger | quack | ours |")[1].split("\n\n")[0].splitlines()[2:]
+    operators = ("rms_norm", "add_rms_norm", "rope", "swiglu", "cross_entropy")
+    compared = 0
+    for operator, line in zip(operators, lines, strict=True):
+        columns = [(model, who) for model in ("llama3_8b", "llama3_70b") for who in PROVIDERS]
+        for (model, provider), cell in zip(columns, line.split("|")[2:-1], strict=True):
+            times, _, shares = cell.strip().rstrip(")").partition(" (")
+            ways = ("step",) if operator == "cross_entropy" else ("forward", "backward")
+            for number, way in enumerate(ways if times else ()):
+                told = float(times.split(",")[number]), float(shares.split(",")[number]) if shares else None
+                runs = measured[operator, model, provider, way]
+                assert any(
+                    abs(median - told[0]) <= 1 and (told[1] is None or abs(share - told[1]) <= 1)
+                    for median, share in runs
+                ), (operator, model, provider, way, told, runs)
+                compared += 1
+    assert compared == 60
 
 
 def test_writing_results_does_not_change_the_commit_that_they_name(

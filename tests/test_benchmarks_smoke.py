@@ -16,13 +16,14 @@ import torch
 import torch._functorch.config as functorch_config
 from titan_kernels import reference
 from titan_kernels.choice import SHAPE_KEYS, VARIANTS, Table
+from titan_kernels.traffic import TRAFFIC
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import kernel_plan, measurement, providers, test_kernels, timing
 from benchmarks.contests import contests
 from benchmarks.measurement import DeviceLost, Measured, MeasuredCase, directions, gradients_like, measure_case
-from benchmarks.shapes import OPERATORS, Case, cases, sharded_cross_entropy
+from benchmarks.shapes import OPERATORS, Case, cases
 from titan_fast import compilation
 from titan_fast.config import Loss
 from titan_fast.flavors import FLAVORS
@@ -335,7 +336,8 @@ def test_the_sharded_loss_reads_its_logits_twice() -> None:
     statistics = reference.cross_entropy_stats(logits, labels)
     logsumexp, gradient = statistics[0], logits
     tensors = (logits, labels, *statistics, logits, labels, logsumexp, gradient)
-    assert sharded_cross_entropy(rows, vocab).total == sum(x.numel() * x.element_size() for x in tensors)
+    moved = sum(x.numel() * x.element_size() for x in tensors)
+    assert TRAFFIC["cross_entropy_sharded"](rows=rows, vocab=vocab).total == moved
 
 
 def test_a_shard_of_a_block_is_that_part_of_it() -> None:

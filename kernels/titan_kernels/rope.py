@@ -264,7 +264,9 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int) -
 
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int) -> None:
     if n_kv_heads < 1 or n_heads < 1 or n_heads % n_kv_heads:
-        raise ValueError(f"rope: n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}")
+        raise ValueError(
+            f"rope: n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads} (qkv has shape {shape(qkv)})"
+        )
     if qkv.dim() != 3:
         raise ValueError(f"rope: qkv has shape {shape(qkv)}, needs [batch, sequence, width]")
     n_packed = n_heads + 2 * n_kv_heads

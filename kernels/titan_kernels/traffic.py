@@ -59,6 +59,14 @@ def cross_entropy(rows: int, vocab: int, element_size: int = 2) -> Traffic:
     return Traffic(forward=2 * logits + rows * (_LABEL_BYTES + _TABLE_BYTES), backward=0)
 
 
+def cross_entropy_sharded(rows: int, vocab: int, element_size: int = 2) -> Traffic:
+    """`cross_entropy_stats`, then `cross_entropy_grad_`, over one slice [rows, vocab] of the logits. In between ranks
+    exchange statistics, so the logits are read twice: logits, labels -> three numbers per row; logits, labels,
+    logsumexp -> gradient. All count as forward, as in `cross_entropy`."""
+    logits, number = rows * vocab * element_size, rows * _TABLE_BYTES
+    return Traffic(forward=3 * logits + 2 * rows * _LABEL_BYTES + 4 * number, backward=0)
+
+
 def norm_linear(rows: int, width: int, element_size: int = 2, n_matrices: int = 1) -> Traffic:
     """`rms_norm` before `n_matrices` linears; the backward reads dy from each, and writes y again for the weight
     gradients, so that y is not saved. Matrix products are not counted."""
@@ -84,6 +92,7 @@ TRAFFIC: dict[str, Callable[..., Traffic]] = {
     "rope": rope,
     "swiglu": swiglu,
     "cross_entropy": cross_entropy,
+    "cross_entropy_sharded": cross_entropy_sharded,
     "norm_linear": norm_linear,
     "add_norm_linear": add_norm_linear,
     "swiglu_linear": swiglu_linear,
