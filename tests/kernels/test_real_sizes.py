@@ -32,7 +32,7 @@ EPS = 1e-5
 DEVICE = "cuda"
 large = pytest.mark.large
 each_model = pytest.mark.parametrize("model", ["llama3_8b", "llama2_13b", "llama3_70b", "llama3_405b"])
-each_row_count = pytest.mark.parametrize("rows", [TOKENS, 1000, 5])
+each_row_count = pytest.mark.parametrize("rows", [8192, 1000, 5])
 
 
 def randn(*shape: int) -> Tensor:
@@ -141,6 +141,31 @@ def test_units_equal_their_parts(model: str) -> None:
     theirs = evaluate(lambda g, u, m: F.linear(swiglu(g, u), m), (gate, up, matrix), (dout,))
     for mine, other in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
         assert torch.equal(mine, other)
+
+
+@large
+@each_model
+def test_gradients_of_two_matrices_are_added_by_the_kernel(model: str) -> None:
+    """Of gate and up, cut to 512 columns each."""
+    width, wide = LLAMA[model].width, 512
+    x, residual, dresidual = coarse(TOKENS, width), coarse(TOKENS, width), randn(TOKENS, width)
+    weight, gate, up = randn(width), randn(wide, width) / 64, randn(wide, width) / 64
+    douts = [randn(TOKENS, wide) for _ in range(2)]
+    y = reference.rms_norm(x + residual, weight, EPS)
+    dy = sum(dout.double() @ matrix.double() for dout, matrix in zip(douts, (gate, up), strict=True))
+    size = Result(torch.maximum(dx_terms(x + residual, weight, dy), dresidual.double().abs()))
+    compare(
+        lambda x, r, w, a, b: norm_linear(x, r, w, EPS, (a, b)),
+        lambda x, r, w, a, b: reference.norm_linear(x, r, w, EPS, (a, b)),
+        (x, residual, weight, gate, up),
+        (*douts, dresidual),
+        {
+            "grad0": size,
+            "grad1": size,
+            "out0": Result(y.double().abs().sum(-1, keepdim=True) / 64),
+            "out1": Result(y.double().abs().sum(-1, keepdim=True) / 64),
+        },
+    )
 
 
 @large
