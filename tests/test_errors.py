@@ -81,6 +81,15 @@ def test_a_refusal_is_one_line_whatever_it_quotes() -> None:
     assert done.returncode == 3 and done.stderr == "titan_fast: a\\nb\\x1b[1m; fix\n"
 
 
+def test_a_refusal_quotes_no_secret() -> None:
+    done = run("from titan_fast.errors import DataError; raise DataError('no file', 'fix', 's3://me:hunter2@b/x')")
+    assert done.returncode == 3 and done.stderr == "titan_fast: no file [s3://<redacted>@b/x]; fix\n"
+    done = run("from titan_fast.config import parse; parse(['--training.steps', 'password=hunter2'])")
+    assert done.returncode == 2 and "password=<redacted>" in done.stderr and "hunter2" not in done.stderr
+    done = run("import errno; raise OSError(errno.EIO, 'failed', '/a?token=hunter2')")
+    assert done.returncode == 4 and "[/a?token=<redacted>]" in done.stderr and "hunter2" not in done.stderr
+
+
 def test_an_interrupt_is_told_in_a_line() -> None:
     done = run("raise KeyboardInterrupt")
     assert done.returncode == 130 and done.stderr == "titan_fast: interrupted; start again as before\n"

@@ -660,6 +660,20 @@ def test_what_train_log_alone_is_told_has_no_secret(tmp_path: Path) -> None:
     assert "s3://<redacted>@bucket" in (tmp_path / "train.log").read_text()
 
 
+def test_neither_a_sample_nor_the_curve_has_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(run_history, "draw_loss_curve", lambda records, path, title: titles.append(title))
+    metrics = logger(tmp_path, "--job.description", "from s3://me:hunter2@bucket")
+    metrics.sample(1, "password=hunter2")
+    log(metrics, 1)
+    metrics.finish()
+    (sample,) = events(tmp_path / "tb").Tensors("sample/text_summary")
+    assert b"password=<redacted>" in sample.tensor_proto.string_val[0]
+    assert titles == ["from s3://<redacted>@bucket"]
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or b"hunter2" not in path.read_bytes(), path
+
+
 def test_a_long_history_is_gone_through_once_and_not_for_every_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -295,6 +295,11 @@ def test_a_run_that_a_signal_kills_says_where_it_was(tmp_path: Path) -> None:
     assert done.stderr.startswith("Fatal Python error: Bus error") and 'File "<string>", line 2' in done.stderr
 
 
+def test_the_printed_config_has_no_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(["--job.print_config", "True", "--training.dataset_path", "s3://me:hunter2@bucket/x"], monkeypatch)
+    assert 'dataset_path = "s3://<redacted>@bucket/x"' in capsys.readouterr().out
+
+
 def test_standard_error_that_is_no_file_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", io.StringIO())
     monkeypatch.setattr("faulthandler.is_enabled", lambda: False)

@@ -16,6 +16,8 @@ from functools import wraps
 from pathlib import Path
 from typing import NoReturn, ParamSpec
 
+from titan_fast.redaction import redact
+
 P = ParamSpec("P")
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -79,13 +81,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def fail(error: TitanFastError) -> NoReturn:
-    """Ends the process as the contract says."""
+    """Ends the process as the contract says. Secrets in the sentence are masked."""
     if isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0":
         # Usually all ranks have the same to say. Once the first has said it and has left, torchrun ends the others.
         time.sleep(_AFTER_THE_FIRST)
     try:
         sys.stdout.flush()
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in redact(str(error)))
         print(f"titan_fast: {line}", file=sys.stderr, flush=True)  # noqa: T201
     except OSError:  # that nobody reads changes no exit status
         leave_console()

@@ -378,7 +378,7 @@ class MetricsLogger:
         """Text that the model wrote after `step`."""
         if not self.is_main:
             return
-        text = printable(text)
+        text = redact(printable(text))
         self.say(aligned([(f"{self._step(step)}  sample", text)]))
         self._to_tensorboard(lambda writer: writer.add_text("sample", _code(text), step))
 
@@ -394,7 +394,7 @@ class MetricsLogger:
             records = []
             self.say(f"WARNING: {self.metrics_path} cannot be read: {error.strerror}; the summary lacks its losses")
         if run_history.losses(records):
-            title = self.config.job.description or self.config.model.flavor
+            title = redact(self.config.job.description) or self.config.model.flavor
             try:
                 run_history.draw_loss_curve(records, self.run_dir / LOSS_CURVE, title)
             except Exception as error:  # a picture must not make a run fail

@@ -10,6 +10,7 @@ import tomli_w
 
 from titan_fast.config import parse, to_dict
 from titan_fast.errors import command
+from titan_fast.redaction import redacted
 from titan_fast.start_times import StartTimes
 
 
@@ -21,7 +22,7 @@ def main() -> None:
     start = StartTimes()
     config = parse(sys.argv[1:])
     if config.job.print_config:
-        sys.stdout.write(tomli_w.dumps(to_dict(config)))
+        sys.stdout.write(tomli_w.dumps(redacted(to_dict(config))))
         return
     # Read when CUDA is first used. With expandable segments freed memory can be reused by tensors of another size.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
