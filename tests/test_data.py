@@ -623,6 +623,10 @@ def test_an_epoch_has_each_parts_documents_as_often_as_its_weight_says(
         [tmp_path / "mixed", parts_of(documents, [0, 30], tokenizer, tmp_path / "more")[0]], tmp_path / "a", [2, 3]
     )
     assert [(own["documents"], own["weight"]) for own in again["mixture"]] == [(100, 4.5), (100, 1), (50, 2), (30, 3)]
+    with pytest.raises(
+        ConfigError, match="2250 is the weight of a part of a part; give weights with which it is at most"
+    ):
+        join([tmp_path / "mixed"], tmp_path / "none", [1000])
     nan = float("nan")
     for weights, message in (([1.0], "1 weights for 3 parts"), ([1, 0, 1], "a weight is 0"), ([1, nan, 1], "nan")):
         with pytest.raises(ConfigError, match=message):
@@ -670,6 +674,7 @@ def test_parts_that_do_not_belong_together_are_not_joined(tokenizer: Tokenizer, 
         ({"mixture": [20]}, "damaged: mixture is"),
         ({"mixture": [{"documents": 25, "weight": 1}, {"documents": -5, "weight": 1}]}, "damaged: mixture is"),
         ({"mixture": [{"documents": 20, "weight": math.inf}]}, "damaged: mixture is"),
+        ({"mixture": [{"documents": 20, "weight": 1e9}]}, "damaged: mixture is"),
         ({"eos_id": None}, "damaged: eos_id is 'None'"),
         ({"bos_id": "1"}, "damaged: it has no bos_id"),
         ({"documents": 10**12}, r"damaged: offsets.bin has 168 bytes, and what it holds 8000000000008 \[\S*part-0\]"),

@@ -96,6 +96,11 @@ def join(parts: Sequence[Path], folder: Path, weights: Sequence[float] | None = 
         if twin := by_fingerprint.get(tokens.fingerprint):
             raise DataError(f"{twin} has the same documents", "name each part once", str(tokens.folder))
         by_fingerprint[tokens.fingerprint] = tokens.folder
+    of_parts = zip(opened, weights or [1.0] * len(opened), strict=True)
+    often = max((own["weight"] * weight for part, weight in of_parts for own in part.mixture), default=0.0)
+    if often > _MOST_OFTEN:
+        what = f"{often:g} is the weight of a part of a part"
+        raise ConfigError(what, f"give weights with which it is at most {_MOST_OFTEN:g}")
     return _publish(folder, lambda temporary: _join(opened, temporary, weights))
 
 
@@ -377,7 +382,7 @@ def _damage(index: dict[str, Any]) -> str:
         return miscounted
     mixture = index.get("mixture", [])
     try:
-        parts = [int(part["documents"]) for part in mixture if 0 < float(part["weight"]) < math.inf]
+        parts = [int(part["documents"]) for part in mixture if 0 < float(part["weight"]) <= _MOST_OFTEN]
     except (KeyError, TypeError, ValueError, OverflowError):
         parts = [-1]
     told = not mixture or (min(parts, default=-1) >= 0 and sum(parts) == index["documents"])
