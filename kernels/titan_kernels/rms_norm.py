@@ -77,7 +77,8 @@ def _backward_launch(
     # An A100's level-2 cache holds four rows of two tensors for each program, but not of three.
     wide_rows, wide_block = (2, 2048 if dtype == torch.float32 else 4096) if two else (4, 2048)
     block = power_of_two(width) if whole else wide_block
-    # Chosen so that nothing spills on sm_80, sm_90 and sm_100: ptxas aims for a number of threads, not for no spills.
+    # Chosen so that nothing spills on sm_80, sm_90 and sm_100 at widths that 16 divides (others have narrow loads, and
+    # spill from 8191 on): ptxas aims for a number of threads, not for no spills.
     stages = 2 if dtype == torch.float32 or (dtype == torch.float16 and block > 4096) else 3
     wide_warps = 8 if dtype == torch.float32 else 16
     pointer = POINTER[dtype]
