@@ -152,7 +152,7 @@ def test_gradients_of_two_matrices_are_added_by_the_kernel(model: str) -> None:
     weight, gate, up = randn(width), randn(wide, width) / 64, randn(wide, width) / 64
     douts = [randn(TOKENS, wide) for _ in range(2)]
     y = reference.rms_norm(x + residual, weight, EPS)
-    dy = sum(dout.double() @ matrix.double() for dout, matrix in zip(douts, (gate, up), strict=True))
+    dy = douts[0].double() @ gate.double() + douts[1].double() @ up.double()
     size = Result(torch.maximum(dx_terms(x + residual, weight, dy), dresidual.double().abs()))
     compare(
         lambda x, r, w, a, b: norm_linear(x, r, w, EPS, (a, b)),
