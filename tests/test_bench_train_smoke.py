@@ -428,7 +428,11 @@ def test_measured_limits_calibrate_the_planner(results: Path) -> None:
     assert content["float8_by_shape"].keys() == limits.float8_matrices(smoke=True).keys()
     for recipes in content["float8_by_shape"].values():
         assert recipes.keys() == {"tensorwise", "rowwise"}
-        assert all(min(rates[name] for name in PRODUCTS) > 0 for rates in recipes.values())
+        for recipe, rates in recipes.items():
+            if "error" in rates:  # a CPU of torch 2.11 has no scale for each row
+                assert recipe == "rowwise" and "per-tensor scaling" in rates["error"]
+            else:
+                assert min(rates[name] for name in PRODUCTS) > 0
 
 
 def test_limits_know_attention_of_packages_where_they_are(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
