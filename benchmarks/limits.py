@@ -29,7 +29,17 @@ from benchmarks.result_files import place, read, without_driver, write
 from benchmarks.timing import Run, copy_bandwidth, measure
 from benchmarks.train_process import end_with_parent
 from benchmarks.variants import sentence
-from benchmarks.workloads import LLAMA_1B, LLAMA_3B, RANK0, SHORT_1B, SMOKE_MODEL, SMOKE_SEQ_LEN, Workload, shape_of
+from benchmarks.workloads import (
+    FLASH_PACKAGES,
+    LLAMA_1B,
+    LLAMA_3B,
+    RANK0,
+    SHORT_1B,
+    SMOKE_MODEL,
+    SMOKE_SEQ_LEN,
+    Workload,
+    shape_of,
+)
 from titan_fast.errors import ConfigError
 from titan_fast.flavors import ModelShape
 from titan_fast.float8 import FORWARD, GRADIENT, product, rounded
@@ -45,8 +55,6 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-OF_PACKAGES = ("fa3", "fa4")
-"""Measured if their packages are installed. Each becomes torch's flash for the rest of the process."""
 WARM_SECONDS = 0.5
 """How long a shape is run before it is measured: after idling a GPU runs faster than under load."""
 
@@ -100,7 +108,7 @@ def measure_limits(
         if key not in found["float8_by_shape"]:
             found["float8_by_shape"][key] = _float8_rates(matrix, device, passes, calls)
             save(found)
-    for version in OF_PACKAGES:
+    for version in FLASH_PACKAGES:
         for key, call in attention.items():
             rates = found["attention_by_call"][key]
             try:
@@ -250,7 +258,7 @@ def _best_attention(by_call: dict[str, dict[str, dict[str, Any]]]) -> tuple[str,
     best: tuple[float, str, dict[str, float]] = (math.inf, "", {})
     for backends in by_call.values():
         for name, rates in backends.items():
-            if "error" in rates or name in OF_PACKAGES:
+            if "error" in rates or name in FLASH_PACKAGES:
                 continue
             seconds = 1 / rates["forward"] + 2.5 / rates["backward"]
             if seconds < best[0]:

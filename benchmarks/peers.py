@@ -30,7 +30,7 @@ from benchmarks import fake_world
 from benchmarks.random_tokens import RandomTokens
 from benchmarks.train_cell import RECOMPILE_LIMIT
 from benchmarks.variants import COLLECT_EVERY, How, Row, Rows, time_variants
-from benchmarks.workloads import Cell, Variant, config_of, ranks, shape_of
+from benchmarks.workloads import FLASH_PACKAGES, Cell, Variant, config_of, ranks, shape_of
 from titan_fast.config import Config
 from titan_fast.flavors import ModelShape
 from titan_fast.hf import hf_config
@@ -147,7 +147,7 @@ def chosen_attention(config: Config, shape: ModelShape, device: torch.device) ->
     """A peer's attention backends. Where our own row has a FlashAttention package, the peer has it too, and no other
     to fall back to, although none of them offers it by itself."""
     version = config.kernels.attention
-    if version not in ("fa3", "fa4"):
+    if version not in FLASH_PACKAGES:
         return attention_backends(device)
     activate_flash(version, shape.n_heads // shape.n_kv_heads, shape.head_dim, torch.bfloat16, device)
     return [SDPBackend.FLASH_ATTENTION]
@@ -186,7 +186,7 @@ def torchtitan(config: Config, shape: ModelShape, device: torch.device, as_shipp
     train_spec.register_train_spec(name, spec)
     trainer = trainer_class(manager.parse_args(_torchtitan_arguments(config, name, as_shipped)))
     (model,) = trainer.model_parts
-    if config.kernels.attention in ("fa3", "fa4"):
+    if config.kernels.attention in FLASH_PACKAGES:
         _use_attention(model, chosen_attention(config, shape, device))
     many = trainer.parallel_dims.world_size > 1
     if many:

@@ -72,6 +72,8 @@ class Cell:
         return " ".join(part for part in parts if part)
 
 
+FLASH_PACKAGES = ("fa3", "fa4")
+"""Values of `kernels.attention` that need a package, which then is torch's flash for the whole process."""
 OPERATORS = ("rms_norm", "rope", "swiglu", "cross_entropy", "reemit")
 REFERENCE: Options = {f"kernels.{operator}": "reference" for operator in OPERATORS}
 # reemit replaces the norms and SwiGLU that it contains, so it is a separate switch and not part of "all kernels".

@@ -2,12 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+import pytest
 import titan_kernels
 import torch
 from titan_kernels import reference
 from torch import Tensor
+
+every_size = pytest.mark.parametrize(
+    ("rows", "width", "dtype"),
+    [*product((1, 3, 64), (1, 7, 127, 128, 129, 1000, 4096), (torch.bfloat16, torch.float16, torch.float32))],
+)
 
 
 @dataclass(frozen=True)

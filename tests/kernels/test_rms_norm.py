@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from titan_kernels import add_rms_norm, reference, rms_norm
 from titan_kernels.rms_norm import run_backward
 
+from tests.kernels.operators import every_size
 from tests.kernels.tolerance import Result, compare, evaluate
 
 EPS = 1e-5
@@ -90,9 +91,7 @@ def test_add_rms_norm(rows: int, width: int, dtype: torch.dtype, device: torch.d
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize("rows", [1, 3, 64])
-@pytest.mark.parametrize("width", [1, 7, 127, 128, 129, 1000, 4096])
+@every_size
 def test_every_size_in_every_dtype(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
     test_rms_norm(rows, width, dtype, device)
     test_add_rms_norm(rows, width, dtype, device)

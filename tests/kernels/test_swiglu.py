@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from titan_kernels import reference, swiglu
 from titan_kernels.swiglu import run_backward_emit
 
+from tests.kernels.operators import every_size
 from tests.kernels.tolerance import Result, compare, evaluate
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -41,9 +42,7 @@ def test_swiglu(rows: int, width: int, dtype: torch.dtype, device: torch.device)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize("rows", [1, 3, 64])
-@pytest.mark.parametrize("width", [1, 7, 127, 128, 129, 1000, 4096])
+@every_size
 def test_every_size_in_every_dtype(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
     test_swiglu(rows, width, dtype, device)
 
