@@ -338,12 +338,15 @@ def test_validation_is_every_hundredth_document_and_never_trained_on(
 
 def test_ranks_share_the_validation_batches_out(corpus_file: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     def build(local: int, dp_rank: int, dp_degree: int) -> Loader:
-        config = make_config(corpus_file, "--training.local_batch_size", str(local))
+        batch = ["--training.local_batch_size", str(local), "--training.global_batch_size", "4"]
+        config = make_config(corpus_file, *batch)
         return make_loader(config, tokenizer, tmp_path, dp_rank, dp_degree, data.build_validation_loader)
 
-    whole, *ranks = loaders = [build(4, 0, 1), build(2, 0, 2), build(2, 1, 2)]
+    whole, accumulating, *ranks = loaders = [build(4, 0, 1), build(1, 0, 1), build(2, 0, 2), build(2, 1, 2)]
     for _ in range(5):
-        assert rows_of(next(whole)) == [row for rank in ranks for row in rows_of(next(rank))]
+        rows = rows_of(next(whole))
+        assert rows == rows_of(next(accumulating)), "whatever the passes"
+        assert rows == [row for rank in ranks for row in rows_of(next(rank))]
     for loader in loaders:
         loader.close()
 

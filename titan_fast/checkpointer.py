@@ -481,11 +481,10 @@ class Checkpointer:
                 f"WARNING: a step was {then} sequences at world size {world_size} and is {today} at {self.world.size}; "
                 f"{_keeps(then, now, self.world.size)}"
             )
-        then, today = (_measured_at_once(*of) for of in ((before, world_size), (now, self.world.size)))
-        if self.config.validation.enable and then != today:
-            self._notes.append(
-                f"a validation batch was {then} sequences and is {today}: its losses are of other text than before"
-            )
+            if self.config.validation.enable:
+                self._notes.append(
+                    f"a validation batch was {then} sequences and is {today}: its losses are of other text than before"
+                )
 
     def _compare_initial_weights(self, path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
         """Notes that the initial weights that the config names are not loaded."""
@@ -613,22 +612,22 @@ class Checkpointer:
 
 
 def _global_batch_size(tables: dict[str, dict[str, Any]], world_size: int) -> int:
-    """Sequences per optimizer step, for a config as tables on `world_size` processes."""
+    """Sequences per optimizer step and per validation batch, for a config as tables on `world_size` processes."""
     training = tables["training"]
     if (asked := training["global_batch_size"]) != -1:
         return asked
-    return _measured_at_once(tables, world_size)
+    return _sequences_per_pass(tables, world_size)
 
 
-def _measured_at_once(tables: dict[str, dict[str, Any]], world_size: int) -> int:
-    """Sequences per validation batch, which has no accumulation, for a config as tables on `world_size` processes."""
+def _sequences_per_pass(tables: dict[str, dict[str, Any]], world_size: int) -> int:
+    """Over all devices, for a config as tables on `world_size` processes."""
     return tables["training"]["local_batch_size"] * world_size // tables["parallelism"]["tensor_parallel_degree"]
 
 
 def _keeps(sequences: int, tables: dict[str, dict[str, Any]], world_size: int) -> str:
     """The settings with which `world_size` processes train on `sequences` per step."""
     batch = tables["training"]["local_batch_size"]
-    ranks = _measured_at_once(tables, world_size) // batch
+    ranks = _sequences_per_pass(tables, world_size) // batch
     fitting = [each for each in range(1, batch + 1) if sequences % (each * ranks) == 0]
     if not fitting:
         return f"{ranks} ranks cannot share {sequences} sequences out evenly"

@@ -337,7 +337,7 @@ class Validation:
     """Steps between measurements; the last step is always measured. A measurement that a stop has prevented is made up
     for at the next start."""
     steps: int = 8
-    """Batches per measurement."""
+    """Global batches per measurement: as many sequences as so many steps train on."""
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,8 @@ def training_order(config: Config, tokens: PreparedTokens) -> SampleOrder:
 
 
 def build_validation_loader(config: Config, tokenizer: Tokenizer, rank: DataRank) -> Loader | None:
-    """The validation data of this rank, one pass per step and without an end, or None when there is none."""
+    """The validation data of this rank, without an end, or None when there is none. A step of it has as many sequences
+    as one of training, so that the same ones are measured on whatever the ranks and passes."""
     training, validation = config.training, config.validation
     if not validation.enable:
         return None
@@ -252,7 +253,8 @@ def build_validation_loader(config: Config, tokenizer: Tokenizer, rank: DataRank
         if rank.is_main:
             log.info("no validation: a streamed data set has no held-out documents; set validation.dataset_path")
         return None
-    share = Share(rank.dp_rank, rank.dp_degree, training.local_batch_size, passes=1)
+    passes = grad_accum_steps(training, rank.dp_degree)
+    share = Share(rank.dp_rank, rank.dp_degree, training.local_batch_size, passes)
     held_out = _holds_out(config)
     path, name = (training.dataset_path, "training") if held_out else (validation.dataset_path, "validation")
     tokens = _open_tokens(config, path, tokenizer, rank, name, quietly=held_out)
