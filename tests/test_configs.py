@@ -1,13 +1,16 @@
 """Every shipped config can run as its header says, and the numbers in the header agree with each other."""
 
+import dataclasses
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from titan_fast.config import Config, grad_accum_steps, mesh_degrees, model_shape, parse
 from titan_fast.flops import flops_per_token, mfu
+from titan_fast.model import rope_tables
 
 CONFIGS = {path.stem: path for path in (Path(__file__).parents[1] / "configs").glob("*.toml")}
 
@@ -71,6 +74,25 @@ def test_header_says_hardware_and_speed(name: str) -> None:
     assert re.search("not measured here", text, re.IGNORECASE)
     devices = re.search(r"on (\d+) (GPUs|A100)", text)
     assert int(devices[1] if devices else 1) == SETTINGS[name][0]
+
+
+@pytest.mark.parametrize("name", sorted(set(SETTINGS) - {"debug"}))
+def test_header_says_how_its_batch_compares_with_the_papers(name: str) -> None:
+    devices, seq_len, _, _, global_batch, _ = SETTINGS[name]
+    assert f"a step has {global_batch * seq_len:,} tokens" in header(name)
+    if found := re.search(r"4M tokens \(training.global_batch_size (\d+)\)", header(name)):
+        assert int(found[1]) * seq_len == 4 * 2**20
+        training = dataclasses.replace(load(name).training, global_batch_size=int(found[1]))
+        assert grad_accum_steps(training, devices) > 1
+
+
+@pytest.mark.parametrize("name", ["llama3_1b", "llama3_3b"])
+def test_header_says_how_to_leave_rotary_wavelengths_alone(name: str) -> None:
+    found = re.search(r"--(model\.rope_scaling [\d ]+\d)", header(name))
+    assert found is not None
+    shape = model_shape(parse(["--config", str(CONFIGS[name]), *f"--{found[1]}".split()]).model)
+    given, plain = (rope_tables(s, 64) for s in (shape, dataclasses.replace(shape, rope_scaling=None)))
+    assert all(torch.equal(a, b) for a, b in zip(given, plain, strict=True))
 
 
 @pytest.mark.parametrize("name", ["llama2_13b", "llama2_70b", "llama3_8b", "llama3_70b"])
