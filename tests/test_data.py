@@ -612,6 +612,7 @@ def test_an_epoch_has_each_parts_documents_as_often_as_its_weight_says(
     assert set(often[1:100]) == {2, 3} and often[:100].sum() == 2 * 99 + 25
     assert set(often[101:200]) == {0, 1} and often[100:200].sum() == 50  # 49.5
     assert (often[201:] == 1).all()
+    assert np.array_equal(np.bincount(order._epoch(1)[0], minlength=250), often), "the same ones in every epoch"
     # Over an epoch each copy is trained on once, with all its tokens.
     seen = Counter[int]()
     for sample in range(order.samples_per_epoch):

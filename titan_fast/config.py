@@ -138,7 +138,8 @@ class Loss:
     anyway (parallelism.fsdp_wide_gradients), they save memory only where a pass has more tokens than about twice the
     model's width."""
     z_loss: float = 0.0
-    """Weight of logsumexp^2, which keeps the logits near zero (PaLM)."""
+    """Weight of logsumexp^2, which keeps the logits near zero (PaLM). It is part of the loss that training logs, not of
+    validation's."""
     implementation: Literal["chunked", "torch"] = "chunked"
     """chunked: our own, which overwrites the logits with their gradient. torch:
     torch.nn.functional.linear_cross_entropy, where this torch has it. It chooses its own chunks and computes their
@@ -150,7 +151,7 @@ class Optimizer:
     name: Literal["AdamW"] = "AdamW"
     """The only one so far."""
     lr: float = 6e-3
-    """Peak learning rate."""
+    """Peak learning rate. The default is for the debug flavor; larger models need a lower one (see configs/)."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.95
@@ -160,7 +161,7 @@ class Optimizer:
     weight_decay: float = 0.1
     """Decoupled weight decay."""
     decay_norms_and_embeddings: bool = True
-    """Whether weight decay also applies to norm weights and the embedding."""
+    """Whether weight decay also applies to norm weights and the embedding, which may be the head too (model.tied)."""
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
     """Which of torch's AdamW implementations to use where compile.components does not include the optimizer. With
     masters beside bfloat16 weights it is always fused."""
@@ -210,8 +211,9 @@ class Parallelism:
     single_device: Literal["auto", "fsdp", "masters", "bfloat16"] = "auto"
     """How a single device that computes in bfloat16 keeps its weights. fsdp: in float32, cast by FSDP2 in every step.
     masters: in bfloat16, beside float32 masters that the optimizer updates and rounds into them; the same arithmetic
-    with fewer copies. bfloat16: weights and moments in bfloat16 alone, which loses small updates. auto: masters, or
-    fsdp where weights are offloaded or `optimizer.implementation` is not fused."""
+    with fewer copies. bfloat16: weights and moments in bfloat16 alone, which loses small updates, and gradients of
+    several passes summed in it. auto: masters, or fsdp where weights are offloaded or `optimizer.implementation` is not
+    fused."""
 
 
 @dataclass(frozen=True)
@@ -383,7 +385,8 @@ class Comm:
 @dataclass(frozen=True)
 class Debug:
     seed: int = 0
-    """Seed of the initial weights, the data order and sampling."""
+    """Seed of the initial weights, the data order and sampling. Initial weights do not depend on the layout, but on the
+    kind of device that they are drawn on: with enable_cpu_offload the CPU, else the GPU."""
     deterministic: bool = False
     """Use only deterministic algorithms."""
 

@@ -477,7 +477,7 @@ class PreparedTokens:
 
     def mixed(self, documents: np.ndarray) -> np.ndarray:
         """What an epoch of training on `documents`, which ascend, has: each as often as its part's weight says. Of a
-        weight of 2.25 all documents come twice, and every fourth once more."""
+        weight of 2.25 all documents come twice, and every fourth once more, in every epoch the same ones."""
         if not self.mixture:
             return documents
         chosen, end = [], 0
