@@ -948,6 +948,23 @@ def test_a_large_hold_out_is_said(
         assert re.match("WARNING: 18% of the data is held out for validation: 1 of its 10 documents", found[0])
 
 
+def test_validation_text_that_counts_more_than_once_is_said(
+    corpus_file: Path, tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings(steps: int, dp_rank: int = 0) -> tuple[int, list[str]]:
+        caplog.clear()
+        options = ["--training.local_batch_size", "1", "--validation.steps", str(steps)]
+        config = make_config(corpus_file, *options)
+        loader = make_loader(config, tokenizer, tmp_path, dp_rank, 2, build=data.build_validation_loader)
+        return order_of(loader).samples_per_epoch, [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+    sequences, _ = warnings(1)
+    assert sequences > 2 and warnings(sequences // 2)[1] == []
+    (line,) = warnings(sequences // 2 + 1)[1]
+    assert line.startswith(f"WARNING: a validation measures {2 * (sequences // 2 + 1)} sequences, and its text has")
+    assert warnings(sequences // 2 + 1, dp_rank=1)[1] == [], "once is enough"
+
+
 def test_an_error_of_the_main_rank_is_every_ranks(tokenizer: Tokenizer, tmp_path: Path) -> None:
     config = make_config(tmp_path / "nowhere")
     for rank in (0, 1):

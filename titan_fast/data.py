@@ -266,6 +266,15 @@ def build_validation_loader(config: Config, tokenizer: Tokenizer, rank: DataRank
             f"of {training.seq_len} and its label",
             "give validation.dataset_path, more data, or set validation.enable to False",
         )
+    measured = validation.steps * share.global_batch_size
+    if rank.is_main and measured > order.samples_per_epoch:
+        log.warning(
+            "WARNING: a validation measures %d sequences, and its text has %d, which therefore count more than once; "
+            "lower validation.steps (now %d) or give more text",
+            measured,
+            order.samples_per_epoch,
+            validation.steps,
+        )
     part = order.tokens_per_epoch / tokens.tokens
     if held_out and rank.is_main and part > LARGE_HOLD_OUT:
         log.warning(
