@@ -170,7 +170,7 @@ class Optimizer:
 @dataclass(frozen=True)
 class LrScheduler:
     warmup_steps: int = 20
-    """Steps of linear rise from 0 to the peak."""
+    """Steps of linear rise from 0 to the peak. A schedule that is shorter rises to the peak in its own steps."""
     total_steps: int | None = None
     """The schedule's length. None: training.steps."""
     decay_ratio: float | None = None
