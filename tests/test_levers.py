@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config as inductor
+import torch.compiler.config
 import torch.nn.functional as F
 from shapes import LLAMA3
 from torch import Tensor
@@ -352,6 +354,10 @@ def test_flash_attention_3_that_is_not_there_is_refused() -> None:
         build_ops(config.kernels, CPU, workload(config, LLAMA3, mesh_degrees(config.parallelism, 1)))
 
 
+def tagged(tag: str) -> AbstractContextManager[None]:
+    return torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+
+
 def test_compiled_code_is_kept_where_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Including a block's traced graph, except where tensor parallel ranks would use each other's."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
@@ -359,7 +365,7 @@ def test_compiled_code_is_kept_where_it_is_wanted(tmp_path: Path, monkeypatch: p
     settings = Compile(enable=True, components=("blocks",), cache_folder=str(tmp_path))
     model = Llama(dataclasses.replace(LLAMA3, n_layers=1))
     compilation.compile_model(model, settings)
-    with inductor.patch(unsafe_marked_cacheable_functions={}):
+    with tagged("a user's own"), inductor.patch(unsafe_marked_cacheable_functions={}):
         compilation.keep_code(settings, tensor_degree=2)
         assert not inductor.unsafe_marked_cacheable_functions
         compilation.keep_code(settings, tensor_degree=1)
@@ -370,6 +376,32 @@ def test_compiled_code_is_kept_where_it_is_wanted(tmp_path: Path, monkeypatch: p
     assert any(path.is_file() for path in (tmp_path / "inductor").rglob("*"))
     assert counters["aot_autograd"]["autograd_cache_hit"] == counters["aot_autograd"]["total"] == 1
     assert counters["inductor"]["fxgraph_cache_hit"] == 2
+
+
+def test_compiled_code_is_not_kept_beyond_a_change_of_an_operator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch would go on with the derivative that the operator had when the graph was made."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "elsewhere")
+    settings = Compile(enable=True, cache_folder=str(tmp_path))
+    x = torch.ones(8, requires_grad=True)
+    gradients = []
+    with tagged(""):
+        for factor in (2.0, 2.0, 3.0):
+            monkeypatch.setattr(compilation, "source_digest", lambda factor=factor: f"factor {factor}")
+            compilation.keep_code(settings, tensor_degree=1)
+            torch._dynamo.reset()
+            doubled = torch.library.custom_op("titan_fast_test::doubled", mutates_args=())(_doubled)
+            doubled.register_fake(torch.empty_like)
+            doubled.register_autograd(lambda _, gradient, factor=factor: factor * gradient)
+            total = torch.compile(lambda x, doubled=doubled: doubled(x).sum(), **compilation.arguments(settings))
+            gradients += torch.autograd.grad(total(x), x)
+    assert [gradient[0].item() for gradient in gradients] == [2.0, 2.0, 3.0]
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return 2 * x
 
 
 def test_gradients_of_passes_are_summed_in_float32(world: World) -> None:

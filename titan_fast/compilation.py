@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 import torch._inductor.config as inductor
+import torch.compiler.config
 from torch import Tensor
 
 from titan_fast import config
 from titan_fast.errors import ConfigError, did_you_mean
 from titan_fast.loss import LinearCrossEntropy
 from titan_fast.model import Llama
-from titan_fast.ops import REFERENCE, Ops
+from titan_fast.ops import REFERENCE, Ops, source_digest
 
 _NEED = {"tvm": "tvm", "openxla": "torch_xla", "openxla_eval": "torch_xla"}
 
@@ -112,7 +113,11 @@ def compile_model(model: Llama, settings: config.Compile) -> None:
 
 def keep_code(settings: config.Compile, tensor_degree: int) -> None:
     """Lets Inductor and Triton keep compiled code in `cache_folder`, if one is set; both find it through the
-    environment. To be called before anything is compiled."""
+    environment. Wherever it is kept, other versions of our operators do not use it. To be called before anything is
+    compiled."""
+    if settings.enable and (digest := source_digest()) not in torch.compiler.config.cache_key_tag:
+        # In a key an operator is its name, while the graph that is kept has its derivative as it was.
+        torch.compiler.config.cache_key_tag += digest
     if settings.enable and tensor_degree == 1:
         # torch does not cache graphs that call private functions unless it is told that this is safe, and attention
         # calls these two, which name a backend and choose it. The choice depends on cuDNN's version, which therefore
