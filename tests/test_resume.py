@@ -387,13 +387,31 @@ def test_a_batch_that_follows_the_processes_is_warned_of(
 
 def test_what_has_changed_is_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs.run(data, tmp_path, training__steps=2, lr_scheduler__decay_ratio=0.2)
-    changes = {"parallelism__fsdp_buffers": "flat", "float8__recipe_name": "rowwise", "validation__freq": 7}
+    changes = {
+        "parallelism__fsdp_buffers": "flat", "compile__components": "blocks", "float8__recipe_name": "rowwise",
+        "kernels__carry_residual": False, "validation__freq": 7,
+    }  # fmt: skip
     runs.run(data, tmp_path, training__steps=3, **changes)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed since")]
     assert line == (
         "changed since step 2: training.steps 2 -> 3, lr_scheduler.decay_ratio 0.2 -> None, "
-        "parallelism.fsdp_buffers auto -> flat, float8.recipe_name tensorwise -> rowwise, validation.freq 100 -> 7"
+        "parallelism.fsdp_buffers auto -> flat, compile.components ['blocks', 'norm', 'loss', 'optimizer'] -> "
+        "['blocks'], float8.recipe_name tensorwise -> rowwise, kernels.carry_residual None -> False, "
+        "validation.freq 100 -> 7"
     )
+
+
+def test_another_torch_is_told(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = torch.__version__
+    with monkeypatch.context() as older:
+        older.setattr(torch, "__version__", "2.11.0+old")
+        runs.run(data, tmp_path, training__steps=2)
+    runs.run(data, tmp_path, training__steps=3)
+    assert f"step 2 was computed with torch 2.11.0+old, and this is {here}: what follows may" in capsys.readouterr().out
+    runs.run(data, tmp_path, training__steps=4)
+    assert "was computed with torch" not in capsys.readouterr().out
 
 
 def test_a_longer_schedule_is_warned_of(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,8 @@ from titan_fast.tokenizer import Tokenizer, copy_tokenizer
 
 WENT_BACK = "went_back.json"
 """A file in the folder of checkpoints that notes to which `load_step` the run has gone back."""
+_TOLD = ("training", "optimizer", "lr_scheduler", "loss", "parallelism", "compile", "float8", "kernels", "validation")
+"""The tables of which a run that goes on tells what has changed."""
 _SPARE_BYTES = 2**20  # beyond the tensors: the metadata, states, tokenizer
 
 T = TypeVar("T")
@@ -467,12 +469,17 @@ class Checkpointer:
             )
         changed = [
             f"{table}.{key} {before[table].get(key)} -> {now[table].get(key)}"
-            for table in ("training", "optimizer", "lr_scheduler", "loss", "parallelism", "float8", "validation")
+            for table in _TOLD
             for key in before.get(table, {}) | now[table]
             if table in before and before[table].get(key) != now[table].get(key)
         ]
         if changed:
             self._notes.append(f"changed since step {step}: {', '.join(changed)}")
+        if (torch_then := state.get("torch", torch.__version__)) != torch.__version__:
+            self._notes.append(
+                f"step {step} was computed with torch {torch_then}, and this is {torch.__version__}: what follows may "
+                "differ by rounding from the same run without the change"
+            )
         self._compare_initial_weights(path, before, now)
         self._compare_schedules(step, before, now)
         then, today = _global_batch_size(before, world_size), _global_batch_size(now, self.world.size)
