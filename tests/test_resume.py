@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from titan_fast import loop, manifest, run_history
 from titan_fast.config import parse
 from titan_fast.data_command import prepare_folder, step_documents
 from titan_fast.errors import CheckpointError, ConfigError, TitanFastError
+from titan_fast.run_directory import differences
 from titan_fast.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.timeout(240)
@@ -302,6 +304,26 @@ def test_other_data_is_refused_or_begun_again(data: Path, tmp_path: Path, capsys
         next(step_documents(tmp_path / "run", 4, None, 80))
     with pytest.raises(ConfigError, match=r"after step 5 the run's data stood at sample 2, .* begun again"):
         next(step_documents(tmp_path / "run", 8, 1, 80))
+
+
+def test_the_shards_of_text_that_has_changed_are_gone_on_with(data: Path, tmp_path: Path) -> None:
+    """As where a newer version reads it otherwise, or a standard library is another Python's."""
+    text, run_dir = runs.write_documents(tmp_path / "documents.jsonl", count=700), tmp_path / "run"
+    more: dict[str, Any] = {"model__tokenizer_path": str(data)}
+    runs.run(text, tmp_path / "whole", **more, training__steps=4)
+    runs.run(text, run_dir, **more, training__steps=2, lr_scheduler__total_steps=4)
+    (shards,) = (path.parent for path in (run_dir / "data").glob("*/index.json"))
+    text.write_text(text.read_text() + json.dumps({"text": "one more"}) + "\n")
+    with pytest.raises(CheckpointError, match=r"in the run's folder data, and --training.dataset_path takes them"):
+        runs.run(text, run_dir, **more, training__steps=4)
+    runs.run(shards, run_dir, **more, training__steps=4)
+    assert_same_run(tmp_path / "whole", run_dir, 4)
+    saved = tomllib.loads((runs.checkpoint(run_dir, 2) / "config.toml").read_text())
+    now = tomllib.loads((run_dir / "config.toml").read_text())
+    del saved["training"]["dataset_path"]
+    assert differences(saved, now, runs.checkpoint(run_dir, 2), reset_data=False) == []
+    (refused,) = differences(saved, now, None, reset_data=False)
+    assert refused == f"training.dataset_path was None and is {str(shards)!r}"
 
 
 def test_validation_makes_no_graph(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,8 +130,9 @@ class Loader:
             values = ", ".join(f"{key} was {state.get(key)!r} and is {wanted[key]!r}" for key in differing)
             raise CheckpointError(
                 f"the saved data position belongs to other data: {values}",
-                "restore what it was (held_out_every follows from [validation] enable and dataset_path), start a new "
-                "run, or begin the data again by --checkpoint.data_state reset",
+                "restore what it was (held_out_every follows from [validation] enable and dataset_path; shards made of "
+                "text may still be in the run's folder data, and --training.dataset_path takes them), start a new run, "
+                "or begin the data again by --checkpoint.data_state reset",
             )
         self._restart({key: value for key, value in state.items() if key not in wanted})
 

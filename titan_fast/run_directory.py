@@ -176,14 +176,16 @@ def _differing(
 def _is_only_moved(key: str, before: Any, now: Any, checkpoint: Path | None) -> bool:
     """Whether path `now` leads to what `before` led to. Token shards in another place are assumed to be the same, since
     the loader will compare their content with the checkpoint's. Text would have to be tokenized first."""
-    if not (isinstance(before, str) and isinstance(now, str) and before and now):
+    if not (isinstance(now, str) and now):
         return False
-    if os.path.realpath(before) == os.path.realpath(now):
+    if isinstance(before, str) and before and os.path.realpath(before) == os.path.realpath(now):
         return True
     if checkpoint is None:
         return False
-    if key == "dataset_path":
+    if key == "dataset_path":  # before it may have been a data set of training.dataset
         return is_prepared(Path(now))
+    if not (isinstance(before, str) and before):
+        return False
     try:
         return is_same(load_tokenizer(Path(now)), load_tokenizer(tokenizer_of(checkpoint)))
     except (DataError, CheckpointError):
