@@ -206,6 +206,25 @@ def test_epochs_and_seeds_reshuffle(shards: PreparedTokens) -> None:
     assert all(not np.array_equal(order, np.arange(120)) for order in orders)
 
 
+def test_a_saved_position_means_the_same_samples_in_every_version() -> None:
+    """A checkpoint has the number of the next sample, and nothing that says in which order. Whoever changes the order
+    gives `TokenSource.identity` another key, so that older positions are refused, and then these numbers."""
+    lengths = np.array([5, 3, 9, 4, 8, 2, 6])
+    tokens: Any = SimpleNamespace(documents=7, lengths=lambda numbers: lengths[numbers])
+    order = SampleOrder(tokens, np.arange(7), seq_len=6, seed=42)
+    assert order.samples_per_epoch == 6
+    assert [list(order.pieces(sample)) for sample in range(8)] == [
+        [(0, 0, 5), (1, 0, 1)],
+        [(6, 5, 1), (5, 0, 2), (3, 0, 3)],
+        [(2, 8, 1), (6, 0, 5)],
+        [(2, 2, 6)],
+        [(4, 4, 4), (2, 0, 2)],
+        [(1, 1, 2), (4, 0, 4)],
+        [(3, 0, 4), (4, 0, 2)],
+        [(0, 1, 4), (1, 0, 2)],
+    ]
+
+
 def test_the_order_of_an_epoch_takes_twenty_bytes_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the ranks of a host holds it, and a trillion tokens are a billion documents."""
     monkeypatch.setattr("titan_fast.prepared._LENGTHS_TOGETHER", 1000)
