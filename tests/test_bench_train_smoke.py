@@ -111,7 +111,9 @@ def test_every_cell_of_every_part_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert wanted <= rows.keys()
     excuses = ("CUDA", "GPU", "torchtitan", "liger", "no torch.nn.functional", "the device is cpu", "aot_eager", "SM89")
     for name, row in rows.items():
-        assert "error" not in row or any(words in row["error"] for words in excuses), (name, row["error"])
+        # Triton's interpreter does not make tensors of plain numbers, and one of Liger's kernels calls `offset.to`.
+        excused = (*excuses, "InterpreterError: AttributeError") if "Liger eager" in name[0] else excuses
+        assert "error" not in row or any(words in row["error"] for words in excused), (name, row["error"])
     assert sum("error" not in row for row in rows.values()) > 0.6 * len(rows)
     (device,) = train_rows.load(tmp_path, rehearsal=True)
     assert "seconds to step 1" in train_table.markdown(device)
