@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from titan_fast import versions
+
 
 def environment(smoke: bool) -> dict[str, Any]:
     """This process's environment; smoke: that of a rehearsal on the CPU."""
@@ -36,17 +38,7 @@ def commit() -> str:
     if told := os.environ.get("BENCHMARK_COMMIT"):
         return told
     results = (":(exclude,top)benchmarks/results", ":(exclude,top)kernels/titan_kernels/measured")
-    try:
-        name = _git("describe", "--always", "--abbrev=12", "--exclude=*")
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *results)
-    except OSError:  # there is no git
-        return "unknown"
-    return f"{name}{'+' if changed else ''}" if name else "unknown"
-
-
-def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return result.stdout.strip()
+    return versions.commit(Path(__file__), (":(top)", *results)) or "unknown"
 
 
 def _driver() -> str:

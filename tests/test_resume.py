@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import safetensors.torch
 import torch
 from torchrun import start
 
-from titan_fast import loop, manifest, run_history
+from titan_fast import checkpoint, loop, manifest, run_history, versions
 from titan_fast.config import parse
 from titan_fast.data_command import prepare_folder, step_documents
 from titan_fast.errors import CheckpointError, ConfigError, TitanFastError
@@ -434,6 +435,41 @@ def test_another_torch_is_told(
     assert f"step 2 was computed with torch 2.11.0+old, and this is {here}: what follows may" in capsys.readouterr().out
     runs.run(data, tmp_path, training__steps=4)
     assert "was computed with torch" not in capsys.readouterr().out
+
+
+def test_another_commit_is_told(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for code, steps in (("0.1.0, commit aaa", 2), ("0.1.0, commit bbb", 3), ("", 4), ("0.1.0, commit ccc", 5)):
+        monkeypatch.setattr("titan_fast.checkpointer.code_version", lambda code=code: code)
+        runs.run(data, tmp_path, training__steps=steps)
+        told = "titan_fast 0.1.0, commit aaa, and this is 0.1.0, commit bbb: what" in capsys.readouterr().out
+        assert told == (steps == 3), code
+        assert checkpoint.read_state(runs.checkpoint(tmp_path, steps))["code"] == code
+
+
+def test_the_commit_is_of_the_checkout_that_has_the_file(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.com")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    file, other = tmp_path / "package" / "a.py", tmp_path / "b.py"
+    file.parent.mkdir()
+    file.touch()
+    other.touch()
+    assert versions.commit(file, (":(top)package",)) == "", "no checkout"
+    git("init")
+    git("add", "b.py")
+    git("commit", "-m", "b")
+    assert versions.commit(file, (":(top)package",)) == "", "in another's checkout"
+    git("add", "package")
+    git("commit", "-m", "a")
+    name = versions.commit(file, (":(top)package",))
+    assert re.fullmatch("[0-9a-f]{12}", name)
+    other.write_text("changed")
+    assert versions.commit(file, (":(top)package",)) == name
+    file.write_text("changed")
+    assert versions.commit(file, (":(top)package",)) == f"{name}+"
 
 
 def test_a_longer_schedule_is_warned_of(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from titan_fast.flavors import ModelShape
 from titan_fast.model import Block, init_values, rope_tables
 from titan_fast.ops import REFERENCE, Ops, attention_with, with_equal_heads
 from titan_fast.parallel import gradients_are_wide, precision
+from titan_fast.versions import installed
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +90,8 @@ def check_compiled_gradients(
         name = max(wrong, key=lambda name: errors[name] / largest[name])
         raise NumericsError(
             f"the compiled gradient of {name} in a block is off by {errors[name]:.2e} (relative; at most "
-            f"{largest[name]:.2e} would be rounding), with torch {torch.__version__}, triton {_triton_version()}, "
-            f"backend {settings.backend!r}",
+            f"{largest[name]:.2e} would be rounding), with torch {torch.__version__}, "
+            f"triton {installed('triton') or 'not installed'}, backend {settings.backend!r}",
             "do not train on it: set compile.enable False, or [kernels] to reference, or change torch's version; "
             "--compile.canary False turns this check off",
             where=f"{len(wrong)} of {len(errors)} gradients wrong on {device}",
@@ -105,13 +105,6 @@ def exact_ops(device: torch.device) -> Ops:
     if device.type != "cuda":
         return REFERENCE
     return dataclasses.replace(REFERENCE, attention=with_equal_heads(attention_with([SDPBackend.EFFICIENT_ATTENTION])))
-
-
-def _triton_version() -> str:
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _block(shape: ModelShape, ops: Ops, dtype: torch.dtype, device: torch.device) -> Block:

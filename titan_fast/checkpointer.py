@@ -45,6 +45,7 @@ from titan_fast.run_directory import differences, note_saved
 from titan_fast.shards import copies, local
 from titan_fast.signals import may_wait_longer, seconds_to_stop
 from titan_fast.tokenizer import Tokenizer, copy_tokenizer
+from titan_fast.versions import code_version
 
 WENT_BACK = "went_back.json"
 """A file in the folder of checkpoints that notes to which `load_step` the run has gone back."""
@@ -169,6 +170,7 @@ class Checkpointer:
         """Whether this start goes back to checkpoint.load_step."""
         self._passed_over: set[int] = set()  # steps that were found damaged
         self._last_save = time.monotonic()
+        self._code = code_version() if world.is_main else ""
         self._pending: Future[Path] | None = None
         self._failures = 0  # in a row
         self._warned_of_limit = False
@@ -287,7 +289,8 @@ class Checkpointer:
         """This rank's files besides the tensors, with their content at this moment."""
         files = {f"rng-{self.world.rank}.safetensors": safetensors.torch.save(_rng_state(self.world.device))}
         if self.world.is_main:
-            state = {**asdict(progress), "world_size": self.world.size, "torch": torch.__version__}
+            here = {"world_size": self.world.size, "torch": torch.__version__, "code": self._code}
+            state = asdict(progress) | here
             files["state.json"] = json.dumps(state, indent=1).encode()
             files["config.toml"] = tomli_w.dumps(redacted(to_dict(self.config))).encode()
         return files
@@ -475,11 +478,14 @@ class Checkpointer:
         ]
         if changed:
             self._notes.append(f"changed since step {step}: {', '.join(changed)}")
-        if (torch_then := state.get("torch", torch.__version__)) != torch.__version__:
-            self._notes.append(
-                f"step {step} was computed with torch {torch_then}, and this is {torch.__version__}: what follows may "
-                "differ by rounding from the same run without the change"
-            )
+        for what, was, here in (
+            ("torch", state.get("torch"), torch.__version__), ("titan_fast", state.get("code"), self._code),
+        ):  # fmt: skip
+            if was and here and was != here:
+                self._notes.append(
+                    f"step {step} was computed with {what} {was}, and this is {here}: what follows may differ, at "
+                    "least by rounding, from the same run without the change"
+                )
         self._compare_initial_weights(path, before, now)
         self._compare_schedules(step, before, now)
         then, today = _global_batch_size(before, world_size), _global_batch_size(now, self.world.size)

@@ -21,6 +21,7 @@ from titan_fast import (
     float8,
     out_of_memory,
     parallel,
+    versions,
 )
 from titan_fast.agreement import Agreed, Agreement
 from titan_fast.checkpoint import Progress, gather_data_state, own_data_state
@@ -192,7 +193,10 @@ class Run:
         """From the step after the last saved one to the last of all."""
         config, device = self.config, self.world.device
         data = self.loader.describe()
-        lines = startup_lines(config, self.shape, self.degrees, device, self.tokenizer, data, self.ops, self.progress)
+        code = versions.describe(versions.code_version()) if self.world.is_main else ""
+        lines = startup_lines(
+            config, self.shape, self.degrees, device, self.tokenizer, data, self.ops, self.progress, code
+        )
         self.start.lap("rest")
         self.metrics.start([*lines, ("start", self.start.describe())])
         self._say_notes()

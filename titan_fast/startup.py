@@ -51,9 +51,10 @@ def startup_lines(
     data: str,
     ops: Ops,
     progress: Progress,
+    code: str,
 ) -> list[tuple[str, str]]:
     """(label, text) for the model, the data, the mesh, how the batch is made up, and every choice with its reason.
-    `data` is the loader's own description."""
+    `data` is the loader's own description, `code` that of versions.py."""
     training, compiles = config.training, config.compile
     dtypes, devices = precision(training, device), degrees.data * degrees.tensor
     dtype = str(dtypes.param).removeprefix("torch.")
@@ -70,6 +71,7 @@ def startup_lines(
     }
     accumulation = grad_accum_steps(training, degrees.data)
     lines = [
+        ("code", code),
         ("model", f"{config.model.flavor}, {parameter_count(shape):,} parameters, computed in {dtype}"),
         ("tokenizer", f"{tokenizer.kind}, {tokenizer.vocab_size:,} pieces, {tokenizer.path}"),
         ("data", data),
