@@ -33,7 +33,12 @@ def commit(file: Path, among: Sequence[str]) -> str:
 
     def git(*arguments: str) -> str:
         result = subprocess.run(
-            ["git", *arguments], cwd=file.parent, capture_output=True, text=True, check=True, timeout=10
+            ["git", "--no-optional-locks", *arguments],
+            cwd=file.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         )
         return result.stdout.strip()
 
