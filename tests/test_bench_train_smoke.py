@@ -109,11 +109,15 @@ def test_every_cell_of_every_part_runs(tmp_path: Path, monkeypatch: pytest.Monke
     rows = {(row["cell"], row["variant"]): row for content in files for row in content["rows"]}
     wanted = {(cell.name, variant.name) for cell in cells(PARTS) for variant in cell.variants}
     assert wanted <= rows.keys()
-    excuses = ("CUDA", "GPU", "torchtitan", "liger", "no torch.nn.functional", "the device is cpu", "aot_eager", "SM89")
-    for name, row in rows.items():
-        # Triton's interpreter does not make tensors of plain numbers, and one of Liger's kernels calls `offset.to`.
-        excused = (*excuses, "InterpreterError: AttributeError") if "Liger eager" in name[0] else excuses
-        assert "error" not in row or any(words in row["error"] for words in excused), (name, row["error"])
+    excuses = (
+        "CUDA", "GPU", "torchtitan", "liger", "no torch.nn.functional", "the device is cpu", "aot_eager", "SM89",
+        "'fa4' is not available",
+        "for CPU backend",  # products of float8 by row, with torch 2.11
+    )  # fmt: skip
+    errors = {name: row["error"] for name, row in rows.items() if "error" in row}
+    unexcused = {name: error for name, error in errors.items() if not any(words in error for words in excuses)}
+    # Triton's interpreter does not make tensors of plain numbers, and one of Liger's kernels calls `offset.to`.
+    assert all("Liger eager" in cell and "Interpreter" in error for (cell, _), error in unexcused.items()), unexcused
     assert sum("error" not in row for row in rows.values()) > 0.6 * len(rows)
     (device,) = train_rows.load(tmp_path, rehearsal=True)
     assert "seconds to step 1" in train_table.markdown(device)
