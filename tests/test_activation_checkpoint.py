@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from benchmarks.activation_memory import compiled, eager
 from titan_fast import activation_checkpoint
 from titan_fast.activation_checkpoint import apply
+from titan_fast.canary import check_compiled_gradients
 from titan_fast.compilation import compile_model
 from titan_fast.config import ActivationCheckpoint, Compile, Kernels, parse
 from titan_fast.errors import ConfigError
@@ -269,13 +270,28 @@ def kept_by_compiled_blocks(mode: ActivationCheckpoint) -> int:
 
 
 def test_models_of_one_process_keep_what_their_own_modes_say() -> None:
+    modes = {"none": NONE} | {name: MODES[name] for name in ("pointwise", "op", "full")}
+    budgets = {f"budget {budget}": ActivationCheckpoint("memory_budget", memory_budget=budget) for budget in (0.5, 0.0)}
     alone = {}
-    for name in ("pointwise", "op", "full"):
+    for name, mode in (modes | budgets).items():
         torch._dynamo.reset()
-        alone[name] = kept_by_compiled_blocks(MODES[name])
-    assert list(alone.values()) == sorted(set(alone.values()), reverse=True)
+        alone[name] = kept_by_compiled_blocks(mode)
+    for some in (modes, ["none", *budgets]):
+        kept = [alone[name] for name in some]
+        assert kept == sorted(set(kept), reverse=True)
     torch._dynamo.reset()
-    assert {name: kept_by_compiled_blocks(MODES[name]) for name in alone} == alone
+    assert {name: kept_by_compiled_blocks(mode) for name, mode in (modes | budgets | {"none": NONE}).items()} == alone
+
+
+def test_a_budget_holds_in_a_run_whose_gradients_were_compared_first() -> None:
+    """The comparison compiles the same code at the same sizes before, and keeps what the compiler keeps by itself."""
+    budget = ActivationCheckpoint("memory_budget", memory_budget=0.0)
+    torch._dynamo.reset()
+    whole = kept_by_compiled_blocks(NONE)
+    torch._dynamo.reset()
+    compiles = Compile(enable=True, backend="aot_eager_decomp_partition")
+    check_compiled_gradients(SMALL, REFERENCE, compiles, torch.float32, CPU, 1, 32)
+    assert kept_by_compiled_blocks(budget) < whole
 
 
 @pytest.mark.parametrize(

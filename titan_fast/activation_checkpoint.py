@@ -113,6 +113,18 @@ def checkpoint_block(block: Block, make_policy: Callable[[], Policy] | None = No
     block.forward = forward  # type: ignore[method-assign]
 
 
+def _name_budget(block: Block, budget: float) -> None:
+    """Lets the compiler see the budget: it takes a graph that it has already made of the same code, such as the
+    canary's, and does not ask with which budget that was."""
+    inner = block.forward
+
+    def forward(*args: Any) -> Any:
+        assert budget >= 0  # what is read is guarded
+        return inner(*args)
+
+    block.forward = forward  # type: ignore[method-assign]
+
+
 def check(settings: config.ActivationCheckpoint, compiles: config.Compile, n_layers: int) -> None:
     """ConfigError where the mode cannot work, or would do nothing."""
     if settings.mode == "memory_budget" and not compiles.takes("blocks", "model"):
@@ -156,6 +168,8 @@ def apply(
     for i, block in enumerate(cast(Iterable[Block], model.blocks)):
         if settings.mode == "full":
             checkpoint_block(block, whole)
+        elif settings.mode == "memory_budget":
+            _name_budget(block, settings.memory_budget)
         elif settings.mode == "pointwise":
             checkpoint_block(block, all_but_pointwise)
         elif settings.mode == "selective" and settings.selective_ac_option in SELECTIVE:
