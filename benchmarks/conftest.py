@@ -22,6 +22,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--smoke"):
         # Read when Triton kernels are defined, which has not happened yet.
         os.environ["TRITON_INTERPRET"] = "1"
+    from titan_fast.compilation import name_code
+
+    name_code()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -33,6 +33,7 @@ from benchmarks.train_process import (
 from benchmarks.train_record import known_limits, record
 from benchmarks.variants import LOST, How, Rows, sentence
 from benchmarks.workloads import Cell, rehearsed
+from titan_fast.ops import source_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -215,13 +216,15 @@ def cell_of(answer: Answer) -> Cell | None:
 
 
 def environment_of_children(cache: Path) -> dict[str, str]:
-    """This process's environment, with this checkout on the path and a place for compiled code."""
+    """This process's environment, with this checkout on the path, and a place for compiled code that only code with the
+    same operators uses."""
     inherited = [Path(entry).absolute() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "kernels", *inherited])),
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
+        "TORCH_COMPILE_CACHE_KEY_TAG": source_digest(),  # see compilation.name_code
     }
 
 

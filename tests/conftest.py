@@ -23,6 +23,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join(_PATHS)
 torch.set_num_threads(1)
 
 
+def pytest_configure() -> None:
+    from titan_fast.compilation import name_code  # not before the environment above is set
+
+    name_code()  # else compiled operators would be tested with derivatives of an earlier session
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import conftest as kernel_suite
+from benchmarks.train_suite import environment_of_children
 from titan_fast import compilation, masters, parallel
 from titan_fast.checkpoint import tensors_of
 from titan_fast.compilation import compiled_cross_entropy, optimizer_compiler
@@ -29,7 +32,7 @@ from titan_fast.loader import Batch
 from titan_fast.loss import IGNORE_INDEX, has_torch_loss, torch_linear_cross_entropy
 from titan_fast.masters import OnePassAdamW, gradient_of, master_of, masters_as_weights, round_masters, update
 from titan_fast.model import Llama
-from titan_fast.ops import REFERENCE, build_ops
+from titan_fast.ops import REFERENCE, build_ops, source_digest
 from titan_fast.optim import build_optimizer, clip_gradients, step_unless
 from titan_fast.step import build_model, forward_backward, one_over_valid_tokens, workload
 
@@ -398,6 +401,16 @@ def test_compiled_code_is_not_kept_beyond_a_change_of_an_operator(
             total = torch.compile(lambda x, doubled=doubled: doubled(x).sum(), **compilation.arguments(settings))
             gradients += torch.autograd.grad(total(x), x)
     assert [gradient[0].item() for gradient in gradients] == [2.0, 2.0, 3.0]
+
+
+def test_nothing_that_compiles_our_operators_uses_another_versions_code(tmp_path: Path) -> None:
+    """Tests and benchmarks keep compiled code as well."""
+    digest = source_digest()
+    assert digest in torch.compiler.config.cache_key_tag
+    assert environment_of_children(tmp_path)["TORCH_COMPILE_CACHE_KEY_TAG"] == digest
+    with tagged(""):
+        kernel_suite.pytest_configure(cast(Any, SimpleNamespace(getoption=lambda name: False)))
+        assert torch.compiler.config.cache_key_tag == digest
 
 
 def _doubled(x: Tensor) -> Tensor:

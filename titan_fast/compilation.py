@@ -111,13 +111,19 @@ def compile_model(model: Llama, settings: config.Compile) -> None:
         model.head.loss = dataclasses.replace(model.head.loss, ops=ops)
 
 
+def name_code() -> None:
+    """Lets no other version of our operators use the code that torch keeps from now on: in its keys an operator is a
+    name, while the graph that is kept has its derivative as it was."""
+    if (digest := source_digest()) not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += digest
+
+
 def keep_code(settings: config.Compile, tensor_degree: int) -> None:
     """Lets Inductor and Triton keep compiled code in `cache_folder`, if one is set; both find it through the
     environment. Wherever it is kept, other versions of our operators do not use it. To be called before anything is
     compiled."""
-    if settings.enable and (digest := source_digest()) not in torch.compiler.config.cache_key_tag:
-        # In a key an operator is its name, while the graph that is kept has its derivative as it was.
-        torch.compiler.config.cache_key_tag += digest
+    if settings.enable:
+        name_code()
     if settings.enable and tensor_degree == 1:
         # torch does not cache graphs that call private functions unless it is told that this is safe, and attention
         # calls these two, which name a backend and choose it. The choice depends on cuDNN's version, which therefore
