@@ -7,15 +7,7 @@ from typing import Any
 from benchmarks.least_step import Limits
 from benchmarks.result_files import read
 from benchmarks.train_cells import PARTS, cells
-from benchmarks.train_record import (
-    ATTENTION,
-    fraction_of_limit,
-    known_limits,
-    limit_attention,
-    options_of,
-    settings_of,
-    with_versions,
-)
+from benchmarks.train_record import fraction_of_limit, known_limits, options_of, settings_of, with_versions
 from benchmarks.workloads import shape_of
 from titan_fast.errors import DataError
 
@@ -60,14 +52,11 @@ def load(folder: Path, rehearsal: bool) -> list[Device]:
 
 
 def _add_fractions(device: Device, limits: Limits) -> None:
-    """For rows that were measured before the limits, or with limits that lacked the now fastest attention, so that all
-    rows have the same limit."""
+    """Of these limits, whatever a row was recorded with: all rows have the same limit."""
     by_name = {(cell.name, cell.part): cell for cell in cells(PARTS)}
     for row in device.rows.values():
         cell = by_name.get((row["cell"], row["part"]))
         if cell is None or "step_seconds" not in row or options_of(cell, row["variant"]) is None:
             continue
         config, shape = settings_of(cell, row["variant"], False), shape_of(cell.workload, False)
-        if "fraction_of_limit" in row and row.get(ATTENTION, "cudnn") == limit_attention(limits, config, shape):
-            continue
         row |= fraction_of_limit(limits, config, shape, row["world"], row["step_seconds"]["median"])
