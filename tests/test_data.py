@@ -1431,7 +1431,7 @@ def test_show_prints_the_documents_of_a_step(
     lines = list(data_command.step_documents(tmp_path, 3, None, 10_000))
     assert lines[:2] == ["step 3:", "samples 8 to 11, epoch 0"]
     assert lines[1:] == list(data_command.sample_documents(tmp_path, 8, 11, 10_000))
-    epoch = data.training_order(config, PreparedTokens(data_command._shards_of(tmp_path))).samples_per_epoch
+    epoch = data.training_order(config, PreparedTokens(data_command._shards_of(tmp_path, config))).samples_per_epoch
     assert next(data_command.sample_documents(tmp_path, epoch - 1, epoch, 9)).endswith(f" to {epoch}, epochs 0 to 1")
     moved = tmp_path.with_name(f"{tmp_path.name}-moved")
     shutil.move(tmp_path, moved)

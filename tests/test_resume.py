@@ -314,9 +314,11 @@ def test_the_shards_of_text_that_has_changed_are_gone_on_with(data: Path, tmp_pa
     runs.run(text, tmp_path / "whole", **more, training__steps=4)
     runs.run(text, run_dir, **more, training__steps=2, lr_scheduler__total_steps=4)
     (shards,) = (path.parent for path in (run_dir / "data").glob("*/index.json"))
-    text.write_text(text.read_text() + json.dumps({"text": "one more"}) + "\n")
+    shown = list(step_documents(run_dir, 2, None, 80))
+    text.write_text(json.dumps({"text": "one more"}) + "\n" + text.read_text())
     with pytest.raises(CheckpointError, match=r"in the run's folder data, and --training.dataset_path takes them"):
         runs.run(text, run_dir, **more, training__steps=4)
+    assert list(step_documents(run_dir, 2, None, 80)) == shown, "not of the shards that were refused"
     runs.run(shards, run_dir, **more, training__steps=4)
     assert_same_run(tmp_path / "whole", run_dir, 4)
     saved = tomllib.loads((runs.checkpoint(run_dir, 2) / "config.toml").read_text())

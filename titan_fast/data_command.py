@@ -220,7 +220,7 @@ def sample_documents(run_dir: Path, first: int, last: int, characters: int) -> I
     config = _config_of(run_dir)
     if is_hub(config.training):
         raise DataError("the documents of a streamed data set are not kept", "prepare it before training", str(run_dir))
-    tokens = PreparedTokens(_shards_of(run_dir))
+    tokens = PreparedTokens(_shards_of(run_dir, config))
     tokenizer = load_tokenizer(tokens.folder)
     order = training_order(config, tokens)
     began, ended = first // order.samples_per_epoch, last // order.samples_per_epoch
@@ -241,14 +241,22 @@ def _config_of(run_dir: Path) -> Config:
         raise DataError(f"cannot read the run's config: {error}", "check --job.dump_folder", str(path)) from error
 
 
-def _shards_of(run_dir: Path) -> Path:
+def _shards_of(run_dir: Path, config: Config) -> Path:
+    """What the run's newest checkpoint was trained on. The last start may have made others, of text that has changed,
+    and then have been refused."""
     path = run_dir / "data" / "training.json"
     try:
         written = Path(json.loads(path.read_bytes())["value"])
         own = run_dir / "data" / written.name
-        return own if not written.exists() and own.exists() else written  # the run may have been moved
+        found = own if not written.exists() and own.exists() else written  # the run may have been moved
     except (OSError, ValueError, KeyError) as error:
         raise DataError("the run has no prepared data", "check --job.dump_folder", str(path)) from error
+    saved = checkpoints(run_dir / config.checkpoint.folder) if config.checkpoint.data_state == "exact" else {}
+    trained_on = read_state(saved[max(saved)])["data"].get("fingerprint") if saved else None
+    for folder in (found, *filter(is_prepared, sorted((run_dir / "data").iterdir()))):
+        if trained_on in (None, PreparedTokens(folder, sizes=False).fingerprint):
+            return folder
+    raise DataError("the run was trained on other token shards", "put them back", str(found))
 
 
 def _global_batch_size(config: Config, data_parallel_degree: int | None, logged: list[dict[str, Any]]) -> int:
