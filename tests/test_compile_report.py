@@ -68,13 +68,14 @@ def test_seconds_are_those_of_compiling(report: CompileReport) -> None:
     before = report.seconds
     one_pass(model)
     assert report.seconds == before
-    assert report.summary() == f"compiled 1 graph in {before:.1f} s"
+    report.seconds = 16.0  # of which a dry step may have taken most
+    assert report.summary(15.0, 1.5) == "compiled 1 graph in 16.0 s, 1.0 s of it in the first step, which took 1.5 s"
 
 
 def test_a_late_graph_is_a_warning_that_names_the_guard(report: CompileReport) -> None:
     model = model_of(2)
     one_pass(model)
-    report.summary()
+    report.expect()
     assert report.again(SETTLED_AFTER + 1) == []
     one_pass(model, seq_len=24)
     (line,) = report.again(SETTLED_AFTER + 2)
@@ -83,6 +84,8 @@ def test_a_late_graph_is_a_warning_that_names_the_guard(report: CompileReport) -
     assert report.again(SETTLED_AFTER + 3) == []
     one_pass(model, seq_len=8)
     assert report.again(SETTLED_AFTER) == []  # it is early enough
+    one_pass(model, seq_len=12)
+    assert report.again(100 + SETTLED_AFTER - 1, first_step=100) == [], "early after that start"
 
 
 def test_a_closed_report_hears_nothing(report: CompileReport) -> None:

@@ -345,6 +345,32 @@ def test_validation_makes_no_graph(data: Path, tmp_path: Path, monkeypatch: pyte
     assert graphs and not any(graphs)
 
 
+def test_what_is_compiled_is_told_at_its_step_and_of_its_part(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The dry step compiles before the first step, and a late graph of a run that goes on is of the run's step."""
+    torch._dynamo.reset()
+    more: dict[str, Any] = {"compile__enable": True, "compile__backend": "aot_eager", "compile__components": "blocks"}
+    runs.run(data, tmp_path, **more, training__steps=5, compile__canary=False, training__dry_step="always")
+    said = capsys.readouterr().out
+    assert re.search(r"compiled 1 graph in \d+\.\d s, 0\.0 s of it in the first step, which took ", said), said
+    true_pass = loop.forward_backward
+
+    def forward_backward(model: Any, batches: Any, scale: Any) -> Any:
+        if len(lengths) == 3:  # the run's ninth step has shorter sequences than all others
+            batches = [batch._replace(tokens=batch.tokens[:, :16], labels=batch.labels[:, :16]) for batch in batches]
+        lengths.append(batches[0].tokens.shape[1])
+        return true_pass(model, batches, scale)
+
+    lengths: list[int] = []
+    monkeypatch.setattr(loop, "forward_backward", forward_backward)
+    torch._dynamo.reset()
+    runs.run(data, tmp_path, **more, training__steps=10, compile__canary=True)
+    said = capsys.readouterr().out
+    assert "compiled 1 graph in " in said, "the one that is compared with plain PyTorch"
+    assert lengths == [32, 32, 32, 16, 32] and "built another graph of forward at step 9: " in said, said
+
+
 def test_after_going_back_the_samples_that_were_bad_are_left_out(data: Path, tmp_path: Path) -> None:
     run, more = tmp_path / "run", {"checkpoint__interval": 2, "metrics__log_freq": 4, "training__global_batch_size": 4}
     more |= {"training__steps": 8, "checkpoint__keep_latest_k": 0}

@@ -7,7 +7,7 @@ import torch._dynamo.utils
 from torch._dynamo.callback import callback_handler
 
 SETTLED_AFTER = 3
-"""Steps of a run in which compiling is expected: the first pass, the last one of an accumulation, a sample."""
+"""Steps after a start in which compiling is expected: the first pass, the last one of an accumulation, a sample."""
 
 
 class CompileReport:
@@ -43,20 +43,21 @@ class CompileReport:
         if self._open == 0 and self._began is not None:
             self.seconds += time.perf_counter() - self._began
 
-    def summary(self) -> str:
-        """A line for the log."""
+    def summary(self, before: float, step_seconds: float) -> str:
+        """A line for the log after the first step, which took `step_seconds`. before: `seconds` when it began."""
         self.expect()
-        return f"compiled {self.graphs} graph{'s' * (self.graphs != 1)} in {self.seconds:.1f} s"
+        graphs = f"compiled {self.graphs} graph{'s' * (self.graphs != 1)} in {self.seconds:.1f} s"
+        return f"{graphs}, {self.seconds - before:.1f} s of it in the first step, which took {step_seconds:.1f} s"
 
     def expect(self) -> None:
         """Graphs built so far were expected, as those of the first validation, and are not reported by `again`."""
         self._reported = self.graphs
 
-    def again(self, step: int) -> list[str]:
-        """A line for each graph built since the last call, with the reason that torch gives; none in the first steps.
-        Costs only a comparison where nothing was compiled."""
+    def again(self, step: int, first_step: int = 1) -> list[str]:
+        """A line for each graph built since the last call, with the reason that torch gives; none in the first steps
+        after a start, which begins with `first_step`. Costs only a comparison where nothing was compiled."""
         fresh, self._reported = self.graphs - self._reported, self.graphs
-        if not fresh or step <= SETTLED_AFTER:
+        if not fresh or step - first_step < SETTLED_AFTER:
             return []
         graphs = [m for m in torch._dynamo.utils.get_compilation_metrics() if m.co_name is not None]
         return [

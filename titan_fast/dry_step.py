@@ -25,7 +25,7 @@ def take(
 ) -> None:
     """Forward and backward of a full batch (of two where gradients accumulate), with the optimizer's state allocated.
     The loss is scaled by 0 and no step is taken, so the model stays as it was."""
-    compiles = ", which compiles all that is left to compile" if config.compile.enable else ""
+    compiles = ", which compiles all but the optimizer" if config.compile.enable else ""
     log.info("a first step on random tokens, to see that it fits (training.dry_step)%s", compiles)
     training = config.training
     generator = torch.Generator(device=device).manual_seed(0)

@@ -112,9 +112,9 @@ class Run:
         self.shape = model_shape(config.model)
         device = world.device
         compilation.keep_code(config.compile, degrees.tensor)
+        self.compile_report = CompileReport()
         canary.check(config, self.shape, ops, degrees, device)
         start.lap("compiled gradients")
-        self.compile_report = CompileReport()
         self.model = build_model(config, self.shape, ops, degrees, device)
         distributed.limit_collectives(world, config.comm)
         direct_fsdp.check(self.model, device)
@@ -200,7 +200,7 @@ class Run:
         self.start.lap("rest")
         self.metrics.start([*lines, ("start", self.start.describe())])
         self._say_notes()
-        if config.compile.enable and not dry_step.is_wanted(config, device):
+        if config.compile.takes("optimizer") or (config.compile.enable and not dry_step.is_wanted(config, device)):
             self.metrics.say("the first step compiles what is left to compile")
         if self.first_step > self.config.training.steps:
             self.metrics.say(f"step {self.progress.step} was the last one already: raise training.steps to go on")
@@ -249,15 +249,15 @@ class Run:
     def _one_step(self, step: int) -> bool:
         """A step, and what is due after it. True where the ranks have agreed to stop before the last step, and have
         saved."""
-        config, started = self.config, time.perf_counter()
+        config, started, compiled = self.config, time.perf_counter(), self.compile_report.seconds
         last = step == config.training.steps
         due = functools.partial(_is_due, step, config.training.steps)
         loss, norm, rate, agreed = self.step(step)
         stops = agreed.stop and not last
         self.checkpointer.step_seconds = time.perf_counter() - started
         if step == self.first_step:
-            self._after_first_step(started)
-        for line in self.compile_report.again(step - self.first_step + 1):
+            self._after_first_step(started, compiled)
+        for line in self.compile_report.again(step, self.first_step):
             self.metrics.say(line)
         must_save = last or stops
         saves = config.checkpoint.enable and (
@@ -386,9 +386,9 @@ class Run:
         for note in self.checkpointer.notes():
             self.metrics.say(note)
 
-    def _after_first_step(self, started: float) -> None:
+    def _after_first_step(self, started: float, compiled: float) -> None:
         if self.config.compile.enable:
             if self.world.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
-            self.metrics.say(f"{self.compile_report.summary()}; the first step took {seconds:.1f} s with that")
+            self.metrics.say(self.compile_report.summary(compiled, seconds))
