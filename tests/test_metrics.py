@@ -620,7 +620,7 @@ def test_summary_and_loss_curve(
     summary = capsys.readouterr().out
     for expected in (
         "finished         step 40/40, 40,000 tokens",
-        "first 8.0000 (step 10), last 3.5000, best 3.0000 (step 30)",
+        "first 8.0000 (step 10), last 3.5000 (step 40), best 3.0000 (step 30)",
         "last 4.2500 (step 40), best 3.7500 (step 25)",
         "1,000 per device, mean without the first 10 steps",  # 30 steps of 1000 tokens in 15 s on 2 devices
         "8.00% of the time of the steps",  # 5.2 of 65 s
@@ -642,6 +642,29 @@ def test_a_run_that_stops_early_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     metrics.finish()
     assert "stopped        step  0/40, 0 tokens" in capsys.readouterr().out
     assert not (tmp_path / "loss_curve.png").exists()
+
+
+def test_a_run_that_fails_between_log_lines_says_where(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = logger(tmp_path, *QUIET)
+    metrics.start([])
+    clock.now += 2
+    log(metrics, 1)
+    clock.now += 3
+    log(metrics, 10, loss=math.nan)
+    with metrics.pause():
+        clock.now += 40
+    clock.now += 20
+    metrics.finish(failed=True, step=19, tokens_seen=19_000)
+    said = capsys.readouterr().out
+    for expected in (
+        "failed         step 19/40, 19,000 tokens",
+        "first 2.0000 (step 1), last 2.0000 (step 1), best 2.0000 (step 1)",
+        "1,500 per device, mean of those up to step 10 without the first step",
+        "start 0:00:00, steps 0:00:25, pauses (validation, checkpoints, samples) 0:00:40",
+    ):
+        assert expected in said, said
 
 
 def test_a_window_system_that_is_not_there_is_not_asked_for(tmp_path: Path) -> None:

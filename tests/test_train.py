@@ -175,7 +175,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(
     with pytest.raises(NumericsError, match=r"step 4.*not finite"):
         loop.train(parse(arguments(text, tmp_path)))
     assert calls == 4
-    assert "ended by NumericsError: the loss (" in (tmp_path / "train.log").read_text()
+    said = (tmp_path / "train.log").read_text()
+    assert "ended by NumericsError: the loss (" in said and re.search(r" failed +step +4/", said), said
     assert all(torch.equal(kept[4][name], value) for name, value in kept[0].items())
 
 

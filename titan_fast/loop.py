@@ -238,7 +238,7 @@ class Run:
             self._say_notes()
             self.compile_report.close()
             self.guard.close()
-            self.metrics.finish(failed)
+            self.metrics.finish(failed, self.progress.step, self.progress.tokens_seen)
         if stopped:
             saved = f"to go on: {resume_command()}"
             if not config.checkpoint.enable:

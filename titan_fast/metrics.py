@@ -143,6 +143,10 @@ class MetricsLogger:
         self.began = time.perf_counter() if began is None else began
         self.started = self.began
         """When the start-up ended."""
+        self.step_seconds = 0.0
+        """From there to the end, without pauses."""
+        self.ended_after = start_step
+        """The last step, whether or not it was logged."""
         self.clock = TrainingClock(device if is_main else torch.device("cpu"))
         self.totals = _Totals()
         self.flops_per_token = flops.flops_per_token(shape, config.training.seq_len, MFU_FORMULA)
@@ -382,11 +386,14 @@ class MetricsLogger:
         self.say(aligned([(f"{self._step(step)}  sample", text)]))
         self._to_tensorboard(lambda writer: writer.add_text("sample", _code(text), step))
 
-    def finish(self, failed: bool = False) -> None:
+    def finish(self, failed: bool = False, step: int | None = None, tokens_seen: int | None = None) -> None:
         """Draws loss_curve.png, prints the summary and closes everything. failed: whether an error has ended the
-        run."""
+        run. step, tokens_seen: how far it has come, by default as of the last log line."""
         if not self.is_main:
             return
+        self.step_seconds = time.perf_counter() - self.started - self.clock.paused_seconds
+        self.ended_after = self.last_step if step is None else step
+        self.tokens_seen = self.tokens_seen if tokens_seen is None else tokens_seen
         self._stop_progress()
         try:
             records = list(run_history.read(self.metrics_path))
@@ -405,15 +412,16 @@ class MetricsLogger:
 
     def _summary(self, records: list[Record], failed: bool) -> list[tuple[str, str]]:
         train, held_out = run_history.losses(records), run_history.validations(records)
-        complete = self.last_step >= self.config.training.steps
+        complete = self.ended_after >= self.config.training.steps
         label = "failed" if failed else "finished" if complete else "stopped"
-        lines = [(label, f"{self._step(self.last_step)}, {self.tokens_seen:,} tokens")]
+        lines = [(label, f"{self._step(self.ended_after)}, {self.tokens_seen:,} tokens")]
         if train:
             best = min(train, key=lambda record: record["loss"])
             lines.append(
                 (
                     "loss",
-                    f"first {train[0]['loss']:.4f} (step {train[0]['step']}), last {train[-1]['loss']:.4f}, "
+                    f"first {train[0]['loss']:.4f} (step {train[0]['step']}), "
+                    f"last {train[-1]['loss']:.4f} (step {train[-1]['step']}), "
                     f"best {best['loss']:.4f} (step {best['step']})",
                 )
             )
@@ -441,11 +449,12 @@ class MetricsLogger:
         tokens_per_second = self.tokens_per_step / totals.seconds_per_step() / self.n_devices
         first = "the first step" if totals.first_steps == 1 else f"the first {totals.first_steps} steps"
         warm_up = f" without {first}" if totals.steps > totals.first_steps else ""
-        speed = f"{tokens_per_second:,.0f} per device, mean{warm_up}"
+        unlogged = f" of those up to step {self.last_step}" if self.ended_after > self.last_step else ""
+        speed = f"{tokens_per_second:,.0f} per device, mean{unlogged}{warm_up}"
         if self.peak:
             speed += f"; MFU {flops.mfu(tokens_per_second, self.flops_per_token, self.peak):.1%} by {MFU_FORMULA}"
         elapsed = f"{duration(self.elapsed_seconds)}, of it since step {self.start_step}: "
-        elapsed += f"start {duration(self.started - self.began)}, steps {duration(totals.seconds)}, "
+        elapsed += f"start {duration(self.started - self.began)}, steps {duration(self.step_seconds)}, "
         elapsed += f"pauses (validation, checkpoints, samples) {duration(self.clock.paused_seconds)}"
         return [
             ("tokens/s", speed),
