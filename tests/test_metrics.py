@@ -24,6 +24,7 @@ import torch
 from tensorboard.summary.writer import event_file_writer, record_writer
 
 from titan_fast import console, run_history
+from titan_fast import metrics as metrics_module
 from titan_fast.config import Config, model_shape, parse
 from titan_fast.console import Console
 from titan_fast.metrics import MetricsLogger, aligned, duration, peak_memory, printable
@@ -247,11 +248,21 @@ def test_the_devices_backlog_is_not_part_of_a_pause(clock: Clock, monkeypatch: p
 
 @pytest.mark.parametrize(("platform", "resident"), [("linux", 3 * 2**19), ("darwin", 3 * 2**29)])
 def test_resident_memory_in_whatever_unit_the_system_counts(
-    platform: str, resident: int, monkeypatch: pytest.MonkeyPatch
+    platform: str, resident: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(metrics_module, "STATUS", tmp_path / "none")
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=resident))
     monkeypatch.setattr(sys, "platform", platform)
     assert peak_memory(torch.device("cpu")) == 1.5
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_resident_memory_is_not_that_of_the_process_which_started_this_one() -> None:
+    """As of a notebook, which holds much when it launches a run."""
+    ask = "import torch; from titan_fast.metrics import peak_memory; print(peak_memory(torch.device('cpu')))"
+    launch = f"import subprocess, sys; held = b'1' * 2**30; subprocess.run([sys.executable, '-c', {ask!r}], check=True)"
+    said = subprocess.run([sys.executable, "-c", launch], check=True, capture_output=True, text=True).stdout
+    assert 0.05 < float(said) < 0.9
 
 
 def test_a_devices_memory_is_the_most_since_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 MFU_FORMULA: flops.Formula = "titan"
 LOSS_CURVE = "loss_curve.png"
 GIB = 1024**3
+STATUS = Path("/proc/self/status")
 
 
 def aligned(lines: list[tuple[str, str]]) -> str:
@@ -70,6 +71,11 @@ def peak_memory(device: torch.device) -> float:
         peak = torch.cuda.max_memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / GIB
+    with suppress(OSError):  # where there is no /proc
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / GIB
+    # On Linux this counts what the process that started this one held, too.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB  # macOS counts bytes, Linux KiB
 
