@@ -504,6 +504,14 @@ def test_a_loss_spike_is_written_down(tmp_path: Path) -> None:
     assert math.isclose(record["usual_loss"], 3.0, abs_tol=0.05)
 
 
+def test_a_spike_of_a_loss_that_is_almost_nothing_is_told_in_numbers(tmp_path: Path) -> None:
+    watch = guard.StepGuard(parse([]).training, torch.device("cpu"), tmp_path, True)
+    for step in range(guard.LEAST + 1):
+        watch.judge(step + 1, {}, torch.tensor(5e-4 if step == guard.LEAST else 2e-5), torch.tensor(1.0))
+    (line,) = watch.look()
+    assert "loss 5.0e-04 after 2.0e-05 on average" in line
+
+
 def test_losses_that_stay_higher_are_spikes_no_longer(tmp_path: Path) -> None:
     watch = guard.StepGuard(parse([]).training, torch.device("cpu"), tmp_path, True)
     chance, lines = random.Random(0), []

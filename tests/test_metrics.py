@@ -27,7 +27,7 @@ from titan_fast import console, run_history
 from titan_fast import metrics as metrics_module
 from titan_fast.config import Config, model_shape, parse
 from titan_fast.console import Console
-from titan_fast.metrics import MetricsLogger, aligned, duration, peak_memory, printable
+from titan_fast.metrics import MetricsLogger, aligned, duration, peak_memory, printable, small
 from titan_fast.start_times import StartTimes
 from titan_fast.training_clock import TrainingClock
 
@@ -163,7 +163,7 @@ def test_pauses_are_not_training_time(tmp_path: Path, clock: Clock, capsys: pyte
     assert first["tokens_per_second"] == second["tokens_per_second"] == 1000
     assert second["elapsed_seconds"] == 47
     metrics.finish()
-    assert "steps 0:00:10, pauses (validation, checkpoints, samples) 0:00:37" in capsys.readouterr().out
+    assert "steps 0:00:10, pauses (validation, checkpoints, samples, traces) 0:00:37" in capsys.readouterr().out
 
 
 def test_what_is_left_has_pauses_as_there_were(
@@ -401,6 +401,54 @@ def test_cutting_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(OSError, match="No space"):
         run_history.keep_until(path, 2)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2.04172, "2.0417"),
+        (3.14e-5, "3.1e-05"),
+        (1e-3, "0.0010"),
+        (0.0, "0.0000"),
+        (-4e-4, "-4.0e-04"),
+        (math.inf, "inf"),
+    ],
+)
+def test_what_is_small_is_not_shown_as_nothing(value: float, text: str) -> None:
+    assert small(value) == text
+
+
+def test_a_small_loss_and_gradient_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = logger(tmp_path, *QUIET)
+    log(metrics, 40, loss=3e-5, grad_norm=2e-6)
+    metrics.validation(40, 4e-5)
+    metrics.finish()
+    said = re.sub(" +", " ", capsys.readouterr().out)
+    assert "loss 3.0e-05 grad norm 2.0e-06 lr" in said and "validation loss 4.0e-05\n" in said
+    assert "best 3.0e-05 (step 40)" in said and "best 4.0e-05 (step 40)" in said
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_rank_0_measures_is_said_to_be_its_own(
+    devices: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another rank may hold more, or wait for its data while rank 0 waits for it."""
+    metrics = logger(tmp_path, *QUIET, n_devices=devices)
+    metrics.start([])
+    log(metrics, 40)
+    metrics.finish()
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith(("memory ", "data wait ", "peak memory "))]
+    assert len(lines) == 4 and [line.endswith(", on rank 0") for line in lines] == [devices > 1] * 4, said
+
+
+def test_mfu_with_masked_documents_says_what_it_counts(
+    tmp_path: Path, a100: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    a100("NVIDIA A100-SXM4-80GB")
+    for masks in (False, True):
+        logger(tmp_path, *QUIET, f"--training.document_mask={masks}", device=torch.device("cuda")).start([])
+        assert ("titan, which counts attention over whole sequences," in capsys.readouterr().out) == masks
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -673,7 +721,7 @@ def test_a_run_that_fails_between_log_lines_says_where(
         "failed         step 19/40, 19,000 tokens",
         "first 2.0000 (step 1), last 2.0000 (step 1), best 2.0000 (step 1)",
         "1,500 per device, mean of those up to step 10 without the first step",
-        "start 0:00:00, steps 0:00:25, pauses (validation, checkpoints, samples) 0:00:40",
+        "start 0:00:00, steps 0:00:25, pauses (validation, checkpoints, samples, traces) 0:00:40",
     ):
         assert expected in said, said
 

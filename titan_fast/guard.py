@@ -14,6 +14,7 @@ from torch import Tensor
 from titan_fast.config import Training, is_hub
 from titan_fast.errors import NumericsError
 from titan_fast.log_file import LogFile
+from titan_fast.metrics import small
 from titan_fast.run_history import BAD_STEPS
 
 WINDOW, LEAST, DEVIATIONS = 128, 32, 6.0
@@ -80,7 +81,8 @@ class StepGuard:
                 )
             elif (usual := self._spike(loss)) is not None:
                 self._record(item, "loss spike", loss, norm, usual_loss=usual)
-                lines.append(f"step {item.step}: loss {loss:.4f} after {usual:.4f} on average; {self._where(item)}")
+                said = f"loss {small(loss)} after {small(usual)} on average"
+                lines.append(f"step {item.step}: {said}; {self._where(item)}")
                 self._spikes.append(loss)
                 if len(self._spikes) == LEAST:
                     self._losses.clear()

@@ -47,6 +47,11 @@ def aligned(lines: list[tuple[str, str]]) -> str:
     return "\n".join(f"{label:<{width}}  {value}".rstrip().replace("\n", newline) for label, value in lines)
 
 
+def small(number: float) -> str:
+    """Four places, but in another form where these would hide how small it is: 2.0417, 3.1e-05."""
+    return f"{number:.4f}" if number == 0 or not abs(number) < 1e-3 else f"{number:.1e}"
+
+
 def duration(seconds: float) -> str:
     """83.4 -> "0:01:23", a day and more as "1d 02:03:04"."""
     minutes, second = divmod(int(seconds), 60)
@@ -153,6 +158,7 @@ class MetricsLogger:
         """From there to the end, without pauses."""
         self.ended_after = start_step
         """The last step, whether or not it was logged."""
+        self.of_rank_0 = ", on rank 0" if n_devices > 1 else ""
         self.clock = TrainingClock(device if is_main else torch.device("cpu"))
         self.totals = _Totals()
         self.flops_per_token = flops.flops_per_token(shape, config.training.seq_len, MFU_FORMULA)
@@ -187,7 +193,9 @@ class MetricsLogger:
         peak = flops.known_peak(name)
         if peak is None:
             return None, flops.unknown_peak_sentence(name)
-        note = f"by formula {MFU_FORMULA}, {self.flops_per_token:,} FLOPs per token, {peak.flops / 1e12:g} TFLOP/s"
+        masked = ", which counts attention over whole sequences" if self.config.training.document_mask else ""
+        per_token = f"{self.flops_per_token:,} FLOPs per token"
+        note = f"by formula {MFU_FORMULA}{masked}, {per_token}, {peak.flops / 1e12:g} TFLOP/s"
         return peak.flops, f"{note} ({peak.source})"
 
     @property
@@ -234,7 +242,9 @@ class MetricsLogger:
             if self.device.type == "cuda"
             else "most that was ever resident in this process"
         )
-        self.say(aligned([*lines, ("tokens/s", "per device"), ("MFU", self.mfu_note), ("memory", memory)]))
+        meanings = [("tokens/s", "per device"), ("MFU", self.mfu_note), ("memory", memory + self.of_rank_0)]
+        meanings.append(("data wait", f"part of the time of the steps{self.of_rank_0}"))
+        self.say(aligned([*lines, *meanings]))
         self._start_progress()
         self.clock.restart()
         self.started = self.clock.began
@@ -309,8 +319,8 @@ class MetricsLogger:
         left = duration(self.totals.seconds_left(steps - record["step"]))
         parts = [
             self._step(record["step"]),
-            f"loss {record['loss']:7.4f}",
-            f"grad norm {record['grad_norm']:8.4f}",
+            f"loss {small(record['loss']):>7}",
+            f"grad norm {small(record['grad_norm']):>8}",
             f"lr {record['lr']:.2e}",
             f"tokens/s {record['tokens_per_second']:7,.0f}",
             f"MFU {mfu}",
@@ -368,7 +378,7 @@ class MetricsLogger:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """For validation, checkpoints and sampling: not training time, but included in the summary."""
+        """For validation, checkpoints, samples and traces: not training time, but included in the summary."""
         began = time.perf_counter()
         with self.clock.pause():
             yield
@@ -381,7 +391,7 @@ class MetricsLogger:
     def validation(self, step: int, loss: float) -> None:
         """The loss on held-out text after `step`."""
         if self.is_main:
-            self.say(f"{self._step(step)}  validation loss {loss:7.4f}")
+            self.say(f"{self._step(step)}  validation loss {small(loss):>7}")
             self._write({"step": step, "validation_loss": loss})
 
     def sample(self, step: int, text: str) -> None:
@@ -426,9 +436,9 @@ class MetricsLogger:
             lines.append(
                 (
                     "loss",
-                    f"first {train[0]['loss']:.4f} (step {train[0]['step']}), "
-                    f"last {train[-1]['loss']:.4f} (step {train[-1]['step']}), "
-                    f"best {best['loss']:.4f} (step {best['step']})",
+                    f"first {small(train[0]['loss'])} (step {train[0]['step']}), "
+                    f"last {small(train[-1]['loss'])} (step {train[-1]['step']}), "
+                    f"best {small(best['loss'])} (step {best['step']})",
                 )
             )
         if held_out:
@@ -436,8 +446,8 @@ class MetricsLogger:
             lines.append(
                 (
                     "validation loss",
-                    f"last {held_out[-1]['validation_loss']:.4f} (step {held_out[-1]['step']}), "
-                    f"best {best['validation_loss']:.4f} (step {best['step']})",
+                    f"last {small(held_out[-1]['validation_loss'])} (step {held_out[-1]['step']}), "
+                    f"best {small(best['validation_loss'])} (step {best['step']})",
                 )
             )
         if self.totals.steps:
@@ -461,11 +471,11 @@ class MetricsLogger:
             speed += f"; MFU {flops.mfu(tokens_per_second, self.flops_per_token, self.peak):.1%} by {MFU_FORMULA}"
         elapsed = f"{duration(self.elapsed_seconds)}, of it since step {self.start_step}: "
         elapsed += f"start {duration(self.started - self.began)}, steps {duration(self.step_seconds)}, "
-        elapsed += f"pauses (validation, checkpoints, samples) {duration(self.clock.paused_seconds)}"
+        elapsed += f"pauses (validation, checkpoints, samples, traces) {duration(self.clock.paused_seconds)}"
         return [
             ("tokens/s", speed),
-            ("data wait", f"{totals.data_wait_seconds / totals.seconds:.2%} of the time of the steps"),
-            ("peak memory", f"{totals.peak_memory:.2f} GiB"),
+            ("data wait", f"{totals.data_wait_seconds / totals.seconds:.2%} of the time of the steps{self.of_rank_0}"),
+            ("peak memory", f"{totals.peak_memory:.2f} GiB{self.of_rank_0}"),
             ("time", elapsed),
         ]
 

@@ -1,4 +1,4 @@
-"""Time spent training: wall time without the pauses for validation, checkpoints and samples."""
+"""Time spent training: wall time without the pauses for validation, checkpoints, samples and traces."""
 
 import time
 from collections.abc import Iterator
