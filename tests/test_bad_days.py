@@ -461,6 +461,25 @@ def test_steps_that_are_not_finite_are_skipped(
     assert records[0]["data"]["first_sample"] == 8 and "--samples 8:9)" in capsys.readouterr().out
 
 
+def test_steps_that_were_not_applied_are_counted_over_the_whole_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But for those after the step that a start goes on from."""
+    more = {"training__on_nonfinite": "skip", "checkpoint__interval": 3, "lr_scheduler__total_steps": 9}
+    for bad, steps in ({2, 5}, 6), ({7}, 9):
+        with monkeypatch.context() as patch:
+            nan_in(patch, bad, float("nan"))
+            runs.run(data, tmp_path / "run", training__steps=steps, **more)
+    assert "step 7: loss nan, grad norm nan: not applied, 3 so far" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        nan_in(patch, {9}, float("nan"))
+        runs.run(data, tmp_path / "run", training__steps=9, **more, checkpoint__load_step=6)
+    assert "step 9: loss nan, grad norm nan: not applied, 3 so far" in capsys.readouterr().out
+    records = run_history.read(tmp_path / "run" / "metrics.jsonl")
+    skipped = {record["step"]: record.get("skipped_steps", 0) for record in records}
+    assert skipped == {1: 0, 2: 1, 3: 1, 4: 1, 5: 2, 6: 2, 7: 2, 8: 2, 9: 3}
+
+
 @pytest.mark.parametrize(("policy", "limit", "bad", "stops_at"), [("stop", 10, {4}, 4), ("skip", 2, {4, 5, 6, 7}, 6)])
 def test_too_many_bad_steps_stop_the_run(
     policy: str, limit: int, bad: set[int], stops_at: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,7 @@ from titan_fast.config import Training, is_hub
 from titan_fast.errors import NumericsError
 from titan_fast.log_file import LogFile
 from titan_fast.metrics import small
-from titan_fast.run_history import BAD_STEPS
+from titan_fast.run_history import BAD_STEPS, NOT_FINITE
 
 WINDOW, LEAST, DEVIATIONS = 128, 32, 6.0
 """A spike is a loss over DEVIATIONS standard deviations above the mean of the last WINDOW losses that were not spikes;
@@ -33,12 +33,15 @@ class StepGuard:
     """Decides on the device, from the loss and the norm, which all ranks share. The host looks at the outcome when it
     waits anyway."""
 
-    def __init__(self, training: Training, device: torch.device, run_dir: Path, is_main: bool) -> None:
+    def __init__(
+        self, training: Training, device: torch.device, run_dir: Path, is_main: bool, skipped: int = 0
+    ) -> None:
+        """skipped: how many steps before this start were not applied."""
         self.limit = 0 if training.on_nonfinite == "stop" else training.max_skipped_steps
         self._file = LogFile(run_dir / BAD_STEPS)
         self.run_dir, self.is_main, self._is_stream = run_dir, is_main, is_hub(training)
-        self.skipped = 0
-        """How many steps of this process were not applied, as far as the host has looked."""
+        self.skipped = skipped
+        """How many steps of the run were not applied, as far as the host has looked."""
         self.last_was_bad = False
         """Whether the last step that the host has looked at was not applied."""
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
@@ -72,7 +75,7 @@ class StepGuard:
             self.last_was_bad = not (math.isfinite(norm) and math.isfinite(loss))
             if self.last_was_bad:
                 self.skipped += 1
-                self._record(item, "not finite", loss, norm)
+                self._record(item, NOT_FINITE, loss, norm)
                 if item.step == stopped_at:
                     raise self._stop(item, loss, norm)
                 lines.append(

@@ -21,6 +21,7 @@ from titan_fast import (
     float8,
     out_of_memory,
     parallel,
+    run_history,
     versions,
 )
 from titan_fast.agreement import Agreed, Agreement
@@ -153,7 +154,8 @@ class Run:
             began=start.began,
         )
         self.recorded = RecordedPasses(self.model, CudaRecorder(device)) if config.training.cuda_graph else None
-        self.guard = StepGuard(config.training, device, run_dir, world.is_main)
+        skipped = run_history.not_applied(run_dir) if world.is_main else 0
+        self.guard = StepGuard(config.training, device, run_dir, world.is_main, skipped)
         self.agreement = Agreement(device)
         limit = Limit(config.comm.timeout_seconds, "comm.timeout_seconds")
         self.watchdog = Watchdog(world, limit, self.metrics.say, self.metrics.write_down)

@@ -19,6 +19,8 @@ Record = dict[str, Any]
 
 BAD_STEPS = "bad_steps.jsonl"
 """A file of the same kind, in which guard.py notes steps that were not applied, and spikes."""
+NOT_FINITE = "not finite"
+"""Its word for the former."""
 
 
 def encode(record: Record) -> str:
@@ -105,6 +107,11 @@ def losses(records: Iterable[Record]) -> list[Record]:
 def validations(records: Iterable[Record]) -> list[Record]:
     """The measurements on held-out text that gave a number."""
     return [record for record in records if record.get("validation_loss") is not None]
+
+
+def not_applied(run_dir: Path) -> int:
+    """How many steps the run has left out."""
+    return sum(record.get("what") == NOT_FINITE for record in read(run_dir / BAD_STEPS))
 
 
 def draw_loss_curve(records: list[Record], path: Path, title: str) -> None:
