@@ -107,7 +107,8 @@ def one_start(words: list[str], folder: Path, environment: dict[str, str]) -> di
         found["error"] = problem or f"it ended without step {STEP}"
     if start := start_of(run_dir / "train.log"):
         found["start"] = start
-    if speeds := [line["tokens_per_second"] for line in lines_of(metrics) if line["step"] > UNTIMED_STEPS]:
+    timed = [line for line in lines_of(metrics) if line["step"] > UNTIMED_STEPS]
+    if speeds := [line["tokens_per_second"] for line in timed if "tokens_per_second" in line]:  # not the end's line
         found["tokens_per_second"] = statistics.median(speeds)
     return found
 

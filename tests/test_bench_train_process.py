@@ -448,6 +448,7 @@ with (folder / "metrics.jsonl").open("w", buffering=1) as file:
     time.sleep(0.5)
     for step, speed in ((10, 9), (20, 9), (30, 1), (40, 3), (50, 2)):
         file.write(json.dumps({"step": step, "tokens_per_second": speed}) + "\\n")
+    file.write(json.dumps({"step": 50, "elapsed_seconds": 60.0}) + "\\n")
 (folder / "train.log").write_text("2026-01-01 00:00:00 model  a Llama\\n2026-01-01 00:00:00 start  7.2 s: data 7.0\\n")
 time.sleep(0.5)
 """), "--job.dump_folder", str(run)]  # fmt: skip

@@ -203,6 +203,23 @@ def test_a_run_that_goes_on_has_the_time_and_the_bad_steps_that_count(
     assert (tmp_path / "bad_steps-until-3.jsonl").read_text() == f"{lines[0]}\n"
 
 
+def test_what_comes_after_the_last_line_and_the_last_save_is_time_of_the_run_too(tmp_path: Path, clock: Clock) -> None:
+    metrics = logger(tmp_path, *QUIET)
+    metrics.start([])
+    clock.now += 20
+    log(metrics, 10)
+    saved = metrics.elapsed_seconds
+    with metrics.pause():
+        clock.now += 300
+    metrics.finish()
+    assert logger(tmp_path, *QUIET, start_step=10, elapsed_before=saved).elapsed_before == 320
+    again = logger(tmp_path, *QUIET, start_step=10, elapsed_before=saved)
+    clock.now += 7  # and is told in a line of its own, where there was a step
+    before = lines_of(tmp_path)
+    again.finish()
+    assert before[-1] == {"step": 10, "elapsed_seconds": 320} and lines_of(tmp_path) == before
+
+
 def test_a_run_that_is_beyond_its_last_step_has_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logger(tmp_path, *QUIET, start_step=50).finish()
     assert re.search(r"^finished +step 50/40", capsys.readouterr().out, re.MULTILINE)

@@ -424,6 +424,10 @@ class MetricsLogger:
                 why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
                 self.say(f"WARNING: {LOSS_CURVE} cannot be written: {why}")
         self.say(aligned(self._summary(records, failed)))
+        if self.ended_after > self.start_step:  # a later start knows of what came after the last line and the last save
+            self._metrics_file.write(
+                run_history.encode({"step": self.ended_after, "elapsed_seconds": self.elapsed_seconds})
+            )
         self.close()
 
     def _summary(self, records: list[Record], failed: bool) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """The run's history: metrics.jsonl, one JSON object a line, and the loss curve that is drawn from it.
 
-A logged step has the keys of metrics.MetricsLogger.log, a measurement on held-out text `step` and `validation_loss`.
-A number that is not finite is null, and `non_finite` says what it was: {"loss": null, "non_finite": {"loss": "nan"}}.
+A logged step has the keys of metrics.MetricsLogger.log, a measurement on held-out text `step` and `validation_loss`,
+the end of a process `step` and `elapsed_seconds`. A number that is not finite is null, and `non_finite` says what it
+was: {"loss": null, "non_finite": {"loss": "nan"}}.
 """
 
 import json
