@@ -445,6 +445,18 @@ def test_a_small_loss_and_gradient_are_told(tmp_path: Path, capsys: pytest.Captu
     assert "best 3.0e-05 (step 40)" in said and "best 4.0e-05 (step 40)" in said
 
 
+def test_less_than_a_token_a_second_is_not_shown_as_none(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = logger(tmp_path, *QUIET, tokens_per_step=32)
+    metrics.start([])
+    clock.now += 60
+    log(metrics, 1)
+    metrics.finish()
+    said = capsys.readouterr().out
+    assert "tokens/s    0.27  MFU" in said and "0.27 per device, mean" in said
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_what_rank_0_measures_is_said_to_be_its_own(
     devices: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

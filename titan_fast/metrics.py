@@ -52,6 +52,11 @@ def small(number: float) -> str:
     return f"{number:.4f}" if number == 0 or not abs(number) < 1e-3 else f"{number:.1e}"
 
 
+def speed(tokens_per_second: float) -> str:
+    """Whole tokens, but a slow run's in two places: "11,366", "0.27"."""
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 10 else f"{tokens_per_second:.2f}"
+
+
 def duration(seconds: float) -> str:
     """83.4 -> "0:01:23", a day and more as "1d 02:03:04"."""
     minutes, second = divmod(int(seconds), 60)
@@ -200,7 +205,8 @@ class MetricsLogger:
 
     @property
     def elapsed_seconds(self) -> float:
-        """Wall time of the whole run: of every process that took part in it from its beginning on, with all pauses."""
+        """Wall time of the whole run: of every process that took part in it from its beginning on, with all pauses; of
+        one that was killed up to its last line or save."""
         return self.elapsed_before + time.perf_counter() - self.began
 
     def say(self, text: str) -> None:
@@ -322,7 +328,7 @@ class MetricsLogger:
             f"loss {small(record['loss']):>7}",
             f"grad norm {small(record['grad_norm']):>8}",
             f"lr {record['lr']:.2e}",
-            f"tokens/s {record['tokens_per_second']:7,.0f}",
+            f"tokens/s {speed(record['tokens_per_second']):>7}",
             f"MFU {mfu}",
             f"memory {record['memory_gib']:5.2f} GiB",
             f"data wait {record['data_wait_fraction']:5.1%}",
@@ -470,14 +476,14 @@ class MetricsLogger:
         first = "the first step" if totals.first_steps == 1 else f"the first {totals.first_steps} steps"
         warm_up = f" without {first}" if totals.steps > totals.first_steps else ""
         unlogged = f" of those up to step {self.last_step}" if self.ended_after > self.last_step else ""
-        speed = f"{tokens_per_second:,.0f} per device, mean{unlogged}{warm_up}"
+        said = f"{speed(tokens_per_second)} per device, mean{unlogged}{warm_up}"
         if self.peak:
-            speed += f"; MFU {flops.mfu(tokens_per_second, self.flops_per_token, self.peak):.1%} by {MFU_FORMULA}"
+            said += f"; MFU {flops.mfu(tokens_per_second, self.flops_per_token, self.peak):.1%} by {MFU_FORMULA}"
         elapsed = f"{duration(self.elapsed_seconds)}, of it since step {self.start_step}: "
         elapsed += f"start {duration(self.started - self.began)}, steps {duration(self.step_seconds)}, "
         elapsed += f"pauses (validation, checkpoints, samples, traces) {duration(self.clock.paused_seconds)}"
         return [
-            ("tokens/s", speed),
+            ("tokens/s", said),
             ("data wait", f"{totals.data_wait_seconds / totals.seconds:.2%} of the time of the steps{self.of_rank_0}"),
             ("peak memory", f"{totals.peak_memory:.2f} GiB{self.of_rank_0}"),
             ("time", elapsed),
