@@ -17,6 +17,15 @@ every_size = pytest.mark.parametrize(
 )
 
 
+def with_gaps(x: Tensor) -> Tensor:
+    """A copy of x whose rows do not lie side by side; one of fewer than two dimensions as it is."""
+    if x.dim() < 2:
+        return x
+    wide = x.detach().new_zeros(*x.shape[:-1], x.shape[-1] + 16)
+    wide[..., : x.shape[-1]] = x.detach()
+    return wide[..., : x.shape[-1]].requires_grad_(x.requires_grad)
+
+
 @dataclass(frozen=True)
 class Operator:
     """A differentiable operator: `inputs` are its tensors that get gradients."""

@@ -32,7 +32,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from tests.kernels.operators import OPERATORS, Operator
+from tests.kernels.operators import OPERATORS, Operator, with_gaps
 
 ROOT = Path(__file__).parents[2]
 OPS = torch.ops.titan_kernels
@@ -92,15 +92,6 @@ def test_every_registered_operator_is_checked(device: torch.device) -> None:
 @pytest.mark.parametrize("name", sorted(raw_calls(torch.device("cpu"))))
 def test_opcheck(name: str, device: torch.device) -> None:
     torch.library.opcheck(getattr(OPS, name.partition(",")[0]).default, raw_calls(device)[name])
-
-
-def with_gaps(x: Tensor) -> Tensor:
-    """A copy of x whose rows do not lie side by side; one of fewer than two dimensions as it is."""
-    if x.dim() < 2:
-        return x
-    wide = x.detach().new_zeros(*x.shape[:-1], x.shape[-1] + 16)
-    wide[..., : x.shape[-1]] = x.detach()
-    return wide[..., : x.shape[-1]].requires_grad_(x.requires_grad)
 
 
 @pytest.mark.parametrize("name", sorted(raw_calls(torch.device("cpu"))))
