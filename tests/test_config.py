@@ -372,6 +372,10 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
             "training.dataset_config is 'en', and the data does not come from the hub",
         ),
         (
+            ["--training.dataset_revision", "main", "--training.dataset", "c4", "--training.dataset_path", "README.md"],
+            "training.dataset_revision is 'main', and the data does not come from the hub",
+        ),
+        (
             ["--training.skip_samples", "1:2", "--training.dataset", "c4"],
             "training.skip_samples is given, and a stream's samples have no numbers",
         ),

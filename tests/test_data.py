@@ -28,6 +28,7 @@ import runs
 import tokenizers
 import torch
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetNotFoundError
 
 from titan_fast import config as configuration
 from titan_fast import data, data_command, hub, manifest
@@ -1354,7 +1355,7 @@ def test_a_hub_that_cannot_be_reached_is_a_sentence(tmp_path: Path, monkeypatch:
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach 'allenai/c4' on the Hub (LocalEntryNotFoundError)")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     config = configuration.parse(["--training.dataset", "c4"])
     with pytest.raises(DataError, match=r"cannot be reached for the data set 'allenai.c4'.*; check the network"):
         data.build_tokenizer(config, data.DataRank(tmp_path, CPU))
@@ -1364,23 +1365,89 @@ def test_a_hub_that_cannot_be_reached_is_a_sentence(tmp_path: Path, monkeypatch:
 
 
 def test_hub_names_and_no_validation_for_streams(tokenizer: Tokenizer, stream_files: list[str], tmp_path: Path) -> None:
-    asked = []
     config = configuration.parse(
         ["--training.dataset", "c4", "--training.seq_len", "16", "--comm.timeout_seconds", "50"]
     )
     with pytest.MonkeyPatch.context() as patch:
-        stream = open_files(stream_files)
-        patch.setattr(datasets, "load_dataset", lambda *a, **o: (asked.append((a, o)), stream)[1])
+        hub = Hub({"a" * 40: stream_files})
+        patch.setattr(datasets, "load_dataset_builder", hub)
         loader = make_loader(config, tokenizer, tmp_path)
         assert isinstance(loader._source, StreamSource) and loader._source._patience == 40
         assert make_loader(config, tokenizer, tmp_path, build=data.build_validation_loader) is None
         folder = tmp_path / "prepared"
         given = dataclasses.replace(config, model=dataclasses.replace(config.model, tokenizer_path=str(tokenizer.path)))
         data_command.prepare_folder(given, folder, max_documents=20)
-    assert asked[0] == (("allenai/c4", "en"), {"split": "train", "streaming": True})
+    assert hub.asked[0] == ("allenai/c4", "en", None, "train")
     assert next(loader)[0].tokens.shape == (4, 16)
     loader.close()
-    assert PreparedTokens(folder, verify=True).documents == 20 and is_prepared(folder)
+    prepared = PreparedTokens(folder, verify=True)
+    assert prepared.documents == 20 and is_prepared(folder)
+    assert prepared.index["source"]["name"] == "allenai/c4/en/train" and prepared.index["source"]["commit"] == "a" * 40
+
+
+class Hub:
+    """In place of `datasets.load_dataset_builder`: the files of each commit, the last one the newest."""
+
+    def __init__(self, commits: dict[str, list[str]]) -> None:
+        self.commits = commits
+        self.asked: list[tuple[str | None, ...]] = []
+
+    def __call__(self, name: str, config: str | None, revision: str | None) -> Any:
+        commit = [*self.commits][0 if revision == "v1" else -1] if revision in (None, "v1") else revision
+        if commit not in self.commits:
+            raise DatasetNotFoundError(f"Revision '{revision}' doesn't exist for dataset '{name}'")
+
+        def as_streaming_dataset(split: str) -> datasets.IterableDataset:
+            self.asked.append((name, config, revision, split))
+            return open_files(self.commits[commit])
+
+        return SimpleNamespace(hash=commit, as_streaming_dataset=as_streaming_dataset)
+
+
+def test_a_stream_goes_on_at_the_commit_with_which_it_began(
+    stream_files: list[str], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the hub's data set has got other files since."""
+    old, new = "a" * 40, "b" * 40
+    hub = Hub({old: stream_files[:4]})
+    monkeypatch.setattr(datasets, "load_dataset_builder", hub)
+
+    def build(*more: str) -> Loader:
+        words = ["--training.dataset", "someone/text", "--training.seq_len", "16", *more]
+        return make_loader(configuration.parse(words), tokenizer, tmp_path)
+
+    whole = build()
+    assert f"someone/text/train, commit {old}: streamed from 4 files" in whole.describe()
+    steps = [rows_of(next(whole)) for _ in range(5)]
+    state = json.loads(json.dumps(whole.state_dict()))
+    steps += [rows_of(next(whole)) for _ in range(60)]
+    whole.close()
+    hub.commits = {old: stream_files[:4], new: stream_files}
+    later = build()
+    assert f"commit {new}: streamed from 6 files" in later.describe()
+    later.load_state_dict(state)
+    assert f"commit {old}: streamed from 4 files" in later.describe()
+    assert [rows_of(next(later)) for _ in range(60)] == steps[5:]
+    assert later.state_dict()["commit"] == old
+    later.close()
+
+    without = {key: value for key, value in state.items() if key != "commit"}  # as saved by an older version
+    later = build()
+    later.load_state_dict(without)
+    assert later.state_dict()["commit"] == new
+    later.close()
+    with pytest.raises(CheckpointError, match=r"dataset was 'someone/text/train' and is 'someone/text/train@v1'"):
+        build("--training.dataset_revision", "v1").load_state_dict(state)
+    hub.commits = {new: stream_files}
+    with pytest.raises(DataError, match=f"commit {old} .* cannot be opened: .*; begin the data again, at the newest"):
+        build().load_state_dict(state)
+
+
+def test_a_revision_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset_builder", Hub({"a" * 40: []}))
+    config = configuration.parse(["--training.dataset", "c4", "--training.dataset_revision", "v7"])
+    with pytest.raises(DataError, match=r"cannot be opened: Revision 'v7' doesn't exist .*; check .*dataset_revision"):
+        open_stream(config.training)
 
 
 @pytest.mark.parametrize(

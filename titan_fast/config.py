@@ -85,6 +85,9 @@ class Training:
     `python -m titan_fast.data prepare`."""
     dataset_config: str | None = None
     """The hub data set's configuration name, as "en" for c4 (which is c4's default here)."""
+    dataset_revision: str | None = None
+    """The hub data set's branch, tag or commit. None: the newest commit when the run begins. A run that goes on reads
+    the commit with which it began."""
     dataset_split: str = "train"
     """The hub data set's split."""
     text_column: str = "text"
@@ -678,11 +681,13 @@ def validate(config: Config) -> None:
             "the run, none of which would be traced",
             "lower it",
         )
-    if config.training.dataset_config is not None and not is_hub(config.training):
-        problems.add(
-            f"training.dataset_config is {config.training.dataset_config!r}, and the data does not come from the hub",
-            "leave it out, or name the hub's data set with training.dataset and no dataset_path",
-        )
+    for name in ("dataset_config", "dataset_revision"):
+        value = getattr(config.training, name)
+        if value is not None and not is_hub(config.training):
+            problems.add(
+                f"training.{name} is {value!r}, and the data does not come from the hub",
+                "leave it out, or name the hub's data set with training.dataset and no dataset_path",
+            )
     if config.training.skip_samples and is_hub(config.training):
         problems.add("training.skip_samples is given, and a stream's samples have no numbers", "leave it out")
     try:

@@ -112,10 +112,9 @@ def prepare_folder(config: Config, out: Path, max_documents: int | None) -> None
         started = time.monotonic()
         ledger = RowLedger()
         if corpus is None:
-            from titan_fast.hub import all_documents, fingerprint, stream_name
+            from titan_fast.hub import all_documents
 
-            documents = all_documents(training, ledger, max_documents)
-            source = {"name": stream_name(training), "fingerprint": fingerprint(training, max_documents)}
+            documents, source = all_documents(training, ledger, max_documents)
         else:
             documents = itertools.islice(corpus.documents(ledger), max_documents)
             name = training.dataset_path or "stdlib"

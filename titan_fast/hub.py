@@ -1,8 +1,9 @@
 """Streams from the hub: each data-parallel rank reads its own part, and its state is exact after every step.
 
 The state is the data set's own after the last document that was read, together with the tokens that were read but not
-yet trained on. The order of the files is shuffled, not their rows, because the content of a shuffle buffer cannot be
-saved. A rank reads one file after another.
+yet trained on, and the hub's commit, at which the stream goes on whatever has been added since. The order of the files
+is shuffled, not their rows, because the content of a shuffle buffer cannot be saved. A rank reads one file after
+another.
 """
 
 import base64
@@ -10,12 +11,13 @@ import copy
 import itertools
 import json
 import logging
+import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 import numpy as np
@@ -38,6 +40,7 @@ RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 60, 60, 120, 120)
 _OLDEST_DATASETS = (5, 1)  # earlier ones held back a row when shuffling, even with a buffer of one, and did not save it
 _ROWS_TOGETHER = 32  # tokenized in one call
 _TOKEN = np.dtype("<i4")
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class StreamState(NamedTuple):
@@ -57,15 +60,26 @@ def hub_source(
 ) -> "StreamSource":
     """The configured hub data set as a source; DataError when it cannot be reached or has no such column. patience: for
     how many seconds a broken connection is tried again, while the other ranks wait."""
-    dataset = in_shuffled_files(open_stream(training), seed)
-    name = stream_name(training)
-    return StreamSource(dataset, name, training.text_column, tokenizer, share, training.seq_len, seed, patience)
+    dataset, commit = open_stream(training)
+    return StreamSource(
+        in_shuffled_files(dataset, seed),
+        stream_name(training),
+        training.text_column,
+        tokenizer,
+        share,
+        training.seq_len,
+        seed,
+        patience,
+        commit,
+        lambda earlier: in_shuffled_files(open_stream(training, earlier)[0], seed),
+    )
 
 
 def stream_name(training: Training) -> str:
-    """name/configuration/split."""
+    """name/configuration/split, and @revision if one is chosen."""
     name, config = _name_and_config(training)
-    return "/".join(part for part in (name, config, training.dataset_split) if part)
+    path = "/".join(part for part in (name, config, training.dataset_split) if part)
+    return f"{path}@{training.dataset_revision}" if training.dataset_revision else path
 
 
 def _name_and_config(training: Training) -> tuple[str, str | None]:
@@ -73,11 +87,14 @@ def _name_and_config(training: Training) -> tuple[str, str | None]:
     return name, training.dataset_config or config
 
 
-def open_stream(training: Training) -> datasets.IterableDataset:
-    """The hub data set, neither shuffled nor divided; DataError when it cannot be opened."""
+def open_stream(training: Training, commit: str | None = None) -> tuple[datasets.IterableDataset, str | None]:
+    """The hub data set, neither shuffled nor divided, and its commit (None if it is none of the hub's); DataError when
+    it cannot be opened. commit: an earlier one, at which a run's stream was."""
     name, config = _name_and_config(training)
     try:
-        return datasets.load_dataset(name, config, split=training.dataset_split, streaming=True)
+        builder = datasets.load_dataset_builder(name, config, revision=commit or training.dataset_revision)
+        dataset = builder.as_streaming_dataset(split=training.dataset_split)
+        return cast(datasets.IterableDataset, dataset), builder.hash if _COMMIT.fullmatch(builder.hash or "") else None
     except Exception as error:
         is_known = training.dataset in KNOWN_NAMES
         hint = "" if is_known else did_you_mean(training.dataset, ("stdlib", *KNOWN_NAMES))
@@ -89,9 +106,15 @@ def open_stream(training: Training) -> datasets.IterableDataset:
                 f"{hint}check the network, or give local data with training.dataset_path",
             ) from error
         if isinstance(error, ValueError | DatasetsError | FileNotFoundError | RuntimeError):
+            if commit:
+                raise DataError(
+                    f"commit {commit} of the data set {name!r}, which the run has read so far, cannot be opened: "
+                    f"{_first_line(error)}",
+                    "begin the data again, at the newest commit, by --checkpoint.data_state reset",
+                ) from error
             raise DataError(
                 f"the data set {name!r} cannot be opened: {_first_line(error)}",
-                f"{hint}check training.dataset, dataset_config and dataset_split",
+                f"{hint}check training.dataset, dataset_config, dataset_revision and dataset_split",
             ) from error
         raise
 
@@ -109,12 +132,17 @@ def in_shuffled_files(dataset: datasets.IterableDataset, seed: int) -> datasets.
 
 def first_documents(training: Training, seed: int) -> Iterator[Document]:
     """The stream from its beginning, from several of the shuffled files in turn where `datasets` can."""
-    return _documents(open_stream(training).shuffle(seed=seed, buffer_size=1), training, RowLedger())
+    return _documents(open_stream(training)[0].shuffle(seed=seed, buffer_size=1), training, RowLedger())
 
 
-def all_documents(training: Training, ledger: RowLedger, most: int | None) -> Iterator[Document]:
-    """At most `most` documents of the stream in its own order."""
-    return itertools.islice(_documents(open_stream(training), training, ledger), most)
+def all_documents(
+    training: Training, ledger: RowLedger, most: int | None
+) -> tuple[Iterator[Document], dict[str, str | None]]:
+    """At most `most` documents of the stream in its own order; and what a prepared copy says of its source."""
+    dataset, commit = open_stream(training)
+    name = stream_name(training)
+    source = {"name": name, "commit": commit, "fingerprint": json.dumps([name, training.text_column, most])}
+    return itertools.islice(_documents(dataset, training, ledger), most), source
 
 
 def _documents(dataset: datasets.IterableDataset, training: Training, ledger: RowLedger) -> Iterator[Document]:
@@ -140,16 +168,19 @@ class StreamSource:
         seq_len: int,
         seed: int,
         patience: float = float("inf"),
+        commit: str | None = None,
+        at_commit: Callable[[str], datasets.IterableDataset] | None = None,
     ) -> None:
-        """`dataset` is all of it; this rank's part is taken here. DataError when its first row lacks the column."""
+        """`dataset` is all of it, at `commit` of the hub; this rank's part is taken here. DataError when its first row
+        lacks the column. at_commit: opens it as it was."""
         _say_nothing_of_the_buffer()
-        self._files, self._patience = dataset.num_shards, patience
-        self._dataset = split_dataset_by_node(dataset, rank=share.dp_rank, world_size=share.dp_degree)
+        self._patience, self._commit, self._at_commit = patience, commit, at_commit
         self._name, self._column, self._tokenizer = name, text_column, tokenizer
         self._share, self._seq_len = share, seq_len
         self._ledger = RowLedger(self._name, self._column)
         self._rows_iterator: Iterator[Any] | None = None
         self._state = StreamState(0, 0, 0, None, np.empty(0, _TOKEN))
+        self._take_part(dataset)
         self.identity = {
             "kind": "stream",
             "dataset": name,
@@ -163,6 +194,10 @@ class StreamSource:
             "dp_degree": share.dp_degree,
         }
         self._check_first_row()
+
+    def _take_part(self, dataset: datasets.IterableDataset) -> None:
+        self._files = dataset.num_shards
+        self._dataset = split_dataset_by_node(dataset, rank=self._share.dp_rank, world_size=self._share.dp_degree)
 
     def _check_first_row(self) -> None:
         try:
@@ -180,7 +215,11 @@ class StreamSource:
 
     def describe(self) -> str:
         share = self._share
-        order = f"{self._name}: streamed from {self._files} files in an order drawn from seed {self.identity['seed']}"
+        commit = f", commit {self._commit}" if self._commit else ""
+        order = (
+            f"{self._name}{commit}: streamed from {self._files} files in an order drawn from seed "
+            f"{self.identity['seed']}"
+        )
         if self._files % share.dp_degree == 0:
             return f"{order}, {self._files // share.dp_degree} for each of {share.dp_degree} data-parallel ranks"
         return (
@@ -194,15 +233,25 @@ class StreamSource:
 
     def state_to_json(self, state: StreamState) -> dict[str, Any]:
         # As text, for the numbers of a thousand ranks one by one take a save and every start many seconds.
-        return {**state._asdict(), "left_over": base64.b64encode(state.left_over.tobytes()).decode()}
+        left_over = base64.b64encode(state.left_over.tobytes()).decode()
+        return {**state._asdict(), "left_over": left_over, "commit": self._commit}
 
     def load_state(self, state: Any) -> None:
         if isinstance(state, dict):
+            state = dict(state)
+            self._go_to(state.pop("commit", None))  # not in what an older version has saved
             held = state["left_over"]  # a list where an older version has saved it
             tokens = np.frombuffer(base64.b64decode(held), _TOKEN) if isinstance(held, str) else np.array(held, _TOKEN)
             state = StreamState(**{**state, "left_over": tokens})
         self._state = state
         self._rows_iterator = None
+
+    def _go_to(self, commit: str | None) -> None:
+        """Where files were added or removed since, the data set's state would point into others."""
+        if commit and commit != self._commit and self._at_commit is not None:
+            log.info("%s goes on at commit %s, with which it began; newest: %s", self._name, commit, self._commit)
+            self._take_part(self._at_commit(commit))
+            self._commit = commit
 
     def next_step(self, stopping: threading.Event) -> Step:
         share, state = self._share, self._state
@@ -308,8 +357,3 @@ def _say_nothing_of_the_buffer() -> None:
 
 def _not_of_the_buffer(record: logging.LogRecord) -> bool:
     return "shuffle buffer" not in record.getMessage()
-
-
-def fingerprint(training: Training, most: int | None) -> str:
-    """Identifies a prepared copy of the stream."""
-    return json.dumps([stream_name(training), training.text_column, most])

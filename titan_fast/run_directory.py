@@ -23,7 +23,7 @@ LAST_SAVED = "last_saved.txt"
 TOKENIZER_NAME = "tokenizer.model"
 """Of a tokenizer that was trained on the run's own text."""
 
-_TEXT_KEYS = ("dataset", "dataset_path", "dataset_config", "dataset_split", "text_column")
+_TEXT_KEYS = ("dataset", "dataset_path", "dataset_config", "dataset_revision", "dataset_split", "text_column")
 # Besides all of [model], what may not change within a run, or the data position would mean something else. Whether the
 # data at a path is still the same is told by its fingerprint when it is opened.
 _FIXED_KEYS = {"training": (*_TEXT_KEYS, "seq_len"), "debug": ("seed",)}
