@@ -1034,6 +1034,14 @@ def reading_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "titan_fast data"]
 
 
+def test_batches_have_no_gaps(make: Callable, stream: Callable) -> None:
+    """Else the host would wait at their copy to a GPU, and a compiled model would be compiled again after the dry
+    step."""
+    for loader in (make(), make("--training.local_batch_size", "1"), stream()):
+        for batch in next(loader):
+            assert batch.tokens.stride() == batch.labels.stride() == (SEQ_LEN, 1)
+
+
 def test_the_thread_ends_with_the_loader(make: Callable) -> None:
     before = len(reading_threads())
     loader = make()

@@ -19,7 +19,8 @@ STEPS_AHEAD = 2
 
 
 class Batch(NamedTuple):
-    """One forward pass: int64 [B, S] each, on the device. Labels are the tokens, each one place further on."""
+    """One forward pass: int64 [B, S] each, contiguous, on the device. Labels are the tokens, each one place further
+    on."""
 
     tokens: Tensor
     labels: Tensor
@@ -196,7 +197,9 @@ def _read_ahead(
             arrays: list[tuple[np.ndarray, ...]] = [*step.passes]
             if separators is not None:
                 arrays = [(*parts, separators.bounds(parts[0])) for parts in step.passes]
-            passes = [tuple(torch.from_numpy(part) for part in parts) for parts in arrays]
+            # Views with gaps would pass through memory that is not pinned on their way to a GPU, for which the host
+            # waits until the GPU is idle. Copied too where there is but one sequence, for the compiler guards strides.
+            passes = [tuple(torch.from_numpy(part.copy()) for part in parts) for parts in arrays]
             if device.type == "cuda":
                 passes = [tuple(part.pin_memory() for part in parts) for parts in passes]
             steps.put((step, passes))
