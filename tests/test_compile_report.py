@@ -3,8 +3,10 @@
 import dataclasses
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import runs
 import torch
 from shapes import LLAMA3
 
@@ -86,6 +88,19 @@ def test_a_late_graph_is_a_warning_that_names_the_guard(report: CompileReport) -
     assert report.again(SETTLED_AFTER) == []  # it is early enough
     one_pass(model, seq_len=12)
     assert report.again(100 + SETTLED_AFTER - 1, first_step=100) == [], "early after that start"
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("components", ["blocks", "model"])
+def test_the_dry_steps_graph_serves_the_run(
+    components: str, batch: int, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes inputs like those that the loader gives, alike in layout and in sharing no memory."""
+    torch._dynamo.reset()
+    more = {"compile__enable": True, "compile__backend": "aot_eager", "compile__components": components}
+    more |= {"compile__canary": False, "training__dry_step": "always", "training__local_batch_size": batch}
+    runs.run(data, tmp_path, **more, training__steps=2, checkpoint__enable=False)
+    assert "compiled 1 graph in" in capsys.readouterr().out
 
 
 def test_a_closed_report_hears_nothing(report: CompileReport) -> None:

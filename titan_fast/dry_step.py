@@ -33,6 +33,7 @@ def take(
     tokens = torch.randint(0, model.shape.vocab_size, size, generator=generator, device=device)
     passes = min(2, grad_accum_steps(training, degrees.data))
     bounds = many(*size, device) if training.document_mask else None
-    forward_backward(model, [Batch(tokens, tokens, bounds)] * passes, torch.zeros((), device=device))
+    labels = tokens.clone()  # a graph of one tensor for both would serve no later step
+    forward_backward(model, [Batch(tokens, labels, bounds)] * passes, torch.zeros((), device=device))
     tensors_of(model, optimizer)
     optimizer.zero_grad(set_to_none=True)
