@@ -31,7 +31,7 @@ from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetNotFoundError
 
 from titan_fast import config as configuration
-from titan_fast import data, data_command, hub, manifest
+from titan_fast import data, data_command, hub, manifest, prepared
 from titan_fast.config import Config, parse
 from titan_fast.corpus import Document, RowLedger, open_corpus
 from titan_fast.errors import CheckpointError, ConfigError, DataError
@@ -180,6 +180,22 @@ def test_samples_equal_a_plain_implementation(seq_len: int, shards: PreparedToke
     another = SampleOrder(shards, np.array(chosen), seq_len, seed=5)
     for index in np.random.default_rng(0).permutation(len(expected))[:200]:  # in any order, one by one
         assert ours(another, int(index), 1) == expected[index : index + 1]
+
+
+def test_the_disk_is_asked_for_many_documents_before_one_is_waited_for(
+    shards: PreparedTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(prepared, "_advise", lambda *words: asked.append(words))
+    order = SampleOrder(shards, np.arange(shards.documents), 16, 0)
+    tokens, _ = order.read(0, 2)
+    pieces = sum(len(list(order.pieces(sample))) for sample in (0, 1))  # one more each where a label begins a document
+    number = len(asked) // 2
+    assert tokens.shape == (2, 16) and pieces <= number <= pieces + 2
+    assert [advice for *_, advice in asked] == [prepared._WILL_NEED] * number + [prepared._POPULATE_READ] * number
+    width = np.dtype(shards.index["dtype"]).itemsize
+    assert sum(length for _, length, _ in asked[:number]) >= 2 * 17 * width
+    assert all(begin % 4096 == 0 for begin, *_ in asked)
 
 
 def test_an_epoch_loses_and_repeats_nothing_but_the_remainder(shards: PreparedTokens) -> None:

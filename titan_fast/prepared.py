@@ -6,15 +6,18 @@ and `index.json`. It is written under another name, by one process at a time, an
 right name is whole.
 """
 
+import ctypes
 import errno
 import hashlib
 import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import resource
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,6 +46,11 @@ _MOST_MAPPED = 16384  # shards; a process may have 65,530 mappings on Linux
 _BATCH_CHARACTERS = 2_000_000  # tokenized together: enough work for every core in little memory
 _BATCH_DOCUMENTS = 4096
 _LENGTHS_TOGETHER = 2**20
+_FETCHED_TOGETHER = 64  # parts of documents, each of which may keep a shard mapped
+_WILL_NEED, _POPULATE_READ = 3, 22  # Linux's advice
+_madvise = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+if _madvise is not None:
+    _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _MOST_OFTEN = 1000.0  # the largest weight of a part
 _SECONDS_BETWEEN_LINES = 10.0
 _TOKENIZER_KEYS = ("dtype", "vocab_size", "bos_id", "eos_id", "tokenizer")
@@ -348,6 +356,28 @@ def _mapped(path: Path, dtype: np.dtype) -> np.memmap:
         raise DataError(what, "copy the folder to another disk", str(path.parent)) from error
 
 
+def _copy(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Copies parts of mapped files, (target, source), for which the disk is asked all at once and without Python's
+    lock. By itself a copy would wait for one page after the other, and where it is short numpy keeps the lock
+    meanwhile, so that the training loop waits too."""
+    spans = []
+    for _, source in parts:
+        address = source.__array_interface__["data"][0]
+        begin = address - address % mmap.PAGESIZE
+        spans.append((begin, address + source.nbytes - begin))
+    for advice in (_WILL_NEED, _POPULATE_READ):
+        for begin, length in spans:
+            _advise(begin, length, advice)
+    for target, source in parts:
+        target[:] = source
+
+
+def _advise(address: int, length: int, advice: int) -> None:
+    """madvise, on whose success nothing depends: kernels before Linux 5.14 do not know _POPULATE_READ."""
+    if _madvise is not None:
+        _madvise(address, length, advice)
+
+
 def _may_be_mapped() -> int:
     """How many shards may be mapped at a time: each takes a file descriptor, and training and validation data share
     what the process may open."""
@@ -582,15 +612,20 @@ class SampleOrder:
         skips = starts - bounds[places]
         first_documents = self.tokens.read_documents(documents[places])
         of_each = zip(rows, first_documents, skips.tolist(), places.tolist(), lasts.tolist(), strict=True)
+        parts: list[tuple[np.ndarray, np.ndarray]] = []  # (where to, view into the file)
         for row, document, skip, place, last in of_each:
             taken = document[skip : skip + width]
             filled = len(taken)
-            row[:filled] = taken
+            parts.append((row[:filled], taken))
             for document in self.tokens.read_documents(documents[place + 1 : last]) if filled < width else ():
                 taken = document[: width - filled]
-                row[filled : filled + len(taken)] = taken
+                parts.append((row[filled : filled + len(taken)], taken))
                 filled += len(taken)
+                if len(parts) >= _FETCHED_TOGETHER:
+                    _copy(parts)
+                    parts.clear()
             assert filled == width
+        _copy(parts)
 
     def pieces(self, sample: int) -> Iterator[tuple[int, int, int]]:
         """(document, first token in it, number of tokens) of each piece that a sample is made of."""
