@@ -343,6 +343,7 @@ def test_the_first_lines_say_what_is_kept_of_weights(
     [
         ("CXX", "/does/not/exist", "compile.enable on a CPU needs a C++ compiler, and none works; install g++"),
         ("TORCH_COMPILE_DISABLE", "1", "an environment variable (TORCH_COMPILE_DISABLE) turns torch.compile off"),
+        ("TORCHDYNAMO_DISABLE", "1", "an environment variable (TORCHDYNAMO_DISABLE) turns torch.compile off"),
     ],
 )
 def test_a_machine_that_cannot_compile_is_told_in_a_sentence(

@@ -25,9 +25,11 @@ def check(settings: config.Compile, uses_fsdp: bool) -> None:
     """ConfigError for settings that contradict each other, or would do nothing."""
     if not settings.enable:
         return
-    if torch._dynamo.config.disable:
+    found = [name for name in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE") if os.environ.get(name) == "1"]
+    if torch._dynamo.config.disable or found:
         raise ConfigError(
-            "compile.enable is True, and an environment variable (TORCH_COMPILE_DISABLE) turns torch.compile off",
+            f"compile.enable is True, and an environment variable ({' and '.join(found) or 'TORCH_COMPILE_DISABLE'}) "
+            "turns torch.compile off",
             "unset it, or set compile.enable to False",
         )
     if settings.backend not in torch._dynamo.list_backends(None):
