@@ -320,6 +320,7 @@ def test_a_step_never_waits_for_the_device(world: World, options: dict[str, Any]
 
 
 TORCH_LOSS, MISSING = {"loss.implementation": "torch"}, "has no torch.nn.functional"
+BUDGET = {"activation_checkpoint.mode": "memory_budget"}
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "masters of two devices": (MASTERS, 2, "masters is for one device, and there are 2"),
     "masters in float32": ({"parallelism.single_device": "masters"}, 1, "computes in float32"),
@@ -339,7 +340,10 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
                                 "tensor_parallel_degree is 2" if has_torch_loss() else MISSING),
     "torch's loss by our kernel": (TORCH_LOSS | {"kernels.cross_entropy": "triton"}, 1,
                                    "kernels.cross_entropy is 'triton'" if has_torch_loss() else MISSING),
-    "a budget without a compiler": ({"activation_checkpoint.mode": "memory_budget"}, 1, "compile.enable is False"),
+    "a budget without a compiler": (BUDGET, 1, "compile.enable is False"),
+    **{f"a budget by {name}": (COMPILED | BUDGET | {"compile.backend": name}, 1, f"compile.backend is '{name}'")
+       for name in ("eager", "eager_noexcept", "aot_eager_default_partitioner", "cudagraphs")},
+    "a budget of the whole model": (COMPILED | BUDGET | {"compile.components": ["model"]}, 1, "components has model"),
 }  # fmt: skip
 
 

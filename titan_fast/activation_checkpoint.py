@@ -39,6 +39,15 @@ _COLLECTIVES = frozenset(
 )
 # Norms, rotary embedding and SwiGLU (torch's or titan_kernels') are in none of these lists: every policy repeats them.
 
+_SEE_A_BUDGET = (
+    "inductor",
+    "aot_eager",
+    "aot_eager_decomp_partition",
+    "aot_eager_decomp_partition_with_mode",
+    "aot_eager_decomp_partition_crossref",
+)
+"""Backends of torch.compile that choose what to keep. Others never see the backward pass, or keep all that it reads."""
+
 Policy = Callable[..., CheckpointPolicy]
 
 
@@ -133,11 +142,17 @@ def check(settings: config.ActivationCheckpoint, compiles: config.Compile, n_lay
             f"activation_checkpoint.mode 'memory_budget' is the choice of the blocks' compiler, and {why}",
             "compile the blocks, or use pointwise, selective or full",
         )
-    if settings.mode == "memory_budget" and compiles.backend == "eager":
+    if settings.mode == "memory_budget" and compiles.backend not in _SEE_A_BUDGET:
         raise ConfigError(
-            "activation_checkpoint.mode 'memory_budget' is the choice of a compiler that sees the backward pass, and "
-            "compile.backend is 'eager'",
+            "activation_checkpoint.mode 'memory_budget' is the choice of a compiler that decides what is kept for the "
+            f"backward pass, and compile.backend is {compiles.backend!r}",
             "use inductor or aot_eager, or pointwise, selective or full",
+        )
+    if settings.mode == "memory_budget" and "model" in compiles.components:
+        raise ConfigError(
+            "activation_checkpoint.mode 'memory_budget' holds for each graph, and compile.components has model, whose "
+            "backward pass would compute all blocks again at once, in more memory than if they were kept",
+            "compile blocks, or use pointwise, selective or full",
         )
     option = settings.selective_ac_option
     if settings.mode == "selective" and option not in SELECTIVE and int(option) > n_layers:

@@ -229,7 +229,8 @@ class ActivationCheckpoint:
     matrix product are kept), or "attention" (attention's inputs and outputs are kept: less memory than op, and unlike
     with full, attention does not run twice)."""
     memory_budget: float = 0.5
-    """With memory_budget: 0 keeps only the blocks' inputs, 1 is what the compiler keeps by itself."""
+    """With memory_budget: 0 keeps only the blocks' inputs, 1 is what the compiler keeps by itself. Not where
+    compile.components has model."""
 
 
 @dataclass(frozen=True)
