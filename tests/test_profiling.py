@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerAction
@@ -52,6 +53,15 @@ def test_every_nth_step_is_traced(tmp_path: Path, first: int, last: int, freq: i
         assert [name for name in names if name.startswith("training step")] == [f"training step {step}."]
         assert "aten::mm" in names
         assert "aten::mm" in (folder / f"step-{step}" / "key_averages.txt").read_text()
+
+
+def test_a_trace_in_a_run_is_of_the_step_alone(data: Path, tmp_path: Path) -> None:
+    """And not of the validation, the sample and the checkpoint that follow it, by default at the same steps."""
+    profiles = {"profiling__enable_profiling": True, "profiling__profile_freq": 3, "checkpoint__interval": 3}
+    runs.run(data, tmp_path / "run", **(runs.MEASURED | profiles | {"training__steps": 4}))
+    names = trace_events(tmp_path / "run" / "profile_traces" / "step-3" / "rank-0.json.gz")
+    assert names.count("_LinearCrossEntropy") == names.count("aten::embedding") == 1
+    assert "Optimizer.step#AdamW.step" in names and "aten::multinomial" not in names
 
 
 def test_the_three_steps_before_a_traced_one_warm_the_profiler_up(tmp_path: Path) -> None:
@@ -136,6 +146,7 @@ def test_memory_snapshot_when_memory_runs_out(
     profiler = Profiler(Profiling(enable_memory_snapshot=True, profile_freq=50), tmp_path, 0)
     with pytest.raises(error), profiler:
         profiler.step()
+        profiler.at = 2
         raise error
     expected = str(tmp_path / "memory_snapshot" / "step-2-out-of-memory" / "rank-0.pickle")
     assert snapshots[1:-1] == [expected] * dumps

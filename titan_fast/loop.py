@@ -223,8 +223,7 @@ class Run:
                 if self._owes_validation():
                     self.validate(self.progress.step)
                 for step in range(self.first_step, self.config.training.steps + 1):
-                    stopped = self._one_step(step)
-                    profiler.step()
+                    stopped = self._one_step(step, profiler)
                     if stopped:
                         break
                 else:
@@ -248,10 +247,11 @@ class Run:
             self.metrics.say(f"stopped by {self.stop.received or 'a signal to another rank'}; {saved}")
         self.world.barrier()  # a launcher may end all hosts when the first is done, while rank 0 is still busy
 
-    def _one_step(self, step: int) -> bool:
-        """A step, and what is due after it. True where the ranks have agreed to stop before the last step, and have
-        saved."""
+    def _one_step(self, step: int, profiler: Profiler) -> bool:
+        """A step, and what is due after it, which `profiler` does not see. True where the ranks have agreed to stop
+        before the last step, and have saved."""
         config, started, compiled = self.config, time.perf_counter(), self.compile_report.seconds
+        profiler.at = step
         last = step == config.training.steps
         due = functools.partial(_is_due, step, config.training.steps)
         loss, norm, rate, agreed = self.step(step)
@@ -259,6 +259,7 @@ class Run:
         self.checkpointer.step_seconds = time.perf_counter() - started
         if step == self.first_step:
             self._after_first_step(started, compiled)
+        profiler.step()
         for line in self.compile_report.again(step, self.first_step):
             self.metrics.say(line)
         must_save = last or stops

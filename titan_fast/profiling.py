@@ -35,7 +35,8 @@ def check_profiling(profiling: Profiling, device: torch.device) -> None:
 
 
 class Profiler:
-    """Around the loop, with `step()` after every step; every `profile_freq`th step is traced.
+    """Around the loop, with `step()` after every step, before whatever follows it (validation, samples, checkpoints);
+    every `profile_freq`th step is traced.
 
     A step that is traced is slower than others, and its log line shows that.
     """
@@ -55,9 +56,11 @@ class Profiler:
         self.traces = run_dir / profiling.save_traces_folder
         self.snapshots = run_dir / profiling.save_memory_snapshot_folder
         self.start_step = self.steps_done = start_step
+        self.at = start_step + 1
+        """The step that is running, or that was the last. Set by the caller, for the name of a snapshot."""
         self._in_traced_step = False
         self._profile = self._build() if profiling.enable_profiling else None
-        self._history = memory_history(profiling, run_dir, rank, lambda: f"step-{self.steps_done + 1}")
+        self._history = memory_history(profiling, run_dir, rank, lambda: f"step-{self.at}")
 
     def _build(self) -> profile:
         activities = [ProfilerActivity.CPU]
