@@ -21,7 +21,7 @@ from titan_fast.distributed import World, start
 from titan_fast.documents import Separators
 from titan_fast.loader import Loader
 from titan_fast.loss import LinearCrossEntropy, torch_linear_cross_entropy
-from titan_fast.masters import OnePassAdamW
+from titan_fast.masters import OnePassAdamW, update
 from titan_fast.model import Attention, Block, FeedForward, Linear, Llama, Norm
 from titan_fast.ops import Ops, build_ops
 from titan_fast.optim import build_optimizer, clip_gradients, learning_rate, step_unless
@@ -103,10 +103,10 @@ class Bench:
         if config.compile.enable:
             compilation.compile_model(model, config.compile)
         if isinstance(self.optimizer, OnePassAdamW):
-            # Without masters the class always needs its compiled update.
-            self.optimizer._update = (
-                self.update if config.compile.takes("optimizer") or not _has_masters(model) else None
-            )
+            own = compilation.optimizer_compiler(config.compile)
+            # Without masters the class always needs a compiled update.
+            otherwise = None if _has_masters(model) else self.update
+            self.optimizer._update = own(update) if own is not None else otherwise
         self.recorded = RecordedPasses(model, CudaRecorder(self.world.device)) if config.training.cuda_graph else None
         batch, self.config = self.config.training.local_batch_size, config
         self._set_fsdp_policy()

@@ -21,7 +21,7 @@ from benchmarks.parity import difference
 from benchmarks.random_tokens import END_OF_DOCUMENT, RandomTokens
 from benchmarks.step_timing import Length
 from benchmarks.train_cell import Bench, run_cell, world_of
-from benchmarks.train_cells import NARROW, PARTS, WIDE, cells
+from benchmarks.train_cells import NARROW, PARTS, TUNING_LEVERS, WIDE, cells
 from benchmarks.train_record import described
 from benchmarks.variants import How
 from benchmarks.workloads import (
@@ -286,6 +286,22 @@ def test_a_process_that_begins_with_an_eager_variant_has_compiled_adamw_for_the_
             bench.switch_to(variant)
             updates.append(bench.optimizer._update)  # type: ignore[union-attr]
         assert updates[0] is None and updates[1] is not None
+        bench.close()
+
+
+def test_the_compilers_levers_reach_the_update_of_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled before the first step."""
+    built: list[tuple[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: built.append((function.__name__, how)) or function)
+    inductor = {"compile.backend": "inductor"}
+    variants = (Variant("base", COMPILED | inductor), Variant("tuned", COMPILED | TUNING_LEVERS[0].options | inductor))
+    cell = rehearsed(Cell("levers-descent", LLAMA_1B, variants))
+    with world_of(cell, CPU, smoke=True) as world:
+        bench = Bench(cell, world, smoke=True)
+        for variant, options in zip(cell.variants, (None, {"coordinate_descent_tuning": True}), strict=True):
+            built.clear()
+            bench.switch_to(variant)
+            assert [how.get("options") for name, how in built if name == "update"] == [options]
         bench.close()
 
 
