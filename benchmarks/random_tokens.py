@@ -33,7 +33,7 @@ class RandomTokens:
         if self.document is not None:
             text[text == END_OF_DOCUMENT] = END_OF_DOCUMENT + 1
             text[self.generator.random(self.size) < 1 / self.document] = END_OF_DOCUMENT
-        return Step([(text[:, :-1].copy(), text[:, 1:].copy())], {}, None)
+        return Step([(text[:, :-1], text[:, 1:])], {}, None)
 
     def state(self) -> None:
         return None

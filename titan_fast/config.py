@@ -100,8 +100,8 @@ class Training:
     document_mask: bool = False
     """Tokens attend to their own document alone, as Llama 3 was trained, instead of to all that is packed into the
     sequence before them. On CUDA this takes flash attention in bfloat16, and more memory for many short
-    documents; on CPUs each block keeps a mask of seq_len^2 numbers. MFU and `titan_fast.estimate` still count attention
-    over whole sequences."""
+    documents; on CPUs each block keeps a mask of seq_len^2 numbers. MFU, `titan_fast.estimate` and
+    job.dry_run count as without it."""
     local_batch_size: int = 4
     """Sequences per device and forward pass."""
     global_batch_size: int = -1

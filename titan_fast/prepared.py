@@ -605,6 +605,12 @@ class SampleOrder:
 
     def _fill(self, rows: list[np.ndarray], epoch: int, starts: np.ndarray) -> None:
         """Fills each row with the epoch's tokens from its start on."""
+        parts = self._parts(rows, epoch, starts)
+        while some := list(itertools.islice(parts, _FETCHED_TOGETHER)):
+            _copy(some)
+
+    def _parts(self, rows: list[np.ndarray], epoch: int, starts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What fills the rows: (part of a row, its tokens as a view into the file)."""
         documents, bounds = self._epoch(epoch)
         width = self.seq_len + 1
         places = np.searchsorted(bounds, starts, side="right") - 1
@@ -612,20 +618,15 @@ class SampleOrder:
         skips = starts - bounds[places]
         first_documents = self.tokens.read_documents(documents[places])
         of_each = zip(rows, first_documents, skips.tolist(), places.tolist(), lasts.tolist(), strict=True)
-        parts: list[tuple[np.ndarray, np.ndarray]] = []  # (where to, view into the file)
         for row, document, skip, place, last in of_each:
             taken = document[skip : skip + width]
             filled = len(taken)
-            parts.append((row[:filled], taken))
+            yield row[:filled], taken
             for document in self.tokens.read_documents(documents[place + 1 : last]) if filled < width else ():
                 taken = document[: width - filled]
-                parts.append((row[filled : filled + len(taken)], taken))
+                yield row[filled : filled + len(taken)], taken
                 filled += len(taken)
-                if len(parts) >= _FETCHED_TOGETHER:
-                    _copy(parts)
-                    parts.clear()
             assert filled == width
-        _copy(parts)
 
     def pieces(self, sample: int) -> Iterator[tuple[int, int, int]]:
         """(document, first token in it, number of tokens) of each piece that a sample is made of."""
