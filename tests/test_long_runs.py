@@ -82,6 +82,15 @@ def test_a_phase_has_all_of_its_limit(stores: dist.Store) -> None:
     assert status == 6 and ended - began >= 1.0
 
 
+def test_a_run_that_ends_while_it_is_judged_is_let_go(stores: dist.Store) -> None:
+    left: list[int] = []
+    with Watchdog(World(0, 1, CPU, stores), Limit(1.0, "comm.timeout_seconds"), print, print, left.append) as one:
+        one.at(1, "checkpoint")
+        time.sleep(1.5)  # its time was up after 1.0 s, and it is looked at again 1.0 s later
+    time.sleep(1.0)
+    assert not left
+
+
 class Clock:
     """Replaces the time module for the watchdog."""
 

@@ -190,7 +190,7 @@ class Watchdog:
         before = self._reports("beat") if reads else {}
         pause = max(2 * beat, min(0.15 * self._own.allowed, 2 * beat + 1.0))
         time.sleep(pause)
-        if self._own.marks != mine:
+        if self._own.marks != mine or self._closed.is_set():
             if self.world.size > 1:
                 self._store.delete_key(f"watchdog/hang/{self.world.rank}")
             if reads and not self.world.is_main:
