@@ -1,10 +1,12 @@
 """What only happens after hours: a stall that ends by itself, a file server that is unavailable, a requeued job."""
 
 import errno
+import io
 import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -89,6 +91,22 @@ def test_a_run_that_ends_while_it_is_judged_is_let_go(stores: dist.Store) -> Non
         time.sleep(1.5)  # its time was up after 1.0 s, and it is looked at again 1.0 s later
     time.sleep(1.0)
     assert not left
+
+
+def test_a_hang_ends_where_nobody_reads_what_is_said_of_it(stores: dist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, left, written = threading.Event(), [], []
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            read.wait(60)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    with Watchdog(World(0, 1, CPU, stores), Limit(1.0, "x"), print, written.append, left.append) as one:
+        one.at(1, "data")
+        runs.wait_for(lambda: left, 15.0)
+    read.set()
+    assert left == [6] and "rank 0 hangs" in written[0]
 
 
 class Clock:

@@ -229,13 +229,11 @@ class Watchdog:
         self.leave(CommunicationError.exit_status)
 
     def _tell(self, why: str, stacks: str) -> None:
-        sys.stdout.flush()
-        sys.stderr.write(f"titan_fast: {why}\n{stacks}")
-        sys.stderr.flush()
         words = f"ended by {CommunicationError.__name__}: {why}"
-        writing = threading.Thread(target=self.write_down, args=(words,), daemon=True)
-        writing.start()
-        writing.join(2.0)  # no longer, since a hanging disk may be the cause of all this
+        for write, text in ((_to_console, f"titan_fast: {why}\n{stacks}"), (self.write_down, words)):
+            writing = threading.Thread(target=write, args=(text,), daemon=True)
+            writing.start()
+            writing.join(2.0)  # no longer: a disk that hangs or a pipe that nobody reads may be the cause of all this
 
     # A straggler
 
@@ -299,6 +297,12 @@ def verdict(reports: dict[int, Report]) -> str:
             where=f"rank {behind[0]}, {place}",
         )
     return str(error)
+
+
+def _to_console(text: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def _stack(frame: FrameType | None) -> str:
