@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,6 +176,16 @@ def test_of_a_thousand_ranks_one_looks_who_is_lost_and_the_others_are_told(monke
     distributed._name_the_lost(store, 700, size, OSError("the disk is full"))
     with pytest.raises(CommunicationError, match=f"rank 700 of {size} failed: OSError: the disk is full"):
         distributed._name_the_lost(store, 1, size, RuntimeError("Connection closed by peer"))
+
+
+def test_an_own_failure_is_not_put_down_to_a_store_that_is_gone() -> None:
+    class GoneStore(dist.HashStore):
+        def set(self, *words: Any) -> None:  # type: ignore[override]
+            raise dist.DistNetworkError("Broken pipe")
+
+    distributed._name_the_lost(GoneStore(), 1, 2, OSError("the disk is full"))
+    with pytest.raises(CommunicationError, match="rank 0 of 2 is gone without a word"):
+        distributed._name_the_lost(GoneStore(), 1, 2, RuntimeError("Connection closed by peer"))
 
 
 def test_a_process_may_have_as_many_connections_as_the_machine_allows(monkeypatch: pytest.MonkeyPatch) -> None:

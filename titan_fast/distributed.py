@@ -266,6 +266,8 @@ def _name_the_lost(store: dist.Store, rank: int, size: int, error: BaseException
         if _hosts_store(rank):
             time.sleep(_LINGER_SECONDS)  # others may have noticed later
     except RuntimeError:  # the store is gone, and with it rank 0 or torchrun
+        if not is_victim:
+            return
         silent = [0]
     if first:
         culprit, _, reason = first.partition(" ")
