@@ -347,6 +347,29 @@ def test_a_save_in_the_background_is_waited_for_where_a_run_fails(
     assert not [thread for thread in threading.enumerate() if "checkpoint" in thread.name]
 
 
+def test_a_save_that_fails_while_another_error_ends_the_run_is_told(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = threading.Event()
+
+    def full(*args: Any, **options: Any) -> None:
+        assert ended.wait(60)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def step(self: loop.Run, number: int) -> Any:
+        if number == 6:
+            ended.set()
+            raise DataError("shard 17 is cut off", "restore it")
+        return true_step(self, number)
+
+    true_step = loop.Run.step
+    monkeypatch.setattr(checkpointer.manifest, "publish", full)
+    monkeypatch.setattr(loop.Run, "step", step)
+    with pytest.raises(DataError, match="shard 17"):
+        runs.run(data, tmp_path / "run", checkpoint__async_mode="async")
+    assert "the checkpoint could not be written: rank 0: disk full" in capsys.readouterr().out
+
+
 def test_a_failed_save_says_what_to_do_about_it(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def taken(self: RunLock) -> None:
         raise CheckpointError("the run directory is now held by process 7 on elsewhere", "one run at a time")

@@ -248,9 +248,12 @@ class Checkpointer:
             self._finish(pending.result, must_succeed)
 
     def close(self) -> None:
-        """Waits for the thread, whether or not its save succeeds. Any rank, any time."""
+        """Waits for the thread, and notes where its save has failed. Any rank, any time."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
+        pending, self._pending = self._pending, None
+        if pending is not None and (error := pending.exception()) is not None:
+            self._notes.append(f"titan_fast: {error}")
 
     def _finish(self, write: Callable[[], Path], must_succeed: bool) -> None:
         try:
