@@ -370,6 +370,25 @@ def test_a_save_that_fails_while_another_error_ends_the_run_is_told(
     assert "the checkpoint could not be written: rank 0: disk full" in capsys.readouterr().out
 
 
+def test_each_of_two_saves_has_the_limit_to_itself(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the last one waits for the one before it."""
+    phases, true_at, true_settle = [], Watchdog.at, checkpointer.Checkpointer.settle
+
+    def at(self: Watchdog, step: int, phase: str, limit: Limit | None = None) -> None:
+        phases.append((step, phase))
+        true_at(self, step, phase, limit)
+
+    def settle(self: checkpointer.Checkpointer, *args: Any) -> None:
+        true_settle(self, *args)
+        phases.append((self.saved_step, "settled"))
+
+    monkeypatch.setattr(Watchdog, "at", at)
+    monkeypatch.setattr(checkpointer.Checkpointer, "settle", settle)
+    runs.run(data, tmp_path / "run", checkpoint__async_mode="async", training__steps=6)
+    last = phases[phases.index((6, "checkpoint")) :]
+    assert last == [(6, "checkpoint"), (5, "settled"), (6, "checkpoint"), (6, "settled")]
+
+
 def test_a_failed_save_says_what_to_do_about_it(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def taken(self: RunLock) -> None:
         raise CheckpointError("the run directory is now held by process 7 on elsewhere", "one run at a time")

@@ -198,12 +198,19 @@ class Checkpointer:
     # Saving
 
     def save(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, must_succeed: bool = False
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        must_succeed: bool = False,
+        begins: Callable[[], None] = lambda: None,
     ) -> None:
         """Writes `step-N`; in an async mode copies what is to be written, for a thread to write. A failure is raised or
-        noted, as `on_save_error` says. With `must_succeed` it is raised, and the thread is waited for."""
+        noted, as `on_save_error` says. With `must_succeed` it is raised, and the thread is waited for. begins: called
+        when the save before this one has been waited for."""
         started = time.monotonic()
         self.settle()
+        begins()
         self._last_save = started
         tensors, files = tensors_of(model, optimizer), self._small_files(progress)
         self._refuse_non_finite(tensors, progress.step)

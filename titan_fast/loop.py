@@ -379,7 +379,8 @@ class Run:
             if self.validation_loader is not None:
                 self.progress.validation = self.validation_loader.fingerprint
             self.progress.elapsed_seconds = self.metrics.elapsed_seconds
-            self.checkpointer.save(self.model, self.optimizer, self.progress, must_succeed)
+            begins = functools.partial(self._watch_save, self.progress.step)  # each save has the limit to itself
+            self.checkpointer.save(self.model, self.optimizer, self.progress, must_succeed, begins)
 
     def _watch_save(self, step: int) -> None:
         limit = Limit(self.config.checkpoint.save_timeout_seconds, "checkpoint.save_timeout_seconds")
