@@ -389,6 +389,50 @@ def test_each_of_two_saves_has_the_limit_to_itself(data: Path, tmp_path: Path, m
     assert last == [(6, "checkpoint"), (5, "settled"), (6, "checkpoint"), (6, "settled")]
 
 
+def test_a_save_that_hangs_while_an_error_ends_the_run_is_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over, left = threading.Event(), []
+
+    def hang(*args: Any, **options: Any) -> None:
+        assert over.wait(60)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def leave(status: int) -> None:
+        left.append(status)
+        over.set()
+
+    def step(self: loop.Run, number: int) -> Any:
+        self.watchdog.leave = leave
+        if number == 6:
+            raise DataError("shard 17 is cut off", "restore it")
+        return true_step(self, number)
+
+    true_step = loop.Run.step
+    monkeypatch.setattr(checkpointer.manifest, "publish", hang)
+    monkeypatch.setattr(loop.Run, "step", step)
+    limits = {"comm__timeout_seconds": 3, "checkpoint__save_timeout_seconds": 1}
+    with pytest.raises(DataError, match="shard 17"):
+        runs.run(data, tmp_path / "run", checkpoint__async_mode="async", **limits)
+    assert left == [6] and "phase 'checkpoint, after DataError'" in capsys.readouterr().err
+
+
+def test_the_others_wait_for_the_save_of_a_rank_that_an_error_ends(
+    stores: dist.Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left: list[int] = []
+    one, other = watch(stores, 0, left, 1.0), watch(stores, 1, left, 1.0)
+    with one:
+        with other:
+            one.at(6, "gradient norm")
+            other.at(6, "data")
+            other.ends(DataError("shard 17 is cut off", "restore it"), Limit(60.0, "checkpoint.save_timeout_seconds"))
+            time.sleep(4.0)
+            assert not left, "the save is being written"
+        runs.wait_for(lambda: left)
+    assert left == [6] and "rank 1 hangs: no sign of life" in capsys.readouterr().err
+
+
 def test_a_failed_save_says_what_to_do_about_it(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def taken(self: RunLock) -> None:
         raise CheckpointError("the run directory is now held by process 7 on elsewhere", "one run at a time")

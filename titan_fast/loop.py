@@ -3,8 +3,8 @@
 import functools
 import gc
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -212,6 +212,7 @@ class Run:
         try:
             with (
                 self.watchdog,
+                self._closed_at_the_end(),
                 Profiler(
                     self.config.profiling,
                     self.run_dir,
@@ -229,13 +230,8 @@ class Run:
                 else:
                     self.sample(self.progress.step)
             failed = False
-        except BaseException as error:
-            self.metrics.write_down(f"ended by {type(error).__name__}: {error}")
-            raise
         finally:
             gc.enable()
-            self.loader.close()
-            self.checkpointer.close()  # while the run still holds its lock and its process group
             self._say_notes()
             self.compile_report.close()
             self.guard.close()
@@ -246,6 +242,19 @@ class Run:
                 saved = "nothing was saved, for checkpoint.enable is False"
             self.metrics.say(f"stopped by {self.stop.received or 'a signal to another rank'}; {saved}")
         self.world.barrier()  # a launcher may end all hosts when the first is done, while rank 0 is still busy
+
+    @contextmanager
+    def _closed_at_the_end(self) -> Iterator[None]:
+        """Ends the threads that read and save, while the run still has its watchdog, its lock and its process group."""
+        try:
+            yield
+        except BaseException as error:
+            self.metrics.write_down(f"ended by {type(error).__name__}: {error}")
+            self.watchdog.ends(error, self._save_limit())
+            raise
+        finally:
+            self.loader.close()
+            self.checkpointer.close()
 
     def _one_step(self, step: int, profiler: Profiler) -> bool:
         """A step, and what is due after it, which `profiler` does not see. True where the ranks have agreed to stop
@@ -383,8 +392,10 @@ class Run:
             self.checkpointer.save(self.model, self.optimizer, self.progress, must_succeed, begins)
 
     def _watch_save(self, step: int) -> None:
-        limit = Limit(self.config.checkpoint.save_timeout_seconds, "checkpoint.save_timeout_seconds")
-        self.watchdog.at(step, "checkpoint", limit)
+        self.watchdog.at(step, "checkpoint", self._save_limit())
+
+    def _save_limit(self) -> Limit:
+        return Limit(self.config.checkpoint.save_timeout_seconds, "checkpoint.save_timeout_seconds")
 
     def _say_notes(self) -> None:
         for note in self.checkpointer.notes():

@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from types import FrameType
@@ -35,6 +36,8 @@ _REPEAT_SECONDS = 60.0
 _JUDGING_SECONDS = 30.0
 """More than a judgement takes where the store answers."""
 _NO_SIGN = "no sign of life: the process or its host is gone, stopped or cut off, or it blocks Python's lock"
+_ENDS = "watchdog/ends"
+"""Holds how many seconds a rank that an error ends may wait for its save in the background, while it does."""
 _SPEAKER = "watchdog/speaker"
 """Holds the rank that will report the hang unless rank 0 does; empty if that rank has gone on since."""
 
@@ -92,6 +95,7 @@ class Watchdog:
         self._window: dict[int, tuple[float, int]] = {}
         self._window_began = self._last_line = float("-inf")
         self._rounds = 0  # grows as long as the store answers
+        self._ends = False
         self._thread = threading.Thread(target=self._run, name="titan_fast watchdog", daemon=True)
         self._guard = threading.Thread(target=self._guard_against_silence, name="titan_fast guard", daemon=True)
 
@@ -109,9 +113,22 @@ class Watchdog:
         self._own.allowed, self._own.setting = limit or self.limit
         self._own.marks += 1
 
+    def ends(self, error: BaseException, limit: Limit) -> None:
+        """An error ends the main thread, which may wait for its save as long as `limit` says. The others, who take part
+        in the save, wait for it too."""
+        if self.world.size > 1:
+            with suppress(RuntimeError):  # the store is gone
+                self._store.set(_ENDS, str(limit.seconds))
+        self._ends, self._since = True, time.monotonic()  # no mark: this rank does not get ahead of the others
+        self._own.phase = f"checkpoint, after {type(error).__name__}"
+        self._own.allowed, self._own.setting = limit
+
     def __exit__(self, *error: object) -> None:
         self._closed.set()
         self._thread.join(5.0)
+        if self._ends and self.world.size > 1 and not self._thread.is_alive():
+            with suppress(RuntimeError):
+                self._store.delete_key(_ENDS)
 
     def _run(self) -> None:
         beat = max(0.5, min(5.0, self.limit.seconds / 20))
@@ -124,14 +141,16 @@ class Watchdog:
             if now - last > beat:
                 self._stopped += now - last
                 met += now - last
-            elif not _waits_for_others(frame):
+            elif not self._ends and not _waits_for_others(frame):
                 self._own.busy += now - last
             last = now
             if self._own.marks != marks:  # after the above, for the main thread may have been the first to go on
                 marks, self._stopped = self._own.marks, 0.0
             try:
                 if self._age() > self._own.allowed:
-                    if self._judge(frame, beat):
+                    if self._is_waited_for():
+                        self._closed.wait(beat / 2)
+                    elif self._judge(frame, beat):
                         return
                     last = time.monotonic()
                 if now >= next_beat:
@@ -176,6 +195,12 @@ class Watchdog:
         return {rank: Report(**json.loads(words)) for rank, words in said.items()}
 
     # A hang
+
+    def _is_waited_for(self) -> bool:
+        """Whether a rank that an error ends is waiting for its save, and so for this rank's part of it."""
+        if self._ends or self.world.size == 1 or not self._store.check([_ENDS]):
+            return False
+        return self._age() <= self._own.allowed + float(self._store.get(_ENDS))
 
     def _judge(self, frame: FrameType | None, beat: float) -> bool:
         """Collects the others' reports, says who hangs and ends the process. Of the ranks whose time is up only one
