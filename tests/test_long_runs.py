@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from worlds import CountedStore
 
-from titan_fast import checkpointer, loop, manifest, run_history, watchdog
+from titan_fast import checkpointer, log_file, loop, manifest, run_history, watchdog
 from titan_fast.agreement import Agreement
 from titan_fast.config import parse
 from titan_fast.data_command import prepare_folder
@@ -107,6 +107,29 @@ def test_a_hang_ends_where_nobody_reads_what_is_said_of_it(stores: dist.Store, m
         runs.wait_for(lambda: left, 15.0)
     read.set()
     assert left == [6] and "rank 0 hangs" in written[0]
+
+
+def test_two_threads_write_each_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, second = threading.Event(), threading.Event()
+
+    class SlowFile(io.FileIO):
+        def write(self, content: Any) -> int:
+            written = super().write(content)
+            if not inside.is_set():
+                inside.set()
+                second.wait(1.0)
+            return written
+
+    monkeypatch.setattr(log_file, "FileIO", SlowFile)
+    log = log_file.LogFile(tmp_path / "train.log")
+    other = threading.Thread(target=log.write, args=("one\n",))
+    other.start()
+    assert inside.wait(60)
+    log.write("two\n")
+    second.set()
+    other.join()
+    log.close()
+    assert (tmp_path / "train.log").read_text() == "one\ntwo\n"
 
 
 class Clock:

@@ -1,6 +1,7 @@
 """A file of lines that a run adds to, and whose disk may fail without ending the run."""
 
 import logging
+import threading
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -21,9 +22,14 @@ class LogFile:
         self._file: FileIO | None = None
         self._waiting = b""
         self._told = False
+        self._lock = threading.RLock()  # the watchdog's thread writes too
 
     def write(self, text: str) -> None:
-        """Adds `text`, which is whole lines."""
+        """Adds `text`, which is whole lines. Any thread."""
+        with self._lock:
+            self._add(text)
+
+    def _add(self, text: str) -> None:
         self._waiting = (self._waiting + text.encode("utf-8", "backslashreplace"))[-_MOST_WAITING:]
         try:
             self._file = self._file or FileIO(self.path, "a")
@@ -44,13 +50,14 @@ class LogFile:
 
     def close(self) -> None:
         """Tries once more to write what waits."""
-        if self._waiting:
-            self.write("")
-        if self._waiting:
-            lost = self._waiting.count(b"\n")
-            logger.warning(f"WARNING: {self.path} lacks the last {lost} lines, which the disk has refused")
-            self._waiting = b""
-        self._let_go()
+        with self._lock:
+            if self._waiting:
+                self.write("")
+            if self._waiting:
+                lost = self._waiting.count(b"\n")
+                logger.warning(f"WARNING: {self.path} lacks the last {lost} lines, which the disk has refused")
+                self._waiting = b""
+            self._let_go()
 
     def _let_go(self) -> None:
         if self._file is not None:
