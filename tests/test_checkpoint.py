@@ -1187,6 +1187,27 @@ def test_the_command_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert help_.returncode == 0 and "verify" in help_.stdout
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_a_run_deletes_meanwhile_is_not_called_damaged(
+    when: str, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_problem = manifest.problem
+
+    def problem(folder: Path, *args: Any, **options: Any) -> str | None:
+        if folder.name == "step-5" and when == "before":
+            manifest.delete(folder)
+        found = true_problem(folder, *args, **options)
+        if folder.name == "step-5" and when == "after":
+            manifest.delete(folder)
+        return found
+
+    shutil.copytree(copy, copy.with_name("another"))
+    monkeypatch.setattr(manifest, "problem", problem)
+    assert checkpoint_command.list_lines(copy)[0] == "step        5  deleted meanwhile"
+    lines, problems = checkpoint_command.verify(copy.with_name("another"))
+    assert problems == [] and lines[0].endswith("deleted meanwhile" if when == "before" else "whole")
+
+
 def test_no_secret_reaches_what_a_run_leaves(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     secret = "hunter2hunter2"
     description = f"from s3://me:{secret}@bucket/x?api_key={secret}"

@@ -29,6 +29,14 @@ def folders(path: Path) -> dict[int, Path]:
     raise CheckpointError("no checkpoint here", "give a run directory or its checkpoint folder", str(path))
 
 
+_GONE = "deleted meanwhile"
+
+
+def _is_gone(folder: Path) -> bool:
+    """Whether a folder that was listed is there no more: a run that goes on has deleted it."""
+    return not folder.exists()
+
+
 def _wrong(problem: str) -> str:
     return f"{'CANNOT BE READ' if isinstance(problem, manifest.Unread) else 'DAMAGED'}: {problem}"
 
@@ -40,9 +48,13 @@ def list_lines(path: Path) -> list[str]:
     for step, folder in folders(path).items():
         problem = manifest.problem(folder, contents=False)
         if problem:
-            lines.append(f"step {step:>8}  {_wrong(problem)}")
+            lines.append(f"step {step:>8}  {_GONE if _is_gone(folder) else _wrong(problem)}")
             continue
-        size = sum(digest.size for digest in manifest.read(folder).values())
+        try:
+            size = sum(digest.size for digest in manifest.read(folder).values())
+        except ValueError as error:
+            lines.append(f"step {step:>8}  {_GONE if _is_gone(folder) else _wrong(str(error))}")
+            continue
         try:
             state = read_state(folder)
             said = (
@@ -63,9 +75,13 @@ def _mebibytes(size: int) -> str:
 
 def verify(path: Path) -> tuple[list[str], list[str]]:
     """A line per checkpoint, with every byte read; and what is wrong with those that are not whole."""
-    found = {step: manifest.problem(folder) for step, folder in folders(path).items()}
-    lines = [f"step {step:>8}  {'whole' if problem is None else _wrong(problem)}" for step, problem in found.items()]
-    return lines, [problem for problem in found.values() if problem is not None]
+    lines, problems = [], []
+    for step, folder in folders(path).items():
+        problem = manifest.problem(folder)
+        is_gone = problem is not None and _is_gone(folder)
+        lines.append(f"step {step:>8}  {'whole' if problem is None else _GONE if is_gone else _wrong(problem)}")
+        problems += [problem] if problem is not None and not is_gone else []
+    return lines, problems
 
 
 def export(path: Path, out: Path) -> list[str]:
