@@ -32,6 +32,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from titan_fast import config as configuration
 from titan_fast import data, data_command, hub, manifest, prepared
+from titan_fast import loader as reading
 from titan_fast.config import Config, parse
 from titan_fast.corpus import Document, RowLedger, open_corpus
 from titan_fast.errors import CheckpointError, ConfigError, DataError
@@ -1113,6 +1114,36 @@ def test_a_token_beyond_the_vocabulary_at_either_end_is_seen(
     monkeypatch.setattr(order, "read", read_with_it)
     with pytest.raises(DataError, match="token id 400 is beyond"):
         loader._source.next_step(threading.Event())
+
+
+def test_a_read_that_outlasts_a_reset_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a file server that is away for a while."""
+    hangs, back = threading.Event(), threading.Event()
+
+    class Numbers(data.TokenSource):
+        def __init__(self) -> None:
+            self._next_sample, self.identity = 0, {}
+
+        def next_step(self, stopping: threading.Event) -> reading.Step:
+            first = self._next_sample
+            if first == 3 and not hangs.is_set():
+                hangs.set()
+                back.wait(60)
+            self._next_sample = first + 1
+            return reading.Step([(np.full((1, 2), first),) * 2], {"first_sample": first}, first + 1)
+
+    monkeypatch.setattr(reading, "time", SimpleNamespace(monotonic=lambda: 100 * time.monotonic(), perf_counter=float))
+    numbers = reading.Loader(Numbers(), torch.device("cpu"))
+    next(numbers)
+    assert hangs.wait(60)
+    threading.Timer(1.0, back.set).start()  # long after `close` has given up
+    numbers.reset()
+    seen = []
+    for _ in range(8):
+        seen.append(int(next(numbers)[0].tokens[0, 0]))
+        time.sleep(0.4)
+    numbers.close()
+    assert seen == list(range(8))
 
 
 def test_waiting_is_counted(make: Callable) -> None:

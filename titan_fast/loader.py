@@ -89,6 +89,7 @@ class Loader:
         self._start_state = self._state = source.state()
         self._position: dict[str, int] = {}
         self._reader: _Reader | None = None
+        self._left: threading.Thread | None = None  # of the reader that was closed
         self.wait_seconds = 0.0
         """How long `next` has waited for data, in all."""
 
@@ -106,6 +107,7 @@ class Loader:
 
     def __next__(self) -> list[Batch]:
         if self._reader is None:
+            self._wait_for_the_last_reader()
             self._reader = _Reader(self._source, self._device, self._separators)
         started = time.perf_counter()
         step, passes = self._reader.get()
@@ -143,6 +145,7 @@ class Loader:
 
     def _restart(self, state: Any) -> None:
         self.close()
+        self._wait_for_the_last_reader()
         self._source.load_state(state)
         self._state = self._source.state()
         self._position = {}
@@ -150,8 +153,16 @@ class Loader:
     def close(self) -> None:
         """Ends the reading thread. The loader can be used again; steps read but not handed out are read again."""
         if self._reader is not None:
+            self._left = self._reader.thread
             self._reader.close()
             self._reader = None
+            self._source.load_state(self._state)
+
+    def _wait_for_the_last_reader(self) -> None:
+        """Its read may have outlasted `close`, and would move the source's position when another thread reads."""
+        if self._left is not None:
+            self._left.join()
+            self._left = None
             self._source.load_state(self._state)
 
 
@@ -169,9 +180,9 @@ class _Reader:
         self._failure: BaseException | None = None
         stopping = threading.Event()
         given = source, device, separators, self._queue, stopping
-        thread = threading.Thread(target=_read_ahead, args=given, name="titan_fast data", daemon=True)
-        thread.start()
-        self.close = weakref.finalize(self, _stop, thread, self._queue, stopping)
+        self.thread = threading.Thread(target=_read_ahead, args=given, name="titan_fast data", daemon=True)
+        self.thread.start()
+        self.close = weakref.finalize(self, _stop, self.thread, self._queue, stopping)
 
     def get(self) -> tuple[Step, list[tuple[Tensor, ...]]]:
         if self._failure is None:
