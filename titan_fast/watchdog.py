@@ -37,7 +37,7 @@ _JUDGING_SECONDS = 30.0
 """More than a judgement takes where the store answers."""
 _NO_SIGN = "no sign of life: the process or its host is gone, stopped or cut off, or it blocks Python's lock"
 _ENDS = "watchdog/ends"
-"""Holds how many seconds a rank that an error ends may wait for its save in the background, while it does."""
+"""Holds how many seconds a rank that an error ends may wait for its save in the background; 0 when it does no more."""
 _SPEAKER = "watchdog/speaker"
 """Holds the rank that will report the hang unless rank 0 does; empty if that rank has gone on since."""
 
@@ -128,7 +128,7 @@ class Watchdog:
         self._thread.join(5.0)
         if self._ends and self.world.size > 1 and not self._thread.is_alive():
             with suppress(RuntimeError):
-                self._store.delete_key(_ENDS)
+                self._store.set(_ENDS, "0")  # not deleted: another rank may be about to read it
 
     def _run(self) -> None:
         beat = max(0.5, min(5.0, self.limit.seconds / 20))
