@@ -197,6 +197,26 @@ def test_memory_efficient_attention_gets_a_head_of_k_for_each_of_q(monkeypatch: 
             build_ops(config_of(kernels__attention=name).kernels, gpu, wanted, "sm_90")
 
 
+@pytest.mark.parametrize("mode", ["default", "warn", "error"])
+def test_cudnns_attention_is_not_named_where_torch_would_leave_it_out(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `debug.deterministic`, which is the mode "error"; to warn, torch takes cuDNN's."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu, before = torch.device("cuda"), torch.get_deterministic_debug_mode()
+    try:
+        torch.set_deterministic_debug_mode(mode)
+        refused = pytest.raises(ConfigError, match=r"kernels\.attention 'cudnn' has no deterministic backward pass")
+        with refused if mode == "error" else contextlib.nullcontext():
+            built = build_ops(config_of(kernels__attention="cudnn").kernels, gpu, of(), "sm_90")
+            assert built.reasons[0] == ("attention", "cudnn", "as configured")
+        _, choice, reason = build_ops(config_of().kernels, gpu, of(), "sm_90").reasons[0]
+        assert choice == ("flash" if mode == "error" else "cudnn")
+        assert ("debug.deterministic" in reason) == (mode == "error")
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
 @pytest.mark.parametrize(
     ("problem", "said"),
     [

@@ -284,8 +284,8 @@ class Kernels:
     They make pointwise recomputation needless: with both, the down projection would run twice, so auto is the reference
     there."""
     attention: Literal["auto", "cudnn", "flash", "fa3", "fa4", "efficient", "math"] = "auto"
-    """Backend of scaled_dot_product_attention. auto: cuDNN first on Hopper and newer, flash first elsewhere. fa3, fa4:
-    FlashAttention 3 or 4 through torch, where its package is installed."""
+    """Backend of scaled_dot_product_attention. auto: cuDNN first on Hopper and newer, flash first elsewhere and with
+    debug.deterministic. fa3, fa4: FlashAttention 3 or 4 through torch, where its package is installed."""
     carry_residual: bool | None = None
     """Pass (branch, residual) from block to block, so that a block's last add fuses with the next one's first norm.
     Where blocks are recomputed this costs memory, since two tensors are kept for each instead of one; and the compiler

@@ -222,6 +222,12 @@ def _choose_for_documents(setting: str, device: torch.device, workload: Workload
     return version, "within documents" + (", as configured" if setting != "auto" else "")
 
 
+def deterministic() -> bool:
+    """Whether operators without a deterministic algorithm are refused, as with `debug.deterministic`. Then torch leaves
+    cuDNN's attention out, silently if there is another."""
+    return torch.get_deterministic_debug_mode() == 2
+
+
 def _choose_attention(
     setting: str, device: torch.device, dtype: str, shape: ModelShape
 ) -> tuple[list[SDPBackend], str, str]:
@@ -237,6 +243,11 @@ def _choose_attention(
                 f"kernels.attention {setting!r} takes no float32 on CUDA, in which this run computes",
                 "use auto, efficient or math, or --training.mixed_precision_param bfloat16",
             )
+        if setting == "cudnn" and deterministic():
+            raise ConfigError(
+                "kernels.attention 'cudnn' has no deterministic backward pass in torch; debug.deterministic wants one",
+                "use auto or flash, or turn debug.deterministic off",
+            )
         if setting in _FLASH_VERSIONS:
             group = shape.n_heads // shape.n_kv_heads
             activate_flash(setting, group, shape.head_dim, getattr(torch, dtype), device)
@@ -245,6 +256,8 @@ def _choose_attention(
         return [_BACKENDS["flash"], _BACKENDS["math"]], "flash", "torch's fused CPU attention"
     if dtype == "float32":
         return [_BACKENDS["efficient"], _BACKENDS["math"]], "efficient", "the fused one that takes float32"
+    if deterministic():
+        return [_BACKENDS[name] for name in ("flash", "efficient", "math")], "flash", "debug.deterministic: not cuDNN's"
     if torch.cuda.get_device_capability(device) >= (9, 0):
         order = ["cudnn", "flash", "efficient", "math"]
         reason = "1.4 to 1.9 times as fast as flash on an H100"
