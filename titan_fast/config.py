@@ -390,9 +390,12 @@ class Comm:
 class Debug:
     seed: int = 0
     """Seed of the initial weights, the data order and sampling. Initial weights do not depend on the layout, but on the
-    kind of device that they are drawn on: with enable_cpu_offload the CPU, else the GPU."""
+    kind of device that they are drawn on: with enable_cpu_offload the CPU, else the GPU and how many multiprocessors it
+    has."""
     deterministic: bool = False
-    """Use only deterministic algorithms."""
+    """Use only deterministic algorithms. Only with them do two runs on the same kind of GPU, connected in the same way,
+    agree bit for bit. Slower: attention is never cuDNN's, NCCL does without NVLS, and the compiler chooses no reduction
+    or matrix product by timing. NCCL_ALGO, where it is set, is left as it is."""
 
 
 @dataclass(frozen=True)

@@ -251,11 +251,12 @@ class Llama(nn.Module):
 
 
 def init_values(name: str, like: torch.Size, shape: ModelShape, seed: int, device: torch.device | str) -> Tensor:
-    """The whole initial float32 tensor of the parameter `name`. With one torch, on one kind of device, it depends on
-    (seed, name) alone, so every way of sharding cuts the same tensor. Values are close to torchtitan's: normal with a
-    deviation of 0.02, truncated at three deviations; the two matrices that write to the residual stream are scaled down
-    with depth, the head by the width. (torchtitan also scales the up projection, can scale layer by layer, and
-    truncates only the head in this way.)"""
+    """The whole initial float32 tensor of the parameter `name`. With one torch, on one kind of device
+    with as many multiprocessors (CUDA deals its random numbers out over them), it depends on (seed, name) alone, so
+    every way of sharding cuts the same tensor. Values are close to torchtitan's: normal with a deviation of 0.02,
+    truncated at three deviations; the two matrices that write to the residual stream are scaled down with depth, the
+    head by the width. (torchtitan also scales the up projection, can scale layer by layer, and truncates only the head
+    in this way.)"""
     if name.endswith("norm.weight"):
         return torch.ones(like, device=device)
     # torch's CPU generator uses only 32 bits of its seed, so both go through a hash to reach all of them.
