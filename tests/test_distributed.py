@@ -18,10 +18,11 @@ from children import CHILDREN
 from worlds import CPU, CountedStore, Task, free_port, results, run_world
 
 from titan_fast import distributed
-from titan_fast.config import Comm, MeshDegrees
+from titan_fast.config import Comm, Debug, MeshDegrees
 from titan_fast.distributed import World, start
 from titan_fast.errors import CommunicationError, ConfigError, reported
 from titan_fast.parallel import build_mesh
+from titan_fast.startup import set_determinism
 
 SIZE, LIMIT_SECONDS = 3, 5
 WAITED_FOR = ("missing", "busy", "killed while one is busy")
@@ -198,3 +199,17 @@ def test_a_process_may_have_as_many_connections_as_the_machine_allows(monkeypatc
             assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize(("given", "left"), [(None, "^NVLS,NVLSTree"), ("Ring", "Ring")])
+def test_deterministic_runs_do_not_add_up_in_the_switch(
+    given: str | None, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {} if given is None else {"NCCL_ALGO": given})
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    with torch.random.fork_rng(devices=[]):
+        set_determinism(Debug())
+        assert os.environ.get("NCCL_ALGO") == given
+        set_determinism(Debug(deterministic=True))
+    assert os.environ["NCCL_ALGO"] == left

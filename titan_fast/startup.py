@@ -38,6 +38,9 @@ def set_determinism(debug: Debug) -> None:
     torch.manual_seed(debug.seed)
     if debug.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # torch would exclude NVLS alone, whose name NCCL compares as a whole, and between hosts NVLSTree adds up in the
+        # switch too.
+        os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
 
