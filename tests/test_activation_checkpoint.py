@@ -318,7 +318,9 @@ def test_settings_that_would_do_nothing() -> None:
         activation_checkpoint.check(budget, Compile(True, ("norm", "loss")), n_layers=2)
     with pytest.raises(ConfigError, match=r"compile\.backend is 'eager'"):
         activation_checkpoint.check(budget, Compile(True, backend="eager"), n_layers=2)
-    activation_checkpoint.check(budget, Compile(True, ("model",)), n_layers=2)
+    with pytest.raises(ConfigError, match=r"compile\.components has model"):
+        activation_checkpoint.check(budget, Compile(True, ("model",)), n_layers=2)
+    activation_checkpoint.check(budget, Compile(True, ("blocks",)), n_layers=2)
     with pytest.raises(ConfigError, match="3 is more than the model's 2 blocks"):
         activation_checkpoint.check(ActivationCheckpoint("selective", "3"), Compile(), n_layers=2)
     activation_checkpoint.check(ActivationCheckpoint("selective", "2"), Compile(), n_layers=2)
