@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,36 @@ def test_a_stop_in_an_earlier_phase_gives_a_later_one_no_time(
     assert left == [6]
 
 
+class Held:
+    """Stands for a tensor that only a function's variable keeps."""
+
+
+def test_what_a_function_has_returned_from_is_not_kept(stores: dist.Store) -> None:
+    """The thread looks where the main thread is, in a function that then returns while the thread sleeps."""
+    sleeps, wakes = threading.Semaphore(0), threading.Semaphore(0)
+    one = Watchdog(World(0, 1, CPU, stores), Limit(60.0, "comm.timeout_seconds"), print, print)
+
+    def sleep(seconds: float | None = None) -> bool:
+        sleeps.release()
+        wakes.acquire()
+        return is_over
+
+    def function() -> weakref.ref[Held]:
+        held = Held()
+        wakes.release()
+        sleeps.acquire()
+        return weakref.ref(held)
+
+    is_over = False
+    one._closed.wait = sleep  # type: ignore[method-assign]
+    with one:
+        sleeps.acquire()
+        kept = function()() is not None
+        is_over = True
+        wakes.release()
+    assert not kept
+
+
 def test_one_rank_is_looked_at_twice_too(stores: dist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, left, looks = Clock(), [], []
 
@@ -236,7 +267,7 @@ def test_a_thousand_ranks_do_not_ask_the_store_a_thousand_times_each(
     asked: list[int] = []
     for rank in (3, 2, 0):
         store.asked = 0
-        assert ranks[rank]._judge(None, 0.0)
+        assert ranks[rank]._judge("", 0.0)
         asked.append(store.asked)
     assert left == [6] * 3 and max(asked) < 100 and asked[1] < 5, asked
     said = capsys.readouterr().err
@@ -256,7 +287,7 @@ def test_another_speaks_where_the_first_goes_on(
     def meanwhile(seconds: float) -> None:
         if not judged:
             judged.append(True)
-            assert not other._judge(None, 0.0), "the first is to speak"
+            assert not other._judge("", 0.0), "the first is to speak"
         else:
             first.at(2, "data")
             monkeypatch.setattr(watchdog.time, "sleep", lambda seconds: None)
@@ -265,8 +296,8 @@ def test_another_speaks_where_the_first_goes_on(
     first.at(1, "data")
     other.at(1, "data")
     monkeypatch.setattr(watchdog.time, "sleep", meanwhile)
-    assert not first._judge(None, 0.0) and not left
-    assert other._judge(None, 0.0) and left == [6]
+    assert not first._judge("", 0.0) and not left
+    assert other._judge("", 0.0) and left == [6]
     assert "hangs" in capsys.readouterr().err
 
 

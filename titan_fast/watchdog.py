@@ -137,11 +137,11 @@ class Watchdog:
         while not self._closed.wait(TICK_SECONDS):
             self._rounds += 1
             now = time.monotonic()
-            frame = self._frame()
+            waits = _waits_for_others(self._frame())
             if now - last > beat:
                 self._stopped += now - last
                 met += now - last
-            elif not self._ends and not _waits_for_others(frame):
+            elif not self._ends and not waits:
                 self._own.busy += now - last
             last = now
             if self._own.marks != marks:  # after the above, for the main thread may have been the first to go on
@@ -150,12 +150,12 @@ class Watchdog:
                 if self._age() > self._own.allowed:
                     if self._is_waited_for():
                         self._closed.wait(beat / 2)
-                    elif self._judge(frame, beat):
+                    elif self._judge(self._stack(), beat):
                         return
                     last = time.monotonic()
                 if now >= next_beat:
                     next_beat = now + beat
-                    self._publish("beat", _stack(frame))
+                    self._publish("beat", self._stack() if self.world.size > 1 else "")
                     self._compare(now)
                     last = met = time.monotonic()
             except (RuntimeError, ValueError):  # the store is gone: so is the run
@@ -178,7 +178,12 @@ class Watchdog:
                 return
 
     def _frame(self) -> FrameType | None:
+        """Where the main thread is. Not to be kept: a frame that somebody has keeps its variables when its function has
+        returned, and so GPU memory."""
         return sys._current_frames().get(self._main or 0)
+
+    def _stack(self) -> str:
+        return _written(self._frame())
 
     def _age(self) -> float:
         return time.monotonic() - self._since - self._stopped
@@ -202,12 +207,11 @@ class Watchdog:
             return False
         return self._age() <= self._own.allowed + float(self._store.get(_ENDS))
 
-    def _judge(self, frame: FrameType | None, beat: float) -> bool:
+    def _judge(self, stack: str, beat: float) -> bool:
         """Collects the others' reports, says who hangs and ends the process. Of the ranks whose time is up only one
         speaks: rank 0, which has the log, or else the first. Only these two read what all others have written, since
         where one rank hangs all do, and there may be thousands. Returns False if the main thread has gone on
         meanwhile, or that of the rank that was to speak."""
-        stack = _stack(frame)
         mine = self._own.marks
         self._publish("hang", stack)
         reports, me = {self.world.rank: replace(self._own, stack=stack)}, str(self.world.rank)
@@ -250,7 +254,7 @@ class Watchdog:
             "look at the log of rank 0, and at the network between its host and this one",
             where=f"rank {self.world.rank}, step {self._own.step}, phase '{self._own.phase}'",
         )
-        self._tell(str(error), _stack(self._frame()))
+        self._tell(str(error), self._stack())
         self.leave(CommunicationError.exit_status)
 
     def _tell(self, why: str, stacks: str) -> None:
@@ -330,8 +334,14 @@ def _to_console(text: str) -> None:
     sys.stderr.flush()
 
 
-def _stack(frame: FrameType | None) -> str:
-    return "".join(traceback.format_stack(frame)) if frame else "no Python stack"
+def _written(frame: FrameType | None) -> str:
+    """A stack as text. Its frames are let go before the files are read."""
+    places = []
+    while frame is not None:
+        places.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+        frame = frame.f_back
+    lines = [traceback.FrameSummary(*place, lookup_line=False) for place in reversed(places)]
+    return "".join(traceback.format_list(lines)) if lines else "no Python stack"
 
 
 def _stacks(reports: dict[int, Report]) -> str:
