@@ -1,7 +1,9 @@
 """The comparison of compiled with eager gradients at the start of a compiled run."""
 
 import dataclasses
+import gc
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -83,6 +85,26 @@ def test_the_comparison_needs_eager_memory_of_a_single_sequence(monkeypatch: pyt
     torch._dynamo.reset()
     error = check_compiled_gradients(SHAPE, REFERENCE, settings, torch.float32, torch.device("cpu"), 3, 16)
     assert 0 < error < 1e-5 and seen == [(torch.float32, 1)] * 3 + [(torch.float32, 3)]
+
+
+def test_the_comparison_leaves_no_memory_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks: list[weakref.ref[torch.nn.Module]] = []
+    true_block = canary._block
+
+    def block(*arguments: Any) -> torch.nn.Module:
+        made = true_block(*arguments)
+        blocks.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(canary, "_block", block)
+    options = {"compile.enable": ["True"], "compile.backend": ["aot_eager"], "training.seq_len": ["16"]}
+    torch._dynamo.reset()
+    gc.disable()
+    try:
+        check(from_options(options), SHAPE, REFERENCE, MeshDegrees(1, 1, 1), torch.device("cpu"))
+    finally:
+        gc.enable()
+    assert blocks and not any(made() for made in blocks)
 
 
 @pytest.mark.parametrize(("tensor", "sequences"), [(1, 12), (8, 1)])

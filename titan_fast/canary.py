@@ -1,6 +1,7 @@
 """Before a compiled run: do compiled gradients agree with plain PyTorch's? Compilers have silently got them wrong."""
 
 import dataclasses
+import gc
 import logging
 
 import torch
@@ -46,6 +47,7 @@ def check(config: Config, shape: ModelShape, ops: Ops, degrees: MeshDegrees, dev
             "--compile.canary False",
             where=str(device),
         ) from error
+    gc.collect()  # a compiled module refers to itself, and a run does not look for garbage that is so old
 
 
 def check_compiled_gradients(
