@@ -51,6 +51,14 @@ def test_what_the_compiler_is_told() -> None:
     assert arguments(Compile(coordinate_descent=True))["options"] == {"coordinate_descent_tuning": True}
 
 
+def test_more_graphs_than_dynamos_limit_do_not_end_a_run() -> None:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        model = model_of(1)
+        for seq_len in range(1, 12):
+            one_pass(model, seq_len)
+
+
 def test_depth_adds_no_graph() -> None:
     seconds = {}
     for n_layers in (2, 32):

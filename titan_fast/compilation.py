@@ -18,6 +18,9 @@ from titan_fast.loss import LinearCrossEntropy
 from titan_fast.model import Llama
 from titan_fast.ops import REFERENCE, Ops, source_digest
 
+_MOST_GRAPHS = 64
+"""Of one function. AdamW's update has one for each shape of a weight, and as graphs must be whole, the next one after
+dynamo's limit, which is 8, would end the run."""
 _NEED = {"tvm": "tvm", "openxla": "torch_xla", "openxla_eval": "torch_xla"}
 
 
@@ -98,6 +101,7 @@ def optimizer_compiler(settings: config.Compile) -> Callable[[Any], Any] | None:
 
 def compile_model(model: Llama, settings: config.Compile) -> None:
     """Compiles in place what `[compile] components` names of the model."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     if "model" in settings.components:
         if isinstance(model.head.loss, LinearCrossEntropy):
             ops = compiled_cross_entropy(model.head.loss.ops, lambda function: function)
