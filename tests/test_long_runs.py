@@ -440,7 +440,27 @@ def test_each_of_two_saves_has_the_limit_to_itself(data: Path, tmp_path: Path, m
     monkeypatch.setattr(checkpointer.Checkpointer, "settle", settle)
     runs.run(data, tmp_path / "run", checkpoint__async_mode="async", training__steps=6)
     last = phases[phases.index((6, "checkpoint")) :]
-    assert last == [(6, "checkpoint"), (5, "settled"), (6, "checkpoint"), (6, "settled")]
+    assert last == [(6, "checkpoint"), (5, "settled"), (6, "checkpoint"), (6, "settled"), (6, "end")]
+
+
+def test_a_disk_that_hangs_when_all_is_done_is_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over, left = threading.Event(), []
+
+    def leave(status: int) -> None:
+        left.append(status)
+        over.set()
+
+    def train(self: loop.Run) -> None:
+        self.watchdog.leave = leave
+        true_train(self)
+
+    true_train = loop.Run.train
+    monkeypatch.setattr(loop.Run, "train", train)
+    monkeypatch.setattr(run_history, "draw_loss_curve", lambda *words: over.wait(60))
+    runs.run(data, tmp_path / "run", training__steps=2, comm__timeout_seconds=3, comm__init_timeout_seconds=3)
+    assert left == [6] and "phase 'end'" in capsys.readouterr().err
 
 
 def test_a_save_that_hangs_while_an_error_ends_the_run_is_named(

@@ -208,10 +208,20 @@ class Run:
             self.metrics.say(f"step {self.progress.step} was the last one already: raise training.steps to go on")
         gc.disable()
         self.stop.listen()
+        with self.watchdog:
+            stopped = self._train_watched()
+            if stopped:
+                saved = f"to go on: {resume_command()}"
+                if not config.checkpoint.enable:
+                    saved = "nothing was saved, for checkpoint.enable is False"
+                self.metrics.say(f"stopped by {self.stop.received or 'a signal to another rank'}; {saved}")
+            self.world.barrier()  # a launcher may end all hosts when the first is done, while rank 0 is still busy
+
+    def _train_watched(self) -> bool:
+        """All steps, and the end of everything that the run has open. True where a signal has stopped it."""
         stopped, failed = False, True
         try:
             with (
-                self.watchdog,
                 self._closed_at_the_end(),
                 Profiler(
                     self.config.profiling,
@@ -230,18 +240,14 @@ class Run:
                 else:
                     self.sample(self.progress.step)
             failed = False
+            self.watchdog.at(self.progress.step, "end", self.patience)
         finally:
             gc.enable()
             self._say_notes()
             self.compile_report.close()
             self.guard.close()
             self.metrics.finish(failed, self.progress.step, self.progress.tokens_seen)
-        if stopped:
-            saved = f"to go on: {resume_command()}"
-            if not config.checkpoint.enable:
-                saved = "nothing was saved, for checkpoint.enable is False"
-            self.metrics.say(f"stopped by {self.stop.received or 'a signal to another rank'}; {saved}")
-        self.world.barrier()  # a launcher may end all hosts when the first is done, while rank 0 is still busy
+        return stopped
 
     @contextmanager
     def _closed_at_the_end(self) -> Iterator[None]:
