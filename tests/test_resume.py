@@ -465,6 +465,19 @@ def test_another_torch_is_told(
     assert "was computed with torch" not in capsys.readouterr().out
 
 
+def test_another_kind_of_device_is_told(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = torch.backends.cpu.get_cpu_capability()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX9")
+        runs.run(data, tmp_path, training__steps=2)
+    runs.run(data, tmp_path, training__steps=3)
+    assert f"step 2 was computed on a CPU with AVX9, and this is a CPU with {here}" in capsys.readouterr().out
+    runs.run(data, tmp_path, training__steps=4)
+    assert "was computed on" not in capsys.readouterr().out
+
+
 def test_another_commit_is_told(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

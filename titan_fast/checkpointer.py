@@ -45,7 +45,7 @@ from titan_fast.run_directory import differences, note_saved
 from titan_fast.shards import copies, local
 from titan_fast.signals import may_wait_longer, seconds_to_stop
 from titan_fast.tokenizer import Tokenizer, copy_tokenizer
-from titan_fast.versions import code_version
+from titan_fast.versions import code_version, kind_of_device
 
 WENT_BACK = "went_back.json"
 """A file in the folder of checkpoints that notes to which `load_step` the run has gone back."""
@@ -299,8 +299,8 @@ class Checkpointer:
         """This rank's files besides the tensors, with their content at this moment."""
         files = {f"rng-{self.world.rank}.safetensors": safetensors.torch.save(_rng_state(self.world.device))}
         if self.world.is_main:
-            here = {"world_size": self.world.size, "torch": torch.__version__, "code": self._code}
-            state = asdict(progress) | here
+            here = {"torch": torch.__version__, "code": self._code, "device": kind_of_device(self.world.device)}
+            state = asdict(progress) | {"world_size": self.world.size} | here
             files["state.json"] = json.dumps(state, indent=1).encode()
             files["config.toml"] = tomli_w.dumps(redacted(to_dict(self.config))).encode()
         return files
@@ -489,11 +489,13 @@ class Checkpointer:
         if changed:
             self._notes.append(f"changed since step {step}: {', '.join(changed)}")
         for what, was, here in (
-            ("torch", state.get("torch"), torch.__version__), ("titan_fast", state.get("code"), self._code),
-        ):  # fmt: skip
+            ("with torch", state.get("torch"), torch.__version__),
+            ("with titan_fast", state.get("code"), self._code),
+            ("on", state.get("device"), kind_of_device(self.world.device)),
+        ):
             if was and here and was != here:
                 self._notes.append(
-                    f"step {step} was computed with {what} {was}, and this is {here}: what follows may differ, at "
+                    f"step {step} was computed {what} {was}, and this is {here}: what follows may differ, at "
                     "least by rounding, from the same run without the change"
                 )
         self._compare_initial_weights(path, before, now)

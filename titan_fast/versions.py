@@ -1,4 +1,4 @@
-"""Which code a run is computed with."""
+"""Which code a run is computed with, and on what."""
 
 import functools
 import platform
@@ -25,6 +25,13 @@ def describe(code: str) -> str:
         f"titan_fast {code or 'of unknown version'}, torch {torch.__version__}, "
         f"{f'triton {triton}' if triton else 'no triton'}, Python {platform.python_version()}"
     )
+
+
+def kind_of_device(device: torch.device) -> str:
+    """What rounding depends on: a GPU's name, or what torch uses of a CPU's instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"a CPU with {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
 
 
 def commit(file: Path, among: Sequence[str]) -> str:
