@@ -134,26 +134,31 @@ def _name_budget(block: Block, budget: float) -> None:
     block.forward = forward  # type: ignore[method-assign]
 
 
-def check(settings: config.ActivationCheckpoint, compiles: config.Compile, n_layers: int) -> None:
-    """ConfigError where the mode cannot work, or would do nothing."""
-    if settings.mode == "memory_budget" and not compiles.takes("blocks", "model"):
+def _check_budget(compiles: config.Compile) -> None:
+    if not compiles.takes("blocks", "model"):
         why = f"compile.components is {' '.join(compiles.components)}" if compiles.enable else "compile.enable is False"
         raise ConfigError(
             f"activation_checkpoint.mode 'memory_budget' is the choice of the blocks' compiler, and {why}",
             "compile the blocks, or use pointwise, selective or full",
         )
-    if settings.mode == "memory_budget" and compiles.backend not in _SEE_A_BUDGET:
+    if compiles.backend not in _SEE_A_BUDGET:
         raise ConfigError(
             "activation_checkpoint.mode 'memory_budget' is the choice of a compiler that decides what is kept for the "
             f"backward pass, and compile.backend is {compiles.backend!r}",
             "use inductor or aot_eager, or pointwise, selective or full",
         )
-    if settings.mode == "memory_budget" and "model" in compiles.components:
+    if "model" in compiles.components:
         raise ConfigError(
             "activation_checkpoint.mode 'memory_budget' holds for each graph, and compile.components has model, whose "
             "backward pass would compute all blocks again at once, in more memory than if they were kept",
             "compile blocks, or use pointwise, selective or full",
         )
+
+
+def check(settings: config.ActivationCheckpoint, compiles: config.Compile, n_layers: int) -> None:
+    """ConfigError where the mode cannot work, or would do nothing."""
+    if settings.mode == "memory_budget":
+        _check_budget(compiles)
     option = settings.selective_ac_option
     if settings.mode == "selective" and option not in SELECTIVE and int(option) > n_layers:
         raise ConfigError(

@@ -32,12 +32,10 @@ def folders(path: Path) -> dict[int, Path]:
 _GONE = "deleted meanwhile"
 
 
-def _is_gone(folder: Path) -> bool:
-    """Whether a folder that was listed is there no more: a run that goes on has deleted it."""
-    return not folder.exists()
-
-
-def _wrong(problem: str) -> str:
+def _wrong(folder: Path, problem: str) -> str:
+    """What to say of a checkpoint with a problem: that a run which goes on has deleted it, if it is no longer there."""
+    if not folder.exists():
+        return _GONE
     return f"{'CANNOT BE READ' if isinstance(problem, manifest.Unread) else 'DAMAGED'}: {problem}"
 
 
@@ -48,12 +46,12 @@ def list_lines(path: Path) -> list[str]:
     for step, folder in folders(path).items():
         problem = manifest.problem(folder, contents=False)
         if problem:
-            lines.append(f"step {step:>8}  {_GONE if _is_gone(folder) else _wrong(problem)}")
+            lines.append(f"step {step:>8}  {_wrong(folder, problem)}")
             continue
         try:
             size = sum(digest.size for digest in manifest.read(folder).values())
         except ValueError as error:
-            lines.append(f"step {step:>8}  {_GONE if _is_gone(folder) else _wrong(str(error))}")
+            lines.append(f"step {step:>8}  {_wrong(folder, str(error))}")
             continue
         try:
             state = read_state(folder)
@@ -78,9 +76,10 @@ def verify(path: Path) -> tuple[list[str], list[str]]:
     lines, problems = [], []
     for step, folder in folders(path).items():
         problem = manifest.problem(folder)
-        is_gone = problem is not None and _is_gone(folder)
-        lines.append(f"step {step:>8}  {'whole' if problem is None else _GONE if is_gone else _wrong(problem)}")
-        problems += [problem] if problem is not None and not is_gone else []
+        said = "whole" if problem is None else _wrong(folder, problem)
+        lines.append(f"step {step:>8}  {said}")
+        if problem is not None and said != _GONE:
+            problems.append(problem)
     return lines, problems
 
 

@@ -222,7 +222,7 @@ def _choose_for_documents(setting: str, device: torch.device, workload: Workload
     return version, "within documents" + (", as configured" if setting != "auto" else "")
 
 
-def deterministic() -> bool:
+def _must_be_deterministic() -> bool:
     """Whether operators without a deterministic algorithm are refused, as with `debug.deterministic`. Then torch leaves
     cuDNN's attention out, silently if there is another."""
     return torch.get_deterministic_debug_mode() == 2
@@ -243,7 +243,7 @@ def _choose_attention(
                 f"kernels.attention {setting!r} takes no float32 on CUDA, in which this run computes",
                 "use auto, efficient or math, or --training.mixed_precision_param bfloat16",
             )
-        if setting == "cudnn" and deterministic():
+        if setting == "cudnn" and _must_be_deterministic():
             raise ConfigError(
                 "kernels.attention 'cudnn' has no deterministic backward pass in torch; debug.deterministic wants one",
                 "use auto or flash, or turn debug.deterministic off",
@@ -256,7 +256,7 @@ def _choose_attention(
         return [_BACKENDS["flash"], _BACKENDS["math"]], "flash", "torch's fused CPU attention"
     if dtype == "float32":
         return [_BACKENDS["efficient"], _BACKENDS["math"]], "efficient", "the fused one that takes float32"
-    if deterministic():
+    if _must_be_deterministic():
         return [_BACKENDS[name] for name in ("flash", "efficient", "math")], "flash", "debug.deterministic: not cuDNN's"
     if torch.cuda.get_device_capability(device) >= (9, 0):
         order = ["cudnn", "flash", "efficient", "math"]
